@@ -1,0 +1,435 @@
+"""Divergences between two next-token distributions.
+
+Each is ``D(log_p, log_q, *, ...) -> a value per token``, in nats, reduced over the last axis, the vocabulary, over which
+both are normalised. ``p`` is the teacher and ``q`` the student by convention; nothing here depends on it. Value and
+gradient are finite wherever the true value is: entries of no mass (``-inf``) and ``p == q`` included. Where the true
+value is infinite so is the value, and the entries that make it so add nothing to the gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kd_jax.logspace import decay_integral, exp_curvature, has_mass, log_decay_mix, over_vocab, promote, weigh
+from kd_jax.resolve import check_fraction, check_number
+
+__all__ = [
+    "forward_kl",
+    "reverse_kl",
+    "mixed_kl",
+    "adaptive_kl",
+    "jensen_shannon",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "alpha_divergence",
+    "alpha_beta",
+]
+
+
+def forward_kl(
+    log_p: Float[Array, "*batch vocab"], log_q: Float[Array, "*batch vocab"]
+) -> Float[Array, "*batch"]:
+    """``KL(p || q) = sum p (log p - log q)``.
+
+    The student is asked to cover everything the teacher may say. It is infinite where the teacher has mass and the
+    student has none.
+
+    Args:
+      log_p: the teacher's log-probabilities, normalised.
+      log_q: the student's, normalised.
+
+    Returns:
+      Nats per token, not negative.
+
+    Example:
+      >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.5, 0.25, 0.25])
+      >>> round(float(forward_kl(jnp.log(p), jnp.log(q))), 4)
+      0.3466
+
+    References:
+      Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015.
+    """
+    return jnp.sum(_summand(log_p, log_q, 1.0, 0.0), axis=-1)
+
+
+def reverse_kl(
+    log_p: Float[Array, "*batch vocab"], log_q: Float[Array, "*batch vocab"]
+) -> Float[Array, "*batch"]:
+    """``KL(q || p) = sum q (log q - log p)``.
+
+    The student is asked to say only what the teacher may say. It is infinite where the student has mass and the
+    teacher has none.
+
+    Args:
+      log_p: the teacher's log-probabilities, normalised.
+      log_q: the student's, normalised.
+
+    Returns:
+      Nats per token, not negative.
+
+    Example:
+      >>> p, q = jnp.array([0.5, 0.25, 0.25]), jnp.array([0.5, 0.5, 0.0])
+      >>> round(float(reverse_kl(jnp.log(p), jnp.log(q))), 4)
+      0.3466
+
+    References:
+      Gu et al., `MiniLLM <https://arxiv.org/abs/2306.08543>`_, 2024, Eq. 1.
+    """
+    return forward_kl(log_q, log_p)
+
+
+def mixed_kl(
+    log_p: Float[Array, "*batch vocab"],
+    log_q: Float[Array, "*batch vocab"],
+    *,
+    forward_weight: Float[Array, "*batch"] | float = 0.5,
+) -> Float[Array, "*batch"]:
+    """``w KL(p || q) + (1 - w) KL(q || p)``.
+
+    A fixed compromise between covering the teacher and staying within it; half and half is half of Jeffreys'
+    divergence.
+
+    Args:
+      log_p: the teacher's log-probabilities, normalised.
+      log_q: the student's, normalised.
+      forward_weight: w, in ``[0, 1]``.
+
+    Returns:
+      Nats per token, not negative.
+
+    Raises:
+      ValueError: if ``forward_weight`` is a Python number outside ``[0, 1]``.
+
+    Example:
+      >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.5, 0.25, 0.25])
+      >>> round(float(mixed_kl(jnp.log(p), jnp.log(q), forward_weight=1.0)), 4)
+      0.3466
+
+    References:
+      Wu et al., `Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models
+      <https://arxiv.org/abs/2404.02657>`_, 2025 (the baseline FKL + RKL).
+    """
+    w = check_fraction("forward_weight", forward_weight)
+    return weigh(w, forward_kl(log_p, log_q)) + weigh(1 - w, reverse_kl(log_p, log_q))
+
+
+def adaptive_kl(
+    log_p: Float[Array, "*batch vocab"],
+    log_q: Float[Array, "*batch vocab"],
+    *,
+    head_mass: float = 0.5,
+    include_crossing: bool = True,
+) -> Float[Array, "*batch"]:
+    """``h KL(p || q) + (1 - h) KL(q || p)``, where ``h`` is the share of ``sum |p - q|`` that lies in the teacher's head.
+
+    The head is the smallest set of the teacher's top tokens whose mass reaches ``head_mass``. Forward KL learns the
+    head first and reverse KL the tail, so each token gets more of what it is behind on. ``h`` is a constant to the
+    gradient.
+
+    Args:
+      log_p: the teacher's log-probabilities, normalised.
+      log_q: the student's, normalised.
+      head_mass: the teacher's mass that makes a head, in ``[0, 1]``.
+      include_crossing: whether the token that reaches ``head_mass`` belongs to the head, as in the paper. The authors'
+        code leaves it out, unless it is the first.
+
+    Returns:
+      Nats per token, not negative; 0 where ``p == q``.
+
+    Raises:
+      ValueError: if ``head_mass`` is a Python number outside ``[0, 1]``.
+
+    Example:
+      >>> p, q = jnp.array([0.7, 0.2, 0.1]), jnp.array([0.7, 0.1, 0.2])  # all of the difference is in the tail
+      >>> log_p, log_q = jnp.log(p), jnp.log(q)
+      >>> bool(jnp.isclose(adaptive_kl(log_p, log_q), reverse_kl(log_p, log_q)))
+      True
+
+    References:
+      Wu et al., `Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models
+      <https://arxiv.org/abs/2404.02657>`_, 2025, Sec. 4.
+    """
+    head_mass = check_number("head_mass", head_mass, 0.0, 1.0)
+    log_p, log_q = promote(log_p, log_q)
+    p, q = jnp.exp(jax.lax.stop_gradient(log_p)), jnp.exp(jax.lax.stop_gradient(log_q))
+    gap = jnp.abs(p - q)
+    negative_sorted, gap_sorted = jax.lax.sort((-p, gap), dimension=-1, num_keys=1)
+    reached = jnp.cumsum(-negative_sorted, axis=-1)
+    if include_crossing:
+        head = reached + negative_sorted < head_mass
+    else:
+        head = reached <= head_mass
+    head = head.at[..., 0].set(True)
+    total = jnp.sum(gap, axis=-1)
+    share = jnp.where(total > 0, jnp.sum(jnp.where(head, gap_sorted, 0.0), axis=-1) / jnp.where(total > 0, total, 1.0), 0.5)
+    return weigh(share, forward_kl(log_p, log_q)) + weigh(1 - share, reverse_kl(log_p, log_q))
+
+
+def jensen_shannon(
+    log_p: Float[Array, "*batch vocab"],
+    log_q: Float[Array, "*batch vocab"],
+    *,
+    weight: Float[Array, "*batch"] | float = 0.5,
+) -> Float[Array, "*batch"]:
+    """``w KL(p || m) + (1 - w) KL(q || m)`` with ``m = w p + (1 - w) q``.
+
+    Always finite, and bounded by the entropy of ``(w, 1 - w)``. Divided by w it tends to ``KL(p || q)`` as w tends to 0,
+    and divided by 1 - w to ``KL(q || p)`` as w tends to 1; at the ends themselves it is 0.
+
+    Args:
+      log_p: the teacher's log-probabilities, normalised.
+      log_q: the student's, normalised.
+      weight: w, the teacher's share of the mixture, in ``[0, 1]``.
+
+    Returns:
+      Nats per token, between 0 and ``-w log w - (1 - w) log(1 - w)``.
+
+    Raises:
+      ValueError: if ``weight`` is a Python number outside ``[0, 1]``.
+
+    Example:
+      >>> p, q = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+      >>> round(float(jensen_shannon(jnp.log(p), jnp.log(q))), 4)  # log 2
+      0.6931
+
+    References:
+      Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024, Eq. 1.
+    """
+    w = check_fraction("weight", weight)
+    of_p, of_q = _summands_to_mixture(log_p, log_q, w)
+    w = over_vocab(w)
+    return jnp.sum(weigh(w, of_p) + weigh(1 - w, of_q), axis=-1)
+
+
+def skew_forward_kl(
+    log_p: Float[Array, "*batch vocab"],
+    log_q: Float[Array, "*batch vocab"],
+    *,
+    skew: Float[Array, "*batch"] | float = 0.1,
+) -> Float[Array, "*batch"]:
+    """``KL(p || s p + (1 - s) q)``.
+
+    Forward KL with a floor under the student: never above ``-log s``, and gradients of bounded size.
+
+    Args:
+      log_p: the teacher's log-probabilities, normalised.
+      log_q: the student's, normalised.
+      skew: s, in ``[0, 1]``; 0 is forward KL.
+
+    Returns:
+      Nats per token, between 0 and ``-log s``.
+
+    Raises:
+      ValueError: if ``skew`` is a Python number outside ``[0, 1]``.
+
+    Example:
+      >>> p, q = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+      >>> round(float(skew_forward_kl(jnp.log(p), jnp.log(q))), 4)  # -log 0.1
+      2.3026
+
+    References:
+      Ko et al., `DistiLLM <https://arxiv.org/abs/2402.03898>`_, 2024, Eq. 2.
+    """
+    return jnp.sum(_summands_to_mixture(log_p, log_q, check_fraction("skew", skew))[0], axis=-1)
+
+
+def skew_reverse_kl(
+    log_p: Float[Array, "*batch vocab"],
+    log_q: Float[Array, "*batch vocab"],
+    *,
+    skew: Float[Array, "*batch"] | float = 0.1,
+) -> Float[Array, "*batch"]:
+    """``KL(q || s q + (1 - s) p)``.
+
+    Reverse KL with a floor under the teacher: finite even where the student says what the teacher never would.
+
+    Args:
+      log_p: the teacher's log-probabilities, normalised.
+      log_q: the student's, normalised.
+      skew: s, in ``[0, 1]``; 0 is reverse KL.
+
+    Returns:
+      Nats per token, between 0 and ``-log s``.
+
+    Raises:
+      ValueError: if ``skew`` is a Python number outside ``[0, 1]``.
+
+    Example:
+      >>> p, q = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+      >>> round(float(skew_reverse_kl(jnp.log(p), jnp.log(q))), 4)  # -log 0.1
+      2.3026
+
+    References:
+      Ko et al., `DistiLLM <https://arxiv.org/abs/2402.03898>`_, 2024, Eq. 3.
+    """
+    return skew_forward_kl(log_q, log_p, skew=skew)
+
+
+def total_variation(
+    log_p: Float[Array, "*batch vocab"], log_q: Float[Array, "*batch vocab"]
+) -> Float[Array, "*batch"]:
+    """``1/2 sum |p - q|``: the chance that the better of two guesses which one a token came from is forced.
+
+    Symmetric, bounded, and blind to ratios: small probabilities matter only by their size. Its gradient where
+    ``p == q`` is taken as 0.
+
+    Args:
+      log_p: the teacher's log-probabilities, normalised.
+      log_q: the student's, normalised.
+
+    Returns:
+      A number per token between 0 and 1, without unit.
+
+    Example:
+      >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.5, 0.25, 0.25])
+      >>> float(total_variation(jnp.log(p), jnp.log(q)))
+      0.25
+
+    References:
+      Wen et al., `f-Divergence Minimization for Sequence-Level Knowledge Distillation
+      <https://arxiv.org/abs/2307.15190>`_, 2023.
+    """
+    log_p, log_q = promote(log_p, log_q)
+    return jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1) / 2
+
+
+def alpha_divergence(
+    log_p: Float[Array, "*batch vocab"], log_q: Float[Array, "*batch vocab"], *, alpha: float
+) -> Float[Array, "*batch"]:
+    """``(1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha))``, and its limits ``KL(p || q)`` at 1 and ``KL(q || p)`` at 0.
+
+    One dial from reverse KL through the Hellinger distance (1/2) to forward KL. It is ``alpha_beta`` with
+    ``beta = 1 - alpha``. Strictly between 0 and 1 it is always finite.
+
+    Args:
+      log_p: the teacher's log-probabilities, normalised.
+      log_q: the student's, normalised.
+      alpha: any finite Python number.
+
+    Returns:
+      Nats per token, not negative.
+
+    Raises:
+      ValueError: if ``alpha`` is not a finite number.
+
+    Example:
+      >>> log_p, log_q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
+      >>> [round(float(alpha_divergence(log_p, log_q, alpha=alpha)), 4) for alpha in (0.999999, 1.0)]
+      [0.5108, 0.5108]
+
+    References:
+      Cichocki & Amari, `Families of Alpha- Beta- and Gamma-Divergences <https://doi.org/10.3390/e12061532>`_, 2010.
+    """
+    alpha = check_number("alpha", alpha)
+    return jnp.sum(_summand(log_p, log_q, alpha, 1 - alpha), axis=-1)
+
+
+def alpha_beta(
+    log_p: Float[Array, "*batch vocab"], log_q: Float[Array, "*batch vocab"], *, alpha: float, beta: float
+) -> Float[Array, "*batch"]:
+    """``-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]`` with ``a = alpha``, ``b = beta``, and its limits.
+
+    Two dials: the smaller alpha, the more a token counts by how far the two are apart on it; the larger beta, the more
+    by how sure the student is of it. (1, 0) is forward KL, (0, 1) reverse KL, ``a + b = 1`` the alpha-divergences,
+    (0, 0) half the squared difference of the logarithms. Continuous in both, where the published code is not: the limits carry
+    ``1/b^2`` at ``a = 0``, ``1/a^2`` at ``b = 0`` and at ``a + b = 0``.
+
+    An entry where one of the two has no mass adds a finite amount only if ``a + b`` and that one's exponent are positive.
+
+    Args:
+      log_p: the teacher's log-probabilities, normalised.
+      log_q: the student's, normalised.
+      alpha: the teacher's exponent, any finite Python number.
+      beta: the student's exponent, any finite Python number.
+
+    Returns:
+      A number per token, not negative; in nats on the line ``a + b = 1``.
+
+    Raises:
+      ValueError: if ``alpha`` or ``beta`` is not a finite number.
+
+    Example:
+      >>> log_p, log_q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
+      >>> [round(float(alpha_beta(log_p, log_q, alpha=1.0, beta=beta)), 4) for beta in (-1e-6, 0.0, 1e-6)]
+      [0.5108, 0.5108, 0.5108]
+
+    References:
+      Cichocki et al., `Generalized Alpha-Beta Divergences <https://doi.org/10.3390/e13010134>`_, 2011, Eq. 22;
+      Wang et al., `ABKD <https://arxiv.org/abs/2505.04560>`_, 2025, Eq. 7.
+    """
+    return jnp.sum(_summand(log_p, log_q, check_number("alpha", alpha), check_number("beta", beta)), axis=-1)
+
+
+def _summand(log_p: Array, log_q: Array, alpha: float, beta: float) -> Array:
+    """One entry's share of the alpha-beta divergence, not negative: all of the family above but the last sum.
+
+    With ``d = log p - log q`` it is ``d^2`` times the second divided difference of exp at the three exponents,
+    ``s log q``, ``alpha log p + beta log q`` and ``s log p``, ``s = alpha + beta``: smooth in alpha and beta, and the
+    limits are where exponents coincide. One of the three always lies between the others, by ``up d`` below the one and ``down d``
+    above the other. From the top exponent, whose ``exp`` is drawn out, the value is two decay integrals.
+    """
+    log_p, log_q = promote(log_p, log_q)
+    has_p, has_q = has_mass(log_p), has_mass(log_q)
+    # An entry of no mass takes the other's place: d is then 0, and the top exponent that of the one with mass.
+    safe_p = jnp.where(has_p, log_p, jnp.where(has_q, log_q, 0.0))
+    safe_q = jnp.where(has_q, log_q, jnp.where(has_p, log_p, 0.0))
+
+    total = alpha + beta
+    exponent_p, exponent_q = total * safe_p, total * safe_q
+    widest = max(abs(alpha), abs(beta), abs(total))
+    if abs(total) == widest:
+        up, down = beta, alpha
+    else:
+        exponent_mixed = alpha * safe_p + beta * safe_q
+        if abs(beta) == widest:
+            up, down, exponent_q = total, -alpha, exponent_mixed
+        else:
+            up, down, exponent_p = -beta, total, exponent_mixed
+    if up + down < 0:  # both are negative: the same three points from the other side
+        up, down, exponent_p, exponent_q = -down, -up, exponent_q, exponent_p
+
+    d = safe_p - safe_q
+    top = jnp.exp(jnp.maximum(exponent_p, exponent_q))
+    first_is_up, x = d > 0, jnp.abs(d)
+    if widest > 0:
+        integral_up, integral_down = decay_integral(x, up), decay_integral(x, down)
+        first, second = jnp.where(first_is_up, integral_up, integral_down), jnp.where(first_is_up, integral_down, integral_up)
+        curve = (first - (1 - jnp.where(first_is_up, up, down) * first) * second) / widest
+    if widest < 0.25:
+        # Near the origin of the plane the division above multiplies rounding, as of 0/0.
+        near = widest * x < 1
+        small = jnp.where(near, x, 0.0)
+        series = small**2 * exp_curvature(-jnp.where(first_is_up, up, down) * small, -widest * small)
+        curve = jnp.where(near, series, curve) if widest > 0 else series
+
+    missing_p = top / (alpha * total) if alpha > 0 and total > 0 else jnp.inf
+    missing_q = top / (beta * total) if beta > 0 and total > 0 else jnp.inf
+    alone = jnp.where(has_p, missing_q, jnp.where(has_q, missing_p, 0.0))
+    return jnp.where(has_p & has_q, top * curve, alone)
+
+
+def _summands_to_mixture(log_p: Array, log_q: Array, weight: Array | float) -> tuple[Array, Array]:
+    """Each entry's share of ``KL(p || m)`` and of ``KL(q || m)``, ``m = w p + (1 - w) q``, neither of them negative.
+
+    Entry by entry, all is written as the greater of p and q times a function of their ratio, and ``- p + m``, whose
+    sum is 0, is added: nothing is then left to cancel but what is small itself. From ``log m`` it would take two passes more.
+    """
+    log_p, log_q = promote(log_p, log_q)
+    weight = over_vocab(weight)
+    has_p, has_q = has_mass(log_p), has_mass(log_q)
+    both, p_greater = has_p & has_q, log_p > log_q
+    w_greater, w_lesser = jnp.where(p_greater, weight, 1 - weight), jnp.where(p_greater, 1 - weight, weight)
+
+    greater = jnp.exp(jnp.maximum(log_p, log_q))
+    x = jnp.abs(jnp.where(both, log_p, 0.0) - jnp.where(both, log_q, 0.0))
+    lesser_less_1 = jnp.where(both, jnp.expm1(-x), -1.0)  # as a multiple of the greater
+    m_less_1 = w_lesser * lesser_less_1
+    infinite = (has_p ^ has_q) & (w_greater == 0)  # m has no mass where the greater has
+    if isinstance(weight, float) and 0.05 < weight < 0.95:
+        log_m = jnp.log1p(m_less_1)
+    else:  # 1 + m_less_1 may be near 0 and all rounding
+        log_m = jnp.where(both, log_decay_mix(x, w_greater, w_lesser), jnp.log(jnp.where(w_greater > 0, w_greater, 1.0)))
+    of_greater = jnp.where(infinite, jnp.inf, greater * (m_less_1 - log_m))
+    of_lesser = greater * (m_less_1 - lesser_less_1 - (1 + lesser_less_1) * (x + log_m))
+    return jnp.where(p_greater, of_greater, of_lesser), jnp.where(p_greater, of_lesser, of_greater)

@@ -1,0 +1,18 @@
+"""Language models as pure functions of their parameters, with Hugging Face folders in and out."""
+
+from kd_jax.models.config import ModelConfig
+from kd_jax.models.functional import Model, from_config, take_layers
+from kd_jax.models.generate import generate
+from kd_jax.models.huggingface import load_config, load_pretrained
+from kd_jax.models.huggingface_save import save_pretrained
+
+__all__ = [
+    "Model",
+    "ModelConfig",
+    "from_config",
+    "generate",
+    "load_config",
+    "load_pretrained",
+    "save_pretrained",
+    "take_layers",
+]

@@ -1,0 +1,127 @@
+"""What a model is: sizes and settings, frozen and hashable, so that it can be a static argument."""
+
+import dataclasses
+from typing import Any
+
+from kd_jax.models.families import FAMILIES
+from kd_jax.models.families.fields import Llama3Scaling
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What a decoder-only transformer is made of; 0 or None stands for what the family and the sizes imply.
+
+    One would write it by hand for a student that starts from random weights; `load_config` reads a teacher's.
+
+    Args:
+      family: 'gpt2', 'llama', 'qwen2' or 'qwen3'; decides the names on disk and whatever the family fixes.
+      vocab_size: rows of the embedding, padding ids included.
+      hidden_size: D, the width of the residual stream.
+      num_layers: transformer blocks.
+      num_heads: query heads.
+      intermediate_size: width inside the MLP. Default: 4 D, or 8/3 D rounded up to a multiple of 64 where
+        gated.
+      num_kv_heads: key and value heads, each shared by num_heads / num_kv_heads queries. Default: num_heads.
+      head_dim: width of a head. Default: D / num_heads.
+      max_positions: the longest sequence; a hard limit only where positions are learned.
+      tie_embeddings: the output matrix is the embedding, transposed.
+      activation: of the MLP, by its Hugging Face name.
+      norm_eps: added to the variance in every norm.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: Llama 3.1's stretching of them.
+      attention_bias: query, key and value projections have a bias.
+      output_bias: the attention's output projection has a bias.
+      mlp_bias: the MLP's projections have a bias.
+      qk_norm: an RMS norm on each head's query and key.
+      learned_positions: an embedding of positions in place of rotary.
+      layer_norm: LayerNorm with a bias in place of RMSNorm.
+      gated_mlp: down(act(gate x) * up x) in place of down(act(up x)).
+      bos_id: first token of a text, where the model has one.
+      eos_id: the token, or tokens, that end a text.
+      pad_id: filler.
+
+    Raises:
+      ValueError: a size that is not positive or does not divide, an unknown name, a setting that the family
+        fixes.
+
+    Example:
+      >>> config = ModelConfig(family="llama", vocab_size=512, hidden_size=96, num_layers=2, num_heads=4)
+      >>> config.head_dim, config.num_kv_heads, config.intermediate_size
+      (24, 4, 256)
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    max_positions: int = 1024
+    tie_embeddings: bool = True
+    activation: str | None = None
+    norm_eps: float | None = None
+    rope_theta: float = 10000.0
+    rope_scaling: Llama3Scaling | None = None
+    attention_bias: bool | None = None
+    output_bias: bool | None = None
+    mlp_bias: bool | None = None
+    qk_norm: bool | None = None
+    learned_positions: bool | None = None
+    layer_norm: bool | None = None
+    gated_mlp: bool | None = None
+    bos_id: int | None = None
+    eos_id: int | tuple[int, ...] | None = None
+    pad_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"unknown family {self.family!r}; known: {', '.join(FAMILIES)}.")
+        family = FAMILIES[self.family]
+        for name, value in family.FIXED.items():
+            if getattr(self, name) not in (None, value):
+                raise ValueError(f"family {self.family!r} fixes {name}={value}; got {getattr(self, name)!r}.")
+            self._set(name, value)
+        for name, value in family.DEFAULTS.items():
+            if getattr(self, name) is None:
+                self._set(name, value)
+        self._check_sizes()
+        if not self.num_kv_heads:
+            self._set("num_kv_heads", self.num_heads)
+        if not self.head_dim:
+            if self.hidden_size % self.num_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} does not divide by num_heads={self.num_heads}; change "
+                    "one of them, or give head_dim."
+                )
+            self._set("head_dim", self.hidden_size // self.num_heads)
+        if not self.intermediate_size:
+            gated = -(-8 * self.hidden_size // (3 * 64)) * 64
+            self._set("intermediate_size", gated if self.gated_mlp else 4 * self.hidden_size)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide by num_kv_heads={self.num_kv_heads}."
+            )
+        if not self.learned_positions and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions turn pairs of coordinates.")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}.")
+        if isinstance(self.eos_id, list):
+            self._set("eos_id", tuple(self.eos_id))
+        family.check(self)
+
+    def _check_sizes(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")
+        for name in ("intermediate_size", "num_kv_heads", "head_dim"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be a positive whole number, or 0 for its default."
+                )
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the one way to fill in a frozen dataclass

@@ -1,0 +1,103 @@
+"""What the family files share: how a tensor lies on disk, and how config.json spells a rotary embedding."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+Fields = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where one of our parameters lies in a Hugging Face checkpoint.
+
+    Args:
+      name: the tensor's name on disk.
+      transposed: the disk holds [out, in] (`torch.nn.Linear`), we hold [in, out].
+      part: which of `parts` equal slices of the last axis, for a tensor that holds several fused parameters.
+      parts: how many parameters are fused.
+    """
+
+    name: str
+    transposed: bool = False
+    part: int = 0
+    parts: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Rotary frequencies stretched for a longer context, as Llama 3.1 does it: low ones divided by `factor`.
+
+    References:
+      Grattafiori et al., "The Llama 3 Herd of Models", https://arxiv.org/abs/2407.21783, 2024.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+def required(fields: Fields, name: str) -> Any:
+    """The field's value; absent or null is an error that names it."""
+    if fields.get(name) is None:
+        raise ValueError(
+            f"the field {name!r} is missing; a {fields.get('model_type')!r} config must give it."
+        )
+    return fields[name]
+
+
+def refuse_unless(supported: bool, fields: Fields, name: str, expected: str) -> None:
+    """A field that is in use and that the transformer does not implement must not be ignored silently."""
+    if not supported:
+        raise ValueError(f"{name} = {fields.get(name)!r} is not supported; expected {expected}.")
+
+
+def refuse_window(fields: Fields) -> None:
+    """Every layer attends to everything: a sliding window that could cut anything off is refused."""
+    window = fields.get("sliding_window")
+    used = fields.get("use_sliding_window", True) and window is not None
+    cuts = used and window < required(fields, "max_position_embeddings")
+    refuse_unless(not cuts, fields, "sliding_window", "null, or at least max_position_embeddings")
+
+
+def rotary_from_hf(fields: Fields) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` from either spelling.
+
+    Up to transformers 4 both lie at the top level and `rope_scaling` is null for the plain embedding; since
+    transformers 5 there is one `rope_parameters`, which holds the base as well.
+    """
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta") or fields.get("rope_theta") or 10000.0
+    partial = rope.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
+    if kind not in ("default", "llama3") or any(isinstance(value, Mapping) for value in rope.values()):
+        raise ValueError(
+            f"the rotary embedding {dict(rope)!r} is not supported; expected rope_type 'default' or 'llama3'."
+        )
+    refuse_unless(partial == 1.0, {**fields, **rope}, "partial_rotary_factor", "1.0")
+    scaling = None
+    if kind == "llama3":
+        scaling = Llama3Scaling(
+            factor=float(required(rope, "factor")),
+            low_freq_factor=float(required(rope, "low_freq_factor")),
+            high_freq_factor=float(required(rope, "high_freq_factor")),
+            original_max_positions=int(required(rope, "original_max_position_embeddings")),
+        )
+    return {"rope_theta": float(theta), "rope_scaling": scaling}
+
+
+def rotary_to_hf(theta: float, scaling: Llama3Scaling | None) -> dict[str, Any]:
+    """The classic spelling, which transformers 4 needs and transformers 5 still reads."""
+    if scaling is None:
+        return {"rope_theta": theta, "rope_scaling": None}
+    return {
+        "rope_theta": theta,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        },
+    }

@@ -1,0 +1,98 @@
+"""GPT-2: learned positions, layer norms with a bias, a plain MLP, one matrix for query, key and value."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kd_jax.models.families.fields import Fields, Tensor, refuse_unless, required
+
+if TYPE_CHECKING:
+    from kd_jax.models.config import ModelConfig
+
+ARCHITECTURES = {"gpt2": "GPT2LMHeadModel"}
+FIXED = {
+    "learned_positions": True,
+    "layer_norm": True,
+    "gated_mlp": False,
+    "qk_norm": False,
+    "attention_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+}
+DEFAULTS = {"activation": "gelu_new", "norm_eps": 1e-5}
+PREFIX = "transformer."
+# The causal mask and its fill value, which old checkpoints carry as buffers.
+TOLERATED = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",)
+TIED = "lm_head.weight"
+
+
+def check(config: ModelConfig) -> None:
+    """The fused matrix is [D, 3 D]: heads are neither grouped nor of another size."""
+    if config.num_kv_heads != config.num_heads or config.head_dim * config.num_heads != config.hidden_size:
+        raise ValueError(
+            f"family 'gpt2' needs num_kv_heads = num_heads and head_dim = hidden_size / num_heads; got "
+            f"hidden_size={config.hidden_size}, num_heads={config.num_heads}, "
+            f"num_kv_heads={config.num_kv_heads}, head_dim={config.head_dim}."
+        )
+
+
+def from_hf(fields: Fields) -> dict[str, Any]:
+    """The keywords of `ModelConfig` from config.json."""
+    by_layer = bool(fields.get("scale_attn_by_inverse_layer_idx", False))
+    refuse_unless(not by_layer, fields, "scale_attn_by_inverse_layer_idx", "false")
+    refuse_unless(bool(fields.get("scale_attn_weights", True)), fields, "scale_attn_weights", "true")
+    refuse_unless(not fields.get("add_cross_attention", False), fields, "add_cross_attention", "false")
+    width = required(fields, "n_embd")
+    return {
+        "vocab_size": required(fields, "vocab_size"),
+        "hidden_size": width,
+        "intermediate_size": fields.get("n_inner") or 4 * width,
+        "num_layers": required(fields, "n_layer"),
+        "num_heads": required(fields, "n_head"),
+        "max_positions": required(fields, "n_positions"),
+        "activation": fields.get("activation_function", "gelu_new"),
+        "norm_eps": float(fields.get("layer_norm_epsilon", 1e-5)),
+        "tie_embeddings": bool(fields.get("tie_word_embeddings", True)),
+    }
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json from a `ModelConfig`."""
+    return {
+        "vocab_size": config.vocab_size,
+        "n_embd": config.hidden_size,
+        "n_inner": config.intermediate_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_positions": config.max_positions,
+        "n_ctx": config.max_positions,
+        "activation_function": config.activation,
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """Where each parameter lies on disk. `Conv1D` holds [in, out], as we do: only the head is transposed."""
+    found = {
+        "embed/embedding": Tensor("transformer.wte.weight"),
+        "positions/embedding": Tensor("transformer.wpe.weight"),
+        "norm/scale": Tensor("transformer.ln_f.weight"),
+        "norm/bias": Tensor("transformer.ln_f.bias"),
+    }
+    if not config.tie_embeddings:
+        found["head/kernel"] = Tensor("lm_head.weight", transposed=True)
+    for i in range(config.num_layers):
+        ours, theirs = f"layers/{i}", f"transformer.h.{i}"
+        for leaf, name in (("scale", "weight"), ("bias", "bias")):
+            found[f"{ours}/attention_norm/{leaf}"] = Tensor(f"{theirs}.ln_1.{name}")
+            found[f"{ours}/mlp_norm/{leaf}"] = Tensor(f"{theirs}.ln_2.{name}")
+        for leaf, name in (("kernel", "weight"), ("bias", "bias")):
+            for part, path in enumerate(("query", "key", "value")):
+                found[f"{ours}/attention/{path}/{leaf}"] = Tensor(
+                    f"{theirs}.attn.c_attn.{name}", part=part, parts=3
+                )
+            found[f"{ours}/attention/output/{leaf}"] = Tensor(f"{theirs}.attn.c_proj.{name}")
+            found[f"{ours}/mlp/up/{leaf}"] = Tensor(f"{theirs}.mlp.c_fc.{name}")
+            found[f"{ours}/mlp/down/{leaf}"] = Tensor(f"{theirs}.mlp.c_proj.{name}")
+    return found

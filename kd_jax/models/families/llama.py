@@ -1,0 +1,132 @@
+"""Llama and what is built like it: TinyLlama, OpenLLaMA, SmolLM2, and Mistral if its window cuts nothing off.
+
+A Mistral checkpoint becomes a `llama` model and is saved as one: without a window the two are the same
+function.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kd_jax.models.families.fields import (
+    Fields,
+    Tensor,
+    refuse_unless,
+    refuse_window,
+    required,
+    rotary_from_hf,
+    rotary_to_hf,
+)
+
+if TYPE_CHECKING:
+    from kd_jax.models.config import ModelConfig
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+FIXED = {"learned_positions": False, "layer_norm": False, "gated_mlp": True, "qk_norm": False}
+DEFAULTS = {
+    "activation": "silu",
+    "norm_eps": 1e-6,
+    "attention_bias": False,
+    "output_bias": False,
+    "mlp_bias": False,
+}
+PREFIX = "model."
+# The rotary frequencies, which old checkpoints carry as a buffer and everyone computes from the config.
+TOLERATED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
+TIED = "lm_head.weight"
+
+
+def check(config: ModelConfig) -> None:
+    """One field of config.json, `attention_bias`, governs all four projections."""
+    if config.attention_bias != config.output_bias:
+        raise ValueError(
+            f"family {config.family!r} has a bias on all four attention projections or on none; "
+            f"got attention_bias={config.attention_bias}, output_bias={config.output_bias}."
+        )
+
+
+def from_hf(fields: Fields) -> dict[str, Any]:
+    """The keywords of `ModelConfig` from config.json."""
+    if fields["model_type"] == "mistral":
+        refuse_window(fields)
+        required(fields, "num_key_value_heads")  # transformers' default is 8 there, not the number of heads
+    bias = bool(fields.get("attention_bias", False))
+    return common_from_hf(fields) | {
+        "attention_bias": bias,
+        "output_bias": bias,
+        "mlp_bias": bool(fields.get("mlp_bias", False)),
+    }
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json from a `ModelConfig`."""
+    return common_to_hf(config) | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+
+
+def common_from_hf(fields: Fields) -> dict[str, Any]:
+    """The fields that Llama, Qwen2 and Qwen3 spell alike."""
+    layers = fields.get("layer_types") or ()
+    refuse_unless(set(layers) <= {"full_attention"}, fields, "layer_types", "'full_attention' in every layer")
+    return {
+        "vocab_size": required(fields, "vocab_size"),
+        "hidden_size": required(fields, "hidden_size"),
+        "intermediate_size": required(fields, "intermediate_size"),
+        "num_layers": required(fields, "num_hidden_layers"),
+        "num_heads": required(fields, "num_attention_heads"),
+        "num_kv_heads": fields.get("num_key_value_heads") or 0,
+        "head_dim": fields.get("head_dim") or 0,
+        "max_positions": required(fields, "max_position_embeddings"),
+        "activation": fields.get("hidden_act", "silu"),
+        "norm_eps": float(fields.get("rms_norm_eps", 1e-6)),
+        "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
+        **rotary_from_hf(fields),
+    }
+
+
+def common_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `common_from_hf`."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "hidden_act": config.activation,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        **rotary_to_hf(config.rope_theta, config.rope_scaling),
+    }
+
+
+def tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """Where each parameter lies on disk; Qwen2 and Qwen3 use the same names."""
+    found = {
+        "embed/embedding": Tensor("model.embed_tokens.weight"),
+        "norm/scale": Tensor("model.norm.weight"),
+    }
+    if not config.tie_embeddings:
+        found["head/kernel"] = Tensor("lm_head.weight", transposed=True)
+    projections = [
+        ("attention/query", "self_attn.q_proj", config.attention_bias),
+        ("attention/key", "self_attn.k_proj", config.attention_bias),
+        ("attention/value", "self_attn.v_proj", config.attention_bias),
+        ("attention/output", "self_attn.o_proj", config.output_bias),
+        ("mlp/gate", "mlp.gate_proj", config.mlp_bias),
+        ("mlp/up", "mlp.up_proj", config.mlp_bias),
+        ("mlp/down", "mlp.down_proj", config.mlp_bias),
+    ]
+    norms = [("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")]
+    if config.qk_norm:
+        norms += [("attention/query_norm", "self_attn.q_norm"), ("attention/key_norm", "self_attn.k_norm")]
+    for i in range(config.num_layers):
+        ours, theirs = f"layers/{i}", f"model.layers.{i}"
+        for path, name, bias in projections:
+            found[f"{ours}/{path}/kernel"] = Tensor(f"{theirs}.{name}.weight", transposed=True)
+            if bias:
+                found[f"{ours}/{path}/bias"] = Tensor(f"{theirs}.{name}.bias")
+        for path, name in norms:
+            found[f"{ours}/{path}/scale"] = Tensor(f"{theirs}.{name}.weight")
+    return found

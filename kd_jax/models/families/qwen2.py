@@ -1,0 +1,33 @@
+"""Qwen2 and Qwen2.5: Llama with a bias on query, key and value."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kd_jax.models.families import llama
+from kd_jax.models.families.fields import Fields, refuse_window, required
+
+if TYPE_CHECKING:
+    from kd_jax.models.config import ModelConfig
+
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM"}
+FIXED = llama.FIXED | {"attention_bias": True, "output_bias": False, "mlp_bias": False}
+DEFAULTS = {"activation": "silu", "norm_eps": 1e-6}
+PREFIX, TOLERATED, TIED = llama.PREFIX, llama.TOLERATED, llama.TIED
+tensors = llama.tensors
+
+
+def check(config: ModelConfig) -> None:
+    """Nothing beyond FIXED."""
+
+
+def from_hf(fields: Fields) -> dict[str, Any]:
+    """The keywords of `ModelConfig` from config.json."""
+    refuse_window({"use_sliding_window": False, **fields})
+    required(fields, "num_key_value_heads")  # transformers' default is 32, not the number of heads
+    return llama.common_from_hf(fields)
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json from a `ModelConfig`."""
+    return llama.common_to_hf(config) | {"use_sliding_window": False}

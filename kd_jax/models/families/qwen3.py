@@ -1,0 +1,33 @@
+"""Qwen3 (dense): Llama with an RMS norm on each head's query and key, and a head size of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kd_jax.models.families import llama
+from kd_jax.models.families.fields import Fields, refuse_window, required
+
+if TYPE_CHECKING:
+    from kd_jax.models.config import ModelConfig
+
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM"}
+FIXED = llama.FIXED | {"qk_norm": True, "mlp_bias": False}
+DEFAULTS = {"activation": "silu", "norm_eps": 1e-6, "attention_bias": False, "output_bias": False}
+PREFIX, TOLERATED, TIED = llama.PREFIX, llama.TOLERATED, llama.TIED
+check, tensors = llama.check, llama.tensors
+
+
+def from_hf(fields: Fields) -> dict[str, Any]:
+    """The keywords of `ModelConfig` from config.json."""
+    refuse_window({"use_sliding_window": False, **fields})
+    required(
+        fields, "num_key_value_heads"
+    )  # transformers' defaults are 32 and 128, whatever the other sizes are
+    required(fields, "head_dim")
+    bias = bool(fields.get("attention_bias", False))
+    return llama.common_from_hf(fields) | {"attention_bias": bias, "output_bias": bias}
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json from a `ModelConfig`."""
+    return llama.common_to_hf(config) | {"attention_bias": config.attention_bias, "use_sliding_window": False}

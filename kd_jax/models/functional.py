@@ -1,0 +1,171 @@
+"""A model as pure functions of (params, tokens): NNX modules are split and merged here and nowhere else."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import DTypeLike
+
+from kd_jax.models.config import ModelConfig
+from kd_jax.models.transformer import Cache, Transformer
+
+Params = dict[str, Any]
+# From the tree of abstract parameters to a tree of `jax.sharding.Sharding` of the same structure.
+Shardings = Callable[[Params], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A language model without its parameters: hashable, so it can be closed over in jit or passed as static.
+
+    Args:
+      config: sizes and settings.
+      dtype: of the computation; norms, softmax and logits are float32 whatever it is.
+      param_dtype: of the parameters that `init` makes. `hidden` takes any and casts.
+    """
+
+    config: ModelConfig
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        # jnp.float32, "float32" and np.dtype("float32") must be one model, or jit traces it three times.
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
+
+    def init(self, key: Array, shardings: Shardings | None = None) -> Params:
+        """Random parameters: N(0, 0.02), what writes to the residual stream times 1 / sqrt(2 num_layers).
+
+        Args:
+          key: of `jax.random.key`.
+          shardings: from the abstract parameters to their shardings; the values do not depend on it.
+        Returns:
+          A plain nested dict with string keys, such as params["layers"]["0"]["attention"]["query"]["kernel"].
+        """
+        placed = None if shardings is None else shardings(self.abstract_params())
+        return jax.jit(lambda key: _pure(nnx.state(_module(self, key))), out_shardings=placed)(key)
+
+    def abstract_params(self) -> Params:
+        """The parameters' tree with a `jax.ShapeDtypeStruct` for each array."""
+        return jax.tree.map(lambda leaf: leaf, _split(self)[1])  # a copy: the cached tree must not be edited
+
+    def hidden(
+        self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None
+    ) -> Float[Array, "B L D"]:
+        """The hidden states after the final norm: what `head` turns into logits.
+
+        Args:
+          params: as from `init` or `load_pretrained`.
+          tokens: ids.
+          mask: True where there is a token. Padding left or right changes nothing at real tokens; at padding
+            the values are finite and mean nothing.
+        Raises:
+          ValueError: where positions are learned, a sequence that is longer than their number.
+        """
+        return self._apply(params, tokens, mask, None)[0]
+
+    def head(self, params: Params) -> Float[Array, "D V"]:
+        """The output matrix, in the computation's type: the embedding transposed where the two are tied."""
+        tied = self.config.tie_embeddings
+        matrix = params["embed"]["embedding"].T if tied else params["head"]["kernel"]
+        return matrix.astype(self.dtype)
+
+    def logits(
+        self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None
+    ) -> Float[Array, "B L V"]:
+        """hidden @ head, in float32: scores of the token that follows each position. See `hidden`."""
+        return self.project(params, self.hidden(params, tokens, mask))
+
+    def project(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Logits of hidden states, in float32."""
+        return jnp.matmul(hidden, self.head(params), preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `length` tokens, padding included."""
+        config = self.config
+        shape = (batch, length, config.num_kv_heads, config.head_dim)
+        keys = tuple(jnp.zeros(shape, self.dtype) for _ in range(config.num_layers))
+        values = tuple(jnp.zeros(shape, self.dtype) for _ in range(config.num_layers))
+        return Cache(keys, values, jnp.zeros((batch, length), bool), jnp.int32(0))
+
+    def extend(
+        self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None, cache: Cache
+    ) -> tuple[Float[Array, "B L D"], Cache]:
+        """`hidden` of tokens that follow what the cache holds, and the cache with them in it."""
+        return self._apply(params, tokens, mask, cache)
+
+    def _apply(self, params: Params, tokens: Array, mask: Array | None, cache: Cache | None) -> Any:
+        length = tokens.shape[1] if cache is None else cache.mask.shape[1]
+        if self.config.learned_positions and length > self.config.max_positions:
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than the {self.config.max_positions} positions "
+                f"that this {self.config.family} model has learned; shorten it."
+            )
+        return nnx.merge(_split(self)[0], params)(tokens, mask, cache)
+
+
+def from_config(
+    config: ModelConfig, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32
+) -> Model:
+    """A model that computes in `dtype` on parameters in `param_dtype`; `model.init(key)` makes random ones.
+
+    bfloat16 over float32 parameters is the usual choice for training on an accelerator.
+
+    Args:
+      config: sizes and settings.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+    Returns:
+      A `Model`, which holds no arrays.
+    Example:
+      >>> import jax
+      >>> config = ModelConfig(family="gpt2", vocab_size=11, hidden_size=8, num_layers=1, num_heads=2)
+      >>> model = from_config(config)
+      >>> params = model.init(jax.random.key(0))
+      >>> model.logits(params, jax.numpy.zeros((1, 3), int)).shape
+      (1, 3, 11)
+    """
+    return Model(config, dtype, param_dtype)
+
+
+def take_layers(model: Model, params: Params, layers: Sequence[int]) -> tuple[Model, Params]:
+    """A student out of its teacher: the chosen layers in the chosen order, everything else as it is.
+
+    The usual start of a shallower student. Arrays are shared with `params`, not copied.
+
+    Args:
+      model: the teacher.
+      params: its parameters.
+      layers: indices from 0 to num_layers - 1; one may appear twice.
+    Returns:
+      The student and its parameters.
+    Raises:
+      ValueError: no layer, or an index outside the range.
+    References:
+      Sanh et al., "DistilBERT", https://arxiv.org/abs/1910.01108, 2019, section 3.
+    """
+    depth = model.config.num_layers
+    if not layers or any(not 0 <= layer < depth for layer in layers):
+        raise ValueError(f"layers={list(layers)} must name at least one layer, each from 0 to {depth - 1}.")
+    config = dataclasses.replace(model.config, num_layers=len(layers))
+    chosen = {str(new): params["layers"][str(old)] for new, old in enumerate(layers)}
+    return dataclasses.replace(model, config=config), {**params, "layers": chosen}
+
+
+def _module(model: Model, key: Array) -> Transformer:
+    return Transformer(model.config, model.dtype, model.param_dtype, nnx.Rngs(key))
+
+
+@functools.lru_cache(maxsize=64)
+def _split(model: Model) -> tuple[Any, Params]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: _module(model, jax.random.key(0))))
+    return graph, _pure(state)
+
+
+def _pure(state: Any) -> Params:
+    return nnx.to_pure_dict(state)

@@ -1,0 +1,173 @@
+"""From a Hugging Face folder: config.json and safetensors, each tensor read where it goes and no further."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import DTypeLike
+
+from kd_jax.models.config import ModelConfig
+from kd_jax.models.families import FAMILIES
+from kd_jax.models.families.fields import Tensor
+from kd_jax.models.functional import Model, Params, Shardings, from_config
+from kd_jax.models.safetensors_io import Reader, open_folder, read_json
+
+
+def load_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face folder, without its weights.
+
+    The ids that end a text come from generation_config.json where it gives them, as in transformers'
+    `generate`.
+
+    Args:
+      path: a folder with a config.json.
+    Returns:
+      The config; its family is one of ours, so Mistral's is 'llama'.
+    Raises:
+      ValueError: no such file, an architecture or a setting that is not supported, or sizes that do not fit.
+    """
+    file = Path(path) / "config.json"
+    fields = read_json(file)
+    family = _family(file, fields)
+    generation = file.with_name("generation_config.json")
+    ids = fields | (read_json(generation) if generation.exists() else {})
+    try:
+        settings = FAMILIES[family].from_hf(fields)
+        return ModelConfig(
+            family=family,
+            bos_id=ids.get("bos_token_id"),
+            eos_id=ids.get("eos_token_id"),
+            pad_id=ids.get("pad_token_id"),
+            **settings,
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _family(file: Path, fields: dict[str, Any]) -> str:
+    kinds = {kind: name for name, family in FAMILIES.items() for kind in family.ARCHITECTURES}
+    kind = fields.get("model_type")
+    if kind not in kinds:
+        raise ValueError(f"{file}: model_type {kind!r} is not supported; supported: {', '.join(kinds)}.")
+    expected = FAMILIES[kinds[kind]].ARCHITECTURES[kind]
+    architectures = fields.get("architectures") or [expected]
+    if expected not in architectures:
+        raise ValueError(
+            f"{file}: architectures {architectures!r} is not supported; expected [{expected!r}]."
+        )
+    if fields.get("quantization_config"):
+        raise ValueError(
+            f"{file}: a quantization_config is in use; expected weights in float32, bfloat16 or float16."
+        )
+    return kinds[kind]
+
+
+def load_pretrained(
+    path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, shardings: Shardings | None = None
+) -> tuple[Model, Params]:
+    """A Hugging Face folder as a model and its parameters.
+
+    Tensors are read and placed one at a time, with `shardings` only the slices that this process's devices
+    hold, so that a model that fits no single device or host can still be loaded.
+
+    Args:
+      path: a folder with config.json and model.safetensors, or model.safetensors.index.json and its files.
+      dtype: of the parameters and the computation, whatever the type on disk.
+      shardings: from the abstract parameters (`Model.abstract_params`) to a tree of shardings; by default
+        everything lies, uncommitted, on the default device.
+    Returns:
+      The model and a plain nested dict of arrays.
+    Raises:
+      ValueError: anything in the folder that is unsupported, missing, superfluous, of another shape, or
+        damaged.
+    """
+    folder = Path(path)
+    config = load_config(folder)
+    model = from_config(config, dtype=dtype, param_dtype=dtype)
+    layout = FAMILIES[config.family].tensors(config)
+    abstract = model.abstract_params()
+    placed = None if shardings is None else shardings(abstract)
+    with open_folder(folder) as reader:
+        names = _names_on_disk(reader, config, layout)
+
+        def place(
+            path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None
+        ) -> jax.Array:
+            key = jax.tree_util.keystr(path, simple=True, separator="/")
+            tensor, name = layout[key], names[layout[key].name]
+            _check_shape(reader, name, tensor, leaf.shape)
+
+            def slice_of(index: tuple[slice, ...]) -> np.ndarray:
+                return _read(reader, name, tensor, leaf.shape, index).astype(leaf.dtype, copy=False)
+
+            if sharding is None:
+                return jnp.array(slice_of((slice(None),) * len(leaf.shape)))
+            return jax.make_array_from_callback(leaf.shape, sharding, slice_of)
+
+        trees = (abstract,) if placed is None else (abstract, placed)
+        return model, jax.tree.map_with_path(place, *trees)
+
+
+def _names_on_disk(reader: Reader, config: ModelConfig, layout: dict[str, Tensor]) -> dict[str, str]:
+    """From the family's name of each tensor to its name here; none may be missing and none left over."""
+    family = FAMILIES[config.family]
+    # A checkpoint of the bare trunk has the family's names without their first part.
+    bare = not any(name.startswith(family.PREFIX) for name in reader.names)
+    found = {name if not bare or name == family.TIED else family.PREFIX + name: name for name in reader.names}
+    wanted = {tensor.name for tensor in layout.values()}
+    if missing := wanted - set(found):
+        anywhere = reader.file(min(reader.names)) if reader.names else "the checkpoint"
+        raise ValueError(
+            f"{anywhere}: tensor {min(missing)!r} is missing, and {len(missing) - 1} more; a {config.family} "
+            f"model with {config.num_layers} layers needs it."
+        )
+    for name in sorted(set(found) - wanted):
+        if name == family.TIED:
+            _check_tied(reader, found[name], found[layout["embed/embedding"].name])
+        elif not any(re.fullmatch(pattern, name) for pattern in family.TOLERATED):
+            raise ValueError(
+                f"{reader.file(found[name])}: tensor {found[name]!r} has no place in a {config.family} model "
+                f"with {config.num_layers} layers and the settings in config.json."
+            )
+    return {name: found[name] for name in wanted}
+
+
+def _check_tied(reader: Reader, head: str, embedding: str) -> None:
+    """A head beside the embedding that config.json calls its equal must be its equal."""
+    shape = reader.shape(embedding)
+    blocks = [
+        (slice(row, min(row + 4096, shape[0])), slice(0, shape[1])) for row in range(0, shape[0], 4096)
+    ]  # not whole: each may be a good part of the model
+    if reader.shape(head) != shape or not all(
+        np.array_equal(reader.read(head, block), reader.read(embedding, block)) for block in blocks
+    ):
+        raise ValueError(
+            f"{reader.file(head)}: tensor {head!r} differs from {embedding!r}, though tie_word_embeddings "
+            "says that the two are one; set tie_word_embeddings to false to load both."
+        )
+
+
+def _check_shape(reader: Reader, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    expected = (*shape[:-1], shape[-1] * tensor.parts)
+    expected = expected[::-1] if tensor.transposed else expected
+    if reader.shape(name) != expected:
+        raise ValueError(
+            f"{reader.file(name)}: tensor {name!r} has shape {reader.shape(name)}; "
+            f"config.json asks for {expected}."
+        )
+
+
+def _read(
+    reader: Reader, name: str, tensor: Tensor, shape: tuple[int, ...], index: tuple[slice, ...]
+) -> np.ndarray:
+    """Our parameter at `index`, reading nothing else."""
+    bounds = [slice(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+    offset = tensor.part * shape[-1]
+    bounds[-1] = slice(bounds[-1].start + offset, bounds[-1].stop + offset)
+    if tensor.transposed:
+        return reader.read(name, tuple(bounds[::-1])).T
+    return reader.read(name, tuple(bounds))

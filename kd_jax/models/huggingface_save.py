@@ -1,0 +1,132 @@
+"""To a Hugging Face folder: what transformers opens unchanged, and `load_pretrained` bit for bit."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import DTypeLike
+
+from kd_jax.models.config import ModelConfig
+from kd_jax.models.families import FAMILIES
+from kd_jax.models.families.fields import Tensor
+from kd_jax.models.functional import Model, Params
+from kd_jax.models.safetensors_io import write_folder
+
+
+class SavesItself(Protocol):
+    """What `save_pretrained` asks of a tokenizer."""
+
+    def save(self, folder: Path, /) -> Any:
+        """Writes the tokenizer's files into the folder."""
+
+
+def save_pretrained(
+    path: str | os.PathLike[str],
+    model: Model,
+    params: Params,
+    tokenizer: SavesItself | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` and `load_pretrained` open unchanged.
+
+    The folder appears whole or not at all: it is written beside its place and renamed.
+
+    Args:
+      path: the folder to make; its parents are made too.
+      model: whose config is written.
+      params: whose values are written; each must be addressable from this process.
+      tokenizer: saved beside the weights.
+      dtype: on disk; by default the embedding's.
+      max_shard_bytes: a file's upper limit, from which on the weights are split over several with an index.
+    Raises:
+      ValueError: the folder has content already, or the parameters are not this model's.
+    """
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(
+            f"{target} exists and is not an empty folder; choose another path or remove it first."
+        )
+    arrays = _arrays_of(model, params)
+    kept = np.dtype(jnp.dtype(arrays["embed/embedding"].dtype if dtype is None else dtype))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process with this id that was killed here
+    partial.mkdir()
+    try:
+        _write_json(partial / "config.json", _config_fields(model.config, kept))
+        _write_json(partial / "generation_config.json", _generation_fields(model.config))
+        _write_weights(partial, model.config, arrays, kept, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(partial)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _arrays_of(model: Model, params: Params) -> dict[str, jax.Array]:
+    found, expected = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree.leaves_with_path(tree)
+        }
+        for tree in (params, model.abstract_params())
+    )
+    for key in sorted(found.keys() | expected.keys()):
+        shape, wanted = (tree[key].shape if key in tree else None for tree in (found, expected))
+        if shape != wanted:
+            raise ValueError(
+                f"the parameter {key!r} has shape {shape}; the model's config asks for {wanted}."
+            )
+    return found
+
+
+def _write_weights(
+    folder: Path, config: ModelConfig, arrays: dict[str, jax.Array], dtype: np.dtype, max_shard_bytes: int
+) -> None:
+    stored: dict[str, list[tuple[Tensor, str]]] = {}
+    for key, tensor in FAMILIES[config.family].tensors(config).items():
+        stored.setdefault(tensor.name, []).append((tensor, key))
+
+    def shape(tensor: Tensor, key: str) -> tuple[int, ...]:
+        ours = arrays[key].shape
+        return ours[::-1] if tensor.transposed else (*ours[:-1], ours[-1] * tensor.parts)
+
+    def values(name: str) -> np.ndarray:
+        parts = sorted(stored[name], key=lambda part: part[0].part)
+        joined = np.concatenate(
+            [np.asarray(arrays[key]).astype(dtype, copy=False) for _, key in parts], axis=-1
+        )
+        return np.ascontiguousarray(joined.T if parts[0][0].transposed else joined)
+
+    shapes = {name: shape(*parts[0]) for name, parts in stored.items()}
+    write_folder(folder, shapes, dtype, values, max_shard_bytes)
+
+
+def _config_fields(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
+    family: ModuleType = FAMILIES[config.family]
+    return {
+        "architectures": [family.ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        **family.to_hf(config),
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_id,
+        "pad_token_id": config.pad_id,
+        "torch_dtype": dtype.name,  # transformers 5 calls it dtype and still reads this
+    }
+
+
+def _generation_fields(config: ModelConfig) -> dict[str, Any]:
+    ids = {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id, "pad_token_id": config.pad_id}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _write_json(file: Path, fields: dict[str, Any]) -> None:
+    file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,165 @@
+"""Reading and writing a folder of safetensors files, one tensor at a time."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# On disk -> in NumPy; importing jax.numpy has registered bfloat16 (ml_dtypes) with NumPy.
+_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+
+
+class Reader:
+    """The tensors of a folder by name; nothing is read before `read`, and then only the slice asked for."""
+
+    def __init__(self, files: Mapping[str, Any], owners: Mapping[str, str], folder: Path):
+        self._files, self._owners, self._folder = files, owners, folder
+
+    @property
+    def names(self) -> set[str]:
+        """Every tensor's name."""
+        return set(self._owners)
+
+    def file(self, name: str) -> Path:
+        """The file that holds the tensor."""
+        return self._folder / self._owners[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, from the header.
+
+        Raises:
+          ValueError: the tensor is of a type that is not float32, bfloat16 or float16.
+        """
+        tensor = self._slice(name)
+        if tensor.get_dtype() not in _DTYPES:
+            raise ValueError(
+                f"{self.file(name)}: tensor {name!r} has type {tensor.get_dtype()}; expected "
+                f"{', '.join(_DTYPES)}. Quantised checkpoints are not supported."
+            )
+        return tuple(tensor.get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The tensor's values at `index`: a slice for each axis, its ends within the shape."""
+        return self._slice(name)[index]
+
+    def _slice(self, name: str) -> Any:
+        return self._files[self._owners[name]].get_slice(name)
+
+
+@contextlib.contextmanager
+def open_folder(folder: Path) -> Iterator[Reader]:
+    """Opens `model.safetensors`, or the files that `model.safetensors.index.json` lists.
+
+    Raises:
+      ValueError: neither is there, a file is missing, outside the folder or damaged, or index and files
+        disagree.
+    """
+    with contextlib.ExitStack() as stack:
+        if (folder / SINGLE).exists():
+            files = {SINGLE: _open(folder / SINGLE, stack)}
+            owners = {name: SINGLE for name in files[SINGLE].keys()}
+        elif (folder / INDEX).exists():
+            owners = _read_index(folder / INDEX)
+            files = {name: _open(folder / name, stack) for name in sorted(set(owners.values()))}
+            _check_index(folder, owners, {name: set(file.keys()) for name, file in files.items()})
+        else:
+            pickled = sorted(file.name for file in folder.glob("*.bin"))
+            hint = (
+                f" The folder has {', '.join(pickled)}: pickled files can run code when read, so they are "
+                "refused; convert them to safetensors first (transformers' save_pretrained writes them)."
+            )
+            raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is there.{hint if pickled else ''}")
+        yield Reader(files, owners, folder)
+
+
+def _open(file: Path, stack: contextlib.ExitStack) -> Any:
+    if not file.is_file():
+        raise ValueError(f"{file}: the file is missing; {INDEX} lists it.")
+    try:
+        return stack.enter_context(safe_open(file, framework="numpy"))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file}: not a whole safetensors file ({error}); fetch or write it again."
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; anything else there is an error that names it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(found).__name__}.")
+    return found
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    owners = read_json(file).get("weight_map")
+    if not isinstance(owners, dict) or not owners:
+        raise ValueError(f"{file}: expected a 'weight_map' from tensor names to file names.")
+    for name, owner in owners.items():
+        if not isinstance(owner, str) or owner in ("", ".", "..") or "/" in owner or "\\" in owner:
+            raise ValueError(
+                f"{file}: tensor {name!r} lies in {owner!r}; expected the name of a file beside the index."
+            )
+    return owners
+
+
+def _check_index(folder: Path, owners: Mapping[str, str], held: Mapping[str, set[str]]) -> None:
+    for name, owner in owners.items():
+        if name not in held[owner]:
+            raise ValueError(f"{folder / owner}: tensor {name!r} is missing; {INDEX} says that it is here.")
+    for owner, names in held.items():
+        if surplus := names - set(owners):
+            raise ValueError(f"{folder / owner}: tensor {min(surplus)!r} is not listed in {INDEX}.")
+
+
+def write_folder(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    tensor: Callable[[str], np.ndarray],
+    max_shard_bytes: int,
+) -> None:
+    """Writes the tensors file by file, holding one file's tensors at a time.
+
+    Args:
+      folder: an existing folder.
+      shapes: every tensor's name and shape.
+      dtype: of all of them.
+      tensor: gives the values of a name, C-contiguous.
+      max_shard_bytes: upper limit of a file, but for a tensor that is larger by itself.
+    """
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    shards = _shards(sizes, max_shard_bytes)
+    owners = {}
+    for i, names in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        # transformers refuses a file whose metadata does not say that the layout is PyTorch's.
+        save_file({name: tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
+        owners |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": owners}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> Sequence[Sequence[str]]:
+    shards, filled = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards

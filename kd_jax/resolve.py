@@ -1,0 +1,169 @@
+"""From the names and numbers of a config to functions, and what to say when one of them is wrong.
+
+A spec is a name, or a mapping with the name under ``"name"`` and keyword arguments beside it::
+
+    {"name": "alpha_beta", "alpha": 0.2, "beta": 0.7}
+
+A module is its own registry: the names it offers are its ``__all__``, or its public callables if it has none.
+"""
+
+import difflib
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Spec = str | Mapping[str, Any]  # an ml_collections.ConfigDict will do: whatever `dict` can read
+
+
+def bind(spec: Spec, module: ModuleType, **defaults: Any) -> Callable[..., Any]:
+    """The function a spec names, its keywords bound: for divergences and assistants.
+
+    The function is traced once on abstract arguments (vectors for parameters called ``log_...``, scalars for the other
+    positional ones), so that a number out of range is an error when a run is set up and not in its first step.
+
+    Args:
+      spec: a name, or a mapping with ``name`` and keywords.
+      module: where to look the name up.
+      **defaults: keywords for what the spec leaves out.
+
+    Returns:
+      A ``functools.partial`` that takes the function's positional arguments.
+
+    Raises:
+      ValueError: for an unknown name or keyword, a missing keyword, or a number out of range.
+
+    Example:
+      >>> from kd_jax import divergences
+      >>> bind({"name": "skew_forward_kl", "skew": 0.2}, divergences).keywords
+      {'skew': 0.2}
+    """
+    function, keywords = look_up(spec, module, positional=True, **defaults)
+    bound = functools.partial(function, **keywords)
+    shapes = [
+        jax.ShapeDtypeStruct((2,) if parameter.startswith("log_") else (), jnp.float32)
+        for parameter in _array_parameters(function)
+    ]
+    jax.eval_shape(bound, *shapes)
+    return bound
+
+
+def build(spec: Spec, module: ModuleType, **defaults: Any) -> Any:
+    """What the factory a spec names returns: for schedules and optimisers.
+
+    A keyword whose value is itself a spec (a mapping with ``name``), or a list of them, is built first, from the same
+    module: this is how ``join_schedules`` is written in a config.
+
+    Args:
+      spec: a name, or a mapping with ``name`` and keywords.
+      module: where to look the name up.
+      **defaults: keywords for what the spec leaves out.
+
+    Returns:
+      The result of calling the factory with the keywords.
+
+    Raises:
+      ValueError: for an unknown name or keyword, a missing keyword, or a number out of range.
+
+    Example:
+      >>> from kd_jax import schedules
+      >>> halfway = build({"name": "linear_schedule", "init_value": 0.0, "end_value": 1.0, "transition_steps": 10}, schedules)
+      >>> float(halfway(5))
+      0.5
+    """
+    factory, keywords = look_up(spec, module, positional=False, **defaults)
+    return factory(**{name: _build_nested(value, module) for name, value in keywords.items()})
+
+
+def look_up(
+    spec: Spec, module: ModuleType, *, positional: bool, **defaults: Any
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function a spec names, and its keywords, both checked against the module and the signature.
+
+    Args:
+      spec: a name, or a mapping with ``name`` and keywords.
+      module: where to look the name up.
+      positional: True if the required positional parameters are arrays to be given later, so that a spec may not name
+        them; False if they are keywords that the spec has to give.
+      **defaults: keywords for what the spec leaves out.
+
+    Returns:
+      The function, and the keywords to call it with.
+
+    Raises:
+      ValueError: for an unknown name or keyword, or a missing keyword.
+    """
+    keywords = {} if isinstance(spec, str) else dict(spec)
+    name = spec if isinstance(spec, str) else keywords.pop("name", None)
+    known = names(module)
+    if name not in known:
+        what = "no name" if name is None else f"unknown name {name!r}"
+        raise ValueError(f"{what} in the spec {_show(spec)}{_nearest(name, known)}; {module.__name__} has {', '.join(known)}.")
+    function = getattr(module, name)
+    keywords = defaults | keywords
+
+    parameters = inspect.signature(function).parameters
+    arrays = _array_parameters(function) if positional else []
+    named = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arrays]
+    if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        for keyword in keywords:
+            if keyword not in [p.name for p in named]:
+                options = [p.name for p in named]
+                raise ValueError(
+                    f"unknown keyword {keyword!r} in the spec {_show(spec)}{_nearest(keyword, options)}; "
+                    f"{name} takes {', '.join(options) or 'no keywords'}."
+                )
+    missing = [p.name for p in named if p.default is p.empty and p.name not in keywords]
+    if missing:
+        raise ValueError(f"the spec {_show(spec)} lacks {', '.join(missing)}: {name} has no default for it.")
+    return function, keywords
+
+
+def names(module: ModuleType) -> list[str]:
+    """What a module offers by name: its ``__all__``, or its public callables if it has none."""
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
+    return [name for name in dir(module) if not name.startswith("_") and callable(getattr(module, name))]
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """``value`` as a float, if it is a finite Python number in ``[low, high]``; a ValueError that names it otherwise."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}.")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie between {low:g} and {high:g}, but is {value!r}.")
+    return float(value)
+
+
+def check_fraction(name: str, value: Any) -> Any:
+    """``value``, checked to lie in ``[0, 1]`` if it is a Python number; an array, traced or not, is not looked into."""
+    return value if isinstance(value, jax.Array) else check_number(name, value, 0.0, 1.0)
+
+
+def _array_parameters(function: Callable[..., Any]) -> list[str]:
+    return [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+    ]
+
+
+def _build_nested(value: Any, module: ModuleType) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_build_nested(entry, module) for entry in value)
+    return build(value, module) if hasattr(value, "keys") and "name" in value else value
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _show(spec: Spec) -> str:
+    return repr(spec if isinstance(spec, str) else dict(spec))

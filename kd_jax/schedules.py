@@ -1,0 +1,181 @@
+"""Schedules: from a step to a number. optax's by their own names, and the one that optax lacks.
+
+optax has two protocols: a plain schedule is ``step -> value``, a stateful one has ``init``, ``update`` and ``__call__``.
+``as_stateful`` gives every schedule the second, so that a training step has one way to read and advance them all::
+
+    state = schedule.init()
+    value = schedule(state, step=step)                  # the value this step uses
+    state = schedule.update(state, step=step, loss=loss)  # what the next one will use
+"""
+
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from optax.schedules import (
+    StatefulSchedule,
+    constant_schedule,
+    cosine_decay_schedule,
+    cosine_onecycle_schedule,
+    exponential_decay,
+    join_schedules,
+    linear_onecycle_schedule,
+    linear_schedule,
+    piecewise_constant_schedule,
+    piecewise_interpolate_schedule,
+    polynomial_schedule,
+    sgdr_schedule,
+    warmup_constant_schedule,
+    warmup_cosine_decay_schedule,
+    warmup_exponential_decay_schedule,
+)
+
+from kd_jax.resolve import check_number
+
+__all__ = [
+    "constant_schedule",
+    "cosine_decay_schedule",
+    "cosine_onecycle_schedule",
+    "exponential_decay",
+    "join_schedules",
+    "linear_onecycle_schedule",
+    "linear_schedule",
+    "piecewise_constant_schedule",
+    "piecewise_interpolate_schedule",
+    "polynomial_schedule",
+    "sgdr_schedule",
+    "taid",
+    "warmup_constant_schedule",
+    "warmup_cosine_decay_schedule",
+    "warmup_exponential_decay_schedule",
+]
+
+
+class TaidState(NamedTuple):
+    """What TAID remembers: scalars in JAX's default floating type."""
+
+    value: Float[Array, ""]
+    momentum: Float[Array, ""]
+    previous_loss: Float[Array, ""]  # infinite before the first update
+
+
+class taid:  # noqa: N801 (a schedule is called by a lower-case name, like all of optax's)
+    """``t <- min(end, max(start + (end - start) k / N, t + alpha sigmoid(m) (1 - t)))``: TAID's path to the teacher.
+
+    ``m`` is the running mean of the loss's relative fall, so that the path is faster while the student follows and slower
+    while it does not; the straight line from start to end is its floor. The first update only stores the loss. With
+    the published ``beta`` the momentum hardly moves and ``sigmoid(m)`` stays near a half, and with the published
+    ``alpha`` the step exceeds the line's only in runs of more than ``2 / alpha`` steps: shorter ones follow the line.
+
+    Args:
+      total_steps: N, the number of updates in the run.
+      start: the weight of the teacher at first, in ``[0, 1)``.
+      end: the weight in the end, in ``(0, 1]`` and not below ``start``.
+      alpha: the size of an adaptive step, in ``[0, 1]``.
+      beta: the decay of the momentum, in ``[0, 1]``.
+      disable_adaptive: follow the line alone.
+
+    Raises:
+      ValueError: for a number out of range.
+
+    Example:
+      >>> schedule = taid(total_steps=10, alpha=0.5)
+      >>> state = schedule.init()
+      >>> state = schedule.update(state, step=0, loss=2.0)  # stores the loss
+      >>> state = schedule.update(state, step=1, loss=1.0)
+      >>> round(float(schedule(state, step=2)), 4)  # 0.4 + 0.5 sigmoid(0.005) 0.6
+      0.5504
+
+    References:
+      Shing et al., `TAID <https://arxiv.org/abs/2501.16937>`_, 2025, Eq. 6 and Alg. 1.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start: float = 0.4,
+        end: float = 1.0,
+        alpha: float = 5e-4,
+        beta: float = 0.99,
+        disable_adaptive: bool = False,
+    ):
+        self.total_steps = check_number("total_steps", total_steps, low=1)
+        self.end = check_number("end", end, 0.0, 1.0)
+        self.start = check_number("start", start, 0.0, 1.0)
+        if not self.start <= self.end or self.start == 1 or self.end == 0:
+            raise ValueError(f"taid goes up, from start < 1 to end > 0, but start is {start!r} and end is {end!r}.")
+        self.alpha = check_number("alpha", alpha, 0.0, 1.0)
+        self.beta = check_number("beta", beta, 0.0, 1.0)
+        self.disable_adaptive = disable_adaptive
+
+    def init(self) -> TaidState:
+        """The state before the first step."""
+        return TaidState(jnp.array(self.start, float), jnp.array(0.0, float), jnp.array(jnp.inf, float))
+
+    def __call__(self, state: TaidState, **unused: Any) -> Float[Array, ""]:
+        """The teacher's weight that the current step uses."""
+        return state.value
+
+    def update(
+        self, state: TaidState, *, step: jax.typing.ArrayLike, loss: jax.typing.ArrayLike, **unused: Any
+    ) -> TaidState:
+        """The state after a step, from its number (the first is 0) and its loss: a constant to the gradient."""
+        loss = jax.lax.stop_gradient(jnp.asarray(loss, state.value.dtype))
+        first = jnp.isinf(state.previous_loss)
+        previous = jnp.where(first, loss, state.previous_loss)
+        fall = (previous - loss) / (previous + 1e-15)
+        momentum = self.beta * state.momentum + (1 - self.beta) * fall
+        line = self.start + (self.end - self.start) * jnp.asarray(step, loss.dtype) / self.total_steps
+        adaptive = state.value + self.alpha * jax.nn.sigmoid(momentum) * (1 - state.value)
+        value = jnp.minimum(self.end, line if self.disable_adaptive else jnp.maximum(line, adaptive))
+        return TaidState(
+            jnp.where(first, state.value, value), jnp.where(first, state.momentum, momentum), loss
+        )
+
+
+def as_stateful(schedule: float | Callable[..., Any] | StatefulSchedule) -> StatefulSchedule:
+    """Any schedule under the stateful protocol; a plain one gets the empty state, a number is a constant.
+
+    Args:
+      schedule: a finite Python number, a function ``step -> value``, or a stateful schedule.
+
+    Returns:
+      A stateful schedule: ``init() -> state``, ``schedule(state, step=...) -> value``,
+      ``update(state, step=..., loss=...) -> state``.
+
+    Raises:
+      ValueError: if ``schedule`` is none of these.
+
+    Example:
+      >>> schedule = as_stateful(linear_schedule(0.0, 1.0, 10))
+      >>> float(schedule(schedule.init(), step=5))
+      0.5
+      >>> float(as_stateful(0.1)((), step=5)) == float(jnp.float32(0.1))
+      True
+    """
+    if isinstance(schedule, StatefulSchedule):
+        return schedule
+    if callable(schedule):
+        return _Stateless(schedule)
+    if isinstance(schedule, numbers.Real):
+        return _Stateless(constant_schedule(check_number("a constant schedule", schedule)))
+    raise ValueError(f"a schedule is a number, a function of the step or a stateful schedule, not {schedule!r}.")
+
+
+class _Stateless:
+    """A plain schedule with nothing to remember: the step is given, and not counted as in optax's own wrapper."""
+
+    def __init__(self, schedule: Callable[[Any], Any]):
+        self.schedule = schedule
+
+    def init(self) -> tuple[()]:
+        return ()
+
+    def __call__(self, state: tuple[()], *, step: jax.typing.ArrayLike, **unused: Any) -> Float[Array, ""]:
+        return jnp.asarray(self.schedule(step), float)
+
+    def update(self, state: tuple[()], **unused: Any) -> tuple[()]:
+        return state

@@ -1,0 +1,106 @@
+"""Where arrays live: one mesh with three axes, and one table from a parameter's path to its PartitionSpec."""
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+# Rows of a batch are divided over both of these; parameters are divided over fsdp and tensor.
+BATCH = P(("data", "fsdp"))
+
+# The first match counts. Optimiser states carry their parameter's path as a suffix, so one table places them too.
+# Matrices that read the residual stream are [D, out], those that write it [in, D]: D goes to fsdp, the other to tensor.
+RULES = (
+    (r"embed/embedding$", P("tensor", "fsdp")),
+    (r"positions/embedding$", P(None, "fsdp")),
+    (r"head/kernel$", P("fsdp", "tensor")),
+    (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
+    (r"(query|key|value|gate|up)/bias$", P("tensor")),
+    (r"(output|down)/kernel$", P("tensor", "fsdp")),
+    (r"(output|down)/bias$", P()),
+    (r"norm/(scale|bias)$", P()),
+    # Counters of the optimiser and of the schedules, scalars all.
+    (r"(count|step|notfinite_count|mini_step|gradient_step|inner_step)$", P()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
+    """The mesh: `data` copies of the model, each divided `fsdp` ways by parameter and `tensor` ways by matrix.
+
+    Args:
+      data: size of the axis over which the batch alone is divided; -1: whatever the other two leave.
+      fsdp: size of the axis over which both the batch and the parameters are divided.
+      tensor: size of the axis over which matrices are divided and rows are not.
+      devices: all of JAX's by default.
+
+    Raises:
+      ValueError: sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"mesh {dict(zip(AXES, sizes))} needs sizes of at least 1, and at most one -1 for 'the rest'.")
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, (data, fsdp, tensor)))} does not fit {len(devices)} devices: the sizes must multiply to "
+            f"{len(devices)}; -1 for one of them stands for whatever the others leave."
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """The sharding of every array of a tree of parameters, of an optimiser's state, or of both.
+
+    An axis of the mesh that does not divide an array's dimension is left out there, and the dimension is whole on
+    each of that axis's devices: an odd vocabulary costs memory, not an error.
+
+    Args:
+      mesh: as from `make_mesh`.
+      tree: arrays or ShapeDtypeStructs.
+
+    Returns:
+      The same tree with a NamedSharding in place of each array.
+
+    Raises:
+      ValueError: a path that no rule matches.
+    """
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        if leaf.ndim == 0:
+            return NamedSharding(mesh, P())
+        for pattern, spec in RULES:
+            if re.search(pattern, name):
+                return NamedSharding(mesh, _fit(mesh, spec, leaf.shape))
+        raise ValueError(f"no sharding rule matches the parameter {name!r} of shape {leaf.shape}; add one to RULES.")
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch's arrays: rows over data and fsdp, everything else whole."""
+    return NamedSharding(mesh, BATCH)
+
+
+def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
+    """One global array from each process's rows of it."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def path_name(path: Any) -> str:
+    """'layers/0/mlp/up/kernel' for the path of a leaf."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def _fit(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> P:
+    if len(spec) > len(shape):
+        return P()  # a state that optimisers such as adafactor keep in a factored shape: small, so whole
+    fits = [name if name and shape[i] % mesh.shape[name] == 0 else None for i, name in enumerate(spec)]
+    return P(*fits)
