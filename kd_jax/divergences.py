@@ -125,7 +125,7 @@ def adaptive_kl(
 
     The head is the smallest set of the teacher's top tokens whose mass reaches ``head_mass``. Forward KL learns the
     head first and reverse KL the tail, so each token gets more of what it is behind on. ``h`` is a constant to the
-    gradient.
+    gradient. Tokens of equal probability are in the head or out of it together.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
@@ -154,15 +154,9 @@ def adaptive_kl(
     log_p, log_q = promote(log_p, log_q)
     p, q = jnp.exp(jax.lax.stop_gradient(log_p)), jnp.exp(jax.lax.stop_gradient(log_q))
     gap = jnp.abs(p - q)
-    negative_sorted, gap_sorted = jax.lax.sort((-p, gap), dimension=-1, num_keys=1)
-    reached = jnp.cumsum(-negative_sorted, axis=-1)
-    if include_crossing:
-        head = reached + negative_sorted < head_mass
-    else:
-        head = reached <= head_mass
-    head = head.at[..., 0].set(True)
-    total = jnp.sum(gap, axis=-1)
-    share = jnp.where(total > 0, jnp.sum(jnp.where(head, gap_sorted, 0.0), axis=-1) / jnp.where(total > 0, total, 1.0), 0.5)
+    whole = jnp.sum(gap, axis=-1)
+    in_head = jnp.sum(jnp.where(_head(p, head_mass, include_crossing), gap, 0.0), axis=-1)
+    share = jnp.where(whole > 0, in_head / jnp.where(whole > 0, whole, 1.0), 0.5)
     return weigh(share, forward_kl(log_p, log_q)) + weigh(1 - share, reverse_kl(log_p, log_q))
 
 
@@ -359,6 +353,29 @@ def alpha_beta(
       Wang et al., `ABKD <https://arxiv.org/abs/2505.04560>`_, 2025, Eq. 7.
     """
     return jnp.sum(_summand(log_p, log_q, check_number("alpha", alpha), check_number("beta", beta)), axis=-1)
+
+
+def _head(p: Array, head_mass: float, include_crossing: bool) -> Array:
+    """True for the teacher's top tokens: those not below the largest threshold that ``head_mass`` is reached at.
+
+    The threshold is found by halving, in the bits of floating-point numbers, which are ordered as the numbers are: some
+    tens of sums over the vocabulary, where a sort costs as much as some hundreds.
+    """
+    bits = jax.lax.bitcast_convert_type(p, jnp.int64 if p.dtype == jnp.float64 else jnp.int32)
+    highest = jnp.max(bits, axis=-1)
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        mass = jnp.sum(jnp.where(bits >= middle[..., None], p, 0.0), axis=-1)
+        reached = mass >= head_mass if include_crossing else mass > head_mass
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+
+    halvings = 62 if p.dtype == jnp.float64 else 30  # the bits of numbers below 2 are integers below 2**62 and 2**30
+    crossing, _ = jax.lax.fori_loop(0, halvings, halve, (jnp.zeros_like(highest), highest + 1))
+    if include_crossing:
+        return bits >= crossing[..., None]
+    return (bits > crossing[..., None]) | (bits == highest[..., None])
 
 
 def _summand(log_p: Array, log_q: Array, alpha: float, beta: float) -> Array:
