@@ -1,8 +1,8 @@
 """Assistants: distributions on a path from the student's to the teacher's.
 
-Each is ``r(log_p, log_q, weight) -> log_r``, all normalised over the last axis, the vocabulary. ``weight`` is the
-teacher's, one number or one a token, traced or not: 0 gives exactly ``log_q`` and 1 exactly ``log_p``, and at these
-ends the gradient flows to that one alone. A Python number outside ``[0, 1]`` is a ValueError.
+Each is ``r(log_p, log_q, weight) -> log_r``, all normalised over the last axis, the vocabulary. ``weight`` is
+the teacher's, one number or one a token, traced or not: 0 gives exactly ``log_q`` and 1 exactly ``log_p``,
+and at these ends the gradient flows to that one alone. A Python number outside ``[0, 1]`` is a ValueError.
 """
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from kd_jax.logspace import has_mass, log_decay_mix, log_mix, over_vocab, promote
 from kd_jax.resolve import check_fraction, check_number
 
-__all__ = ["arithmetic_mixture", "geometric_mixture", "alpha_mixture"]
+__all__ = ["alpha_mixture", "arithmetic_mixture", "geometric_mixture"]
 
 
 def arithmetic_mixture(
@@ -41,8 +41,8 @@ def arithmetic_mixture(
       [0.7, 0.3]
 
     References:
-      Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024, Eq. 1;
-      Ko et al., `DistiLLM <https://arxiv.org/abs/2402.03898>`_, 2024, Eq. 2.
+      Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024,
+      Eq. 1; Ko et al., `DistiLLM <https://arxiv.org/abs/2402.03898>`_, 2024, Eq. 2.
     """
     return log_mix(log_p, log_q, check_fraction("weight", weight))
 
@@ -90,11 +90,11 @@ def alpha_mixture(
     *,
     alpha: float,
 ) -> Float[Array, "*batch vocab"]:
-    """``r ∝ (w p^c + (1 - w) q^c)^(1/c)`` with ``c = (1 - alpha) / 2``, the assistant of AMiD, for every real alpha.
+    """``r ∝ (w p^c + (1 - w) q^c)^(1/c)``, ``c = (1 - alpha) / 2``, for every real alpha: AMiD's assistant.
 
-    One family for the others: -1 is the arithmetic mixture, 1 the geometric, 3 the harmonic; towards -inf it is the
-    larger of the two probabilities, towards +inf the smaller. Below 1 it has mass where either has, from 1 on where
-    both have. It is continuous in alpha and accurate through 1.
+    One family for the others: -1 is the arithmetic mixture, 1 the geometric, 3 the harmonic; towards -inf it
+    is the larger of the two probabilities, towards +inf the smaller. Below 1 it has mass where either has,
+    from 1 on where both have. It is continuous in alpha and accurate through 1.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
@@ -141,6 +141,7 @@ def alpha_mixture(
 def _on_path(log_p: Array, log_q: Array, weight: Array, unnormalised: Array) -> Array:
     """Normalises what lies strictly between, and takes the ends as they are."""
     at_q, at_p = weight == 0, weight == 1
-    # At an end the softmax is not selected, but it must have a gradient, which that of no mass at all has not.
+    # At an end the softmax is not selected, but it must have a gradient, which that of no mass at all has
+    # not.
     log_r = jax.nn.log_softmax(jnp.where(at_q | at_p, log_q, unnormalised), axis=-1)
     return jnp.where(at_q, log_q, jnp.where(at_p, log_p, log_r))

@@ -1,39 +1,41 @@
 """Divergences between two next-token distributions.
 
-Each is ``D(log_p, log_q, *, ...) -> a value per token``, in nats, reduced over the last axis, the vocabulary, over which
-both are normalised. ``p`` is the teacher and ``q`` the student by convention; nothing here depends on it. Value and
-gradient are finite wherever the true value is: entries of no mass (``-inf``) and ``p == q`` included. Where the true
-value is infinite so is the value, and the entries that make it so add nothing to the gradient.
+Each is ``D(log_p, log_q, *, ...) -> a value per token``, in nats, reduced over the last axis, the vocabulary,
+over which both are normalised. ``p`` is the teacher and ``q`` the student by convention; nothing here depends
+on it. Value and gradient are finite wherever the true value is: entries of no mass (``-inf``) and ``p == q``
+included. Where the true value is infinite so is the value, and the entries that make it so add nothing to the
+gradient.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kd_jax.logspace import decay_integral, exp_curvature, has_mass, log_decay_mix, over_vocab, promote, weigh
+from kd_jax.logspace import alpha_beta_entries, mixture_kl_entries, over_vocab, promote, weigh
 from kd_jax.resolve import check_fraction, check_number
 
 __all__ = [
-    "forward_kl",
-    "reverse_kl",
-    "mixed_kl",
     "adaptive_kl",
+    "alpha_beta",
+    "alpha_divergence",
+    "forward_kl",
     "jensen_shannon",
+    "mixed_kl",
+    "reverse_kl",
     "skew_forward_kl",
     "skew_reverse_kl",
     "total_variation",
-    "alpha_divergence",
-    "alpha_beta",
 ]
 
+LogProbs = Float[Array, "*batch vocab"]
+PerToken = Float[Array, "*batch"]
 
-def forward_kl(
-    log_p: Float[Array, "*batch vocab"], log_q: Float[Array, "*batch vocab"]
-) -> Float[Array, "*batch"]:
+
+def forward_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
     """``KL(p || q) = sum p (log p - log q)``.
 
-    The student is asked to cover everything the teacher may say. It is infinite where the teacher has mass and the
-    student has none.
+    The student is asked to cover everything the teacher may say. It is infinite where the teacher has mass
+    and the student has none.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
@@ -50,16 +52,14 @@ def forward_kl(
     References:
       Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015.
     """
-    return jnp.sum(_summand(log_p, log_q, 1.0, 0.0), axis=-1)
+    return jnp.sum(alpha_beta_entries(log_p, log_q, 1.0, 0.0), axis=-1)
 
 
-def reverse_kl(
-    log_p: Float[Array, "*batch vocab"], log_q: Float[Array, "*batch vocab"]
-) -> Float[Array, "*batch"]:
+def reverse_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
     """``KL(q || p) = sum q (log q - log p)``.
 
-    The student is asked to say only what the teacher may say. It is infinite where the student has mass and the
-    teacher has none.
+    The student is asked to say only what the teacher may say. It is infinite where the student has mass and
+    the teacher has none.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
@@ -79,12 +79,7 @@ def reverse_kl(
     return forward_kl(log_q, log_p)
 
 
-def mixed_kl(
-    log_p: Float[Array, "*batch vocab"],
-    log_q: Float[Array, "*batch vocab"],
-    *,
-    forward_weight: Float[Array, "*batch"] | float = 0.5,
-) -> Float[Array, "*batch"]:
+def mixed_kl(log_p: LogProbs, log_q: LogProbs, *, forward_weight: PerToken | float = 0.5) -> PerToken:
     """``w KL(p || q) + (1 - w) KL(q || p)``.
 
     A fixed compromise between covering the teacher and staying within it; half and half is half of Jeffreys'
@@ -115,24 +110,20 @@ def mixed_kl(
 
 
 def adaptive_kl(
-    log_p: Float[Array, "*batch vocab"],
-    log_q: Float[Array, "*batch vocab"],
-    *,
-    head_mass: float = 0.5,
-    include_crossing: bool = True,
-) -> Float[Array, "*batch"]:
-    """``h KL(p || q) + (1 - h) KL(q || p)``, where ``h`` is the share of ``sum |p - q|`` that lies in the teacher's head.
+    log_p: LogProbs, log_q: LogProbs, *, head_mass: float = 0.5, include_crossing: bool = True
+) -> PerToken:
+    """``h KL(p || q) + (1 - h) KL(q || p)``, ``h`` the share of ``sum |p - q|`` in the teacher's head.
 
-    The head is the smallest set of the teacher's top tokens whose mass reaches ``head_mass``. Forward KL learns the
-    head first and reverse KL the tail, so each token gets more of what it is behind on. ``h`` is a constant to the
-    gradient. Tokens of equal probability are in the head or out of it together.
+    The head is the smallest set of the teacher's top tokens whose mass reaches ``head_mass``. Forward KL
+    learns the head first and reverse KL the tail, so each token gets more of what it is behind on. ``h`` is a
+    constant to the gradient. Tokens of equal probability are in the head or out of it together.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
       log_q: the student's, normalised.
       head_mass: the teacher's mass that makes a head, in ``[0, 1]``.
-      include_crossing: whether the token that reaches ``head_mass`` belongs to the head, as in the paper. The authors'
-        code leaves it out, unless it is the first.
+      include_crossing: whether the token that reaches ``head_mass`` belongs to the head, as in the paper. The
+        authors' code leaves it out, unless it is the first.
 
     Returns:
       Nats per token, not negative; 0 where ``p == q``.
@@ -160,16 +151,11 @@ def adaptive_kl(
     return weigh(share, forward_kl(log_p, log_q)) + weigh(1 - share, reverse_kl(log_p, log_q))
 
 
-def jensen_shannon(
-    log_p: Float[Array, "*batch vocab"],
-    log_q: Float[Array, "*batch vocab"],
-    *,
-    weight: Float[Array, "*batch"] | float = 0.5,
-) -> Float[Array, "*batch"]:
+def jensen_shannon(log_p: LogProbs, log_q: LogProbs, *, weight: PerToken | float = 0.5) -> PerToken:
     """``w KL(p || m) + (1 - w) KL(q || m)`` with ``m = w p + (1 - w) q``.
 
-    Always finite, and bounded by the entropy of ``(w, 1 - w)``. Divided by w it tends to ``KL(p || q)`` as w tends to 0,
-    and divided by 1 - w to ``KL(q || p)`` as w tends to 1; at the ends themselves it is 0.
+    Always finite, and bounded by the entropy of ``(w, 1 - w)``. Divided by w it tends to ``KL(p || q)`` as w
+    tends to 0, and divided by 1 - w to ``KL(q || p)`` as w tends to 1; at the ends themselves it is 0.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
@@ -188,20 +174,16 @@ def jensen_shannon(
       0.6931
 
     References:
-      Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024, Eq. 1.
+      Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024,
+      Eq. 1.
     """
     w = check_fraction("weight", weight)
-    of_p, of_q = _summands_to_mixture(log_p, log_q, w)
+    of_p, of_q = mixture_kl_entries(log_p, log_q, w)
     w = over_vocab(w)
     return jnp.sum(weigh(w, of_p) + weigh(1 - w, of_q), axis=-1)
 
 
-def skew_forward_kl(
-    log_p: Float[Array, "*batch vocab"],
-    log_q: Float[Array, "*batch vocab"],
-    *,
-    skew: Float[Array, "*batch"] | float = 0.1,
-) -> Float[Array, "*batch"]:
+def skew_forward_kl(log_p: LogProbs, log_q: LogProbs, *, skew: PerToken | float = 0.1) -> PerToken:
     """``KL(p || s p + (1 - s) q)``.
 
     Forward KL with a floor under the student: never above ``-log s``, and gradients of bounded size.
@@ -225,18 +207,14 @@ def skew_forward_kl(
     References:
       Ko et al., `DistiLLM <https://arxiv.org/abs/2402.03898>`_, 2024, Eq. 2.
     """
-    return jnp.sum(_summands_to_mixture(log_p, log_q, check_fraction("skew", skew))[0], axis=-1)
+    return jnp.sum(mixture_kl_entries(log_p, log_q, check_fraction("skew", skew))[0], axis=-1)
 
 
-def skew_reverse_kl(
-    log_p: Float[Array, "*batch vocab"],
-    log_q: Float[Array, "*batch vocab"],
-    *,
-    skew: Float[Array, "*batch"] | float = 0.1,
-) -> Float[Array, "*batch"]:
+def skew_reverse_kl(log_p: LogProbs, log_q: LogProbs, *, skew: PerToken | float = 0.1) -> PerToken:
     """``KL(q || s q + (1 - s) p)``.
 
-    Reverse KL with a floor under the teacher: finite even where the student says what the teacher never would.
+    Reverse KL with a floor under the teacher: finite even where the student says what the teacher never
+    would.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
@@ -260,9 +238,7 @@ def skew_reverse_kl(
     return skew_forward_kl(log_q, log_p, skew=skew)
 
 
-def total_variation(
-    log_p: Float[Array, "*batch vocab"], log_q: Float[Array, "*batch vocab"]
-) -> Float[Array, "*batch"]:
+def total_variation(log_p: LogProbs, log_q: LogProbs) -> PerToken:
     """``1/2 sum |p - q|``: the chance that the better of two guesses which one a token came from is forced.
 
     Symmetric, bounded, and blind to ratios: small probabilities matter only by their size. Its gradient where
@@ -288,13 +264,12 @@ def total_variation(
     return jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1) / 2
 
 
-def alpha_divergence(
-    log_p: Float[Array, "*batch vocab"], log_q: Float[Array, "*batch vocab"], *, alpha: float
-) -> Float[Array, "*batch"]:
-    """``(1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha))``, and its limits ``KL(p || q)`` at 1 and ``KL(q || p)`` at 0.
+def alpha_divergence(log_p: LogProbs, log_q: LogProbs, *, alpha: float) -> PerToken:
+    """``(1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha))``, and its limits at 0 and 1.
 
-    One dial from reverse KL through the Hellinger distance (1/2) to forward KL. It is ``alpha_beta`` with
-    ``beta = 1 - alpha``. Strictly between 0 and 1 it is always finite.
+    These are ``KL(q || p)`` at 0 and ``KL(p || q)`` at 1. One dial from reverse KL through the Hellinger
+    distance (1/2) to forward KL. It is ``alpha_beta`` with ``beta = 1 - alpha``. Strictly between 0 and 1 it
+    is always finite.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
@@ -313,23 +288,24 @@ def alpha_divergence(
       [0.5108, 0.5108]
 
     References:
-      Cichocki & Amari, `Families of Alpha- Beta- and Gamma-Divergences <https://doi.org/10.3390/e12061532>`_, 2010.
+      Cichocki & Amari, `Families of Alpha- Beta- and Gamma-Divergences <https://doi.org/10.3390/e12061532>`_,
+      2010.
     """
     alpha = check_number("alpha", alpha)
-    return jnp.sum(_summand(log_p, log_q, alpha, 1 - alpha), axis=-1)
+    return jnp.sum(alpha_beta_entries(log_p, log_q, alpha, 1 - alpha), axis=-1)
 
 
-def alpha_beta(
-    log_p: Float[Array, "*batch vocab"], log_q: Float[Array, "*batch vocab"], *, alpha: float, beta: float
-) -> Float[Array, "*batch"]:
-    """``-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]`` with ``a = alpha``, ``b = beta``, and its limits.
+def alpha_beta(log_p: LogProbs, log_q: LogProbs, *, alpha: float, beta: float) -> PerToken:
+    """``-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]``, a = alpha, b = beta, and its limits.
 
-    Two dials: the smaller alpha, the more a token counts by how far the two are apart on it; the larger beta, the more
-    by how sure the student is of it. (1, 0) is forward KL, (0, 1) reverse KL, ``a + b = 1`` the alpha-divergences,
-    (0, 0) half the squared difference of the logarithms. Continuous in both, where the published code is not: the limits carry
-    ``1/b^2`` at ``a = 0``, ``1/a^2`` at ``b = 0`` and at ``a + b = 0``.
+    Two dials: the smaller alpha, the more a token counts by how far the two are apart on it; the larger beta,
+    the more by how sure the student is of it. (1, 0) is forward KL, (0, 1) reverse KL, ``a + b = 1`` the
+    alpha-divergences, (0, 0) half the squared difference of the logarithms. Continuous in both, where the
+    published code is not: the limits carry ``1/b^2`` at ``a = 0``, ``1/a^2`` at ``b = 0`` and at ``a + b =
+    0``.
 
-    An entry where one of the two has no mass adds a finite amount only if ``a + b`` and that one's exponent are positive.
+    An entry where one of the two has no mass adds a finite amount only if ``a + b`` and that one's exponent
+    are positive.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
@@ -349,17 +325,19 @@ def alpha_beta(
       [0.5108, 0.5108, 0.5108]
 
     References:
-      Cichocki et al., `Generalized Alpha-Beta Divergences <https://doi.org/10.3390/e13010134>`_, 2011, Eq. 22;
-      Wang et al., `ABKD <https://arxiv.org/abs/2505.04560>`_, 2025, Eq. 7.
+      Cichocki et al., `Generalized Alpha-Beta Divergences <https://doi.org/10.3390/e13010134>`_, 2011, Eq.
+      22; Wang et al., `ABKD <https://arxiv.org/abs/2505.04560>`_, 2025, Eq. 7.
     """
-    return jnp.sum(_summand(log_p, log_q, check_number("alpha", alpha), check_number("beta", beta)), axis=-1)
+    alpha, beta = check_number("alpha", alpha), check_number("beta", beta)
+    return jnp.sum(alpha_beta_entries(log_p, log_q, alpha, beta), axis=-1)
 
 
 def _head(p: Array, head_mass: float, include_crossing: bool) -> Array:
-    """True for the teacher's top tokens: those not below the largest threshold that ``head_mass`` is reached at.
+    """True for the teacher's top tokens: those not below the largest threshold that ``head_mass`` is reached
+    at.
 
-    The threshold is found by halving, in the bits of floating-point numbers, which are ordered as the numbers are: some
-    tens of sums over the vocabulary, where a sort costs as much as some hundreds.
+    The threshold is found by halving, in the bits of floating-point numbers, which are ordered as the numbers
+    are: some tens of sums over the vocabulary, where a sort costs as much as some hundreds.
     """
     bits = jax.lax.bitcast_convert_type(p, jnp.int64 if p.dtype == jnp.float64 else jnp.int32)
     highest = jnp.max(bits, axis=-1)
@@ -371,82 +349,9 @@ def _head(p: Array, head_mass: float, include_crossing: bool) -> Array:
         reached = mass >= head_mass if include_crossing else mass > head_mass
         return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
 
-    halvings = 62 if p.dtype == jnp.float64 else 30  # the bits of numbers below 2 are integers below 2**62 and 2**30
+    # The bits of numbers below 2 are integers below 2**62 and 2**30.
+    halvings = 62 if p.dtype == jnp.float64 else 30
     crossing, _ = jax.lax.fori_loop(0, halvings, halve, (jnp.zeros_like(highest), highest + 1))
     if include_crossing:
         return bits >= crossing[..., None]
     return (bits > crossing[..., None]) | (bits == highest[..., None])
-
-
-def _summand(log_p: Array, log_q: Array, alpha: float, beta: float) -> Array:
-    """One entry's share of the alpha-beta divergence, not negative: all of the family above but the last sum.
-
-    With ``d = log p - log q`` it is ``d^2`` times the second divided difference of exp at the three exponents,
-    ``s log q``, ``alpha log p + beta log q`` and ``s log p``, ``s = alpha + beta``: smooth in alpha and beta, and the
-    limits are where exponents coincide. One of the three always lies between the others, by ``up d`` below the one and ``down d``
-    above the other. From the top exponent, whose ``exp`` is drawn out, the value is two decay integrals.
-    """
-    log_p, log_q = promote(log_p, log_q)
-    has_p, has_q = has_mass(log_p), has_mass(log_q)
-    # An entry of no mass takes the other's place: d is then 0, and the top exponent that of the one with mass.
-    safe_p = jnp.where(has_p, log_p, jnp.where(has_q, log_q, 0.0))
-    safe_q = jnp.where(has_q, log_q, jnp.where(has_p, log_p, 0.0))
-
-    total = alpha + beta
-    exponent_p, exponent_q = total * safe_p, total * safe_q
-    widest = max(abs(alpha), abs(beta), abs(total))
-    if abs(total) == widest:
-        up, down = beta, alpha
-    else:
-        exponent_mixed = alpha * safe_p + beta * safe_q
-        if abs(beta) == widest:
-            up, down, exponent_q = total, -alpha, exponent_mixed
-        else:
-            up, down, exponent_p = -beta, total, exponent_mixed
-    if up + down < 0:  # both are negative: the same three points from the other side
-        up, down, exponent_p, exponent_q = -down, -up, exponent_q, exponent_p
-
-    d = safe_p - safe_q
-    top = jnp.exp(jnp.maximum(exponent_p, exponent_q))
-    first_is_up, x = d > 0, jnp.abs(d)
-    if widest > 0:
-        integral_up, integral_down = decay_integral(x, up), decay_integral(x, down)
-        first, second = jnp.where(first_is_up, integral_up, integral_down), jnp.where(first_is_up, integral_down, integral_up)
-        curve = (first - (1 - jnp.where(first_is_up, up, down) * first) * second) / widest
-    if widest < 0.25:
-        # Near the origin of the plane the division above multiplies rounding, as of 0/0.
-        near = widest * x < 1
-        small = jnp.where(near, x, 0.0)
-        series = small**2 * exp_curvature(-jnp.where(first_is_up, up, down) * small, -widest * small)
-        curve = jnp.where(near, series, curve) if widest > 0 else series
-
-    missing_p = top / (alpha * total) if alpha > 0 and total > 0 else jnp.inf
-    missing_q = top / (beta * total) if beta > 0 and total > 0 else jnp.inf
-    alone = jnp.where(has_p, missing_q, jnp.where(has_q, missing_p, 0.0))
-    return jnp.where(has_p & has_q, top * curve, alone)
-
-
-def _summands_to_mixture(log_p: Array, log_q: Array, weight: Array | float) -> tuple[Array, Array]:
-    """Each entry's share of ``KL(p || m)`` and of ``KL(q || m)``, ``m = w p + (1 - w) q``, neither of them negative.
-
-    Entry by entry, all is written as the greater of p and q times a function of their ratio, and ``- p + m``, whose
-    sum is 0, is added: nothing is then left to cancel but what is small itself. From ``log m`` it would take two passes more.
-    """
-    log_p, log_q = promote(log_p, log_q)
-    weight = over_vocab(weight)
-    has_p, has_q = has_mass(log_p), has_mass(log_q)
-    both, p_greater = has_p & has_q, log_p > log_q
-    w_greater, w_lesser = jnp.where(p_greater, weight, 1 - weight), jnp.where(p_greater, 1 - weight, weight)
-
-    greater = jnp.exp(jnp.maximum(log_p, log_q))
-    x = jnp.abs(jnp.where(both, log_p, 0.0) - jnp.where(both, log_q, 0.0))
-    lesser_less_1 = jnp.where(both, jnp.expm1(-x), -1.0)  # as a multiple of the greater
-    m_less_1 = w_lesser * lesser_less_1
-    infinite = (has_p ^ has_q) & (w_greater == 0)  # m has no mass where the greater has
-    if isinstance(weight, float) and 0.05 < weight < 0.95:
-        log_m = jnp.log1p(m_less_1)
-    else:  # 1 + m_less_1 may be near 0 and all rounding
-        log_m = jnp.where(both, log_decay_mix(x, w_greater, w_lesser), jnp.log(jnp.where(w_greater > 0, w_greater, 1.0)))
-    of_greater = jnp.where(infinite, jnp.inf, greater * (m_less_1 - log_m))
-    of_lesser = greater * (m_less_1 - lesser_less_1 - (1 + lesser_less_1) * (x + log_m))
-    return jnp.where(p_greater, of_greater, of_lesser), jnp.where(p_greater, of_lesser, of_greater)

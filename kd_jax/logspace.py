@@ -1,8 +1,8 @@
 """Arithmetic on log-probabilities that stays finite, in value and gradient, where there is no mass.
 
-No mass is a log-probability of ``-inf``. Two rules keep such an entry from poisoning the rest: ``-inf - -inf`` is
-never formed, and whatever a ``where`` does not select is computed from finite stand-ins, since its gradient is
-multiplied by zero and not left out.
+No mass is a log-probability of ``-inf``. Two rules keep such an entry from poisoning the rest: ``-inf -
+-inf`` is never formed, and whatever a ``where`` does not select is computed from finite stand-ins, since its
+gradient is multiplied by zero and not left out.
 """
 
 import math
@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 
 def promote(*arrays: Float[Array, "..."]) -> tuple[Array, ...]:
-    """The arrays in one floating type, float32 at the least: in bfloat16 a log-probability has two or three digits.
+    """The arrays in one floating type, float32 at the least: in bfloat16 a log-probability has two or three
+    digits.
 
     Example:
       >>> [x.dtype.name for x in promote(jnp.zeros(2, jnp.bfloat16), jnp.zeros(2, jnp.float16))]
@@ -48,7 +49,7 @@ def log_mix(
     log_q: Float[Array, "*batch vocab"],
     weight: Float[Array, "*batch"] | float,
 ) -> Float[Array, "*batch vocab"]:
-    """``log(w p + (1 - w) q)`` for ``w`` in ``[0, 1]``: exactly ``log_q`` at 0 and ``log_p`` at 1, gradients included.
+    """``log(w p + (1 - w) q)``: exactly ``log_q`` at ``w = 0`` and ``log_p`` at 1, gradients included.
 
     ``jnp.logaddexp`` gives the same values, but a gradient of NaN where neither has mass.
 
@@ -98,7 +99,8 @@ def log_decay_mix(
 
 
 def decay_integral(distance: Float[Array, "*shape"], rate: float) -> Float[Array, "*shape"]:
-    """``(1 - exp(-rate x)) / rate``, the integral of ``exp(-rate t)`` from 0 to x: exact through ``rate = 0``, where it is x.
+    """``(1 - exp(-rate x)) / rate``, the integral of ``exp(-rate t)`` from 0 to x: exact down to ``rate =
+    0``.
 
     Args:
       distance: x, not negative.
@@ -111,15 +113,16 @@ def decay_integral(distance: Float[Array, "*shape"], rate: float) -> Float[Array
       >>> [float(decay_integral(jnp.array(2.0), rate)) for rate in (0.0, 1e-9)]
       [2.0, 2.0]
     """
-    # Below this rate the two differ by less than rounding even for a distance of a thousand, and 1 / rate overflows soon.
+    # Below this rate the two differ by less than rounding even for a distance of a thousand, and 1 / rate
+    # overflows soon.
     return distance if rate < 1e-20 else -jnp.expm1(-rate * distance) / rate
 
 
 def exp_curvature(u: Float[Array, "*shape"], v: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The second divided difference of ``exp`` at ``0, u, v``, by its series, for ``-1 <= u, v <= 0``.
 
-    It is ``(exp(v) - 1 - v (exp(u) - 1) / u) / (v (v - u))`` without the cancellation, and 1/2 at ``u = v = 0``:
-    ``sum_k h_k(u, v) / (k + 2)!``, where ``h_k`` is the sum of all monomials of degree k.
+    It is ``(exp(v) - 1 - v (exp(u) - 1) / u) / (v (v - u))`` without the cancellation, and 1/2 at ``u = v =
+    0``: ``sum_k h_k(u, v) / (k + 2)!``, where ``h_k`` is the sum of all monomials of degree k.
 
     Example:
       >>> float(exp_curvature(jnp.array(0.0), jnp.array(0.0)))
@@ -133,3 +136,89 @@ def exp_curvature(u: Float[Array, "*shape"], v: Float[Array, "*shape"]) -> Float
         monomials = monomials * u + power
         total = total + monomials / math.factorial(k + 2)
     return total
+
+
+def alpha_beta_entries(
+    log_p: Float[Array, "*shape"], log_q: Float[Array, "*shape"], alpha: float, beta: float
+) -> Float[Array, "*shape"]:
+    """One entry's share of the alpha-beta divergence, not negative: all of the family above but the last sum.
+
+    With ``d = log p - log q`` it is ``d^2`` times the second divided difference of exp at the three
+    exponents, ``s log q``, ``alpha log p + beta log q`` and ``s log p``, ``s = alpha + beta``: smooth in
+    alpha and beta, and the limits are where exponents coincide. One of the three always lies between the
+    others, by ``up d`` below the one and ``down d`` above the other. From the top exponent, whose ``exp`` is
+    drawn out, the value is two decay integrals.
+    """
+    log_p, log_q = promote(log_p, log_q)
+    has_p, has_q = has_mass(log_p), has_mass(log_q)
+    # An entry of no mass takes the other's place: d is then 0, and the top exponent that of the one with
+    # mass.
+    safe_p = jnp.where(has_p, log_p, jnp.where(has_q, log_q, 0.0))
+    safe_q = jnp.where(has_q, log_q, jnp.where(has_p, log_p, 0.0))
+
+    total = alpha + beta
+    exponent_p, exponent_q = total * safe_p, total * safe_q
+    widest = max(abs(alpha), abs(beta), abs(total))
+    if abs(total) == widest:
+        up, down = beta, alpha
+    else:
+        exponent_mixed = alpha * safe_p + beta * safe_q
+        if abs(beta) == widest:
+            up, down, exponent_q = total, -alpha, exponent_mixed
+        else:
+            up, down, exponent_p = -beta, total, exponent_mixed
+    if up + down < 0:  # both are negative: the same three points from the other side
+        up, down, exponent_p, exponent_q = -down, -up, exponent_q, exponent_p
+
+    d = safe_p - safe_q
+    top = jnp.exp(jnp.maximum(exponent_p, exponent_q))
+    first_is_up, x = d > 0, jnp.abs(d)
+    if widest > 0:
+        integral_up, integral_down = decay_integral(x, up), decay_integral(x, down)
+        first = jnp.where(first_is_up, integral_up, integral_down)
+        second = jnp.where(first_is_up, integral_down, integral_up)
+        curve = (first - (1 - jnp.where(first_is_up, up, down) * first) * second) / widest
+    if widest < 0.25:
+        # Near the origin of the plane the division above multiplies rounding, as of 0/0.
+        near = widest * x < 1
+        small = jnp.where(near, x, 0.0)
+        series = small**2 * exp_curvature(-jnp.where(first_is_up, up, down) * small, -widest * small)
+        curve = jnp.where(near, series, curve) if widest > 0 else series
+
+    missing_p = top / (alpha * total) if alpha > 0 and total > 0 else jnp.inf
+    missing_q = top / (beta * total) if beta > 0 and total > 0 else jnp.inf
+    alone = jnp.where(has_p, missing_q, jnp.where(has_q, missing_p, 0.0))
+    return jnp.where(has_p & has_q, top * curve, alone)
+
+
+def mixture_kl_entries(
+    log_p: Float[Array, "*batch vocab"],
+    log_q: Float[Array, "*batch vocab"],
+    weight: Float[Array, "*batch"] | float,
+) -> tuple[Float[Array, "*batch vocab"], Float[Array, "*batch vocab"]]:
+    """Each entry's share of ``KL(p || m)`` and of ``KL(q || m)``, ``m = w p + (1 - w) q``, neither of them
+    negative.
+
+    Entry by entry, all is written as the greater of p and q times a function of their ratio, and ``- p + m``,
+    whose sum is 0, is added: nothing is then left to cancel but what is small itself. From ``log m`` it would
+    take two passes more.
+    """
+    log_p, log_q = promote(log_p, log_q)
+    weight = over_vocab(weight)
+    has_p, has_q = has_mass(log_p), has_mass(log_q)
+    both, p_greater = has_p & has_q, log_p > log_q
+    w_greater, w_lesser = jnp.where(p_greater, weight, 1 - weight), jnp.where(p_greater, 1 - weight, weight)
+
+    greater = jnp.exp(jnp.maximum(log_p, log_q))
+    x = jnp.abs(jnp.where(both, log_p, 0.0) - jnp.where(both, log_q, 0.0))
+    lesser_less_1 = jnp.where(both, jnp.expm1(-x), -1.0)  # as a multiple of the greater
+    m_less_1 = w_lesser * lesser_less_1
+    infinite = (has_p ^ has_q) & (w_greater == 0)  # m has no mass where the greater has
+    if isinstance(weight, float) and 0.05 < weight < 0.95:
+        log_m = jnp.log1p(m_less_1)
+    else:  # 1 + m_less_1 may be near 0 and all rounding
+        alone = jnp.log(jnp.where(w_greater > 0, w_greater, 1.0))
+        log_m = jnp.where(both, log_decay_mix(x, w_greater, w_lesser), alone)
+    of_greater = jnp.where(infinite, jnp.inf, greater * (m_less_1 - log_m))
+    of_lesser = greater * (m_less_1 - lesser_less_1 - (1 + lesser_less_1) * (x + log_m))
+    return jnp.where(p_greater, of_greater, of_lesser), jnp.where(p_greater, of_lesser, of_greater)

@@ -25,8 +25,9 @@ Spec = str | Mapping[str, Any]  # an ml_collections.ConfigDict will do: whatever
 def bind(spec: Spec, module: ModuleType, **defaults: Any) -> Callable[..., Any]:
     """The function a spec names, its keywords bound: for divergences and assistants.
 
-    The function is traced once on abstract arguments (vectors for parameters called ``log_...``, scalars for the other
-    positional ones), so that a number out of range is an error when a run is set up and not in its first step.
+    The function is traced once on abstract arguments (vectors for parameters called ``log_...``, scalars for
+    the other positional ones), so that a number out of range is an error when a run is set up and not in its
+    first step.
 
     Args:
       spec: a name, or a mapping with ``name`` and keywords.
@@ -57,7 +58,8 @@ def bind(spec: Spec, module: ModuleType, **defaults: Any) -> Callable[..., Any]:
 def build(spec: Spec, module: ModuleType, **defaults: Any) -> Any:
     """What the factory a spec names returns: for schedules and optimisers.
 
-    A keyword whose value is itself a spec (a mapping with ``name``), or a list of them, is built first, from the same
+    A keyword whose value is itself a spec (a mapping with ``name``), or a list of them, is built first, from
+    the same
     module: this is how ``join_schedules`` is written in a config.
 
     Args:
@@ -73,8 +75,8 @@ def build(spec: Spec, module: ModuleType, **defaults: Any) -> Any:
 
     Example:
       >>> from kd_jax import schedules
-      >>> halfway = build({"name": "linear_schedule", "init_value": 0.0, "end_value": 1.0, "transition_steps": 10}, schedules)
-      >>> float(halfway(5))
+      >>> spec = {"name": "linear_schedule", "init_value": 0.0, "end_value": 1.0, "transition_steps": 10}
+      >>> float(build(spec, schedules)(5))
       0.5
     """
     factory, keywords = look_up(spec, module, positional=False, **defaults)
@@ -89,8 +91,8 @@ def look_up(
     Args:
       spec: a name, or a mapping with ``name`` and keywords.
       module: where to look the name up.
-      positional: True if the required positional parameters are arrays to be given later, so that a spec may not name
-        them; False if they are keywords that the spec has to give.
+      positional: True if the required positional parameters are arrays to be given later, so that a spec may
+        not name them; False if they are keywords that the spec has to give.
       **defaults: keywords for what the spec leaves out.
 
     Returns:
@@ -104,24 +106,28 @@ def look_up(
     known = names(module)
     if name not in known:
         what = "no name" if name is None else f"unknown name {name!r}"
-        raise ValueError(f"{what} in the spec {_show(spec)}{_nearest(name, known)}; {module.__name__} has {', '.join(known)}.")
+        where = f"in the spec {_show(spec)}{_nearest(name, known)}"
+        raise ValueError(f"{what} {where}; {module.__name__} has {', '.join(known)}.")
     function = getattr(module, name)
     keywords = defaults | keywords
 
-    parameters = inspect.signature(function).parameters
+    parameters = inspect.signature(function).parameters.values()
     arrays = _array_parameters(function) if positional else []
-    named = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arrays]
-    if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
-        for keyword in keywords:
-            if keyword not in [p.name for p in named]:
-                options = [p.name for p in named]
-                raise ValueError(
-                    f"unknown keyword {keyword!r} in the spec {_show(spec)}{_nearest(keyword, options)}; "
-                    f"{name} takes {', '.join(options) or 'no keywords'}."
-                )
-    missing = [p.name for p in named if p.default is p.empty and p.name not in keywords]
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    options = {p.name: p.default for p in parameters if p.kind in by_name and p.name not in arrays}
+    unknown = [keyword for keyword in keywords if keyword not in options]
+    if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters):
+        where = f"in the spec {_show(spec)}{_nearest(unknown[0], options)}"
+        raise ValueError(
+            f"unknown keyword {unknown[0]!r} {where}; {name} takes {', '.join(options) or 'no keywords'}."
+        )
+    missing = [
+        o for o, default in options.items() if default is inspect.Parameter.empty and o not in keywords
+    ]
     if missing:
-        raise ValueError(f"the spec {_show(spec)} lacks {', '.join(missing)}: {name} has no default for it.")
+        raise ValueError(
+            f"the spec {_show(spec)} lacks {', '.join(missing)}, for which {name} has no default."
+        )
     return function, keywords
 
 

@@ -1,7 +1,8 @@
 """Schedules: from a step to a number. optax's by their own names, and the one that optax lacks.
 
-optax has two protocols: a plain schedule is ``step -> value``, a stateful one has ``init``, ``update`` and ``__call__``.
-``as_stateful`` gives every schedule the second, so that a training step has one way to read and advance them all::
+optax has two protocols: a plain schedule is ``step -> value``, a stateful one has ``init``, ``update`` and
+``__call__``. ``as_stateful`` gives every schedule the second, so that a training step has one way to read and
+advance them all::
 
     state = schedule.init()
     value = schedule(state, step=step)                  # the value this step uses
@@ -62,13 +63,15 @@ class TaidState(NamedTuple):
     previous_loss: Float[Array, ""]  # infinite before the first update
 
 
-class taid:  # noqa: N801 (a schedule is called by a lower-case name, like all of optax's)
-    """``t <- min(end, max(start + (end - start) k / N, t + alpha sigmoid(m) (1 - t)))``: TAID's path to the teacher.
+class taid:
+    """``t <- min(end, max(start + (end - start) k / N, t + alpha sigmoid(m) (1 - t)))``: TAID's path.
 
-    ``m`` is the running mean of the loss's relative fall, so that the path is faster while the student follows and slower
-    while it does not; the straight line from start to end is its floor. The first update only stores the loss. With
-    the published ``beta`` the momentum hardly moves and ``sigmoid(m)`` stays near a half, and with the published
-    ``alpha`` the step exceeds the line's only in runs of more than ``2 / alpha`` steps: shorter ones follow the line.
+    A class, since it has three methods, with a lower-case name, since a config names it like optax's
+    functions. ``m`` is the running mean of the loss's relative fall, so that the path is faster while the
+    student follows and slower while it does not; the straight line from start to end is its floor. The first
+    update only stores the loss. With the published ``beta`` the momentum hardly moves and ``sigmoid(m)``
+    stays near a half, and with the published ``alpha`` the step exceeds the line's only in runs of more than
+    ``2 / alpha`` steps: shorter ones follow the line.
 
     Args:
       total_steps: N, the number of updates in the run.
@@ -106,7 +109,9 @@ class taid:  # noqa: N801 (a schedule is called by a lower-case name, like all o
         self.end = check_number("end", end, 0.0, 1.0)
         self.start = check_number("start", start, 0.0, 1.0)
         if not self.start <= self.end or self.start == 1 or self.end == 0:
-            raise ValueError(f"taid goes up, from start < 1 to end > 0, but start is {start!r} and end is {end!r}.")
+            raise ValueError(
+                f"taid goes up, from start < 1 to end > 0, but start is {start!r} and end is {end!r}."
+            )
         self.alpha = check_number("alpha", alpha, 0.0, 1.0)
         self.beta = check_number("beta", beta, 0.0, 1.0)
         self.disable_adaptive = disable_adaptive
@@ -162,7 +167,9 @@ def as_stateful(schedule: float | Callable[..., Any] | StatefulSchedule) -> Stat
         return _Stateless(schedule)
     if isinstance(schedule, numbers.Real):
         return _Stateless(constant_schedule(check_number("a constant schedule", schedule)))
-    raise ValueError(f"a schedule is a number, a function of the step or a stateful schedule, not {schedule!r}.")
+    raise ValueError(
+        f"a schedule is a number, a function of the step or a stateful schedule, not {schedule!r}."
+    )
 
 
 class _Stateless:

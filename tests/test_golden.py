@@ -33,14 +33,19 @@ def test_published_code(case, dtype):
     temperature = op.get("temperature", 1.0)
     with jax.enable_x64(dtype == "float64"):
         student, teacher = (
-            jnp.asarray(arrays()[f"inputs/{inputs}/{name}_logits"], dtype) / temperature for name in ("student", "teacher")
+            jnp.asarray(arrays()[f"inputs/{inputs}/{name}_logits"], dtype) / temperature
+            for name in ("student", "teacher")
         )
         mask = arrays()[f"inputs/{inputs}/mask"]
 
         assistant = op.get("assistant")
         bound = assistant and resolve.bind({"name": assistant["name"], **assistant["kwargs"]}, assistants)
-        divergence = resolve.bind({"name": op["divergence"]["name"], **op["divergence"]["kwargs"]}, divergences)
-        token_loss = objectives.token_loss(divergence, bound, tuple(op["pair"]), op.get("stop_gradient", False))
+        divergence = resolve.bind(
+            {"name": op["divergence"]["name"], **op["divergence"]["kwargs"]}, divergences
+        )
+        token_loss = objectives.token_loss(
+            divergence, bound, tuple(op["pair"]), op.get("stop_gradient", False)
+        )
 
         def losses(student):
             log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
@@ -55,7 +60,9 @@ def test_published_code(case, dtype):
     if "entropy_of" in op:
         assert op["entropy_of"] == "teacher"
         logits = arrays()[f"inputs/{inputs}/teacher_logits"] / temperature
-        left_in = op.get("entropy_weight", 1.0) * entropy(np.asarray(logits - np.logaddexp.reduce(logits, -1, keepdims=True)))
+        left_in = op.get("entropy_weight", 1.0) * entropy(
+            np.asarray(logits - np.logaddexp.reduce(logits, -1, keepdims=True))
+        )
     close = functools.partial(np.testing.assert_allclose, rtol=TOLERANCE[dtype])
     close(loss + np.sum(left_in * mask) / mask.sum(), arrays()[f"{case['key']}/loss"])
     # The gradient is in the logits, before the temperature divides them, and small entries are differences of large ones.

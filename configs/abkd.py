@@ -1,0 +1,14 @@
+"""ABKD: the alpha-beta divergence D(p || q) at (0.2, 0.7), the paper's choice for language models (Wang et al.,
+https://arxiv.org/abs/2505.04560, 2025).
+
+    python -m kd_jax.main --config=configs/abkd.py --workdir=runs/abkd
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, settings
+
+
+def get_config(setting: str = "docstrings") -> ConfigDict:
+    config = settings.get(setting)
+    return base.set_terms(config, distil=base.term(divergence={"name": "alpha_beta", "alpha": 0.2, "beta": 0.7}))

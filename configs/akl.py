@@ -1,0 +1,16 @@
+"""AKL: h KL(p || q) + (1 - h) KL(q || p), h the share of the gap in the teacher's head of mass 0.5 (Wu et al.,
+https://arxiv.org/abs/2404.02657, 2025). The published code leaves the token that crosses head_mass out of the head:
+--config.objective.terms.distil.divergence.include_crossing=False.
+
+    python -m kd_jax.main --config=configs/akl.py --workdir=runs/akl
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base, settings
+
+
+def get_config(setting: str = "docstrings") -> ConfigDict:
+    config = settings.get(setting)
+    divergence = {"name": "adaptive_kl", "head_mass": 0.5, "include_crossing": True}
+    return base.set_terms(config, distil=base.term(divergence=divergence))

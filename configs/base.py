@@ -1,0 +1,128 @@
+"""Every key of a config, its default, and what it means. A method's file sets the objective, a setting models and data.
+
+A *spec* is {"name": ..., keyword: number, ...}: a function of the module named beside it, with its keywords. Specs take new
+keywords, also from the command line (--config.objective.terms.distil.divergence.skew=0.2); all else is locked.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+_OPEN = ("options", "config", "learning_rate", "optimizer", "divergence", "assistant", "weight", "coefficient")
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # of parameters, order of rows, samples
+    config.steps = 1000  # updates
+    config.microbatches = 1  # parts that a batch is worked through in; changes memory, not numbers
+    config.optimizer = ConfigDict({"name": "adamw", "weight_decay": 0.01})  # spec: optax
+    config.learning_rate = cosine(config, 5e-4)  # spec: kd_jax.schedules
+    config.clip_norm = 1.0  # largest norm of the gradient; 0: no clipping
+
+    config.objective = ConfigDict()
+    config.objective.temperature = 1.0  # divides both models' logits; a T^2 factor goes into the coefficients
+    config.objective.terms = ConfigDict()  # name -> term(); the loss is their sum
+
+    config.loss = ConfigDict()
+    config.loss.chunk = 0  # positions whose logits are held at a time; 0 chooses
+
+    config.teacher = ConfigDict()
+    config.teacher.path = ""  # a Hugging Face folder, or package:NAME for one that ships with kd_jax
+    config.teacher.dtype = "float32"  # of parameters and computation
+
+    config.student = ConfigDict()
+    config.student.init = "random"  # random (sizes in config), pretrained (path), or layers (of the teacher)
+    config.student.path = ""  # for pretrained: a Hugging Face folder
+    config.student.layers = ()  # for layers: which of the teacher's, from 0
+    config.student.config = ConfigDict()  # for random: keywords of kd_jax.models.ModelConfig
+    config.student.dtype = "float32"  # of the computation; parameters are float32
+
+    config.tokenizer = ConfigDict()
+    config.tokenizer.path = ""  # a folder with tokenizer.json; empty: the teacher's, or else the student's
+
+    config.data = ConfigDict()
+    config.data.name = "docstrings"  # docstrings, dolly, jsonl, text
+    config.data.options = ConfigDict()  # keywords of that builder, such as path
+    config.data.data_dir = ""  # where built datasets are kept; empty: tensorflow_datasets' default
+    config.data.train_split = "train"
+    config.data.eval_split = "validation"
+    config.data.eval_rows = 512  # held-out rows to evaluate on, the first of the split; 0: all
+    config.data.template = "plain"  # plain, alpaca, or chat (the tokenizer's own)
+    config.data.max_length = 512  # tokens that the models see of a row
+    config.data.max_prompt_length = 256  # of which the prompt, at most
+    config.data.long_prompts = "drop"  # drop the row, or cut the prompt to its first tokens
+    config.data.long_responses = "cut"  # cut, or drop the row
+    config.data.loss_on = "response"  # response (and its end token), or all
+    config.data.batch_size = 32  # rows an update, over all devices
+    config.data.eval_batch_size = 32
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that divide the batch; -1: all that the other two leave
+    config.mesh.fsdp = 1  # devices that divide the batch and the parameters
+    config.mesh.tensor = 1  # devices that divide each matrix
+
+    config.eval_every = 200  # steps
+    config.checkpoint_every = 200  # steps
+    config.keep_checkpoints = 2  # the newest so many
+    config.log_every = 10  # steps between readings of the metrics, every step is written
+    config.sample_tokens = 64  # longest sample shown at the end
+    return lock(config)
+
+
+def term(**changes: Any) -> ConfigDict:
+    """One summand of the objective; a changed key must be one of these."""
+    values = {
+        "kind": "divergence",  # divergence, or hard_labels: -log q(the data's token), which reads none of the next five
+        "divergence": {"name": "forward_kl"},  # spec: kd_jax.divergences
+        "assistant": None,  # spec: kd_jax.assistants, or None
+        "pair": ("teacher", "student"),  # first and second argument: two of teacher, student, assistant
+        "stop_gradient": False,  # the assistant's student is a constant to the gradient
+        "weight": 0.0,  # of the teacher in the assistant: a number, or a spec of kd_jax.schedules
+        "coefficient": 1.0,  # in front of the term: a number, or a spec of kd_jax.schedules
+        "rows": "all",  # all, or by whose text they are: data, teacher, student
+        "average": "token",  # token: over all tokens of the batch; sequence: over rows of each row's mean
+    }
+    if unknown := changes.keys() - values.keys():
+        raise KeyError(f"a term has no key {sorted(unknown)}; it has {', '.join(values)}.")
+    return ConfigDict(values | changes)
+
+
+def hard_labels(**changes: Any) -> ConfigDict:
+    """The cross-entropy of the data's tokens as a term."""
+    return term(kind="hard_labels", **changes)
+
+
+def cosine(config: ConfigDict, peak: float, final: float = 1e-7) -> ConfigDict:
+    """A cosine from `peak` to `final` over the run, as in the papers; it follows config.steps when that changes."""
+    return ConfigDict(
+        {
+            "name": "warmup_cosine_decay_schedule",
+            "init_value": peak,
+            "peak_value": peak,
+            "warmup_steps": 0,
+            "decay_steps": config.get_ref("steps"),
+            "end_value": final,
+        }
+    )
+
+
+def set_terms(config: ConfigDict, **terms: ConfigDict) -> ConfigDict:
+    """The config with these terms as its whole objective."""
+    with config.unlocked():
+        config.objective.terms = ConfigDict(terms)
+    return lock(config)
+
+
+def lock(config: ConfigDict) -> ConfigDict:
+    """Declared keys are locked; specs, and the keywords of builders and models, are open."""
+    config.lock()
+
+    def open_specs(node: ConfigDict) -> None:
+        for key in node:
+            value = node[key]
+            if isinstance(value, ConfigDict):
+                value.unlock() if key in _OPEN else open_specs(value)
+
+    open_specs(config)
+    return config

@@ -1,0 +1,86 @@
+"""Which models on which data: the part of a config after the colon, --config=configs/amid.py:dolly_smollm2."""
+
+import difflib
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get(name: str) -> ConfigDict:
+    """The base config with a setting's models and data."""
+    settings = {f.__name__: f for f in (docstrings, smoke, dolly_smollm2, dolly_gpt2)}
+    if name not in settings:
+        near = difflib.get_close_matches(name, settings, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no setting {name!r}.{hint} There are: {', '.join(settings)}.")
+    config = base.get_config()
+    settings[name](config)
+    return config
+
+
+def docstrings(config: ConfigDict) -> None:
+    """From a function's source to its docstring: everything is on this machine. The student has a quarter of the size."""
+    config.steps = 1500
+    config.learning_rate = base.cosine(config, 3e-3, 1e-5)
+    config.teacher.path = "package:docstrings_teacher"
+    config.student.config = ConfigDict(
+        dict(family="llama", hidden_size=128, num_layers=3, num_heads=4, intermediate_size=352, max_positions=256)
+    )
+    config.data.max_length = 192
+    config.data.max_prompt_length = 128
+    config.data.long_prompts = "cut"
+    config.data.batch_size = 16
+
+
+def smoke(config: ConfigDict) -> None:
+    """Seconds: a few rows of one small package, a student of a few thousand parameters. For tests."""
+    docstrings(config)
+    config.steps = 2
+    config.student.config = ConfigDict(
+        dict(family="llama", hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_positions=64)
+    )
+    config.data.options = ConfigDict({"packages": ("json", "ml_collections")})
+    config.data.max_length = 48
+    config.data.max_prompt_length = 32
+    config.data.batch_size = 8
+    config.data.eval_batch_size = 8
+    config.data.eval_rows = 8
+    config.sample_tokens = 4
+
+
+def dolly_smollm2(config: ConfigDict) -> None:
+    """SmolLM2-135M-Instruct and every third of its layers on databricks-dolly-15k, with its own chat template."""
+    config.steps = 4000
+    config.learning_rate = base.cosine(config, 1e-3, 1e-5)
+    config.teacher.path = "models/SmolLM2-135M-Instruct"
+    config.student.init = "layers"
+    config.student.layers = tuple(range(0, 30, 3))
+    config.data.name = "dolly"
+    config.data.template = "chat"
+    config.data.max_length = 256
+    config.data.max_prompt_length = 160
+    config.data.batch_size = 8
+    config.data.eval_batch_size = 8
+    config.data.eval_rows = 64
+
+
+def dolly_gpt2(config: ConfigDict) -> None:
+    """GPT-2 XL to GPT-2 on databricks-dolly-15k with the hyper-parameters of MiniLLM's and DistiLLM's scripts.
+
+    20 epochs of about 12,500 rows in batches of 32 (8 on each of 4 devices), AdamW at 5e-4 with decay 0.01, a cosine to
+    1e-7 without warm-up, clipping at 1; prompts of up to 256 tokens out of 512. Both models are fine-tuned on Dolly
+    first, with configs/sft.py.
+    """
+    config.steps = 7800
+    config.teacher.path = "models/gpt2-xl-dolly"
+    config.student.init = "pretrained"
+    config.student.path = "models/gpt2-dolly"
+    config.student.dtype = "bfloat16"
+    config.teacher.dtype = "bfloat16"
+    config.seed = 10
+    config.data.name = "dolly"
+    config.data.template = "alpaca"
+    config.data.eval_rows = 500
+    config.eval_every = 390
+    config.checkpoint_every = 390

@@ -1,0 +1,70 @@
+"""Imports point strictly down, and libraries stay where they belong."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = [
+    {"main"},
+    {"train"},
+    {"setup"},
+    {"train_step", "prefixes", "evaluate", "checkpoint", "metrics"},
+    {"models", "data", "sharding"},
+    {"objectives", "head_loss"},
+    {"divergences", "assistants", "schedules"},
+    {"logspace", "resolve"},
+]
+# Within a layer only these may import each other: evaluate prints through metrics' averages.
+SIDEWAYS = {("evaluate", "metrics")}
+MATHEMATICAL = {"objectives", "head_loss", "divergences", "assistants", "schedules", "logspace"}
+HOMES = {
+    "flax": {"models", "train_step"},
+    "grain": {"data"},
+    "tensorflow_datasets": {"data"},
+    "orbax": {"checkpoint"},
+    "absl": {"main"},
+    "ml_collections": {"main"},
+}
+FILES = sorted((ROOT / "kd_jax").rglob("*.py"))
+
+
+def unit(path):
+    return path.relative_to(ROOT / "kd_jax").parts[0].removesuffix(".py")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    here = unit(path)
+    if here == "__init__":
+        return
+    level = next(i for i, layer in enumerate(LAYERS) if here in layer)
+    for name in imported(path):
+        top, *rest = name.split(".")
+        if top == "kd_jax" and rest and rest[0] != here:
+            below = set().union(*LAYERS[level + 1 :])
+            assert rest[0] in below or (here, rest[0]) in SIDEWAYS, f"{path} imports {name}"
+            assert not (here in {"models", "data"} and rest[0] in MATHEMATICAL), f"{path} imports {name}"
+        assert here in HOMES.get(top, {here}), f"{path} imports {top}"
+        assert top not in ("tensorflow", "torch", "transformers", "configs"), f"{path} imports {top}"
+
+
+def test_configs_import_only_ml_collections_and_each_other():
+    for path in (ROOT / "configs").glob("*.py"):
+        assert {name.split(".")[0] for name in imported(path)} <= {"ml_collections", "configs", "typing", "difflib"}
+
+
+def test_no_file_is_long():
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 320, path
