@@ -53,7 +53,8 @@ def get_config() -> ConfigDict:
     config.data.max_prompt_length = 256  # of which the prompt, at most
     config.data.long_prompts = "drop"  # drop the row, or cut the prompt to its first tokens
     config.data.long_responses = "cut"  # cut, or drop the row
-    config.data.loss_on = "response"  # response (and its end token), or all
+    config.data.loss_on = "response"  # what training counts: response (and its end token), or all; held-out rows: the response
+    config.data.packed = False  # training rows end to end and cut to max_length, so that nothing is padding; all count
     config.data.batch_size = 32  # rows an update, over all devices
     config.data.eval_batch_size = 32
 
@@ -95,16 +96,8 @@ def hard_labels(**changes: Any) -> ConfigDict:
 
 def cosine(config: ConfigDict, peak: float, final: float = 1e-7) -> ConfigDict:
     """A cosine from `peak` to `final` over the run, as in the papers; it follows config.steps when that changes."""
-    return ConfigDict(
-        {
-            "name": "warmup_cosine_decay_schedule",
-            "init_value": peak,
-            "peak_value": peak,
-            "warmup_steps": 0,
-            "decay_steps": config.get_ref("steps"),
-            "end_value": final,
-        }
-    )
+    steps = config.get_ref("steps")
+    return ConfigDict({"name": "cosine_decay_schedule", "init_value": peak, "decay_steps": steps, "alpha": final / peak})
 
 
 def set_terms(config: ConfigDict, **terms: ConfigDict) -> ConfigDict:

@@ -25,11 +25,10 @@ def docstrings(config: ConfigDict) -> None:
     config.learning_rate = base.cosine(config, 3e-3, 1e-5)
     config.teacher.path = "package:docstrings_teacher"
     config.student.config = ConfigDict(
-        dict(family="llama", hidden_size=128, num_layers=3, num_heads=4, intermediate_size=352, max_positions=256)
+        dict(family="llama", hidden_size=128, num_layers=2, num_heads=4, intermediate_size=320, max_positions=256)
     )
-    config.data.max_length = 192
+    config.data.max_length = 176
     config.data.max_prompt_length = 128
-    config.data.long_prompts = "cut"
     config.data.batch_size = 16
 
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kd_jax.logspace import has_mass, log_decay_mix, log_mix, over_vocab, promote
-from kd_jax.resolve import check_fraction, check_number
+from kd_jax.logspace import Weight, has_mass, log_decay_mix, log_mix, over_vocab, promote
+from kd_jax.resolve import Number, check_fraction, check_number
 
 __all__ = ["alpha_mixture", "arithmetic_mixture", "geometric_mixture"]
 
@@ -18,7 +18,7 @@ __all__ = ["alpha_mixture", "arithmetic_mixture", "geometric_mixture"]
 def arithmetic_mixture(
     log_p: Float[Array, "*batch vocab"],
     log_q: Float[Array, "*batch vocab"],
-    weight: Float[Array, "*batch"] | float,
+    weight: Weight,
 ) -> Float[Array, "*batch vocab"]:
     """``r = w p + (1 - w) q``, the assistant of GKD and DistiLLM.
 
@@ -41,8 +41,8 @@ def arithmetic_mixture(
       [0.7, 0.3]
 
     References:
-      Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024,
-      Eq. 1; Ko et al., `DistiLLM <https://arxiv.org/abs/2402.03898>`_, 2024, Eq. 2.
+      Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024;
+      Ko et al., `DistiLLM <https://arxiv.org/abs/2402.03898>`_, 2024.
     """
     return log_mix(log_p, log_q, check_fraction("weight", weight))
 
@@ -50,7 +50,7 @@ def arithmetic_mixture(
 def geometric_mixture(
     log_p: Float[Array, "*batch vocab"],
     log_q: Float[Array, "*batch vocab"],
-    weight: Float[Array, "*batch"] | float,
+    weight: Weight,
 ) -> Float[Array, "*batch vocab"]:
     """``r ∝ p^w q^(1 - w)``: the softmax of interpolated logits, the assistant of TAID.
 
@@ -74,10 +74,10 @@ def geometric_mixture(
       [0.75, 0.25]
 
     References:
-      Shing et al., `TAID <https://arxiv.org/abs/2501.16937>`_, 2025, Eq. 3.
+      Shing et al., `TAID <https://arxiv.org/abs/2501.16937>`_, 2025.
     """
     log_p, log_q = promote(log_p, log_q)
-    weight = over_vocab(jnp.asarray(check_fraction("weight", weight), log_p.dtype))
+    weight = jnp.asarray(over_vocab(check_fraction("weight", weight)), log_p.dtype)
     both = has_mass(log_p) & has_mass(log_q)
     safe_p, safe_q = jnp.where(both, log_p, 0.0), jnp.where(both, log_q, 0.0)
     return _on_path(log_p, log_q, weight, jnp.where(both, weight * safe_p + (1 - weight) * safe_q, -jnp.inf))
@@ -86,9 +86,9 @@ def geometric_mixture(
 def alpha_mixture(
     log_p: Float[Array, "*batch vocab"],
     log_q: Float[Array, "*batch vocab"],
-    weight: Float[Array, "*batch"] | float,
+    weight: Weight,
     *,
-    alpha: float,
+    alpha: Number,
 ) -> Float[Array, "*batch vocab"]:
     """``r ∝ (w p^c + (1 - w) q^c)^(1/c)``, ``c = (1 - alpha) / 2``, for every real alpha: AMiD's assistant.
 
@@ -114,13 +114,13 @@ def alpha_mixture(
       [0.794, 0.206]
 
     References:
-      Shin et al., `AMiD <https://arxiv.org/abs/2510.15982>`_, 2025, Def. 3.1.
+      Shin et al., `AMiD <https://arxiv.org/abs/2510.15982>`_, 2025.
     """
     c = (1 - check_number("alpha", alpha)) / 2
     if abs(c) < 1e-20:
         return geometric_mixture(log_p, log_q, weight)
     log_p, log_q = promote(log_p, log_q)
-    weight = over_vocab(jnp.asarray(check_fraction("weight", weight), log_p.dtype))
+    weight = jnp.asarray(over_vocab(check_fraction("weight", weight)), log_p.dtype)
     end = (weight == 0) | (weight == 1)
     inner = jnp.where(end, 0.5, weight)
 

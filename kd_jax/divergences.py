@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kd_jax.logspace import alpha_beta_entries, mixture_kl_entries, over_vocab, promote, weigh
-from kd_jax.resolve import check_fraction, check_number
+from kd_jax.logspace import Weight, alpha_beta_entries, mixture_kl_entries, over_vocab, promote, weigh
+from kd_jax.resolve import Number, check_fraction, check_number
 
 __all__ = [
     "adaptive_kl",
@@ -74,12 +74,12 @@ def reverse_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
       0.3466
 
     References:
-      Gu et al., `MiniLLM <https://arxiv.org/abs/2306.08543>`_, 2024, Eq. 1.
+      Gu et al., `MiniLLM <https://arxiv.org/abs/2306.08543>`_, 2024.
     """
     return forward_kl(log_q, log_p)
 
 
-def mixed_kl(log_p: LogProbs, log_q: LogProbs, *, forward_weight: PerToken | float = 0.5) -> PerToken:
+def mixed_kl(log_p: LogProbs, log_q: LogProbs, *, forward_weight: Weight = 0.5) -> PerToken:
     """``w KL(p || q) + (1 - w) KL(q || p)``.
 
     A fixed compromise between covering the teacher and staying within it; half and half is half of Jeffreys'
@@ -110,7 +110,7 @@ def mixed_kl(log_p: LogProbs, log_q: LogProbs, *, forward_weight: PerToken | flo
 
 
 def adaptive_kl(
-    log_p: LogProbs, log_q: LogProbs, *, head_mass: float = 0.5, include_crossing: bool = True
+    log_p: LogProbs, log_q: LogProbs, *, head_mass: Number = 0.5, include_crossing: bool = True
 ) -> PerToken:
     """``h KL(p || q) + (1 - h) KL(q || p)``, ``h`` the share of ``sum |p - q|`` in the teacher's head.
 
@@ -132,14 +132,14 @@ def adaptive_kl(
       ValueError: if ``head_mass`` is a Python number outside ``[0, 1]``.
 
     Example:
-      >>> p, q = jnp.array([0.7, 0.2, 0.1]), jnp.array([0.7, 0.1, 0.2])  # all of the difference is in the tail
+      >>> p, q = jnp.array([0.7, 0.2, 0.1]), jnp.array([0.7, 0.1, 0.2])  # they differ in the tail only
       >>> log_p, log_q = jnp.log(p), jnp.log(q)
       >>> bool(jnp.isclose(adaptive_kl(log_p, log_q), reverse_kl(log_p, log_q)))
       True
 
     References:
       Wu et al., `Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models
-      <https://arxiv.org/abs/2404.02657>`_, 2025, Sec. 4.
+      <https://arxiv.org/abs/2404.02657>`_, 2025.
     """
     head_mass = check_number("head_mass", head_mass, 0.0, 1.0)
     log_p, log_q = promote(log_p, log_q)
@@ -151,7 +151,7 @@ def adaptive_kl(
     return weigh(share, forward_kl(log_p, log_q)) + weigh(1 - share, reverse_kl(log_p, log_q))
 
 
-def jensen_shannon(log_p: LogProbs, log_q: LogProbs, *, weight: PerToken | float = 0.5) -> PerToken:
+def jensen_shannon(log_p: LogProbs, log_q: LogProbs, *, weight: Weight = 0.5) -> PerToken:
     """``w KL(p || m) + (1 - w) KL(q || m)`` with ``m = w p + (1 - w) q``.
 
     Always finite, and bounded by the entropy of ``(w, 1 - w)``. Divided by w it tends to ``KL(p || q)`` as w
@@ -174,8 +174,7 @@ def jensen_shannon(log_p: LogProbs, log_q: LogProbs, *, weight: PerToken | float
       0.6931
 
     References:
-      Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024,
-      Eq. 1.
+      Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024.
     """
     w = check_fraction("weight", weight)
     of_p, of_q = mixture_kl_entries(log_p, log_q, w)
@@ -183,7 +182,7 @@ def jensen_shannon(log_p: LogProbs, log_q: LogProbs, *, weight: PerToken | float
     return jnp.sum(weigh(w, of_p) + weigh(1 - w, of_q), axis=-1)
 
 
-def skew_forward_kl(log_p: LogProbs, log_q: LogProbs, *, skew: PerToken | float = 0.1) -> PerToken:
+def skew_forward_kl(log_p: LogProbs, log_q: LogProbs, *, skew: Weight = 0.1) -> PerToken:
     """``KL(p || s p + (1 - s) q)``.
 
     Forward KL with a floor under the student: never above ``-log s``, and gradients of bounded size.
@@ -205,12 +204,12 @@ def skew_forward_kl(log_p: LogProbs, log_q: LogProbs, *, skew: PerToken | float 
       2.3026
 
     References:
-      Ko et al., `DistiLLM <https://arxiv.org/abs/2402.03898>`_, 2024, Eq. 2.
+      Ko et al., `DistiLLM <https://arxiv.org/abs/2402.03898>`_, 2024.
     """
     return jnp.sum(mixture_kl_entries(log_p, log_q, check_fraction("skew", skew))[0], axis=-1)
 
 
-def skew_reverse_kl(log_p: LogProbs, log_q: LogProbs, *, skew: PerToken | float = 0.1) -> PerToken:
+def skew_reverse_kl(log_p: LogProbs, log_q: LogProbs, *, skew: Weight = 0.1) -> PerToken:
     """``KL(q || s q + (1 - s) p)``.
 
     Reverse KL with a floor under the teacher: finite even where the student says what the teacher never
@@ -233,7 +232,7 @@ def skew_reverse_kl(log_p: LogProbs, log_q: LogProbs, *, skew: PerToken | float 
       2.3026
 
     References:
-      Ko et al., `DistiLLM <https://arxiv.org/abs/2402.03898>`_, 2024, Eq. 3.
+      Ko et al., `DistiLLM <https://arxiv.org/abs/2402.03898>`_, 2024.
     """
     return skew_forward_kl(log_q, log_p, skew=skew)
 
@@ -264,7 +263,7 @@ def total_variation(log_p: LogProbs, log_q: LogProbs) -> PerToken:
     return jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1) / 2
 
 
-def alpha_divergence(log_p: LogProbs, log_q: LogProbs, *, alpha: float) -> PerToken:
+def alpha_divergence(log_p: LogProbs, log_q: LogProbs, *, alpha: Number) -> PerToken:
     """``(1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha))``, and its limits at 0 and 1.
 
     These are ``KL(q || p)`` at 0 and ``KL(p || q)`` at 1. One dial from reverse KL through the Hellinger
@@ -295,7 +294,7 @@ def alpha_divergence(log_p: LogProbs, log_q: LogProbs, *, alpha: float) -> PerTo
     return jnp.sum(alpha_beta_entries(log_p, log_q, alpha, 1 - alpha), axis=-1)
 
 
-def alpha_beta(log_p: LogProbs, log_q: LogProbs, *, alpha: float, beta: float) -> PerToken:
+def alpha_beta(log_p: LogProbs, log_q: LogProbs, *, alpha: Number, beta: Number) -> PerToken:
     """``-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]``, a = alpha, b = beta, and its limits.
 
     Two dials: the smaller alpha, the more a token counts by how far the two are apart on it; the larger beta,
@@ -325,8 +324,8 @@ def alpha_beta(log_p: LogProbs, log_q: LogProbs, *, alpha: float, beta: float) -
       [0.5108, 0.5108, 0.5108]
 
     References:
-      Cichocki et al., `Generalized Alpha-Beta Divergences <https://doi.org/10.3390/e13010134>`_, 2011, Eq.
-      22; Wang et al., `ABKD <https://arxiv.org/abs/2505.04560>`_, 2025, Eq. 7.
+      Cichocki et al., `Generalized Alpha-Beta Divergences <https://doi.org/10.3390/e13010134>`_, 2011;
+      Wang et al., `ABKD <https://arxiv.org/abs/2505.04560>`_, 2025.
     """
     alpha, beta = check_number("alpha", alpha), check_number("beta", beta)
     return jnp.sum(alpha_beta_entries(log_p, log_q, alpha, beta), axis=-1)
@@ -342,7 +341,7 @@ def _head(p: Array, head_mass: float, include_crossing: bool) -> Array:
     bits = jax.lax.bitcast_convert_type(p, jnp.int64 if p.dtype == jnp.float64 else jnp.int32)
     highest = jnp.max(bits, axis=-1)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: jax.typing.ArrayLike, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = low + (high - low) // 2
         mass = jnp.sum(jnp.where(bits >= middle[..., None], p, 0.0), axis=-1)

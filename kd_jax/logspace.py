@@ -1,8 +1,8 @@
 """Arithmetic on log-probabilities that stays finite, in value and gradient, where there is no mass.
 
-No mass is a log-probability of ``-inf``. Two rules keep such an entry from poisoning the rest: ``-inf -
--inf`` is never formed, and whatever a ``where`` does not select is computed from finite stand-ins, since its
-gradient is multiplied by zero and not left out.
+No mass is a log-probability of ``-inf``. Two rules keep such an entry from poisoning the rest: the difference
+of two of them is never formed, and what a ``where`` does not select is computed from finite stand-ins, since
+its gradient is multiplied by zero and not left out.
 """
 
 import math
@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kd_jax.resolve import Number
+
+Weight = Float[Array, "*batch"] | Float[Array, ""] | Number  # one a token, or one for all
+
 
 def promote(*arrays: Float[Array, "..."]) -> tuple[Array, ...]:
-    """The arrays in one floating type, float32 at the least: in bfloat16 a log-probability has two or three
-    digits.
+    """The arrays in one floating type, float32 at the least: bfloat16 keeps two digits of a log-probability.
 
     Example:
       >>> [x.dtype.name for x in promote(jnp.zeros(2, jnp.bfloat16), jnp.zeros(2, jnp.float16))]
@@ -29,12 +32,12 @@ def has_mass(log_p: Float[Array, "*shape"]) -> Array:
     return log_p > -jnp.inf
 
 
-def over_vocab(weight: Float[Array, "*batch"] | float) -> Float[Array, "*batch 1"] | float:
+def over_vocab(weight: Weight) -> Float[Array, "*batch 1"] | Float[Array, ""] | Number:
     """A weight per token (or one for all) in the shape that multiplies log-probabilities."""
     return weight[..., None] if isinstance(weight, jax.Array) and weight.ndim else weight
 
 
-def weigh(weight: Float[Array, "*batch"] | float, value: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+def weigh(weight: Float[Array, "..."] | Number, value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """``weight * value``, and 0 for a weight of 0 even where the value is infinite.
 
     Example:
@@ -47,7 +50,7 @@ def weigh(weight: Float[Array, "*batch"] | float, value: Float[Array, "*batch"])
 def log_mix(
     log_p: Float[Array, "*batch vocab"],
     log_q: Float[Array, "*batch vocab"],
-    weight: Float[Array, "*batch"] | float,
+    weight: Weight,
 ) -> Float[Array, "*batch vocab"]:
     """``log(w p + (1 - w) q)``: exactly ``log_q`` at ``w = 0`` and ``log_p`` at 1, gradients included.
 
@@ -67,7 +70,7 @@ def log_mix(
       [0.800000011920929, 0.20000000298023224, 0.0]
     """
     log_p, log_q = promote(log_p, log_q)
-    weight = over_vocab(jnp.asarray(weight, log_p.dtype))
+    weight = jnp.asarray(over_vocab(weight), log_p.dtype)
     x, y = jnp.log(weight) + log_p, jnp.log1p(-weight) + log_q
     alive = has_mass(x) | has_mass(y)
     high, low = jnp.where(alive, jnp.maximum(x, y), 0.0), jnp.where(alive, jnp.minimum(x, y), 0.0)
@@ -98,9 +101,8 @@ def log_decay_mix(
     return jnp.log1p(addend) + jnp.where(near, 0.0, jnp.maximum(stays, decays))
 
 
-def decay_integral(distance: Float[Array, "*shape"], rate: float) -> Float[Array, "*shape"]:
-    """``(1 - exp(-rate x)) / rate``, the integral of ``exp(-rate t)`` from 0 to x: exact down to ``rate =
-    0``.
+def decay_integral(distance: Float[Array, "*shape"], rate: Number) -> Float[Array, "*shape"]:
+    """The integral of ``exp(-rate t)`` over ``0 < t < x``: ``(1 - exp(-rate x)) / rate``, and x at rate 0.
 
     Args:
       distance: x, not negative.
@@ -113,16 +115,15 @@ def decay_integral(distance: Float[Array, "*shape"], rate: float) -> Float[Array
       >>> [float(decay_integral(jnp.array(2.0), rate)) for rate in (0.0, 1e-9)]
       [2.0, 2.0]
     """
-    # Below this rate the two differ by less than rounding even for a distance of a thousand, and 1 / rate
-    # overflows soon.
+    # Below this rate the two differ by less than rounding for any distance that occurs.
     return distance if rate < 1e-20 else -jnp.expm1(-rate * distance) / rate
 
 
 def exp_curvature(u: Float[Array, "*shape"], v: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The second divided difference of ``exp`` at ``0, u, v``, by its series, for ``-1 <= u, v <= 0``.
 
-    It is ``(exp(v) - 1 - v (exp(u) - 1) / u) / (v (v - u))`` without the cancellation, and 1/2 at ``u = v =
-    0``: ``sum_k h_k(u, v) / (k + 2)!``, where ``h_k`` is the sum of all monomials of degree k.
+    ``sum_k h_k(u, v) / (k + 2)!``, where ``h_k`` is the sum of all monomials of degree k. It is
+    ``((exp(v) - 1) / v - (exp(u) - 1) / u) / (v - u)`` without the cancellation.
 
     Example:
       >>> float(exp_curvature(jnp.array(0.0), jnp.array(0.0)))
@@ -139,20 +140,34 @@ def exp_curvature(u: Float[Array, "*shape"], v: Float[Array, "*shape"]) -> Float
 
 
 def alpha_beta_entries(
-    log_p: Float[Array, "*shape"], log_q: Float[Array, "*shape"], alpha: float, beta: float
+    log_p: Float[Array, "*shape"], log_q: Float[Array, "*shape"], alpha: Number, beta: Number
 ) -> Float[Array, "*shape"]:
-    """One entry's share of the alpha-beta divergence, not negative: all of the family above but the last sum.
+    """Each entry's share of the alpha-beta divergence of ``kd_jax.divergences``, with its limits.
 
-    With ``d = log p - log q`` it is ``d^2`` times the second divided difference of exp at the three
-    exponents, ``s log q``, ``alpha log p + beta log q`` and ``s log p``, ``s = alpha + beta``: smooth in
-    alpha and beta, and the limits are where exponents coincide. One of the three always lies between the
-    others, by ``up d`` below the one and ``down d`` above the other. From the top exponent, whose ``exp`` is
-    drawn out, the value is two decay integrals.
+    The definition has three powers, ``q^s``, ``p^alpha q^beta`` and ``p^s`` with ``s = alpha + beta``. With
+    ``d = log p - log q`` its summand is ``d^2`` times the second divided difference of exp at their
+    exponents, which are 0, ``alpha d`` and ``s d`` above ``s log q``. So it is smooth in alpha and beta, and
+    the limits are nothing but exponents that coincide. One exponent always lies between the others, ``up d``
+    below the one and ``down d`` above the other, where up and down have one sign. Seen from the highest,
+    whose exp is drawn out, all that is left are decay integrals of ``|d|``, which neither overflow nor divide
+    by zero.
+
+    Args:
+      log_p: log-probabilities.
+      log_q: log-probabilities.
+      alpha: the exponent of p, a Python number.
+      beta: the exponent of q, a Python number.
+
+    Returns:
+      What to sum over the vocabulary. Infinite, without gradient, where one has no mass and its power
+      diverges.
+
+    References:
+      Cichocki et al., `Generalized Alpha-Beta Divergences <https://doi.org/10.3390/e13010134>`_, 2011.
     """
     log_p, log_q = promote(log_p, log_q)
     has_p, has_q = has_mass(log_p), has_mass(log_q)
-    # An entry of no mass takes the other's place: d is then 0, and the top exponent that of the one with
-    # mass.
+    # An entry of no mass gets the other's value: d is then 0, and the highest exponent is the other's.
     safe_p = jnp.where(has_p, log_p, jnp.where(has_q, log_q, 0.0))
     safe_q = jnp.where(has_q, log_q, jnp.where(has_p, log_p, 0.0))
 
@@ -171,22 +186,28 @@ def alpha_beta_entries(
         up, down, exponent_p, exponent_q = -down, -up, exponent_q, exponent_p
 
     d = safe_p - safe_q
-    top = jnp.exp(jnp.maximum(exponent_p, exponent_q))
+    highest = jnp.maximum(exponent_p, exponent_q)
+    if total < 0:  # the power of a small probability overflows, and where p == q it is to be multiplied by 0
+        highest = jnp.where(d == 0, 0.0, highest)
+    top = jnp.exp(highest)
     first_is_up, x = d > 0, jnp.abs(d)
-    if widest > 0:
-        integral_up, integral_down = decay_integral(x, up), decay_integral(x, down)
-        first = jnp.where(first_is_up, integral_up, integral_down)
-        second = jnp.where(first_is_up, integral_down, integral_up)
-        curve = (first - (1 - jnp.where(first_is_up, up, down) * first) * second) / widest
+    rate = jnp.where(first_is_up, up, down)
+    integral_up, integral_down = decay_integral(x, up), decay_integral(x, down)
+    first = jnp.where(first_is_up, integral_up, integral_down)
+    second = jnp.where(first_is_up, integral_down, integral_up)
+    curve = first - (1 - rate * first) * second
     if widest < 0.25:
-        # Near the origin of the plane the division above multiplies rounding, as of 0/0.
+        # Near (0, 0) nearly all of the difference cancels, and the division multiplies its rounding.
         near = widest * x < 1
         small = jnp.where(near, x, 0.0)
-        series = small**2 * exp_curvature(-jnp.where(first_is_up, up, down) * small, -widest * small)
-        curve = jnp.where(near, series, curve) if widest > 0 else series
+        series = small**2 * exp_curvature(-rate * small, -widest * small)
+        curve = jnp.where(near, series, curve / max(widest, 1e-20))
+    else:
+        curve = curve / widest
 
-    missing_p = top / (alpha * total) if alpha > 0 and total > 0 else jnp.inf
-    missing_q = top / (beta * total) if beta > 0 and total > 0 else jnp.inf
+    # What 0 adds in the place of p, or of q; a factor beyond this is beyond float32 as well.
+    missing_p = top / (alpha * total) if alpha > 0 and alpha * total > 1e-30 else jnp.inf
+    missing_q = top / (beta * total) if beta > 0 and beta * total > 1e-30 else jnp.inf
     alone = jnp.where(has_p, missing_q, jnp.where(has_q, missing_p, 0.0))
     return jnp.where(has_p & has_q, top * curve, alone)
 
@@ -194,14 +215,21 @@ def alpha_beta_entries(
 def mixture_kl_entries(
     log_p: Float[Array, "*batch vocab"],
     log_q: Float[Array, "*batch vocab"],
-    weight: Float[Array, "*batch"] | float,
+    weight: Weight,
 ) -> tuple[Float[Array, "*batch vocab"], Float[Array, "*batch vocab"]]:
-    """Each entry's share of ``KL(p || m)`` and of ``KL(q || m)``, ``m = w p + (1 - w) q``, neither of them
-    negative.
+    """Each entry's share of ``KL(p || m)`` and ``KL(q || m)``, ``m = w p + (1 - w) q``; neither is negative.
 
-    Entry by entry, all is written as the greater of p and q times a function of their ratio, and ``- p + m``,
-    whose sum is 0, is added: nothing is then left to cancel but what is small itself. From ``log m`` it would
-    take two passes more.
+    ``m - p``, or ``m - q``, is added to each: it sums to 0, and leaves a difference of second order in
+    ``log p - log q`` where the two are close. All is the greater of p and q times a function of their ratio.
+    The relative rounding grows as the lesser of w and 1 - w tends to 0, with its inverse.
+
+    Args:
+      log_p: log-probabilities, normalised over the last axis.
+      log_q: as ``log_p``.
+      weight: w, one number or one a token; as a Python number it saves a logarithm unless it is near 0 or 1.
+
+    Returns:
+      What to sum over the vocabulary, for p and for q. Infinite, without gradient, where m has no mass.
     """
     log_p, log_q = promote(log_p, log_q)
     weight = over_vocab(weight)
@@ -220,5 +248,5 @@ def mixture_kl_entries(
         alone = jnp.log(jnp.where(w_greater > 0, w_greater, 1.0))
         log_m = jnp.where(both, log_decay_mix(x, w_greater, w_lesser), alone)
     of_greater = jnp.where(infinite, jnp.inf, greater * (m_less_1 - log_m))
-    of_lesser = greater * (m_less_1 - lesser_less_1 - (1 + lesser_less_1) * (x + log_m))
+    of_lesser = greater * (-w_greater * lesser_less_1 - (1 + lesser_less_1) * (x + log_m))
     return jnp.where(p_greater, of_greater, of_lesser), jnp.where(p_greater, of_lesser, of_greater)

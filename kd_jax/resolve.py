@@ -18,8 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Spec = str | Mapping[str, Any]  # an ml_collections.ConfigDict will do: whatever `dict` can read
+Number = float | int  # to a type checker float includes int, at run time it does not
 
 
 def bind(spec: Spec, module: ModuleType, **defaults: Any) -> Callable[..., Any]:
@@ -118,16 +120,10 @@ def look_up(
     unknown = [keyword for keyword in keywords if keyword not in options]
     if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters):
         where = f"in the spec {_show(spec)}{_nearest(unknown[0], options)}"
-        raise ValueError(
-            f"unknown keyword {unknown[0]!r} {where}; {name} takes {', '.join(options) or 'no keywords'}."
-        )
-    missing = [
-        o for o, default in options.items() if default is inspect.Parameter.empty and o not in keywords
-    ]
+        raise ValueError(f"unknown keyword {unknown[0]!r} {where}; {name} takes {', '.join(options) or 'no keywords'}.")
+    missing = [o for o, default in options.items() if default is inspect.Parameter.empty and o not in keywords]
     if missing:
-        raise ValueError(
-            f"the spec {_show(spec)} lacks {', '.join(missing)}, for which {name} has no default."
-        )
+        raise ValueError(f"the spec {_show(spec)} lacks {', '.join(missing)}, for which {name} has no default.")
     return function, keywords
 
 
@@ -139,17 +135,19 @@ def names(module: ModuleType) -> list[str]:
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """``value`` as a float, if it is a finite Python number in ``[low, high]``; a ValueError that names it otherwise."""
+    """``value`` as a float if it is a finite Python number from ``low`` to ``high``, else a ValueError."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, not {value!r}.")
-    if not low <= value <= high:
+    if not low <= float(value) <= high:
         raise ValueError(f"{name} must lie between {low:g} and {high:g}, but is {value!r}.")
     return float(value)
 
 
 def check_fraction(name: str, value: Any) -> Any:
-    """``value``, checked to lie in ``[0, 1]`` if it is a Python number; an array, traced or not, is not looked into."""
-    return value if isinstance(value, jax.Array) else check_number(name, value, 0.0, 1.0)
+    """``value``, checked to lie in ``[0, 1]`` if it is a Python number; an array (it may be traced) is not."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return jnp.asarray(value)
+    return check_number(name, value, 0.0, 1.0)
 
 
 def _array_parameters(function: Callable[..., Any]) -> list[str]:
@@ -167,8 +165,9 @@ def _build_nested(value: Any, module: ModuleType) -> Any:
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    lower = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(str(name).lower(), lower, n=1)
+    return f" (did you mean {lower[close[0]]!r}?)" if close else ""
 
 
 def _show(spec: Spec) -> str:

@@ -93,7 +93,7 @@ class taid:
       0.5504
 
     References:
-      Shing et al., `TAID <https://arxiv.org/abs/2501.16937>`_, 2025, Eq. 6 and Alg. 1.
+      Shing et al., `TAID <https://arxiv.org/abs/2501.16937>`_, 2025.
     """
 
     def __init__(
@@ -109,9 +109,7 @@ class taid:
         self.end = check_number("end", end, 0.0, 1.0)
         self.start = check_number("start", start, 0.0, 1.0)
         if not self.start <= self.end or self.start == 1 or self.end == 0:
-            raise ValueError(
-                f"taid goes up, from start < 1 to end > 0, but start is {start!r} and end is {end!r}."
-            )
+            raise ValueError(f"taid goes up, from start < 1 to end > 0, but start is {start!r} and end is {end!r}.")
         self.alpha = check_number("alpha", alpha, 0.0, 1.0)
         self.beta = check_number("beta", beta, 0.0, 1.0)
         self.disable_adaptive = disable_adaptive
@@ -127,7 +125,7 @@ class taid:
     def update(
         self, state: TaidState, *, step: jax.typing.ArrayLike, loss: jax.typing.ArrayLike, **unused: Any
     ) -> TaidState:
-        """The state after a step, from its number (the first is 0) and its loss: a constant to the gradient."""
+        """The state after a step, from its number (the first is 0) and its loss, without gradient."""
         loss = jax.lax.stop_gradient(jnp.asarray(loss, state.value.dtype))
         first = jnp.isinf(state.previous_loss)
         previous = jnp.where(first, loss, state.previous_loss)
@@ -136,9 +134,7 @@ class taid:
         line = self.start + (self.end - self.start) * jnp.asarray(step, loss.dtype) / self.total_steps
         adaptive = state.value + self.alpha * jax.nn.sigmoid(momentum) * (1 - state.value)
         value = jnp.minimum(self.end, line if self.disable_adaptive else jnp.maximum(line, adaptive))
-        return TaidState(
-            jnp.where(first, state.value, value), jnp.where(first, state.momentum, momentum), loss
-        )
+        return TaidState(jnp.where(first, state.value, value), jnp.where(first, state.momentum, momentum), loss)
 
 
 def as_stateful(schedule: float | Callable[..., Any] | StatefulSchedule) -> StatefulSchedule:
@@ -167,13 +163,11 @@ def as_stateful(schedule: float | Callable[..., Any] | StatefulSchedule) -> Stat
         return _Stateless(schedule)
     if isinstance(schedule, numbers.Real):
         return _Stateless(constant_schedule(check_number("a constant schedule", schedule)))
-    raise ValueError(
-        f"a schedule is a number, a function of the step or a stateful schedule, not {schedule!r}."
-    )
+    raise ValueError(f"a schedule is a number, a function of the step or a stateful schedule, not {schedule!r}.")
 
 
 class _Stateless:
-    """A plain schedule with nothing to remember: the step is given, and not counted as in optax's own wrapper."""
+    """A plain schedule, with nothing to remember: the step is given, where optax's own wrapper counts."""
 
     def __init__(self, schedule: Callable[[Any], Any]):
         self.schedule = schedule
@@ -181,7 +175,7 @@ class _Stateless:
     def init(self) -> tuple[()]:
         return ()
 
-    def __call__(self, state: tuple[()], *, step: jax.typing.ArrayLike, **unused: Any) -> Float[Array, ""]:
+    def __call__(self, state: tuple[()], *, step: Any = None, **unused: Any) -> Float[Array, ""]:
         return jnp.asarray(self.schedule(step), float)
 
     def update(self, state: tuple[()], **unused: Any) -> tuple[()]:

@@ -102,13 +102,19 @@ def load_data(config: Any, tokenizer: data.Tokenizer, max_length: int) -> tuple[
         source = data.load(options.name, split=split, data_dir=options.data_dir or None, **dict(options.options))
         source = _First(source, limit) if limit and limit < len(source) else source
         if options.name == "text":
-            tokenized, counts[split] = data.pack(source, tokenizer, max_length=options.max_length)
+            tokenized = data.pack(source, tokenizer, max_length=options.max_length)
+            counts[split] = {"rows": len(tokenized)}
         else:
             tokenized, counts[split] = data.tokenize(
                 source, tokenizer, template=options.template, max_length=options.max_length,
                 max_prompt_length=options.max_prompt_length, long_prompts=options.long_prompts,
-                long_responses=options.long_responses, loss_on=options.loss_on,
+                long_responses=options.long_responses,
+                # Held-out rows are scored on their responses, whatever the training is on.
+                loss_on=options.loss_on if split == options.train_split else "response",
             )  # fmt: skip
+        if options.packed and split == options.train_split:
+            tokenized = data.join(tokenized, max_length=options.max_length)
+            counts[split] |= {"packed into": len(tokenized)}
         rows.append(tokenized)
     return rows[0], rows[1], counts
 

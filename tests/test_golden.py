@@ -1,4 +1,4 @@
-"""Value, gradient and value per token of each method's own published code, against ours: see golden/README.md."""
+"""The numbers of each method's own published code: loss, gradient, loss per token. See golden/README.md."""
 
 import functools
 import json
@@ -40,12 +40,8 @@ def test_published_code(case, dtype):
 
         assistant = op.get("assistant")
         bound = assistant and resolve.bind({"name": assistant["name"], **assistant["kwargs"]}, assistants)
-        divergence = resolve.bind(
-            {"name": op["divergence"]["name"], **op["divergence"]["kwargs"]}, divergences
-        )
-        token_loss = objectives.token_loss(
-            divergence, bound, tuple(op["pair"]), op.get("stop_gradient", False)
-        )
+        divergence = resolve.bind({"name": op["divergence"]["name"], **op["divergence"]["kwargs"]}, divergences)
+        token_loss = objectives.token_loss(divergence, bound, tuple(op["pair"]), op.get("stop_gradient", False))
 
         def losses(student):
             log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
@@ -65,7 +61,7 @@ def test_published_code(case, dtype):
         )
     close = functools.partial(np.testing.assert_allclose, rtol=TOLERANCE[dtype])
     close(loss + np.sum(left_in * mask) / mask.sum(), arrays()[f"{case['key']}/loss"])
-    # The gradient is in the logits, before the temperature divides them, and small entries are differences of large ones.
+    # The gradient is in the logits as they are before the temperature divides them.
     expected = arrays()[f"{case['key']}/grad"]
     close(grad / temperature, expected, atol=TOLERANCE[dtype] * np.abs(expected).max())
     if f"{case['key']}/per_token" in arrays():

@@ -1,0 +1,129 @@
+"""The one tfds builder: rows of prompt, context and response, built once per content and read at random."""
+
+import dataclasses
+import difflib
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from kd_jax.data import docstrings, dolly, jsonl, text
+
+Row = Mapping[str, str]
+FIELDS = ("name", "prompt", "context", "response")
+# Each is (**options) -> (fingerprint of the content, split -> () -> rows).
+SOURCES: dict[str, Callable[..., tuple[str, Mapping[str, Callable[[], Iterable[Row]]]]]] = {
+    "docstrings": docstrings.source,
+    "dolly": dolly.source,
+    "jsonl": jsonl.source,
+    "text": text.source,
+}
+
+
+@dataclasses.dataclass
+class RowsConfig(tfds.core.BuilderConfig):
+    """A dataset by its content: its name carries the fingerprint, so that changed content is built anew."""
+
+    splits: Mapping[str, Callable[[], Iterable[Row]]] = dataclasses.field(default_factory=dict, repr=False)
+
+
+class KdJaxRows(tfds.core.GeneratorBasedBuilder):
+    """Prompts and responses as array_record, without TensorFlow."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({field: tfds.features.Text() for field in FIELDS})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        generators = {}
+        for split, rows in self.builder_config.splits.items():
+            ahead = iter(rows())
+            for first in ahead:  # tfds cannot write a split without rows: it is left out
+                generators[split] = self._generate_examples(itertools.chain([first], ahead))
+                break
+        if not generators:
+            raise ValueError(f"the dataset {self.builder_config.name} has no rows in any split: is its file empty?")
+        return generators
+
+    def _create_builder_config(self, builder_config: Any, version: Any) -> Any:
+        return builder_config  # tfds would warn of each that it is not in a fixed list, which none here can be
+
+    def _generate_examples(self, rows: Iterable[Row]) -> Iterator[tuple[int, dict[str, str]]]:
+        for index, row in enumerate(rows):
+            yield index, {field: row.get(field, "") for field in FIELDS}
+
+
+class _Decoded:
+    """Rows as dicts of str; tfds without TensorFlow gives bytes."""
+
+    def __init__(self, source: Any):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}.")
+        return {field: value.decode() for field, value in self._source[index].items()}
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        return (self[i] for i in range(len(self)))
+
+
+def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) -> _Decoded:
+    """The rows of a split, built first if they are not on disk.
+
+    A dataset's folder appears when it is complete, and its name carries what it was made from, so that neither half a
+    dataset nor an outdated one is read.
+
+    Args:
+      name: docstrings, dolly, jsonl or text.
+      split: train, validation or test, as far as the dataset has them.
+      data_dir: where built datasets are kept; None: tensorflow_datasets' default.
+      **options: keywords of that dataset's `source`.
+
+    Returns:
+      A sequence of {"name", "prompt", "context", "response"}, each a str.
+
+    Raises:
+      ValueError: an unknown name, option or split, an empty split, or a row that cannot be read.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"there is no dataset {name!r}{_nearest(name, SOURCES)}; known: {', '.join(SOURCES)}.")
+    known = inspect.signature(SOURCES[name]).parameters
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"the dataset {name} has no option {option!r}{_nearest(option, known)}; it has {', '.join(known)}."
+            )
+    missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
+    if missing:
+        raise ValueError(f"the dataset {name} needs data.options.{missing[0]}.")
+    fingerprint, splits = SOURCES[name](**options)
+    if split not in splits:
+        raise ValueError(f"the dataset {name} has no split {split!r}; it has {', '.join(splits)}.")
+    # pyrefly: ignore[unexpected-keyword]  # tfds hides that its BuilderConfig is a dataclass
+    config = RowsConfig(name=f"{name}-{fingerprint}", splits=splits)
+    builder = KdJaxRows(data_dir=data_dir, config=config, file_format="array_record")
+    if not builder.data_path.exists():
+        try:
+            builder.download_and_prepare()
+        except OSError:
+            # tfds builds in a temporary folder and renames it, which fails where another process was first.
+            if not builder.data_path.exists():
+                raise
+        builder = KdJaxRows(data_dir=data_dir, config=config, file_format="array_record")
+    sizes = {known_split: info.num_examples for known_split, info in builder.info.splits.items()}
+    if not sizes.get(split):
+        raise ValueError(f"the split {split!r} of {name} is empty; rows of each split: {sizes}.")
+    return _Decoded(builder.as_data_source(split=split))
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,0 +1,144 @@
+"""Functions and what they say they do: built from the Python on this machine, with no download."""
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import platform
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+SKIPPED = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "__pycache__", "_vendor", "conftest"}
+SPLITS = ("train", "validation", "test")
+PACKAGES = ("numpy", "scipy", "jax", "matplotlib")
+MAX_CHARACTERS = 6000
+
+
+def source(
+    packages: tuple[str, ...] = PACKAGES, standard_library: bool = True
+) -> tuple[str, dict[str, Callable[[], Iterable[dict[str, str]]]]]:
+    """Prompt: a function's source without its docstring. Response: the docstring's first paragraph.
+
+    The files are parsed and never imported. Modules are whole in one split (94 % train, 3 % validation, 3 % test, by
+    a hash of the module's name); a function that is a twin of an earlier one, by its body or by its name and docstring,
+    is left out, and the held-out splits go first, so that no held-out function has a twin in training.
+
+    Args:
+      packages: installed packages to read beside the standard library.
+      standard_library: whether to read that.
+
+    Raises:
+      ValueError: a package that is not installed.
+    """
+    roots = [(Path(sysconfig.get_path("stdlib")), "")] if standard_library else []
+    versions = [f"python {sys.version_info.major}.{sys.version_info.minor}"] if standard_library else []
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(
+                f"the docstrings dataset reads the package {package!r}, which is not installed: pip install {package}."
+            )
+        roots.append((Path(spec.submodule_search_locations[0]), package))
+        versions.append(f"{package} {_version(package)}")
+    digest = hashlib.sha256(";".join(versions).encode()).hexdigest()[:12]
+    cache: dict[str, list[dict[str, str]]] = {}
+
+    def rows(split: str) -> Iterable[dict[str, str]]:
+        if not cache:
+            cache.update(_split(roots))
+        return cache[split]
+
+    return digest, {split: lambda split=split: rows(split) for split in SPLITS}
+
+
+def _split(roots: list[tuple[Path, str]]) -> dict[str, list[dict[str, str]]]:
+    """All rows by split, without twins."""
+    found: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
+    for root, package in roots:
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            if SKIPPED & set(parts) or any(part.startswith("test_") for part in parts):
+                continue
+            module = ".".join((package, *parts) if package else parts).removesuffix(".__init__")
+            found[split_of(module)].extend(_functions(path, module))
+    seen: set[str] = set()
+    kept: dict[str, list[dict[str, str]]] = {}
+    for split in ("test", "validation", "train"):
+        kept[split] = []
+        for row in found[split]:
+            body = _normal(re.sub(r"^.*?def \w+", "def f", row["prompt"], count=1, flags=re.DOTALL))
+            said = row["name"].rsplit(".", 1)[-1] + " " + _normal(row["response"])
+            if body not in seen and said not in seen:
+                kept[split].append(row)
+            seen |= {body, said}
+    return kept
+
+
+def split_of(module: str) -> str:
+    """The split of a module, by a hash of its name."""
+    bucket = int(hashlib.sha256(module.encode()).hexdigest(), 16) % 100
+    return "test" if bucket < 3 else "validation" if bucket < 6 else "train"
+
+
+def _functions(path: Path, module: str) -> Iterator[dict[str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        with warnings.catch_warnings():  # of other people's escapes
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return  # a template, or a file for another Python
+    lines = text.splitlines()
+    for node, name in _walk(tree, module):
+        docstring = ast.get_docstring(node, clean=False)
+        if not docstring or len(node.body) < 2:
+            continue
+        paragraph = " ".join(inspect.cleandoc(docstring).split("\n\n")[0].split())
+        prompt = _without_docstring(lines, node)
+        if (
+            len(paragraph.split()) >= 3
+            and paragraph.isascii()
+            and paragraph[0].isalnum()
+            and len(prompt) <= MAX_CHARACTERS
+        ):
+            yield {"name": name, "prompt": prompt, "context": "", "response": paragraph}
+
+
+def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child, f"{prefix}.{child.name}"
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield from _walk(child, f"{prefix}.{child.name}")
+        elif isinstance(child, ast.If | ast.Try | ast.With):
+            yield from _walk(child, prefix)
+
+
+def _without_docstring(lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    said = node.body[0]
+    kept = lines[first - 1 : said.lineno - 1] + lines[said.end_lineno : node.end_lineno]
+    indent = len(kept[0]) - len(kept[0].lstrip())
+    return "\n".join(line[indent:] if not line[:indent].strip() else line for line in kept if line.strip())
+
+
+def _normal(text: str) -> str:
+    return re.sub(r"\W+", " ", text).strip().lower()
+
+
+def _version(package: str) -> str:
+    if package in sys.stdlib_module_names:
+        return platform.python_version()
+    names = importlib.metadata.packages_distributions().get(package, [package])
+    try:
+        return importlib.metadata.version(names[0])
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(
+            f"the docstrings dataset cannot tell the version of {package!r}, which no distribution has installed, and "
+            f"so not when it is to be built anew; install it with pip, or leave it out of the packages."
+        ) from error

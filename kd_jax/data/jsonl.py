@@ -1,0 +1,80 @@
+"""The user's own prompts and responses: a JSON object a line."""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+
+def source(
+    path: str,
+    prompt_field: str = "prompt",
+    response_field: str = "response",
+    context_field: str = "",
+    validation_path: str = "",
+    validation_fraction: float = 0.02,
+) -> tuple[str, dict[str, Callable[[], Iterable[dict[str, str]]]]]:
+    """Splits train and validation.
+
+    Args:
+      path: a .jsonl or .jsonl.gz file.
+      prompt_field: the field of the prompt.
+      response_field: the field of the response.
+      context_field: the field of the context; empty: there is none.
+      validation_path: a file of held-out rows; empty: a part of `path` is held out.
+      validation_fraction: the share that is held out then, by a hash of the prompt.
+
+    Raises:
+      ValueError: a file that does not exist, a line that is not JSON, a row without its field.
+    """
+    if not validation_path and not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction={validation_fraction} must lie between 0 and 1, both excluded.")
+    fields = {"prompt": prompt_field, "response": response_field}
+    if context_field:
+        fields["context"] = context_field
+    files = [Path(p).expanduser() for p in (path, validation_path) if p]
+    fingerprint = digest(files, str((fields, validation_fraction if not validation_path else "")))
+
+    def rows(held_out: bool) -> Iterator[dict[str, str]]:
+        if validation_path:
+            yield from read(files[held_out], fields)
+        else:
+            yield from (r for r in read(files[0], fields) if (fraction(r["prompt"]) < validation_fraction) == held_out)
+
+    return fingerprint, {"train": lambda: rows(False), "validation": lambda: rows(True)}
+
+
+def read(path: Path, fields: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Rows of a file, each field a string; errors name the file and the line."""
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error}).") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: a JSON object is expected, not {type(row).__name__}.")
+            for field in fields.values():
+                if not isinstance(row.get(field), str):
+                    what = f"is {row[field]!r}, not a string" if field in row else "is missing"
+                    raise ValueError(f"{path}:{number}: the field {field!r} {what}; the row has {', '.join(row)}.")
+            yield {ours: row[theirs] for ours, theirs in fields.items()}
+
+
+def digest(files: list[Path], settings: str) -> str:
+    """A fingerprint of files' contents and of what is read from them."""
+    total = hashlib.sha256(settings.encode())
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}.")
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:12]
+
+
+def fraction(text: str) -> float:
+    """A number in [0, 1) that is the same for the same text everywhere: what divides rows into splits."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48

@@ -1,0 +1,260 @@
+"""From rows of text to batches of tokens: tokenised once, in a global order that the seed gives, resumable anywhere."""
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from kd_jax.data import prompts
+from kd_jax.data.tokenizer import Tokenizer
+
+ENCODED_AT_ONCE = 4096  # rows: enough for all cores, few enough to hold as Python lists
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Token rows of different lengths, end to end in one array.
+
+    Attributes:
+      tokens: all rows' ids.
+      offsets: row i is tokens[offsets[i] : offsets[i + 1]].
+      prompt_lengths: how many of a row's first tokens are its prompt.
+      first_counted: the position in the row of its first token that the loss counts; what follows counts too.
+    """
+
+    tokens: Int[np.ndarray, " T"]
+    offsets: Int[np.ndarray, " N+1"]
+    prompt_lengths: Int[np.ndarray, " N"]
+    first_counted: Int[np.ndarray, " N"]
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    def __getitem__(self, index: int) -> Int[np.ndarray, " L"]:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+def tokenize(
+    source: Sequence[dict[str, str]],
+    tokenizer: Tokenizer,
+    *,
+    template: str,
+    max_length: int,
+    max_prompt_length: int,
+    long_prompts: str = "drop",
+    long_responses: str = "cut",
+    loss_on: str = "response",
+) -> tuple[Rows, dict[str, int]]:
+    """Every row of the source as prompt, response and end token, at most max_length + 1 of them.
+
+    One more than `max_length` because a row gives inputs [:-1] and targets [1:]. Prompt and response are encoded apart,
+    so that the prompt's ids are the same here and when the model is asked to continue it.
+
+    Args:
+      source: rows with prompt, context and response.
+      tokenizer: its ids; its eos ends a response.
+      template: plain, alpaca or chat (`kd_jax.data.prompts`).
+      max_length: tokens of a model's input.
+      max_prompt_length: tokens of a prompt.
+      long_prompts: of a longer prompt, "cut" keeps the first `max_prompt_length` tokens; "drop" leaves the row out.
+      long_responses: of a response that does not fit with its end token, "cut" keeps what fits, without an end token
+        (the response has not ended there); "drop" leaves the row out.
+      loss_on: "response" counts the response and its end token, "all" the prompt as well.
+    Returns:
+      The rows, and counts: read, prompts_cut, prompts_dropped, responses_cut, responses_dropped, empty (without a token
+      of a response: dropped) and kept.
+    Raises:
+      ValueError: for a `max_prompt_length` that leaves no room, an unknown choice, or if no row is left.
+    References:
+      Cutting a prompt to its first tokens: DistiLLM; dropping it: MiniLLM.
+    """
+    _check_choice("long_prompts", long_prompts, ("drop", "cut"))
+    _check_choice("long_responses", long_responses, ("cut", "drop"))
+    _check_choice("loss_on", loss_on, ("response", "all"))
+    if not 0 < max_prompt_length < max_length:
+        raise ValueError(
+            f"max_prompt_length={max_prompt_length} must be at least 1 and less than max_length={max_length}, or no "
+            f"response fits."
+        )
+    counts = dict.fromkeys(("read", "prompts_cut", "prompts_dropped", "responses_cut", "responses_dropped", "empty"), 0)
+    pieces: list[Int[np.ndarray, " L"]] = []
+    prompt_lengths: list[int] = []
+    for prompt, response in _encode(source, tokenizer, template):
+        counts["read"] += 1
+        if not response:
+            counts["empty"] += 1
+            continue
+        if len(prompt) > max_prompt_length:
+            if long_prompts == "drop":
+                counts["prompts_dropped"] += 1
+                continue
+            counts["prompts_cut"] += 1
+            prompt = prompt[:max_prompt_length]
+        room = max_length + 1 - len(prompt)
+        response = [*response, tokenizer.eos_id]
+        if len(response) > room:
+            if long_responses == "drop":
+                counts["responses_dropped"] += 1
+                continue
+            counts["responses_cut"] += 1
+            response = response[:room]
+        pieces.append(np.array(prompt + response, np.int32))
+        prompt_lengths.append(len(prompt))
+    counts["kept"] = len(pieces)
+    if not pieces:
+        raise ValueError(
+            f"no row is left of {counts['read']}: {counts['prompts_dropped']} prompts are longer than "
+            f"max_prompt_length={max_prompt_length} tokens (raise it, or long_prompts='cut'), "
+            f"{counts['responses_dropped']} responses do not fit into max_length={max_length} (raise it, or "
+            f"long_responses='cut'), {counts['empty']} responses are empty."
+        )
+    lengths = np.array(prompt_lengths, np.int32)
+    return _rows(pieces, lengths, lengths if loss_on == "response" else np.zeros_like(lengths)), counts
+
+
+def pack(source: Sequence[dict[str, str]], tokenizer: Tokenizer, *, max_length: int) -> tuple[Rows, dict[str, int]]:
+    """The responses as one stream, an end token after each, in rows of max_length + 1 of which every token counts.
+
+    For plain text: no padding but in the last row. Rows overlap by one token, so that each token is a target once.
+
+    Args:
+      source: rows whose `response` is text; the dataset `text`.
+      tokenizer: its ids.
+      max_length: tokens of a model's input.
+    Returns:
+      The rows, and counts: read (of the source) and kept (rows of tokens).
+    Raises:
+      ValueError: if there is no text.
+    """
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1, but is {max_length}.")
+    pieces = [
+        np.array([*response, tokenizer.eos_id], np.int32)
+        for _, response in _encode(source, tokenizer, "plain")
+        if response
+    ]
+    if not pieces:
+        raise ValueError(f"there is no text to pack in the {len(source)} rows.")
+    stream = np.concatenate(pieces)
+    starts = range(0, len(stream) - 1, max_length)
+    zeros = np.zeros(len(starts), np.int32)
+    packed = _rows([stream[start : start + max_length + 1] for start in starts], zeros, zeros)
+    return packed, {"read": len(source), "kept": len(packed)}
+
+
+def batches(
+    rows: Rows,
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    shuffle: bool = True,
+    num_epochs: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    pad_id: int,
+) -> grain.IterDataset:
+    """Batches of a fixed shape, of this process's rows: every `process_count`-th of each global batch.
+
+    The global order depends on the seed alone, each epoch has its own, and batch i holds the same rows however many
+    processes share it. With several epochs a batch may hold the end of one epoch and the start of the next. The
+    iterator's `get_state` and `set_state` are exact: a resumed run reads the batches that it would have read.
+
+    Args:
+      rows: from `tokenize` or `pack`.
+      batch_size: rows of a global batch.
+      max_length: tokens of a row of the batch; the rows have at most one more.
+      seed: of the order, in [0, 2^32).
+      shuffle: False for the rows' own order.
+      num_epochs: None for no end. Otherwise the last batch is filled up with rows that are all masked: each row is
+        read, and every process gets the same number of batches.
+      process_index, process_count: as `jax.process_index()` and `jax.process_count()`.
+      pad_id: fills rows up, on the right.
+    Returns:
+      An iterable of dicts of NumPy arrays, each [batch_size / process_count, max_length]: tokens and targets (int32),
+      mask (True where `tokens` has a token) and loss_mask (True where the target counts).
+    Raises:
+      ValueError: for a batch that the processes cannot share evenly, rows longer than max_length + 1, or a number out
+        of range.
+
+    Example:
+      >>> rows = Rows(np.array([5, 6, 7, 8]), np.array([0, 4]), np.array([2]), np.array([2]))
+      >>> batch = next(iter(batches(rows, batch_size=1, max_length=4, seed=0, pad_id=0, num_epochs=1)))
+      >>> batch["tokens"], batch["targets"]
+      (array([[5, 6, 7, 0]], dtype=int32), array([[6, 7, 8, 0]], dtype=int32))
+      >>> batch["mask"], batch["loss_mask"]
+      (array([[ True,  True,  True, False]]), array([[False,  True,  True, False]]))
+    """
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size} is not a multiple of the number of processes, {process_count}.")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index must be less than process_count={process_count}, but is {process_index}.")
+    if num_epochs is not None and num_epochs < 1:
+        raise ValueError(f"num_epochs must be None or at least 1, but is {num_epochs}.")
+    longest = int(np.diff(rows.offsets).max())
+    if longest > max_length + 1:
+        raise ValueError(
+            f"the longest row has {longest} tokens; max_length={max_length} has room for {max_length + 1}."
+        )
+    order: Any = grain.MapDataset.range(len(rows))
+    order = (order.shuffle(seed) if shuffle else order).repeat()  # beyond the first epoch, shuffled anew
+    num_rows = sys.maxsize if num_epochs is None else len(rows) * num_epochs
+
+    def make_batch(index: int) -> dict[str, np.ndarray]:
+        start = index * batch_size
+        places = range(start + process_index, start + batch_size, process_count)
+        indices = [order[place] for place in places if place < num_rows]
+        return _pad(rows, indices, len(places), max_length, pad_id)
+
+    # Whole batches are the elements: an index is all the state there is. The rows are in memory, so that two threads
+    # are enough to have the next batches ready.
+    num_batches = num_rows // batch_size if num_epochs is None else -(-num_rows // batch_size)
+    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    return grain.MapDataset.range(num_batches).map(make_batch).to_iter_dataset(ahead)
+
+
+def _pad(rows: Rows, indices: Sequence[int], num_rows: int, max_length: int, pad_id: int) -> dict[str, np.ndarray]:
+    tokens = np.full((num_rows, max_length), pad_id, np.int32)
+    targets = np.full((num_rows, max_length), pad_id, np.int32)
+    mask = np.zeros((num_rows, max_length), bool)
+    loss_mask = np.zeros((num_rows, max_length), bool)
+    for place, index in enumerate(indices):
+        row = rows[index]
+        length = len(row) - 1
+        tokens[place, :length] = row[:-1]
+        targets[place, :length] = row[1:]
+        mask[place, :length] = True
+        # The target at t is the row's token t + 1; a row's first token is never a target.
+        loss_mask[place, max(rows.first_counted[index] - 1, 0) : length] = True
+    return {"tokens": tokens, "targets": targets, "mask": mask, "loss_mask": loss_mask}
+
+
+def _encode(
+    source: Sequence[dict[str, str]], tokenizer: Tokenizer, template: str
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The ids of each row's rendered prompt and of its response."""
+    render = prompts.make_render(template, tokenizer)
+    special = prompts.adds_special_tokens(template)
+    rows = (source[i] for i in range(len(source)))  # tfds' sources end in no IndexError
+    while some := list(itertools.islice(rows, ENCODED_AT_ONCE)):
+        texts = [render(row["prompt"], row["context"]) for row in some]
+        responses = tokenizer.encode_batch([row["response"] for row in some])
+        yield from zip(tokenizer.encode_batch(texts, add_special_tokens=special), responses, strict=True)
+
+
+def _rows(
+    pieces: Sequence[Int[np.ndarray, " L"]], prompt_lengths: Int[np.ndarray, " N"], first: Int[np.ndarray, " N"]
+) -> Rows:
+    offsets = np.zeros(len(pieces) + 1, np.int64)
+    np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
+    return Rows(np.concatenate(pieces), offsets, prompt_lengths, first)
+
+
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, but is {value!r}.")

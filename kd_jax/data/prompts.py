@@ -1,0 +1,123 @@
+"""From a row's prompt and context to the text that a model is given."""
+
+import difflib
+import json
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from kd_jax.data.tokenizer import Tokenizer
+
+TEMPLATES = ("plain", "alpaca", "chat")
+Render = Callable[[str, str], str]  # (prompt, context) -> text
+
+
+def make_render(name: str, tokenizer: Tokenizer) -> Render:
+    """The template of that name as a function of a row's prompt and context.
+
+    Args:
+      name: plain, alpaca or chat.
+      tokenizer: whose template chat uses; the others do not look at it.
+    Returns:
+      (prompt, context) -> the text whose continuation is the response.
+    Raises:
+      ValueError: for an unknown name; for chat, if the tokenizer has no template or one that Jinja cannot read.
+    """
+    if name == "chat":
+        return _make_chat(tokenizer)
+    if name == "alpaca":
+        return alpaca
+    if name == "plain":
+        return plain
+    close = difflib.get_close_matches(name, TEMPLATES, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ValueError(f"unknown prompt template {name!r}{hint}; there are {', '.join(TEMPLATES)}.")
+
+
+def adds_special_tokens(name: str) -> bool:
+    """Whether a rendered prompt is to be encoded with special tokens, such as a bos: a chat template writes its own."""
+    return name != "chat"
+
+
+def plain(prompt: str, context: str) -> str:
+    r"""The prompt, a blank line and the context if there is one, and the end of the line.
+
+    Example:
+      >>> plain("def f(): return 1", "")
+      'def f(): return 1\n'
+      >>> plain("Sum up.", "It rains.")
+      'Sum up.\n\nIt rains.\n'
+      >>> plain("", "")
+      ''
+    """
+    text = "\n\n".join(part for part in (prompt, context) if part)
+    return f"{text}\n" if text else ""
+
+
+def alpaca(prompt: str, context: str) -> str:
+    """The template of Stanford Alpaca as MiniLLM, DistiLLM, ABKD and AMiD use it for Dolly.
+
+    References:
+      Taori et al., "Stanford Alpaca: an instruction-following LLaMA model", 2023,
+      https://github.com/tatsu-lab/stanford_alpaca
+      Gu et al., "MiniLLM: knowledge distillation of large language models", 2024, https://arxiv.org/abs/2306.08543
+    """
+    paired = ", paired with an input that provides further context" if context else ""
+    given = f"### Input:\n{context}\n\n" if context else ""
+    return (
+        f"Below is an instruction that describes a task{paired}. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{prompt}\n\n{given}### Response:\n"
+    )
+
+
+def _make_chat(tokenizer: Tokenizer) -> Render:
+    """The tokenizer's own template, with one user's message, up to where the answer begins."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the template chat needs a chat_template, and {tokenizer.folder} has none, neither in "
+            f"tokenizer_config.json nor as chat_template.jinja. Use a chat model's tokenizer, or the template plain or "
+            f"alpaca."
+        )
+    # A template is a program from a downloaded file: it runs in a sandbox. The settings are transformers', so that a
+    # template gives here what it gives there.
+    environment: Any = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        template = environment.from_string(tokenizer.chat_template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"the chat_template of {tokenizer.folder} is not valid Jinja: line {error.lineno}: {error}."
+        ) from error
+
+    def chat(prompt: str, context: str) -> str:
+        content = "\n\n".join(part for part in (prompt, context) if part)
+        try:
+            return template.render(
+                messages=[{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                bos_token=tokenizer.bos_token,
+                eos_token=tokenizer.eos_token,
+            )
+        except jinja2.TemplateError as error:  # raise_exception and what the sandbox refuses, among others
+            raise ValueError(
+                f"the chat_template of {tokenizer.folder} failed on the prompt {prompt[:60]!r}: {error}."
+            ) from error
+
+    return chat
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    # Jinja's own escapes HTML.
+    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,0 +1,45 @@
+"""Plain text files, for packing to length."""
+
+import glob
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from kd_jax.data import jsonl
+
+PIECE = 64 * 1024
+
+
+def source(
+    path: str | tuple[str, ...], validation_fraction: float = 0.02
+) -> tuple[str, dict[str, Callable[[], Iterable[dict[str, str]]]]]:
+    """Splits train and validation, of files cut at line ends into documents of at most about 64 KiB.
+
+    Args:
+      path: a file, a pattern such as 'books/*.txt', or several of them.
+      validation_fraction: the share of pieces that is held out, by a hash of their text.
+
+    Raises:
+      ValueError: a pattern that matches no file.
+    """
+    patterns = [path] if isinstance(path, str) else list(path)
+    files: list[Path] = []
+    for pattern in patterns:
+        matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        if not matches:
+            raise ValueError(f"no file matches data.options.path={pattern!r}.")
+        files += map(Path, matches)
+
+    def rows(held_out: bool) -> Iterator[dict[str, str]]:
+        for file in files:
+            for piece in _pieces(file):
+                if (jsonl.fraction(piece) < validation_fraction) == held_out:
+                    yield {"response": piece}
+
+    fingerprint = jsonl.digest(files, f"text {validation_fraction}")
+    return fingerprint, {"train": lambda: rows(False), "validation": lambda: rows(True)}
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        while lines := file.readlines(PIECE):
+            yield "".join(lines)

@@ -1,0 +1,397 @@
+"""Divergences against an oracle in extended precision that is written from the definitions."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from kd_jax import divergences
+
+KEYWORDS = {
+    "forward_kl": [{}],
+    "reverse_kl": [{}],
+    "mixed_kl": [{"forward_weight": w} for w in (0.0, 0.3, 1.0)],
+    "adaptive_kl": [{"head_mass": m, "include_crossing": c} for m in (0.5, 0.9) for c in (True, False)],
+    "jensen_shannon": [{"weight": w} for w in (0.5, 0.1, 0.9, 0.02)],
+    "skew_forward_kl": [{"skew": s} for s in (0.1, 0.7, 1e-4, 0.0)],
+    "skew_reverse_kl": [{"skew": s} for s in (0.1, 0.7, 1e-4, 0.0)],
+    "total_variation": [{}],
+    "alpha_divergence": [{"alpha": a} for a in (0.5, 0.0, 1.0, 0.01, 0.99, -0.5, 1.5)],
+    "alpha_beta": [
+        {"alpha": a, "beta": b}
+        for a, b in [(0.2, 0.7), (0.5, 0.5), (1, 0), (0, 1), (0, 0), (0.5, 0), (0, 0.5), (1, 1), (2, 1.5)]
+        + [(0.5, -0.5), (1.2, -0.2), (-0.3, 0.9), (0.9, -0.3), (-0.5, 0.5), (0.04, 0.03), (0.01, -0.02)]
+    ],
+}
+CASES = [(name, keywords) for name in divergences.__all__ for keywords in KEYWORDS[name]]
+every_case = pytest.mark.parametrize(
+    "name, keywords", CASES, ids=[f"{n}-{'-'.join(map(str, k.values()))}" for n, k in CASES]
+)
+
+
+# The oracle: straight from the definitions, in the 64 bits of mantissa and 15 of exponent of longdouble.
+
+
+def rel_entr(p, q):
+    with np.errstate(all="ignore"):
+        return np.where(p == 0, 0, np.where(q == 0, np.inf, p * np.log(p / q)))
+
+
+def oracle_alpha_beta(p, q, a, b):
+    support = (p > 0) | (q > 0)
+    p, q = np.where(support, p, 1), np.where(support, q, 1)  # equal, so they add nothing
+    log_p, log_q = np.log(p), np.log(q)
+    if a == b == 0:
+        value = (log_p - log_q) ** 2 / 2
+    elif b == 0:
+        value = (np.where(p > 0, p**a * a * (log_p - log_q), 0) - p**a + q**a) / a**2
+    elif a == 0:
+        value = (np.where(q > 0, q**b * b * (log_q - log_p), 0) - q**b + p**b) / b**2
+    elif a + b == 0:
+        value = (a * (log_q - log_p) + (p / q) ** a - 1) / a**2
+    else:
+        value = -(p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)) / (a * b)
+    return value.sum(-1)
+
+
+def oracle(name, p, q, **kw):
+    kw = {k: v if isinstance(v, bool) else np.longdouble(v) for k, v in kw.items()}
+    forward, reverse = rel_entr(p, q).sum(-1), rel_entr(q, p).sum(-1)
+    match name:
+        case "forward_kl":
+            return forward
+        case "reverse_kl":
+            return reverse
+        case "mixed_kl":
+            w = kw["forward_weight"]
+            return forward if w == 1 else reverse if w == 0 else w * forward + (1 - w) * reverse
+        case "adaptive_kl":
+            head = np.zeros(p.shape, bool)
+            for row in np.ndindex(p.shape[:-1]):
+                mass = 0
+                for rank, token in enumerate(np.argsort(-p[row], kind="stable")):
+                    crosses = mass + p[row][token] >= kw["head_mass"]
+                    if mass >= kw["head_mass"] or (crosses and not kw["include_crossing"] and rank > 0):
+                        break
+                    head[row][token] = True
+                    mass += p[row][token]
+            gap = np.abs(p - q)
+            share = (gap * head).sum(-1) / gap.sum(-1)
+            return share * forward + (1 - share) * reverse
+        case "jensen_shannon":
+            w = kw["weight"]
+            m = w * p + (1 - w) * q
+            return w * rel_entr(p, m).sum(-1) + (1 - w) * rel_entr(q, m).sum(-1)
+        case "skew_forward_kl":
+            return rel_entr(p, kw["skew"] * p + (1 - kw["skew"]) * q).sum(-1)
+        case "skew_reverse_kl":
+            return rel_entr(q, kw["skew"] * q + (1 - kw["skew"]) * p).sum(-1)
+        case "total_variation":
+            return np.abs(p - q).sum(-1) / 2
+        case "alpha_divergence":
+            return oracle_alpha_beta(p, q, kw["alpha"], 1 - kw["alpha"])
+        case "alpha_beta":
+            return oracle_alpha_beta(p, q, kw["alpha"], kw["beta"])
+
+
+def softmax(z):
+    z = np.asarray(z, np.longdouble)
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def oracle_grad(name, teacher, student, step=1e-6, **kw):
+    """Central differences of the oracle in the student's logits, those of no mass left out."""
+    p, grad = softmax(teacher), np.zeros(student.shape)
+    for v in range(student.shape[-1]):
+        if np.isfinite(student[..., v]).all():
+            up, down = (np.asarray(student, np.longdouble) for _ in range(2))
+            up[..., v] += np.longdouble(step)
+            down[..., v] -= np.longdouble(step)
+            grad[..., v] = (oracle(name, p, softmax(up), **kw) - oracle(name, p, softmax(down), **kw)) / (
+                2 * np.longdouble(step)
+            )
+    return grad
+
+
+def value_and_grads(name, teacher, student, dtype="float32", **kw):
+    """The value per token, and the gradient of their sum in the teacher's and in the student's logits."""
+
+    def total(teacher, student):
+        value = getattr(divergences, name)(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student), **kw)
+        return value.sum(), value
+
+    with jax.enable_x64(dtype == "float64"):
+        arrays = jnp.asarray(teacher, dtype), jnp.asarray(student, dtype)
+        (_, value), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(*arrays)
+        assert value.dtype == dtype
+        return np.asarray(value), *map(np.asarray, grads)
+
+
+def logits(scale=2.0, shape=(3, 9), seed=0):
+    teacher, student = np.random.default_rng(seed).normal(size=(2, *shape)) * scale
+    return teacher, student
+
+
+def no_mass(teacher, student):
+    """Two entries of no mass under both."""
+    teacher, student = teacher.copy(), student.copy()
+    teacher[..., [1, 4]] = student[..., [1, 4]] = -np.inf
+    return teacher, student
+
+
+def test_every_divergence_is_tested():
+    assert set(KEYWORDS) == set(divergences.__all__)
+
+
+@every_case
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+def test_value_and_gradient(name, keywords, masked):
+    teacher, student = no_mass(*logits()) if masked else logits()
+    expected = oracle(name, softmax(teacher), softmax(student), **keywords)
+    expected_grad = oracle_grad(name, teacher, student, **keywords)
+    if name == "adaptive_kl":  # its weight is a constant to the gradient, which the golden test covers
+        expected_grad = None
+    for dtype, tolerance in ("float64", 1e-11), ("float32", 3e-5):
+        value, _, grad = value_and_grads(name, teacher, student, dtype, **keywords)
+        np.testing.assert_allclose(value, np.asarray(expected, float), rtol=tolerance)
+        if expected_grad is not None:
+            tolerance = max(tolerance, 1e-8)
+            np.testing.assert_allclose(
+                grad, expected_grad, rtol=tolerance, atol=tolerance * np.abs(expected_grad).max()
+            )
+
+
+@every_case
+def test_logits_a_hundred_apart(name, keywords):
+    teacher, student = no_mass(*logits(30.0))
+    p, q = softmax(teacher), softmax(student)
+    value, grad_teacher, grad = value_and_grads(name, teacher, student, **keywords)
+    expected = oracle(name, p, q, **keywords)
+    fits = np.abs(expected) < np.finfo(np.float32).max
+    np.testing.assert_allclose(value[fits], np.asarray(expected[fits], float), rtol=3e-4)
+    assert not np.isnan(value).any()
+    if fits.all():
+        assert np.isfinite(grad).all() and np.isfinite(grad_teacher).all()
+        if name != "adaptive_kl":
+            expected = oracle_grad(name, teacher, student, **keywords)
+            np.testing.assert_allclose(grad, expected, rtol=3e-4, atol=3e-5 * np.abs(expected).max())
+
+
+@every_case
+@pytest.mark.parametrize("lacking", ["teacher", "student"])
+def test_no_mass_in_one_alone(name, keywords, lacking):
+    teacher, student = no_mass(*logits())
+    (teacher if lacking == "teacher" else student)[..., 6] = -np.inf
+    value, grad_teacher, grad = value_and_grads(name, teacher, student, **keywords)
+    with np.errstate(all="ignore"):
+        expected = np.asarray(oracle(name, softmax(teacher), softmax(student), **keywords), float)
+    expected = np.where(np.isnan(expected), np.inf, expected)  # inf - inf of an infinite summand
+    np.testing.assert_allclose(value, expected, rtol=3e-5)
+    if np.isfinite(expected).all():
+        assert np.isfinite(grad).all() and np.isfinite(grad_teacher).all()
+
+
+@every_case
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_zero_with_zero_gradient_where_equal(name, keywords, scale):
+    teacher, _ = no_mass(*logits(scale))
+    value, grad_teacher, grad = value_and_grads(name, teacher, teacher, **keywords)
+    np.testing.assert_array_equal(value, 0)
+    np.testing.assert_allclose(grad, 0, atol=1e-7)
+    np.testing.assert_allclose(grad_teacher, 0, atol=1e-7)
+
+
+@every_case
+def test_precise_where_nearly_equal(name, keywords):
+    teacher, noise = logits(3.0, shape=(4, 1000))
+    student = np.float32(np.float32(teacher) + 1e-3 * noise)
+    teacher = np.float32(teacher)
+    value, _, _ = value_and_grads(name, teacher, student, **keywords)
+    expected = np.asarray(oracle(name, softmax(teacher), softmax(student), **keywords), float)
+    # Rounding of the log-probabilities, 1e-6, against their difference, 1e-3. A plain sum of p (log p - log q) is lost.
+    np.testing.assert_allclose(value, expected, rtol=3e-3)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 1e-5)])
+@pytest.mark.parametrize("at", [(1, 0), (0.5, 0), (0, 1), (0, 0.5), (0.5, -0.5), (-1, 1), (0, 0), (1, -1)], ids=str)
+def test_no_jump_at_the_limits(at, dtype, tolerance):
+    teacher, student = logits()
+    value, _, grad = value_and_grads("alpha_beta", teacher, student, dtype, alpha=at[0], beta=at[1])
+    directions = [(0, 1), (0, -1), (-1, 0), (1, 1), (1, -1)]
+    for distance, (da, db) in itertools.product((1e-4, 1e-9, 1e-30), directions):
+        near = {"alpha": at[0] + da * distance, "beta": at[1] + db * distance}
+        value_near, _, grad_near = value_and_grads("alpha_beta", teacher, student, dtype, **near)
+        np.testing.assert_allclose(value_near, value, rtol=tolerance + 30 * distance, err_msg=str(near))
+        np.testing.assert_allclose(
+            grad_near, grad, atol=(tolerance + 30 * distance) * np.abs(grad).max(), err_msg=str(near)
+        )
+
+
+@pytest.mark.parametrize("distance", [1e-2, 1e-3, 1e-5, 1e-7])
+def test_precise_near_the_limits(distance):
+    teacher, student = logits()
+    p, q = softmax(teacher), softmax(student)
+    for a, b in [(1, distance), (1, -distance), (distance, 1), (-distance, 1), (0.5, distance - 0.5)]:
+        value, _, _ = value_and_grads("alpha_beta", teacher, student, alpha=a, beta=b)
+        expected = oracle_alpha_beta(p, q, np.longdouble(a), np.longdouble(b))
+        np.testing.assert_allclose(value, np.asarray(expected, float), rtol=1e-5, err_msg=str((a, b)))
+
+
+def test_known_points():
+    log_p, log_q = map(jax.nn.log_softmax, map(jnp.asarray, logits()))
+    value = functools.partial(divergences.alpha_beta, log_p, log_q)
+    forward, reverse = divergences.forward_kl(log_p, log_q), divergences.reverse_kl(log_p, log_q)
+    np.testing.assert_array_equal(value(alpha=1, beta=0), forward)
+    np.testing.assert_array_equal(value(alpha=0, beta=1), reverse)
+    np.testing.assert_array_equal(divergences.skew_reverse_kl(log_p, log_q), divergences.skew_forward_kl(log_q, log_p))
+    hellinger = 2 * jnp.sum((jnp.exp(log_p / 2) - jnp.exp(log_q / 2)) ** 2, -1)
+    np.testing.assert_allclose(value(alpha=0.5, beta=0.5), hellinger, rtol=1e-5)
+    half_jeffreys = divergences.mixed_kl(log_p, log_q)
+    np.testing.assert_allclose(half_jeffreys, (forward + reverse) / 2, rtol=1e-6)
+
+
+def test_infinite_entries_add_nothing_to_the_gradient():
+    teacher, student = logits()
+    student[0, 2] = -np.inf
+    value, _, grad = value_and_grads("forward_kl", teacher, student)
+    assert np.isposinf(value[0]) and np.isfinite(value[1:]).all()
+    assert np.isfinite(grad).all()
+
+
+def test_masks_that_are_finite():
+    teacher, student = logits()
+    for large in (-1e9, -1e30, float(np.finfo(np.float32).min)):
+        teacher[:, 3] = student[:, 3] = large
+        teacher[:, 4] = large
+        for name in ("forward_kl", "jensen_shannon", "skew_reverse_kl", "total_variation", "adaptive_kl"):
+            value, _, grad = value_and_grads(name, teacher, student)
+            assert not np.isnan(value).any() and np.isfinite(grad).all(), (name, large)
+        value, _, grad = value_and_grads("alpha_beta", teacher, student, alpha=0.2, beta=0.7)
+        assert np.isfinite(value).all() and np.isfinite(grad).all()
+
+
+@functools.cache
+def compiled(name):
+    def losses(teacher, student):
+        value = getattr(divergences, name)(
+            jax.nn.log_softmax(teacher), jax.nn.log_softmax(student), **KEYWORDS[name][0]
+        )
+        return value.sum(), value
+
+    return jax.jit(jax.value_and_grad(losses, argnums=(0, 1), has_aux=True))
+
+
+finite_logits = hnp.arrays(np.float32, (2, 3, 5), elements=st.floats(-100, 100, width=32))
+
+
+@pytest.mark.parametrize("name", divergences.__all__)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(z=finite_logits, dead=hnp.arrays(bool, (5,), elements=st.booleans()))
+def test_properties(name, z, dead):
+    dead[0] = False
+    teacher, student = np.where(dead, -np.inf, z)
+    (_, value), grads = compiled(name)(teacher, student)
+    value = np.asarray(value)
+    assert (value >= -1e-6).all()
+    bound = {"total_variation": 1.0, "jensen_shannon": np.log(2), "skew_forward_kl": -np.log(0.1)}
+    assert (value <= bound.get(name, bound["skew_forward_kl"] if name == "skew_reverse_kl" else np.inf) + 1e-5).all()
+    assert np.isfinite(value).all() and all(np.isfinite(grad).all() for grad in grads)
+    # A shift of the logits changes nothing, so the gradient sums to 0.
+    np.testing.assert_allclose(np.asarray(grads[1]).sum(-1), 0, atol=1e-4 * max(1, np.abs(grads[1]).max()))
+
+
+@pytest.mark.parametrize("name", divergences.__all__)
+def test_one_token_a_batch_and_vmap_agree_with_jit(name):
+    function = functools.partial(getattr(divergences, name), **KEYWORDS[name][0])
+    log_p, log_q = map(jax.nn.log_softmax, map(jnp.asarray, logits(shape=(2, 3, 9))))
+    batched = function(log_p, log_q)
+    assert batched.shape == (2, 3)
+    for other in (
+        jax.jit(function)(log_p, log_q),
+        jax.vmap(function)(log_p, log_q),
+        jax.vmap(jax.vmap(function))(log_p, log_q),
+    ):
+        np.testing.assert_allclose(other, batched, rtol=1e-6)
+    np.testing.assert_allclose(function(log_p[1, 2], log_q[1, 2]), batched[1, 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, keyword", [("jensen_shannon", "weight"), ("skew_forward_kl", "skew"), ("mixed_kl", "forward_weight")]
+)
+def test_a_weight_per_token(name, keyword):
+    teacher, student = no_mass(*logits(10.0, shape=(2, 5, 9)))
+    student[..., 6] = -np.inf
+    log_p, log_q = jax.nn.log_softmax(jnp.asarray(teacher)), jax.nn.log_softmax(jnp.asarray(student))
+    numbers = [0.0, 0.1, 0.5, 1 - 2.0**-10, 1.0]
+    function = getattr(divergences, name)
+    value = function(log_p, log_q, **{keyword: jnp.broadcast_to(jnp.array(numbers), (2, 5))})
+    for i, number in enumerate(numbers):
+        expected = function(log_p[:, i], log_q[:, i], **{keyword: number})
+        np.testing.assert_allclose(value[:, i], expected, rtol=1e-5, atol=1e-7)
+        traced = jax.jit(lambda w, i=i: function(log_p[:, i], log_q[:, i], **{keyword: w}))(number)
+        np.testing.assert_allclose(traced, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_adaptive_head():
+    # Of equal probabilities all are in the head, or none: here the two that reach a half, and differ.
+    log_p = jnp.log(jnp.array([0.3, 0.3, 0.3, 0.1]))
+    log_q = jnp.log(jnp.array([0.2, 0.4, 0.3, 0.1]))
+    forward, reverse = divergences.forward_kl(log_p, log_q), divergences.reverse_kl(log_p, log_q)
+    np.testing.assert_allclose(divergences.adaptive_kl(log_p, log_q, head_mass=0.5), forward, rtol=1e-6)
+    permuted = [2, 3, 0, 1]
+    np.testing.assert_allclose(divergences.adaptive_kl(log_p[..., permuted], log_q[..., permuted]), forward, rtol=1e-6)
+    # The whole head differs, and nothing of the tail; then the reverse.
+    p, q = jnp.array([0.6, 0.2, 0.1, 0.1]), jnp.array([0.6, 0.2, 0.15, 0.05])
+    forward, reverse = (f(jnp.log(p), jnp.log(q)) for f in (divergences.forward_kl, divergences.reverse_kl))
+    np.testing.assert_allclose(divergences.adaptive_kl(jnp.log(p), jnp.log(q)), reverse, rtol=1e-6)
+    np.testing.assert_allclose(divergences.adaptive_kl(jnp.log(p), jnp.log(q), head_mass=1.0), forward, rtol=1e-6)
+
+
+def test_half_precision_is_computed_in_single():
+    teacher, student = (jnp.asarray(z, jnp.bfloat16) for z in logits())
+    log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
+    for name in divergences.__all__:
+        function = functools.partial(getattr(divergences, name), **KEYWORDS[name][0])
+        value = function(log_p, log_q)
+        assert value.dtype == jnp.float32
+        np.testing.assert_array_equal(value, function(log_p.astype(jnp.float32), log_q.astype(jnp.float32)))
+
+
+def test_single_stays_single_where_double_is_enabled():
+    with jax.enable_x64(True):
+        vector = jax.ShapeDtypeStruct((2,), jnp.float32)
+        for name, keywords in CASES:
+            function = functools.partial(getattr(divergences, name), **keywords)
+            shapes = jax.eval_shape(jax.value_and_grad(function), vector, vector)
+            assert [shape.dtype for shape in shapes] == [jnp.float32, jnp.float32], (name, keywords)
+
+
+@pytest.mark.parametrize(
+    "name, keyword, value",
+    [
+        ("mixed_kl", "forward_weight", 1.01),
+        ("adaptive_kl", "head_mass", -0.1),
+        ("jensen_shannon", "weight", -0.5),
+        ("skew_forward_kl", "skew", 2),
+        ("skew_reverse_kl", "skew", float("nan")),
+        ("alpha_divergence", "alpha", float("inf")),
+    ],
+)
+def test_a_number_out_of_range_is_named(name, keyword, value):
+    log_p = jnp.log(jnp.array([0.5, 0.5]))
+    with pytest.raises(ValueError, match=keyword) as error:
+        getattr(divergences, name)(log_p, log_p, **{keyword: value})
+    assert repr(value) in str(error.value)
+
+
+def test_alpha_beta_names_the_one_that_is_wrong():
+    log_p = jnp.log(jnp.array([0.5, 0.5]))
+    with pytest.raises(ValueError, match=r"^beta .*nan"):
+        divergences.alpha_beta(log_p, log_p, alpha=1.0, beta=float("nan"))

@@ -1,0 +1,110 @@
+"""The chunked loss against full logits: the same numbers, whatever the chunk."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kd_jax import assistants, divergences
+from kd_jax.head_loss import token_sum
+from kd_jax.objectives import cross_entropy, token_loss
+
+B, L, V, DS, DT = 2, 5, 11, 3, 4
+
+
+def arrays(dtype=np.float32, seed=0):
+    random = np.random.default_rng(seed)
+    shapes = dict(hs=(B, L, DS), ws=(DS, V), ht=(B, L, DT), wt=(DT, V))
+    made = {name: jnp.array(random.normal(size=shape), dtype) for name, shape in shapes.items()}
+    coefficient = jnp.array(random.uniform(0.1, 1, (B, L)), dtype).at[0, 1].set(0).at[1, 3:].set(0)
+    return made, coefficient, jnp.array(random.integers(0, V, (B, L)))
+
+
+def full(loss, a, coefficient, *extras):
+    log_p, log_q = jax.nn.log_softmax(a["ht"] @ a["wt"]), jax.nn.log_softmax(a["hs"] @ a["ws"])
+    return jnp.sum(coefficient * loss(log_p, log_q, *extras))
+
+
+def chunked(loss, a, coefficient, *extras, chunk=2):
+    return token_sum(loss, a["hs"], a["ws"], a["ht"], a["wt"], coefficient, *extras, chunk=chunk)[0]
+
+
+def losses():
+    keywords = {"alpha_divergence": {"alpha": 0.4}, "alpha_beta": {"alpha": 0.2, "beta": 0.7}}
+    for name in divergences.__all__:
+        yield name, token_loss(functools.partial(getattr(divergences, name), **keywords.get(name, {})))
+    for name in assistants.__all__:
+        mix = functools.partial(getattr(assistants, name), **({"alpha": -3.0} if name == "alpha_mixture" else {}))
+        for pair in [("teacher", "assistant"), ("assistant", "student"), ("student", "assistant")]:
+            inner = token_loss(divergences.forward_kl, mix, pair)
+            yield f"{name}-{pair[0]}-{pair[1]}", lambda log_p, log_q, inner=inner: inner(log_p, log_q, 0.3)
+
+
+@pytest.mark.parametrize(("loss",), [pytest.param(loss, id=name) for name, loss in losses()])
+def test_value_and_gradient_are_those_of_full_logits(loss):
+    with jax.enable_x64(True):
+        a, coefficient, _ = arrays(np.float64)
+        expected, expected_gradient = jax.value_and_grad(functools.partial(full, loss))(a, coefficient)
+        found, gradient = jax.jit(jax.value_and_grad(functools.partial(chunked, loss)))(a, coefficient)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        for name in ("hs", "ws"):
+            np.testing.assert_allclose(gradient[name], expected_gradient[name], rtol=1e-9, atol=1e-12)
+        assert not np.any(gradient["ht"]) and not np.any(gradient["wt"])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 64, None])
+def test_no_chunk_changes_the_numbers(chunk):
+    a, coefficient, _ = arrays()
+    loss = token_loss(divergences.jensen_shannon)
+    expected, expected_gradient = jax.value_and_grad(functools.partial(full, loss))(a, coefficient)
+    found, gradient = jax.value_and_grad(functools.partial(chunked, loss, chunk=chunk))(a, coefficient)
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+    np.testing.assert_allclose(gradient["ws"], expected_gradient["ws"], rtol=1e-4, atol=1e-6)
+
+
+def test_columns_extras_and_no_teacher():
+    a, coefficient, target = arrays()
+    two = jnp.stack([coefficient, 2 * coefficient], axis=-1)
+
+    def loss(log_p, log_q, target):
+        assert log_p is None
+        return jnp.stack([cross_entropy(log_q, target), -log_q.max(axis=-1)], axis=-1)
+
+    total, values = token_sum(loss, a["hs"], a["ws"], None, None, two, target, chunk=2)
+    log_q = jax.nn.log_softmax(a["hs"] @ a["ws"])
+    expected = jnp.sum(coefficient * (cross_entropy(log_q, target) - 2 * log_q.max(axis=-1)))
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    live = np.array(coefficient != 0)
+    np.testing.assert_allclose(values[live][:, 0], cross_entropy(log_q, target)[live], rtol=1e-5)
+    assert not np.any(values[~live])
+
+
+def test_what_is_not_counted_is_not_read():
+    a, coefficient, _ = arrays()
+    dead = coefficient == 0
+    poisoned = a | {name: jnp.where(dead[..., None], jnp.nan, a[name]) for name in ("hs", "ht")}
+    loss = token_loss(divergences.reverse_kl)
+    value_and_grad = jax.value_and_grad(functools.partial(chunked, loss))
+    for found, expected in zip(
+        jax.tree.leaves(value_and_grad(poisoned, coefficient)), jax.tree.leaves(value_and_grad(a, coefficient)), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_nothing_counted_is_loss_and_gradient_zero():
+    a, coefficient, _ = arrays()
+    loss = token_loss(divergences.forward_kl)
+    value, gradient = jax.value_and_grad(functools.partial(chunked, loss))(a, jnp.zeros_like(coefficient))
+    assert value == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def test_bfloat16_is_accumulated_in_float32():
+    a, coefficient, _ = arrays()
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), a)
+    loss = token_loss(divergences.forward_kl)
+    value, gradient = jax.value_and_grad(functools.partial(chunked, loss))(low, coefficient)
+    expected = full(loss, jax.tree.map(lambda x: x.astype(jnp.float32), low), coefficient)
+    assert value.dtype == jnp.float32 and gradient["ws"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(value, expected, rtol=1e-5)

@@ -1,0 +1,104 @@
+"""Specs: what they give, and what each kind of error says."""
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from kd_jax import assistants, divergences, resolve, schedules
+
+LOG_P, LOG_Q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
+
+
+@pytest.mark.parametrize("mapping", [dict, ml_collections.ConfigDict])
+def test_bind(mapping):
+    spec = mapping({"name": "alpha_beta", "alpha": 0.2, "beta": 0.7})
+    bound = resolve.bind(spec, divergences)
+    assert bound(LOG_P, LOG_Q) == divergences.alpha_beta(LOG_P, LOG_Q, alpha=0.2, beta=0.7)
+    assert dict(spec)["name"] == "alpha_beta"  # left as it was
+    assert resolve.bind("forward_kl", divergences)(LOG_P, LOG_Q) == divergences.forward_kl(LOG_P, LOG_Q)
+    log_r = resolve.bind(mapping({"name": "alpha_mixture", "alpha": 0.0}), assistants)(LOG_P, LOG_Q, 0.3)
+    assert (log_r == assistants.alpha_mixture(LOG_P, LOG_Q, 0.3, alpha=0.0)).all()
+
+
+def test_every_name_with_defaults_binds():
+    for name in divergences.__all__:
+        numbers = {"alpha_divergence": {"alpha": 0.5}, "alpha_beta": {"alpha": 0.2, "beta": 0.7}}.get(name, {})
+        resolve.bind({"name": name, **numbers}, divergences)
+    assert resolve.bind({"name": "skew_forward_kl"}, divergences, skew=0.3).keywords == {"skew": 0.3}
+    assert resolve.bind({"name": "skew_forward_kl", "skew": 0.2}, divergences, skew=0.3).keywords == {"skew": 0.2}
+
+
+def test_build():
+    spec = {"name": "linear_schedule", "init_value": 0.0, "end_value": 1.0, "transition_steps": 10}
+    assert resolve.build(spec, schedules)(5) == 0.5
+    assert resolve.build(ml_collections.ConfigDict({"name": "taid"}), schedules, total_steps=7).total_steps == 7
+    joined = {
+        "name": "join_schedules",
+        "schedules": [spec, {"name": "constant_schedule", "value": 3.0}],
+        "boundaries": [4],
+    }
+    assert [float(resolve.build(joined, schedules)(step)) for step in (2, 6)] == [pytest.approx(0.2), 3]
+    assert [float(resolve.build(ml_collections.ConfigDict(joined), schedules)(step)) for step in (2, 6)][1] == 3
+
+
+def test_build_from_a_module_without_all():
+    tx = resolve.build({"name": "adamw", "learning_rate": lambda step: 0.1, "weight_decay": 0.0}, optax)
+    assert tx.init({"w": jnp.zeros(2)})
+    with pytest.raises(ValueError, match="did you mean 'adamw'"):
+        resolve.build({"name": "adamW", "learning_rate": 0.1}, optax)
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ({"name": "foward_kl"}, ["'foward_kl'", "did you mean 'forward_kl'", "kd_jax.divergences", "total_variation"]),
+        ("jump", ["'jump'", "forward_kl, "]),
+        ({"skew": 0.1}, ["no name", "forward_kl"]),
+        ({"name": "skew_forward_kl", "scew": 0.1}, ["'scew'", "did you mean 'skew'", "skew_forward_kl takes skew"]),
+        ({"name": "forward_kl", "skew": 0.1}, ["'skew'", "forward_kl takes no keywords"]),
+        ({"name": "forward_kl", "log_p": 0.1}, ["'log_p'", "takes no keywords"]),
+        ({"name": "alpha_beta", "alpha": 0.1}, ["lacks beta", "alpha_beta"]),
+        ({"name": "jensen_shannon", "weight": 1.5}, ["weight", "1.5", "between 0 and 1"]),
+        ({"name": "alpha_beta", "alpha": 0.1, "beta": float("nan")}, ["beta", "nan"]),
+        ({"name": "check_number"}, ["unknown name 'check_number'"]),  # imported there, and not in __all__
+    ],
+    ids=lambda x: str(x)[:50],
+)
+def test_errors_of_bind(spec, words):
+    with pytest.raises(ValueError) as error:
+        resolve.bind(spec, divergences)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ({"name": "linear_schedule", "init_value": 0.0}, ["lacks end_value, transition_steps"]),
+        ({"name": "constant_schedule", "valeu": 1.0}, ["'valeu'", "did you mean 'value'"]),
+        ({"name": "taid", "total_steps": 10, "start": 2}, ["start", "2"]),
+        ({"name": "join_schedules", "schedules": [{"name": "lenear"}], "boundaries": []}, ["'lenear'"]),
+    ],
+    ids=lambda x: str(x)[:50],
+)
+def test_errors_of_build(spec, words):
+    with pytest.raises(ValueError) as error:
+        resolve.build(spec, schedules)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("value", [None, "0.1", True, float("nan"), float("inf"), jnp.array(0.1), 1.1, -1])
+def test_check_number(value):
+    with pytest.raises(ValueError, match=r"^skew ") as error:
+        resolve.check_number("skew", value, 0, 1)
+    assert repr(value) in str(error.value)
+
+
+def test_check_fraction_looks_at_no_array():
+    assert [resolve.check_number("skew", value, 0, 1) for value in (0, 1, 0.5, np.float32(0.5))] == [0.0, 1.0, 0.5, 0.5]
+    assert resolve.check_fraction("skew", np.array([3.0])).shape == (1,)
+    with pytest.raises(ValueError, match=r"^skew .*3"):
+        resolve.check_fraction("skew", 3)

@@ -1,0 +1,110 @@
+"""The tokenizer of a Hugging Face folder: ids, special tokens from wherever they are named, and errors."""
+
+import json
+
+import pytest
+import tokenizers
+
+from kd_jax.data import Tokenizer
+
+WORDS = ["a", "b", "c", "<s>", "</s>", "<pad>"]
+
+
+def write(folder, config=None, model=None, generation=None, template=None, post=False):
+    """A folder with a tokenizer of a few words, and what else the test names."""
+    folder.mkdir(exist_ok=True)
+    words = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>", "<extra>"])
+    if post:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 3)]
+        )
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, content in {
+        "tokenizer_config.json": config, "config.json": model, "generation_config.json": generation,
+    }.items():  # fmt: skip
+        if content is not None:
+            (folder / name).write_text(json.dumps(content))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_special_tokens_are_strings_or_dicts(tmp_path):
+    config = {"eos_token": "</s>", "bos_token": {"content": "<s>", "special": True}, "pad_token": "<pad>"}
+    tokenizer = Tokenizer.load(write(tmp_path / "t", config))
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (4, 3, 5)
+    assert (tokenizer.eos_token, tokenizer.bos_token) == ("</s>", "<s>")
+    assert tokenizer.vocab_size == 7  # <extra> is an added token beyond the words
+
+
+def test_special_tokens_fall_back_as_in_gpt2(tmp_path):
+    tokenizer = Tokenizer.load(write(tmp_path / "t", {"model_max_length": 4}, {"eos_token_id": 4, "bos_token_id": 4}))
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (4, 4, 4)
+    # generation_config.json is the newer of the two, and may name several.
+    tokenizer = Tokenizer.load(write(tmp_path / "u", None, {"eos_token_id": 0}, {"eos_token_id": [4, 0]}))
+    assert tokenizer.eos_id == 4 and tokenizer.bos_id is None and tokenizer.bos_token == ""
+
+
+def test_a_bos_token_of_null_is_none_whatever_the_model_says(tmp_path):
+    config = {"eos_token": "</s>", "bos_token": None, "pad_token": None}
+    tokenizer = Tokenizer.load(write(tmp_path / "t", config, {"bos_token_id": 3, "pad_token_id": 5}))
+    assert tokenizer.bos_id is None and tokenizer.pad_id == tokenizer.eos_id
+
+
+def test_encode_and_decode(tmp_path):
+    tokenizer = Tokenizer.load(write(tmp_path / "t", {"eos_token": "</s>"}, post=True))
+    assert tokenizer.encode("a b c a") == [0, 1, 2, 0]  # neither cut nor padded, whatever the file says
+    assert tokenizer.encode("b", add_special_tokens=True) == [3, 1]
+    assert tokenizer.encode_batch(["a", "b c"], add_special_tokens=True) == [[3, 0], [3, 1, 2]]
+    assert tokenizer.decode([3, 1, 2, 4]) == "b c"
+    assert tokenizer.decode([1, 4], skip_special_tokens=False) == "b </s>"
+
+
+@pytest.mark.parametrize(
+    "config, file, expected",
+    [
+        ({}, None, None),
+        ({"chat_template": "of the config"}, None, "of the config"),
+        ({"chat_template": "of the config"}, "of the file", "of the file"),
+        ({"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]}, None, "d"),
+    ],
+)
+def test_chat_template(tmp_path, config, file, expected):
+    assert (
+        Tokenizer.load(write(tmp_path / "t", {"eos_token": "</s>"} | config, template=file)).chat_template == expected
+    )
+
+
+def test_save_writes_the_files_unchanged(tmp_path):
+    folder = write(tmp_path / "t", {"eos_token": "</s>", "unknown": [1]}, template="x")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.save(folder)
+    for path in folder.iterdir():
+        path.unlink()
+    tokenizer.save(tmp_path / "new" / "folder")  # the source may be gone by then
+    assert {path.name: path.read_bytes() for path in (tmp_path / "new" / "folder").iterdir()} == before
+    assert Tokenizer.load(tmp_path / "new" / "folder").vocabulary() == tokenizer.vocabulary()
+
+
+def test_errors_name_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"t has no tokenizer\.json"):
+        Tokenizer.load(tmp_path / "t")
+    with pytest.raises(ValueError, match=r"t names no end token: set eos_token in tokenizer_config.json"):
+        Tokenizer.load(write(tmp_path / "t", {"bos_token": "<s>"}))
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: the eos_token '<end>' is not in the vocabulary"):
+        Tokenizer.load(write(tmp_path / "t", {"eos_token": "<end>"}, {"eos_token_id": 4}))
+    (tmp_path / "t" / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):
+        Tokenizer.load(tmp_path / "t")
+    (tmp_path / "t" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json has no field 'model'"):
+        Tokenizer.load(tmp_path / "t")
+    (tmp_path / "t" / "tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"tokenizer\.json holds a list, not a JSON object"):
+        Tokenizer.load(tmp_path / "t")

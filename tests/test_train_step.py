@@ -1,0 +1,128 @@
+"""One step: the same numbers on any mesh and in any number of microbatches, and nothing read that does not count."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kd_jax import models, sharding
+from kd_jax.objectives import make_terms
+from kd_jax.train_step import init_state, make_train_step
+from tests.test_objectives import TERM
+
+B, L, V = 8, 6, 24
+
+
+def model(width, vocab=V):
+    config = models.ModelConfig(family="llama", vocab_size=vocab, hidden_size=width, num_layers=1, num_heads=2)
+    return models.from_config(config)
+
+
+STUDENT, TEACHER = model(16), model(32, V + 8)
+TERMS = make_terms(
+    {
+        "distil": TERM | {"divergence": {"name": "jensen_shannon"}},
+        "rows": TERM | {"average": "sequence", "coefficient": 0.5},
+        "labels": TERM | {"kind": "hard_labels", "coefficient": 0.1},
+    }
+)
+TX = optax.sgd(0.1)  # the update is the gradient: what Adam would hide shows
+
+
+def batch(seed=0):
+    random = np.random.default_rng(seed)
+    lengths = random.integers(2, L + 1, B)
+    mask = np.arange(L) < lengths[:, None]
+    tokens = random.integers(0, V, (B, L + 1)).astype(np.int32)
+    return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], mask=mask, loss_mask=mask & (np.arange(L) > 0))
+
+
+def run(mesh=None, microbatches=1, steps=3, first=None):
+    mesh = mesh or sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    place = lambda tree: sharding.tree_shardings(mesh, tree)
+    key = jax.random.key(0)
+    params, teacher_params = STUDENT.init(key, place), TEACHER.init(jax.random.key(1), place)
+    state = init_state(params, TX, TERMS, key)
+    state = jax.device_put(state, place(state))
+    step = jax.jit(make_train_step(STUDENT, TEACHER, TERMS, TX, vocab_size=V, microbatches=microbatches, chunk=2))
+    losses = []
+    for i in range(steps):
+        state, metrics = step(state, teacher_params, sharding.put_batch(mesh, first or batch(i)))
+        losses.append(float(metrics["loss"][0]))
+    return np.array(losses), jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return run()
+
+
+def same(found, reference, rtol=2e-5):
+    np.testing.assert_allclose(found[0], reference[0], rtol=rtol)
+    for ours, theirs in zip(jax.tree.leaves(found[1]), jax.tree.leaves(reference[1]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_any_mesh_gives_the_same_numbers(sizes, reference):
+    same(run(sharding.make_mesh(*sizes)), reference)
+
+
+def test_microbatches_give_the_same_numbers(reference):
+    same(run(microbatches=4), reference)
+
+
+def test_microbatches_on_a_mesh(reference):
+    same(run(sharding.make_mesh(2, 2, 2), microbatches=2), reference)
+
+
+def test_masked_tokens_are_never_read():
+    clean = batch()
+    dirty = dict(clean, tokens=np.where(clean["mask"], clean["tokens"], V - 1), targets=clean["targets"].copy())
+    dirty["targets"][~clean["loss_mask"]] = 0
+    for ours, theirs in zip(jax.tree.leaves(run(first=dirty)), jax.tree.leaves(run(first=clean)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_batch_with_nothing_to_count_changes_nothing():
+    empty = batch() | {"loss_mask": np.zeros((B, L), bool)}
+    losses, params = run(first=empty, steps=1)
+    assert losses[0] == 0
+    np.testing.assert_array_equal(params["norm"]["scale"], np.ones(16))
+
+
+def test_rows_by_origin():
+    terms = make_terms({"student": TERM | {"rows": "student"}})
+    key = jax.random.key(0)
+    state = init_state(STUDENT.init(key), TX, terms, key)
+    teacher_params = TEACHER.init(jax.random.key(1))
+    step = make_train_step(STUDENT, TEACHER, terms, TX, vocab_size=V)
+    whole = batch() | {"origin": np.array([2, 0, 0, 2, 1, 0, 0, 1])}
+    only = {name: array[[0, 3]] for name, array in whole.items()}
+    found, expected = (step(state, teacher_params, b)[1]["loss"][0] for b in (whole, only))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_teacher_is_asked_for_when_it_is_needed():
+    with pytest.raises(ValueError, match=r"distil.*teacher\.path"):
+        make_train_step(STUDENT, None, TERMS, TX, vocab_size=V)
+
+
+def test_mesh_errors_name_the_sizes():
+    with pytest.raises(ValueError, match="'data': 3.*8 devices"):
+        sharding.make_mesh(3, 1, 1)
+    with pytest.raises(ValueError, match="at most one -1"):
+        sharding.make_mesh(-1, -1, 1)
+
+
+def test_a_path_without_a_rule_is_an_error():
+    mesh = sharding.make_mesh()
+    with pytest.raises(ValueError, match="layers/0/router/kernel"):
+        sharding.tree_shardings(mesh, {"layers": {"0": {"router": {"kernel": jnp.zeros((2, 2))}}}})
+
+
+def test_an_axis_that_does_not_divide_is_left_out():
+    mesh = sharding.make_mesh(1, 2, 4)
+    found = sharding.tree_shardings(mesh, {"embed": {"embedding": jnp.zeros((50257, 16))}})
+    assert found["embed"]["embedding"].spec == jax.sharding.PartitionSpec(None, "fsdp")
