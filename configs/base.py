@@ -45,18 +45,20 @@ def get_config() -> ConfigDict:
     config.data.name = "docstrings"  # docstrings, dolly, jsonl, text
     config.data.options = ConfigDict()  # keywords of that builder, such as path
     config.data.data_dir = ""  # where built datasets are kept; empty: tensorflow_datasets' default
-    config.data.train_split = "train"
-    config.data.eval_split = "validation"
+    config.data.train_split = "train"  # split to train on
+    config.data.eval_split = "validation"  # split of held-out rows
     config.data.eval_rows = 512  # held-out rows to evaluate on, the first of the split; 0: all
     config.data.template = "plain"  # plain, alpaca, or chat (the tokenizer's own)
     config.data.max_length = 512  # tokens that the models see of a row
     config.data.max_prompt_length = 256  # of which the prompt, at most
     config.data.long_prompts = "drop"  # drop the row, or cut the prompt to its first tokens
     config.data.long_responses = "cut"  # cut, or drop the row
-    config.data.loss_on = "response"  # what training counts: response (and its end token), or all; held-out rows: the response
+    config.data.loss_on = (
+        "response"  # what training counts: response (and its end token), or all; held-out rows: the response
+    )
     config.data.packed = False  # training rows end to end and cut to max_length, so that nothing is padding; all count
     config.data.batch_size = 32  # rows an update, over all devices
-    config.data.eval_batch_size = 32
+    config.data.eval_batch_size = 32  # rows evaluated at a time
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that divide the batch; -1: all that the other two leave
@@ -97,7 +99,9 @@ def hard_labels(**changes: Any) -> ConfigDict:
 def cosine(config: ConfigDict, peak: float, final: float = 1e-7) -> ConfigDict:
     """A cosine from `peak` to `final` over the run, as in the papers; it follows config.steps when that changes."""
     steps = config.get_ref("steps")
-    return ConfigDict({"name": "cosine_decay_schedule", "init_value": peak, "decay_steps": steps, "alpha": final / peak})
+    return ConfigDict(
+        {"name": "cosine_decay_schedule", "init_value": peak, "decay_steps": steps, "alpha": final / peak}
+    )
 
 
 def set_terms(config: ConfigDict, **terms: ConfigDict) -> ConfigDict:

@@ -1,6 +1,6 @@
 """KL(p || q): word-level knowledge distillation (Hinton et al., https://arxiv.org/abs/1503.02531, 2015).
 
-    python -m kd_jax.main --config=configs/forward_kl.py --workdir=runs/forward_kl
+python -m kd_jax.main --config=configs/forward_kl.py --workdir=runs/forward_kl
 """
 
 from ml_collections import ConfigDict

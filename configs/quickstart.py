@@ -1,6 +1,6 @@
 """The packaged docstrings teacher into a student of less than a quarter of its size, in a few minutes on a laptop.
 
-    python -m kd_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+python -m kd_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """KL(q || p): the student says only what the teacher may say (Gu et al., https://arxiv.org/abs/2306.08543, 2024).
 
-    python -m kd_jax.main --config=configs/reverse_kl.py --workdir=runs/reverse_kl
+python -m kd_jax.main --config=configs/reverse_kl.py --workdir=runs/reverse_kl
 """
 
 from ml_collections import ConfigDict

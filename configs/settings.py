@@ -33,13 +33,14 @@ def docstrings(config: ConfigDict) -> None:
 
 
 def smoke(config: ConfigDict) -> None:
-    """Seconds: a few rows of one small package, a student of a few thousand parameters. For tests."""
+    """Seconds: a few rows of two small packages, a student of a few thousand parameters. For tests."""
     docstrings(config)
     config.steps = 2
     config.student.config = ConfigDict(
         dict(family="llama", hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_positions=64)
     )
-    config.data.options = ConfigDict({"packages": ("json", "ml_collections")})
+    config.data.options = ConfigDict(dict(packages=("optax", "flax"), standard_library=False))
+    config.data.long_prompts = "cut"
     config.data.max_length = 48
     config.data.max_prompt_length = 32
     config.data.batch_size = 8

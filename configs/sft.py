@@ -1,6 +1,6 @@
 """Hard labels only, -log q(token): fine-tunes a student, or trains a teacher.
 
-    python -m kd_jax.main --config=configs/sft.py --workdir=runs/sft
+python -m kd_jax.main --config=configs/sft.py --workdir=runs/sft
 """
 
 from ml_collections import ConfigDict

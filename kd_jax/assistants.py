@@ -78,9 +78,8 @@ def geometric_mixture(
     """
     log_p, log_q = promote(log_p, log_q)
     weight = jnp.asarray(over_vocab(check_fraction("weight", weight)), log_p.dtype)
-    both = has_mass(log_p) & has_mass(log_q)
-    safe_p, safe_q = jnp.where(both, log_p, 0.0), jnp.where(both, log_q, 0.0)
-    return _on_path(log_p, log_q, weight, jnp.where(both, weight * safe_p + (1 - weight) * safe_q, -jnp.inf))
+    inside = _inside(weight)
+    return _on_path(log_p, log_q, weight, inside * log_p + (1 - inside) * log_q)
 
 
 def alpha_mixture(
@@ -121,8 +120,6 @@ def alpha_mixture(
         return geometric_mixture(log_p, log_q, weight)
     log_p, log_q = promote(log_p, log_q)
     weight = jnp.asarray(over_vocab(check_fraction("weight", weight)), log_p.dtype)
-    end = (weight == 0) | (weight == 1)
-    inner = jnp.where(end, 0.5, weight)
 
     # With the term of larger power drawn out, log r is its log-probability plus
     # log(w_out + w_in exp(-x)) / c,  x = |c (log p - log q)|.
@@ -130,12 +127,18 @@ def alpha_mixture(
     power_gap = c * (jnp.where(alive, log_p, 0.0) - jnp.where(alive, log_q, 0.0))
     x = jnp.abs(power_gap)
     teacher_out = power_gap > 0
-    w_out, w_in = jnp.where(teacher_out, inner, 1 - inner), jnp.where(teacher_out, 1 - inner, inner)
+    inside = _inside(weight)
+    w_out, w_in = jnp.where(teacher_out, inside, 1 - inside), jnp.where(teacher_out, 1 - inside, inside)
     if abs(c) > 0.125:
         log_sum = jnp.log(w_out + w_in * jnp.exp(-x))
     else:  # dividing by c would multiply the rounding of that sum, which is near 1 where x is small
         log_sum = log_decay_mix(x, w_out, w_in)
     return _on_path(log_p, log_q, weight, jnp.where(teacher_out, log_p, log_q) + log_sum / c)
+
+
+def _inside(weight: Array) -> Array:
+    """The weight, and in place of an end any that is none: 0 times no mass would be NaN."""
+    return jnp.where((weight == 0) | (weight == 1), 0.5, weight)
 
 
 def _on_path(log_p: Array, log_q: Array, weight: Array, unnormalised: Array) -> Array:

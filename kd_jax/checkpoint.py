@@ -75,7 +75,7 @@ def write_config(workdir: str, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "config.json.partial"
     partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    partial.rename(folder / "config.json")
+    partial.replace(folder / "config.json")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -105,7 +105,10 @@ def sample(
         tokens[row, width - len(prompt) :] = prompt
         mask[row, width - len(prompt) :] = True
     drawn, drawn_mask, _ = models.generate(
-        model, params, tokens, mask, max_new_tokens=max_new_tokens, key=jax.random.key(seed),
+        model, params, jnp.array(tokens), jnp.array(mask), max_new_tokens=max_new_tokens, key=jax.random.key(seed),
         eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
     )  # fmt: skip
-    return [tokenizer.decode([int(t) for t in row[keep]]) for row, keep in zip(np.array(drawn), np.array(drawn_mask))]
+    return [
+        tokenizer.decode([int(t) for t in row[keep]])
+        for row, keep in zip(np.array(drawn), np.array(drawn_mask), strict=True)
+    ]

@@ -1,13 +1,14 @@
 """python -m kd_jax.main --config=configs/METHOD.py[:SETTING] --workdir=DIR [--config.KEY=VALUE ...]"""
 
+import re
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from kd_jax import train
 
-# Keys that configs declare are locked, so that a typo is an error; only specs ({"name": ..., ...}) take new ones.
+# Configs lock the keys that they declare, so that a typo is an error; only specs ({"name": ..., ...}) take new ones.
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file, and after a colon its setting.", lock_config=False, accept_new_attributes=True
 )
@@ -16,23 +17,25 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.ERROR)  # what orbax and tfds log at every step of theirs would bury the progress bar
     if len(argv) > 1:
-        raise app.UsageError(f"{argv[1]!r} is no flag; options look like --config.steps=100")
+        sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --config.steps=100.")
     try:
-        train.train(_CONFIG.value, _WORKDIR.value)
+        train.train(_CONFIG.value, str(_WORKDIR.value))
     except (ValueError, FloatingPointError) as error:
         sys.exit(f"kd_jax: {error}")
 
 
-def run() -> None:
-    """Parses the flags and runs; what is wrong with them is one paragraph, without a traceback."""
+def parse(argv: list[str]) -> list[str]:
+    """The flags; whatever is wrong with them is one paragraph, without a traceback."""
     try:
-        app.run(main)
-    except (AttributeError, KeyError, TypeError) as error:
-        if "config" in str(error).lower() or "key" in str(error).lower():
-            sys.exit(f"kd_jax: {error}")
-        raise
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        while cause := error.__cause__ or error.__context__:  # what the config file said, under what absl made of it
+            error = cause
+        # A locked ConfigDict shows all its fields before it says which one was meant.
+        sys.exit("kd_jax: " + re.sub(r"Other fields present:.*\n", "", str(error), flags=re.DOTALL).strip("'\""))
 
 
 if __name__ == "__main__":
-    run()
+    app.run(main, flags_parser=parse)

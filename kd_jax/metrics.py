@@ -59,7 +59,9 @@ def read(workdir: str) -> list[dict[str, Any]]:
 
 def progress(total: int, initial: int, quiet: bool = False) -> tqdm:
     """A bar over steps with the time left; `set_postfix` adds loss and tokens per second."""
-    return tqdm(total=total, initial=initial, desc="train", unit="step", dynamic_ncols=True, disable=quiet, mininterval=1)
+    return tqdm(
+        total=total, initial=initial, desc="train", unit="step", dynamic_ncols=True, disable=quiet, mininterval=1
+    )
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -21,7 +21,7 @@ class Models:
 
     student: models.Model
     init_student: Callable[[jax.Array], Any]
-    teacher: models.Model | None
+    teacher: Any
     teacher_params: Any
 
     @property
@@ -57,15 +57,22 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
     if init not in INITS:
         raise ValueError(f"student.init={init!r} is not one of {', '.join(INITS)}.")
     if (needs_teacher or init == "layers") and not config.teacher.path:
-        raise ValueError("teacher.path is empty, but the objective or student.init='layers' needs a teacher; name its folder.")
-    teacher = teacher_params = None
+        raise ValueError(
+            "teacher.path is empty, but the objective or student.init='layers' needs a teacher; name its folder."
+        )
+    teacher: Any = None
+    teacher_params: Any = None
     if needs_teacher or init == "layers":
         path = folder(config.teacher.path)
         _check_vocabulary(config.teacher.path, models.load_config(path), tokenizer, "teacher")
         teacher, teacher_params = models.load_pretrained(path, dtype=config.teacher.dtype, shardings=place)
 
     if init == "random":
-        sizes = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+        sizes: dict[str, Any] = {
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+            "pad_id": tokenizer.pad_id,
+        }
         try:
             student = models.from_config(models.ModelConfig(**{**sizes, **student_options}), dtype=config.student.dtype)
         except TypeError as error:  # a keyword that ModelConfig does not have
@@ -99,11 +106,10 @@ def load_data(config: Any, tokenizer: data.Tokenizer, max_length: int) -> tuple[
         )
     rows, counts = [], {}
     for split, limit in ((options.train_split, 0), (options.eval_split, options.eval_rows)):
-        source = data.load(options.name, split=split, data_dir=options.data_dir or None, **dict(options.options))
+        source: Any = data.load(options.name, split=split, data_dir=options.data_dir or None, **dict(options.options))
         source = _First(source, limit) if limit and limit < len(source) else source
         if options.name == "text":
-            tokenized = data.pack(source, tokenizer, max_length=options.max_length)
-            counts[split] = {"rows": len(tokenized)}
+            tokenized, counts[split] = data.pack(source, tokenizer, max_length=options.max_length)
         else:
             tokenized, counts[split] = data.tokenize(
                 source, tokenizer, template=options.template, max_length=options.max_length,
@@ -144,7 +150,9 @@ def _check_vocabulary(path: str, config: models.ModelConfig, tokenizer: data.Tok
 
 def _check_same_tokenizer(path: Path, tokenizer: data.Tokenizer) -> None:
     if not (path / "tokenizer.json").exists():
-        raise ValueError(f"{path} has no tokenizer.json, so its vocabulary cannot be compared with the teacher's; add it.")
+        raise ValueError(
+            f"{path} has no tokenizer.json, so its vocabulary cannot be compared with the teacher's; add it."
+        )
     own = data.Tokenizer.load(path)
     if own.vocabulary() != tokenizer.vocabulary():
         different = sum(own.vocabulary().get(token) != i for token, i in tokenizer.vocabulary().items())

@@ -5,7 +5,8 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 # Rows of a batch are divided over both of these; parameters are divided over fsdp and tensor.
@@ -43,13 +44,15 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     sizes = [data, fsdp, tensor]
     known = math.prod(size for size in sizes if size != -1)
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise ValueError(f"mesh {dict(zip(AXES, sizes))} needs sizes of at least 1, and at most one -1 for 'the rest'.")
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} needs sizes of at least 1, and at most one -1 for 'the rest'."
+        )
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh {dict(zip(AXES, (data, fsdp, tensor)))} does not fit {len(devices)} devices: the sizes must multiply to "
-            f"{len(devices)}; -1 for one of them stands for whatever the others leave."
+            f"mesh {dict(zip(AXES, (data, fsdp, tensor), strict=True))} does not fit {len(devices)} devices: "
+            f"the sizes must multiply to {len(devices)}; -1 for one of them stands for whatever the others leave."
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 

@@ -60,9 +60,9 @@ class Run:
         """The teacher's cross-entropy and perplexity on the held-out rows."""
         return self._evaluate(self.models.teacher, self.models.teacher_params, None, None)
 
-    def _evaluate(self, *model_arguments: Any) -> dict[str, float]:
+    def _evaluate(self, student: Any, params: Any, teacher: Any, teacher_params: Any) -> dict[str, float]:
         return evaluate.evaluate(
-            *model_arguments, self.eval_batches(), self.mesh,
+            student, params, teacher, teacher_params, self.eval_batches(), self.mesh,
             vocab_size=self.tokenizer.vocab_size, chunk=self.config.loss.chunk or None,
         )  # fmt: skip
 
@@ -76,12 +76,12 @@ def build(config: Any) -> Run:
     Raises:
       ValueError: whatever is wrong, in a paragraph that names the value and what would be right.
     """
+    _check_counts(config)
     terms = make_terms(config.objective.terms, config.objective.temperature)
     learning_rate = resolve.build(config.learning_rate, schedules)
     tx = resolve.build(config.optimizer, optax, learning_rate=learning_rate)
     if config.clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(resolve.check_number("clip_norm", config.clip_norm, 0.0)), tx)
-    _check_counts(config)
     mesh = sharding.make_mesh(**config.mesh)
     rows_at_once = config.data.batch_size // config.microbatches
     if rows_at_once % (ways := mesh.shape["data"] * mesh.shape["fsdp"]):
@@ -102,7 +102,7 @@ def build(config: Any) -> Run:
 
     def fresh_state() -> TrainState:
         params = loaded.init_student(jax.random.fold_in(key, 0))
-        make = lambda params, key: init_state(params, tx, terms, key)  # noqa: E731
+        make = lambda params, key: init_state(params, tx, terms, key)
         abstract = jax.eval_shape(make, params, key)
         return jax.jit(make, out_shardings=sharding.tree_shardings(mesh, abstract))(params, key)
 
@@ -195,7 +195,9 @@ def _loop(run: Run, state: TrainState, writer: metrics.Writer, manager: Any, qui
                 ready, pending = pending[: len(pending) - keep], pending[len(pending) - keep :]
                 tokens = _write_steps(run, writer, ready, clock)
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
-                bar.set_postfix(loss=f"{float(ready[-1][1]['loss'][0]):.4f}", tokens_per_second=f"{tokens / seconds:,.0f}")
+                bar.set_postfix(
+                    loss=f"{float(ready[-1][1]['loss'][0]):.4f}", tokens_per_second=f"{tokens / seconds:,.0f}"
+                )
             bar.update()
             if evaluating:
                 writer.write(step, "eval", run.evaluate(state.params))
@@ -253,7 +255,11 @@ def _samples(run: Run, params: Any, count: int = 5) -> str:
     chosen = list(itertools.islice((i for i in range(len(batch["tokens"])) if batch["loss_mask"][i].any()), count))
     starts = [int(batch["loss_mask"][i].argmax()) for i in chosen]
     prompts = [[int(t) for t in batch["tokens"][i][: start + 1]] for i, start in zip(chosen, starts, strict=True)]
-    texts = {"reference": [run.tokenizer.decode([int(t) for t in batch["targets"][i][batch["loss_mask"][i]]]) for i in chosen]}
+    texts = {
+        "reference": [
+            run.tokenizer.decode([int(t) for t in batch["targets"][i][batch["loss_mask"][i]]]) for i in chosen
+        ]
+    }
     who = {"student": (run.models.student, params)}
     if run.models.teacher is not None:
         who = {"teacher": (run.models.teacher, run.models.teacher_params)} | who
@@ -277,7 +283,9 @@ def _check_counts(config: Any) -> None:
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
     if config.data.batch_size % config.microbatches:
-        raise ValueError(f"data.batch_size={config.data.batch_size} does not divide into microbatches={config.microbatches}.")
+        raise ValueError(
+            f"data.batch_size={config.data.batch_size} does not divide into microbatches={config.microbatches}."
+        )
 
 
 def _count(params: Any) -> str:

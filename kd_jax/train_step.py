@@ -44,7 +44,7 @@ def init_state(params: Any, tx: optax.GradientTransformation, terms: Sequence[Te
 
 def make_train_step(
     student: Any,
-    teacher: Any | None,
+    teacher: Any,
     terms: Sequence[Term],
     tx: optax.GradientTransformation,
     *,
@@ -122,7 +122,10 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         means = per_term[0] / jnp.maximum(per_term[1], 1)
         schedules = tuple(
-            (t.weight.update(w, step=state.step, loss=means[i]), t.coefficient.update(c, step=state.step, loss=means[i]))
+            (
+                t.weight.update(w, step=state.step, loss=means[i]),
+                t.coefficient.update(c, step=state.step, loss=means[i]),
+            )
             for i, (t, (w, c)) in enumerate(zip(terms, state.schedules, strict=True))
         )
         one = jnp.ones(())
@@ -132,7 +135,7 @@ def make_train_step(
             metrics[f"{term.name}/weight"] = (weights[i], one)
             metrics[f"{term.name}/coefficient"] = (jnp.asarray(factors[i]), one)
         metrics["tokens"] = (batch["mask"].sum(dtype=jnp.float32), one)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, schedules=schedules), metrics
+        return TrainState(state.step + 1, params, opt_state, schedules, state.key), metrics
 
     return train_step
 

@@ -11,3 +11,4 @@ export JAX_PLATFORMS=cpu
 "$venv/bin/pyrefly" check --python-interpreter-path "$venv/bin/python"
 "$venv/bin/python" -m pytest -m "not slow"
 "$venv/bin/python" -m pytest -m slow
+echo "all checks passed"

@@ -98,16 +98,12 @@ def test_greedy_is_the_argmax_of_full_passes_whatever_the_padding():
 def test_a_row_ends_at_any_of_the_ending_tokens_and_the_others_go_on():
     free, _, free_log_probs = greedy(eos_id=-1)
     ending = free[0, 3]
-    assert ending not in free[2] and ending not in free[0, :3], (
-        "the tiny model repeats itself; choose another step"
-    )
+    assert ending not in free[2] and ending not in free[0, :3], "the tiny model repeats itself; choose another step"
     tokens, mask, log_probs = greedy(eos_id=(ending, 10**6))
     for row in (0, 1):
         np.testing.assert_array_equal(tokens[row], [*free[row, :4], *[PAD] * 6])
         np.testing.assert_array_equal(mask[row], np.arange(10) < 4)
-        np.testing.assert_allclose(
-            log_probs[row], np.where(np.arange(10) < 4, free_log_probs[row], 0), atol=1e-6
-        )
+        np.testing.assert_allclose(log_probs[row], np.where(np.arange(10) < 4, free_log_probs[row], 0), atol=1e-6)
     np.testing.assert_array_equal(tokens[2], free[2])
     assert mask[2].all()
 
@@ -122,9 +118,7 @@ def test_the_loop_stops_when_every_row_has_ended(monkeypatch):
     monkeypatch.setattr(models.Model, "extend", counted)
     *_, mask, _ = greedy(eos_id=tuple(range(131)), steps=9)  # settings of its own, so that it is traced here
     jax.effects_barrier()
-    assert mask.sum() == 3 and len(passes) == 1, (
-        "every id ends a row, so nothing follows the pass over the prompts"
-    )
+    assert mask.sum() == 3 and len(passes) == 1, "every id ends a row, so nothing follows the pass over the prompts"
 
 
 def test_drawn_tokens_follow_the_truncated_distribution_and_log_probs_the_whole_one():
@@ -135,9 +129,7 @@ def test_drawn_tokens_follow_the_truncated_distribution_and_log_probs_the_whole_
 
     def draw(seed, **changed):
         key = jax.random.key(seed)
-        drawn = models.generate(
-            model, params, prompt, np.ones_like(prompt, bool), key=key, **(settings | changed)
-        )
+        drawn = models.generate(model, params, prompt, np.ones_like(prompt, bool), key=key, **(settings | changed))
         return [np.asarray(array[:, 0]) for array in drawn]
 
     tokens, _, log_probs = draw(0)

@@ -88,7 +88,9 @@ def test_what_is_not_counted_is_not_read():
     loss = token_loss(divergences.reverse_kl)
     value_and_grad = jax.value_and_grad(functools.partial(chunked, loss))
     for found, expected in zip(
-        jax.tree.leaves(value_and_grad(poisoned, coefficient)), jax.tree.leaves(value_and_grad(a, coefficient)), strict=True
+        jax.tree.leaves(value_and_grad(poisoned, coefficient)),
+        jax.tree.leaves(value_and_grad(a, coefficient)),
+        strict=True,
     ):
         np.testing.assert_array_equal(found, expected)
 

@@ -27,9 +27,7 @@ def assert_same(one, other):
 def random_params(model):
     """Like `model.init`, but with biases and scales that differ too, and without a compilation."""
     numbers = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(numbers.normal(size=leaf.shape), leaf.dtype), model.abstract_params()
-    )
+    return jax.tree.map(lambda leaf: jnp.asarray(numbers.normal(size=leaf.shape), leaf.dtype), model.abstract_params())
 
 
 def on_disk(folder):
@@ -133,10 +131,7 @@ def test_shards_are_read_where_they_go_and_no_further(family, tmp_path, monkeypa
 
     def shardings(tree):
         def place(leaf):
-            spec = [
-                axis if size % 2 == 0 else None
-                for axis, size in zip(mesh.axis_names, leaf.shape, strict=False)
-            ]
+            spec = [axis if size % 2 == 0 else None for axis, size in zip(mesh.axis_names, leaf.shape, strict=False)]
             return jax.sharding.NamedSharding(mesh, jax.P(*spec))
 
         return jax.tree.map(place, tree)
@@ -196,13 +191,9 @@ def test_saving_leaves_a_whole_folder_or_none(tmp_path):
 def test_saving_refuses_the_parameters_of_another_model(tmp_path):
     model, params = models.load_pretrained(TINY / "qwen2")
     student, taken = models.take_layers(model, params, [0])
-    with pytest.raises(
-        ValueError, match=r"'layers/1/.*' has shape None; the model's config asks for \(\d+,\)"
-    ):
+    with pytest.raises(ValueError, match=r"'layers/1/.*' has shape None; the model's config asks for \(\d+,\)"):
         models.save_pretrained(tmp_path / "x", model, taken)
-    with pytest.raises(
-        ValueError, match=r"'layers/1/.*' has shape \(\d+,\); the model's config asks for None"
-    ):
+    with pytest.raises(ValueError, match=r"'layers/1/.*' has shape \(\d+,\); the model's config asks for None"):
         models.save_pretrained(tmp_path / "x", student, params)
     assert list(tmp_path.iterdir()) == []
 
@@ -257,9 +248,7 @@ def test_what_checkpoints_carry_besides_is_passed_over(copy):
     folder = copy("qwen2")
     _, params = models.load_pretrained(folder)
     inverse = {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}
-    edit_tensors(
-        folder, lambda tensors: tensors | inverse | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
-    )
+    edit_tensors(folder, lambda tensors: tensors | inverse | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
     assert_same(models.load_pretrained(folder)[1], params)
 
 
@@ -422,7 +411,5 @@ def test_damaged_folders_are_errors(spoil, message, tmp_path):
 def test_pickled_weights_are_refused(copy):
     folder = copy("gpt2")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(
-        ValueError, match="pytorch_model.bin: pickled files can run code.*convert them to safetensors"
-    ):
+    with pytest.raises(ValueError, match="pytorch_model.bin: pickled files can run code.*convert them to safetensors"):
         models.load_pretrained(folder)

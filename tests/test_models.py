@@ -16,9 +16,7 @@ from kd_jax.models.transformer import rotary_frequencies
 
 TINY = Path(__file__).parent / "golden" / "hf_tiny"
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
-SMALL = models.ModelConfig(
-    family="qwen3", vocab_size=37, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2
-)
+SMALL = models.ModelConfig(family="qwen3", vocab_size=37, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2)
 
 
 @functools.cache
@@ -46,16 +44,12 @@ def test_padding_on_either_side_changes_no_real_token(family):
     model, params, tokens, expected = load_tiny(family)
     length, kept = tokens.shape[1], 17
     mask = np.zeros((4, length), bool)
-    mask[0, -kept:] = mask[1, :kept] = mask[2, 3 : 3 + kept] = (
-        True  # left, right, both; the last row is all padding
-    )
+    mask[0, -kept:] = mask[1, :kept] = mask[2, 3 : 3 + kept] = True  # left, right, both; the last row is all padding
     padded = np.full((4, length), 10**6)  # no id at all
     padded[mask] = np.tile(tokens[0, :kept], 3)
     logits = jax.jit(model.logits)(params, padded, mask)
     assert np.isfinite(logits).all()
-    np.testing.assert_allclose(
-        logits[mask].reshape(3, kept, -1), np.stack(3 * [expected[0, :kept]]), atol=1e-4
-    )
+    np.testing.assert_allclose(logits[mask].reshape(3, kept, -1), np.stack(3 * [expected[0, :kept]]), atol=1e-4)
 
 
 def test_gradients_are_finite_and_padding_adds_nothing_to_them():

@@ -47,9 +47,7 @@ def test_the_pair_and_the_stopped_gradient():
     log_p, log_q = jax.nn.log_softmax(jnp.array([[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]))
     mix = assistants.arithmetic_mixture
     skew = token_loss(divergences.forward_kl, mix, ("teacher", "assistant"))
-    np.testing.assert_allclose(
-        skew(log_p, log_q, 0.1), divergences.skew_forward_kl(log_p, log_q, skew=0.1), rtol=1e-5
-    )
+    np.testing.assert_allclose(skew(log_p, log_q, 0.1), divergences.skew_forward_kl(log_p, log_q, skew=0.1), rtol=1e-5)
     cut = token_loss(divergences.forward_kl, mix, ("assistant", "student"), stop_gradient=True)
     gradient = jax.grad(lambda z: cut(log_p, jax.nn.log_softmax(z), 0.4))(log_q)
     expected = jnp.exp(log_q) - (0.4 * jnp.exp(log_p) + 0.6 * jnp.exp(log_q))  # q - r: the gradient of KL(r || q)

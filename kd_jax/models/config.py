@@ -102,9 +102,7 @@ class ModelConfig:
             gated = -(-8 * self.hidden_size // (3 * 64)) * 64
             self._set("intermediate_size", gated if self.gated_mlp else 4 * self.hidden_size)
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} does not divide by num_kv_heads={self.num_kv_heads}."
-            )
+            raise ValueError(f"num_heads={self.num_heads} does not divide by num_kv_heads={self.num_kv_heads}.")
         if not self.learned_positions and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions turn pairs of coordinates.")
         if self.activation not in ACTIVATIONS:

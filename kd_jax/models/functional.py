@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
-from numpy.typing import DTypeLike
+from jax.typing import DTypeLike
 
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.transformer import Cache, Transformer
@@ -109,9 +109,7 @@ class Model:
         return nnx.merge(_split(self)[0], params)(tokens, mask, cache)
 
 
-def from_config(
-    config: ModelConfig, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32
-) -> Model:
+def from_config(config: ModelConfig, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32) -> Model:
     """A model that computes in `dtype` on parameters in `param_dtype`; `model.init(key)` makes random ones.
 
     bfloat16 over float32 parameters is the usual choice for training on an accelerator.

@@ -67,9 +67,7 @@ def generate(
         section 3.1 (top-p).
     """
     if prompts.shape != prompt_mask.shape:
-        raise ValueError(
-            f"prompts have shape {prompts.shape} and prompt_mask {prompt_mask.shape}; they must agree."
-        )
+        raise ValueError(f"prompts have shape {prompts.shape} and prompt_mask {prompt_mask.shape}; they must agree.")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
@@ -120,9 +118,7 @@ def _generate(
         if greedy:
             drawn = jnp.argmax(logits, axis=-1)
         else:
-            drawn = jax.random.categorical(
-                jax.random.fold_in(key, state.step), _truncate(logits, top_k, top_p)
-            )
+            drawn = jax.random.categorical(jax.random.fold_in(key, state.step), _truncate(logits, top_k, top_p))
         chosen = jnp.take_along_axis(log_probs, drawn[:, None], axis=-1)[:, 0]
         drawn = jnp.where(state.ended, pad_id, drawn)
         return state._replace(
@@ -135,8 +131,7 @@ def _generate(
 
     def advance(state: _State) -> _State:
         token, mask = (
-            jax.lax.dynamic_slice_in_dim(array, state.step - 1, 1, axis=1)
-            for array in (state.tokens, state.mask)
+            jax.lax.dynamic_slice_in_dim(array, state.step - 1, 1, axis=1) for array in (state.tokens, state.mask)
         )
         hidden, cache = model.extend(params, token, mask, state.cache)
         return draw(state._replace(cache=cache), hidden[:, 0])
@@ -155,9 +150,7 @@ def _generate(
         cache=cache,
     )
     state = draw(state, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
-    state = jax.lax.while_loop(
-        lambda state: (state.step < max_new_tokens) & ~state.ended.all(), advance, state
-    )
+    state = jax.lax.while_loop(lambda state: (state.step < max_new_tokens) & ~state.ended.all(), advance, state)
     return state.tokens, state.mask, state.log_probs
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import DTypeLike
+from jax.typing import DTypeLike
 
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.families import FAMILIES
@@ -56,13 +56,9 @@ def _family(file: Path, fields: dict[str, Any]) -> str:
     expected = FAMILIES[kinds[kind]].ARCHITECTURES[kind]
     architectures = fields.get("architectures") or [expected]
     if expected not in architectures:
-        raise ValueError(
-            f"{file}: architectures {architectures!r} is not supported; expected [{expected!r}]."
-        )
+        raise ValueError(f"{file}: architectures {architectures!r} is not supported; expected [{expected!r}].")
     if fields.get("quantization_config"):
-        raise ValueError(
-            f"{file}: a quantization_config is in use; expected weights in float32, bfloat16 or float16."
-        )
+        raise ValueError(f"{file}: a quantization_config is in use; expected weights in float32, bfloat16 or float16.")
     return kinds[kind]
 
 
@@ -94,9 +90,7 @@ def load_pretrained(
     with open_folder(folder) as reader:
         names = _names_on_disk(reader, config, layout)
 
-        def place(
-            path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None
-        ) -> jax.Array:
+        def place(path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
             key = jax.tree_util.keystr(path, simple=True, separator="/")
             tensor, name = layout[key], names[layout[key].name]
             _check_shape(reader, name, tensor, leaf.shape)
@@ -156,14 +150,11 @@ def _check_shape(reader: Reader, name: str, tensor: Tensor, shape: tuple[int, ..
     expected = expected[::-1] if tensor.transposed else expected
     if reader.shape(name) != expected:
         raise ValueError(
-            f"{reader.file(name)}: tensor {name!r} has shape {reader.shape(name)}; "
-            f"config.json asks for {expected}."
+            f"{reader.file(name)}: tensor {name!r} has shape {reader.shape(name)}; config.json asks for {expected}."
         )
 
 
-def _read(
-    reader: Reader, name: str, tensor: Tensor, shape: tuple[int, ...], index: tuple[slice, ...]
-) -> np.ndarray:
+def _read(reader: Reader, name: str, tensor: Tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
     """Our parameter at `index`, reading nothing else."""
     bounds = [slice(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     offset = tensor.part * shape[-1]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import DTypeLike
+from jax.typing import DTypeLike
 
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.families import FAMILIES
@@ -51,9 +51,7 @@ def save_pretrained(
     """
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(
-            f"{target} exists and is not an empty folder; choose another path or remove it first."
-        )
+        raise ValueError(f"{target} exists and is not an empty folder; choose another path or remove it first.")
     arrays = _arrays_of(model, params)
     kept = np.dtype(jnp.dtype(arrays["embed/embedding"].dtype if dtype is None else dtype))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -73,18 +71,13 @@ def save_pretrained(
 
 def _arrays_of(model: Model, params: Params) -> dict[str, jax.Array]:
     found, expected = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-            for path, leaf in jax.tree.leaves_with_path(tree)
-        }
+        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
         for tree in (params, model.abstract_params())
     )
     for key in sorted(found.keys() | expected.keys()):
         shape, wanted = (tree[key].shape if key in tree else None for tree in (found, expected))
         if shape != wanted:
-            raise ValueError(
-                f"the parameter {key!r} has shape {shape}; the model's config asks for {wanted}."
-            )
+            raise ValueError(f"the parameter {key!r} has shape {shape}; the model's config asks for {wanted}.")
     return found
 
 
@@ -101,9 +94,7 @@ def _write_weights(
 
     def values(name: str) -> np.ndarray:
         parts = sorted(stored[name], key=lambda part: part[0].part)
-        joined = np.concatenate(
-            [np.asarray(arrays[key]).astype(dtype, copy=False) for _, key in parts], axis=-1
-        )
+        joined = np.concatenate([np.asarray(arrays[key]).astype(dtype, copy=False) for _, key in parts], axis=-1)
         return np.ascontiguousarray(joined.T if parts[0][0].transposed else joined)
 
     shapes = {name: shape(*parts[0]) for name, parts in stored.items()}

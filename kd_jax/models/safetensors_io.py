@@ -86,9 +86,7 @@ def _open(file: Path, stack: contextlib.ExitStack) -> Any:
     try:
         return stack.enter_context(safe_open(file, framework="numpy"))
     except SafetensorError as error:
-        raise ValueError(
-            f"{file}: not a whole safetensors file ({error}); fetch or write it again."
-        ) from error
+        raise ValueError(f"{file}: not a whole safetensors file ({error}); fetch or write it again.") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

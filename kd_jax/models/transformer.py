@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
-from numpy.typing import DTypeLike
+from jax.typing import DTypeLike
 
 from kd_jax.models.config import ModelConfig
 
@@ -46,8 +46,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x, rotary, mask, cache=None):
         query, key, value = (
-            projection(x).reshape(*x.shape[:2], -1, self.head_dim)
-            for projection in (self.query, self.key, self.value)
+            projection(x).reshape(*x.shape[:2], -1, self.head_dim) for projection in (self.query, self.key, self.value)
         )
         if self.query_norm is not None and self.key_norm is not None:
             query = self.query_norm(query).astype(x.dtype)
@@ -73,7 +72,7 @@ class MLP(nnx.Module):
         self.down = linear(inner, width, use_bias=bias, kernel_init=_residual_init(config))
 
     def __call__(self, x):
-        activation = _ACTIVATIONS[self.activation]
+        activation = _ACTIVATIONS[str(self.activation)]
         up = self.up(x)
         return self.down(activation(up) if self.gate is None else activation(self.gate(x)) * up)
 
@@ -129,9 +128,7 @@ class Transformer(nnx.Module):
         self.positions = embed(config.max_positions) if config.learned_positions else None
         self.layers = nnx.Dict({str(i): Block(config, linear, norm) for i in range(config.num_layers)})
         self.norm = norm(config.hidden_size)
-        self.head = (
-            None if config.tie_embeddings else linear(config.hidden_size, config.vocab_size, use_bias=False)
-        )
+        self.head = None if config.tie_embeddings else linear(config.hidden_size, config.vocab_size, use_bias=False)
 
     def __call__(
         self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None, cache: Cache | None = None

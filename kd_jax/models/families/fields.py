@@ -41,9 +41,7 @@ class Llama3Scaling:
 def required(fields: Fields, name: str) -> Any:
     """The field's value; absent or null is an error that names it."""
     if fields.get(name) is None:
-        raise ValueError(
-            f"the field {name!r} is missing; a {fields.get('model_type')!r} config must give it."
-        )
+        raise ValueError(f"the field {name!r} is missing; a {fields.get('model_type')!r} config must give it.")
     return fields[name]
 
 

@@ -89,9 +89,7 @@ def tensors(config: ModelConfig) -> dict[str, Tensor]:
             found[f"{ours}/mlp_norm/{leaf}"] = Tensor(f"{theirs}.ln_2.{name}")
         for leaf, name in (("kernel", "weight"), ("bias", "bias")):
             for part, path in enumerate(("query", "key", "value")):
-                found[f"{ours}/attention/{path}/{leaf}"] = Tensor(
-                    f"{theirs}.attn.c_attn.{name}", part=part, parts=3
-                )
+                found[f"{ours}/attention/{path}/{leaf}"] = Tensor(f"{theirs}.attn.c_attn.{name}", part=part, parts=3)
             found[f"{ours}/attention/output/{leaf}"] = Tensor(f"{theirs}.attn.c_proj.{name}")
             found[f"{ours}/mlp/up/{leaf}"] = Tensor(f"{theirs}.mlp.c_fc.{name}")
             found[f"{ours}/mlp/down/{leaf}"] = Tensor(f"{theirs}.mlp.c_proj.{name}")

@@ -20,9 +20,7 @@ check, tensors = llama.check, llama.tensors
 def from_hf(fields: Fields) -> dict[str, Any]:
     """The keywords of `ModelConfig` from config.json."""
     refuse_window({"use_sliding_window": False, **fields})
-    required(
-        fields, "num_key_value_heads"
-    )  # transformers' defaults are 32 and 128, whatever the other sizes are
+    required(fields, "num_key_value_heads")  # transformers' defaults are 32 and 128, whatever the other sizes are
     required(fields, "head_dim")
     bias = bool(fields.get("attention_bias", False))
     return llama.common_from_hf(fields) | {"attention_bias": bias, "output_bias": bias}

@@ -1,0 +1,31 @@
+"""Small runs for the tests: a method's config in the smoke setting, its data in a folder of the tests' own."""
+
+import importlib
+
+import jax
+import numpy as np
+
+from kd_jax import checkpoint
+
+METHODS = ("sft", "forward_kl", "reverse_kl", "akl", "skew_kl", "taid", "abkd", "amid")
+
+
+def smoke(method, data_dir, **changes):
+    """The config of a method; changes are keys with __ for a dot."""
+    config = importlib.import_module(f"configs.{method}").get_config("smoke")
+    config.data.data_dir = str(data_dir)
+    config.mesh.data = 1
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+def last_state(workdir):
+    """The arrays of the newest checkpoint, as a flat list."""
+    with checkpoint.open_manager(str(workdir), 2) as manager:
+        step = manager.latest_step()
+    folder = workdir / "checkpoints" / str(step) / "state"
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore(folder)
+    return step, [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]

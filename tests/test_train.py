@@ -1,0 +1,222 @@
+"""Whole runs of a few steps: every config works, a stopped run goes on as if it never was, bad input stops early."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from kd_jax import checkpoint, data, metrics, models, sharding, train
+from tests.runs import METHODS, last_state, smoke
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Runs of the tests use the first of the eight devices, unless they build a mesh."""
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(
+        sharding,
+        "make_mesh",
+        lambda data, fsdp, tensor: make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor]),
+    )
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("datasets")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_config_takes_two_steps(method, data_dir):
+    run = train.build(smoke(method, data_dir))
+    state = run.init_state()
+    before = jax.device_get(state.params)
+    for _ in range(2):
+        state, sums = run.train_step(state, run.models.teacher_params, run.put(next(run.train_batches)))
+        values = metrics.averages(jax.device_get(sums))
+        assert np.isfinite(values["loss"]) and values["gradient_norm"] > 0
+    moved = [np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True)]
+    assert int(state.step) == 2 and all(moved)
+    assert set(run.config.objective.terms) == {term.name for term in run.terms}
+
+
+def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_dir, capsys):
+    config = smoke("forward_kl", data_dir, steps=3, eval_every=2, checkpoint_every=2, log_every=2)
+    result = train.train(config, str(tmp_path / "run"), quiet=True)
+    folder = tmp_path / "run"
+    lines = metrics.read(folder)
+    assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3]
+    assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 2, 3]
+    assert set(result) == {"teacher", "before", "after"}
+    assert set(result["after"]) == {"cross_entropy", "forward_kl", "reverse_kl", "top1_agreement", "perplexity"}
+    for name in ("losses.png", "evaluation.png", "samples.md", "table.md", "config.json", "tensorboard"):
+        assert (folder / name).exists(), name
+    assert (folder / "samples.md").read_text().count("**student**") == 5
+    printed = capsys.readouterr().out
+    assert "student after" in printed and "parameters" in printed
+
+    # The student is a Hugging Face folder with its tokenizer, and has the last checkpoint's parameters.
+    model, params = models.load_pretrained(folder / "student")
+    assert data.Tokenizer.load(folder / "student").vocab_size == model.config.vocab_size
+    step, leaves = last_state(folder)
+    assert step == 3
+    for leaf in jax.tree.leaves(params):
+        assert any(leaf.shape == saved.shape and np.array_equal(leaf, saved) for saved in leaves)
+
+    assert train.train(config, str(folder), quiet=True) == result  # nothing is left to do: the same table again
+    assert len(metrics.read(folder)) == len(lines)
+
+    other = smoke("forward_kl", data_dir, steps=3, eval_every=2, checkpoint_every=2, log_every=2, seed=7)
+    with pytest.raises(ValueError, match="belongs to another config") as error:
+        train.train(other, str(folder), quiet=True)
+    assert "seed: 0 there, 7 now" in str(error.value)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["taid", "sft"])
+def test_a_stopped_run_goes_on_bit_for_bit(method, tmp_path, data_dir, monkeypatch):
+    changes = dict(steps=5, checkpoint_every=2, eval_every=5, log_every=1, microbatches=2)
+    whole = train.train(smoke(method, data_dir, **changes), str(tmp_path / "whole"), quiet=True)
+
+    put, calls = train.Run.put, itertools.count()
+
+    def stop(run, batch):
+        if next(calls) == 3:
+            raise Stopped
+        return put(run, batch)
+
+    monkeypatch.setattr(train.Run, "put", stop)
+    with pytest.raises(Stopped):
+        train.train(smoke(method, data_dir, **changes), str(tmp_path / "parts"), quiet=True)
+    resumed = train.train(smoke(method, data_dir, **changes), str(tmp_path / "parts"), quiet=True)
+
+    (_, expected), (_, found) = last_state(tmp_path / "whole"), last_state(tmp_path / "parts")
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert resumed == whole
+    assert metrics.read(tmp_path / "parts") == metrics.read(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(mesh__data=3), "mesh"),
+        (dict(data__batch_size=6, microbatches=4), "does not divide into microbatches=4"),
+        (dict(steps=0), "steps=0 must be at least 1"),
+        (dict(data__max_length=500), "longer than the 64 positions"),
+        (dict(data__max_prompt_length=48), "max_prompt_length=48 must be"),
+        (dict(data__template="alpacca"), "alpaca"),
+        (dict(data__name="docstring"), "docstrings"),
+        (dict(data__train_split="trian"), "train"),
+        (dict(data__long_prompts="keep"), "keep"),
+        (dict(teacher__path=""), "teacher"),
+        (dict(teacher__path="/nowhere"), "/nowhere"),
+        (dict(student__init="scratch"), "random, pretrained, layers"),
+        (dict(student__init="layers", student__layers=(0, 9)), "from 0 to 3"),
+        (dict(student__init="layers"), "at least one layer"),
+        (dict(student__init="pretrained"), "student.path"),
+        (dict(student__config__num_layer=2), "num_layer"),
+        (dict(student__config__vocab_size=100), "100 ids, fewer than the tokenizer's 4096"),
+        (dict(objective__temperature=0.0), "temperature=0.0"),
+        (dict(optimizer__name="adamx"), "adam"),
+        (dict(optimizer__weight_decy=0.1), "weight_decay"),
+        (dict(learning_rate__name="cosin_decay_schedule"), "cosine_decay_schedule"),
+        (dict(clip_norm=-1.0), "clip_norm"),
+        (dict(objective__terms__distil__divergence__name="forward"), "forward_kl"),
+    ],
+)
+def test_bad_input_is_a_paragraph_and_writes_nothing(changes, words, tmp_path, data_dir, monkeypatch):
+    config = smoke("forward_kl", data_dir, **changes)
+    with pytest.raises(ValueError, match=r".") as error:
+        train.train(config, str(tmp_path / "run"), quiet=True)
+    assert words in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path, data_dir):
+    (tmp_path / "thesis.tex").write_text("...")
+    with pytest.raises(ValueError, match="something else in it"):
+        train.train(smoke("sft", data_dir), str(tmp_path), quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_other_vocabularies_are_told_apart(tmp_path, data_dir):
+    own = data.Tokenizer.load(train_folder := models_folder())
+    config = models.ModelConfig(family="llama", vocab_size=4096, hidden_size=8, num_layers=1, num_heads=2)
+    model = models.from_config(config)
+    models.save_pretrained(tmp_path / "student", model, model.init(jax.random.key(0)), own)
+    text = (tmp_path / "student" / "tokenizer.json").read_text()
+    swapped = json.loads(text)
+    vocabulary = swapped["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "student" / "tokenizer.json").write_text(json.dumps(swapped))
+    config = smoke("forward_kl", data_dir, student__init="pretrained", student__path=str(tmp_path / "student"))
+    with pytest.raises(ValueError, match="2 tokens have another id"):
+        train.build(config)
+    assert train_folder.exists()
+
+
+def models_folder():
+    from kd_jax.setup import folder
+
+    return folder("package:docstrings_teacher")
+
+
+def test_the_teachers_layers_make_a_student(data_dir):
+    run = train.build(smoke("forward_kl", data_dir, student__init="layers", student__layers=(0, 3)))
+    state = run.init_state()
+    teacher = run.models.teacher_params["layers"]["3"]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(state.params["layers"]["1"]["mlp"]["up"]["kernel"], teacher)
+    run.train_step(state, run.models.teacher_params, run.put(next(run.train_batches)))
+    assert not teacher.is_deleted()  # the state is donated, and must not take the teacher with it
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
+    config = smoke("forward_kl", data_dir, steps=4, learning_rate__init_value=float("inf"))
+    with pytest.raises(FloatingPointError, match="at step"):
+        train.train(config, str(tmp_path / "run"), quiet=True)
+
+
+def test_config_difference_reads_tuples_and_absent_keys(tmp_path):
+    assert checkpoint.config_difference(str(tmp_path), {}) is None
+    checkpoint.write_config(str(tmp_path), {"a": {"b": (1, 2)}, "c": 1})
+    assert checkpoint.config_difference(str(tmp_path), {"a": {"b": (1, 2)}, "c": 1}) == []
+    assert checkpoint.config_difference(str(tmp_path), {"a": {"b": (1, 3)}}) == [
+        "a.b: [1, 2] there, [1, 3] now",
+        "c: 1 there, '(absent)' now",
+    ]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed(tmp_path, data_dir):
+    def command(workdir):
+        return [
+            sys.executable, "-m", "kd_jax.main", "--config=configs/taid.py:smoke", f"--workdir={workdir}",
+            f"--config.data.data_dir={data_dir}", "--config.steps=40", "--config.checkpoint_every=5", "--config.eval_every=20",
+        ]  # fmt: skip
+
+    root = Path(__file__).parent.parent
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    subprocess.run(command(tmp_path / "whole"), check=True, cwd=root, env=environment, capture_output=True)
+    process = subprocess.Popen(
+        command(tmp_path / "parts"), cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not list((tmp_path / "parts").glob("checkpoints/[0-9]*")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    subprocess.run(command(tmp_path / "parts"), check=True, cwd=root, env=environment, capture_output=True)
+    (_, expected), (_, found) = last_state(tmp_path / "whole"), last_state(tmp_path / "parts")
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert metrics.read(tmp_path / "parts") == metrics.read(tmp_path / "whole")
