@@ -107,7 +107,8 @@ def load_data(config: Any, tokenizer: data.Tokenizer, max_length: int) -> tuple[
     rows, counts = [], {}
     for split, limit in ((options.train_split, 0), (options.eval_split, options.eval_rows)):
         source: Any = data.load(options.name, split=split, data_dir=options.data_dir or None, **dict(options.options))
-        source = _First(source, limit) if limit and limit < len(source) else source
+        if limit and limit < len(source):
+            source = [source[i] for i in range(limit)]
         if options.name == "text":
             tokenized, counts[split] = data.pack(source, tokenizer, max_length=options.max_length)
         else:
@@ -123,21 +124,6 @@ def load_data(config: Any, tokenizer: data.Tokenizer, max_length: int) -> tuple[
             counts[split] |= {"packed into": len(tokenized)}
         rows.append(tokenized)
     return rows[0], rows[1], counts
-
-
-class _First:
-    """The first rows of a source."""
-
-    def __init__(self, source: Any, count: int):
-        self.source, self.count = source, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        return self.source[index]
 
 
 def _check_vocabulary(path: str, config: models.ModelConfig, tokenizer: data.Tokenizer, who: str) -> None:

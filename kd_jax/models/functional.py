@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.transformer import Cache, Transformer

@@ -95,7 +95,7 @@ def load_pretrained(
             tensor, name = layout[key], names[layout[key].name]
             _check_shape(reader, name, tensor, leaf.shape)
 
-            def slice_of(index: tuple[slice, ...]) -> np.ndarray:
+            def slice_of(index: Any) -> np.ndarray:
                 return _read(reader, name, tensor, leaf.shape, index).astype(leaf.dtype, copy=False)
 
             if sharding is None:

@@ -1,14 +1,14 @@
 """The one decoder-only transformer; `ModelConfig` says which norms, positions and biases it has."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from kd_jax.models.config import ModelConfig
 
@@ -104,7 +104,7 @@ class Transformer(nnx.Module):
             rngs=rngs,
         )
         # dtype=float32 keeps the whole norm there; the caller casts back. The fast variance loses digits.
-        kind = nnx.LayerNorm if config.layer_norm else nnx.RMSNorm
+        kind: Any = nnx.LayerNorm if config.layer_norm else nnx.RMSNorm
         norm = functools.partial(
             kind,
             epsilon=config.norm_eps,
