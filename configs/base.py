@@ -53,9 +53,7 @@ def get_config() -> ConfigDict:
     config.data.max_prompt_length = 256  # of which the prompt, at most
     config.data.long_prompts = "drop"  # drop the row, or cut the prompt to its first tokens
     config.data.long_responses = "cut"  # cut, or drop the row
-    config.data.loss_on = (
-        "response"  # what training counts: response (and its end token), or all; held-out rows: the response
-    )
+    config.data.loss_on = "response"  # what training counts: response (and its end), or all; held-out rows: response
     config.data.packed = False  # training rows end to end and cut to max_length, so that nothing is padding; all count
     config.data.batch_size = 32  # rows an update, over all devices
     config.data.eval_batch_size = 32  # rows evaluated at a time

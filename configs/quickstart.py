@@ -10,6 +10,6 @@ from configs import forward_kl
 
 def get_config() -> ConfigDict:
     config = forward_kl.get_config("docstrings")
-    config.steps = 360
+    config.steps = 300
     config.data.eval_rows = 256
     return config

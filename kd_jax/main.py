@@ -29,7 +29,9 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> list[str]:
     """The flags; whatever is wrong with them is one paragraph, without a traceback."""
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        _CONFIG.value  # noqa: B018 (a config file that is not there is found out by reading the flag)
+        return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         while cause := error.__cause__ or error.__context__:  # what the config file said, under what absl made of it
             error = cause
