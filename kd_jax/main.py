@@ -30,13 +30,16 @@ def parse(argv: list[str]) -> list[str]:
     """The flags; whatever is wrong with them is one paragraph, without a traceback."""
     try:
         rest = flags.FLAGS(argv)
-        _CONFIG.value  # noqa: B018 (a config file that is not there is found out by reading the flag)
+        _CONFIG.value.keys()  # a config file that is not there is found out by the first reading
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         while cause := error.__cause__ or error.__context__:  # what the config file said, under what absl made of it
             error = cause
         # A locked ConfigDict shows all its fields before it says which one was meant.
-        sys.exit("kd_jax: " + re.sub(r"Other fields present:.*\n", "", str(error), flags=re.DOTALL).strip("'\""))
+        sys.exit(
+            "kd_jax: "
+            + re.sub(r"Other fields present:.*(?=Did you mean)", "", str(error), flags=re.DOTALL).strip("'\"")
+        )
 
 
 if __name__ == "__main__":
