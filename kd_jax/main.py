@@ -38,7 +38,9 @@ def parse(argv: list[str]) -> list[str]:
         # A locked ConfigDict shows all its fields before it says which one was meant.
         sys.exit(
             "kd_jax: "
-            + re.sub(r"Other fields present:.*(?=Did you mean)|Other fields present:.*", "", str(error), flags=re.DOTALL).strip("'\"")
+            + re.sub(
+                r"Other fields present:.*(?=Did you mean)|Other fields present:.*", "", str(error), flags=re.DOTALL
+            ).strip("'\"")
         )
 
 

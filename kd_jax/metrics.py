@@ -27,7 +27,8 @@ class Writer:
         folder = Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        lines = [line for line in read(workdir) if line["step"] <= first_step]
+        # Without a checkpoint the run starts over, and evaluates at step 0 again.
+        lines = [line for line in read(workdir) if line["step"] <= first_step] if first_step else []
         partial = folder / "metrics.jsonl.partial"
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
         partial.rename(path)

@@ -83,15 +83,17 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["taid", "sft"])
-def test_a_stopped_run_goes_on_bit_for_bit(method, tmp_path, data_dir, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "stop_at"), [("taid", 3), ("sft", 1)], ids=["after a checkpoint", "before the first"]
+)
+def test_a_stopped_run_goes_on_bit_for_bit(method, stop_at, tmp_path, data_dir, monkeypatch):
     changes = dict(steps=5, checkpoint_every=2, eval_every=5, log_every=1, microbatches=2)
     whole = train.train(smoke(method, data_dir, **changes), str(tmp_path / "whole"), quiet=True)
 
     put, calls = train.Run.put, itertools.count()
 
     def stop(run, batch):
-        if next(calls) == 3:
+        if next(calls) == stop_at:
             raise Stopped
         return put(run, batch)
 
@@ -211,7 +213,7 @@ def test_killed_at_any_moment_and_resumed(tmp_path, data_dir):
     process = subprocess.Popen(
         command(tmp_path / "parts"), cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not list((tmp_path / "parts").glob("checkpoints/[0-9]*")):
+    while not any(path.name.isdigit() for path in (tmp_path / "parts").glob("checkpoints/*")):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
