@@ -122,7 +122,6 @@ def test_the_type_on_disk_can_be_chosen(tmp_path):
     assert_same(read, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
 
 
-@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_shards_are_read_where_they_go_and_no_further(family, tmp_path, monkeypatch):
     devices = jax.devices()[:4]

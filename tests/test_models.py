@@ -124,7 +124,6 @@ def test_initial_parameters_follow_gpt2():
     assert not np.array_equal(block["mlp"]["up"]["kernel"], params["layers"]["1"]["mlp"]["up"]["kernel"])
 
 
-@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 def test_initial_parameters_do_not_depend_on_their_sharding():
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     placed = jax.sharding.NamedSharding(mesh, jax.P())
