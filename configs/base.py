@@ -25,10 +25,10 @@ def get_config() -> ConfigDict:
     config.objective.terms = ConfigDict()  # name -> term(); the loss is their sum
 
     config.loss = ConfigDict()
-    config.loss.chunk = 0  # positions whose logits are held at a time; 0 chooses
+    config.loss.chunk = 0  # tokens, per device, whose logits are held at a time; 0 chooses
 
     config.teacher = ConfigDict()
-    config.teacher.path = ""  # a Hugging Face folder, or package:NAME for one that ships with kd_jax
+    config.teacher.path = ""  # a Hugging Face folder, or package:NAME for one that ships with kd_jax; empty: no teacher
     config.teacher.dtype = "float32"  # of parameters and computation
 
     config.student = ConfigDict()
@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     config.student.layers = ()  # for layers: which of the teacher's, from 0
     config.student.config = ConfigDict()  # for random: keywords of kd_jax.models.ModelConfig
     config.student.dtype = "float32"  # of the computation; parameters are float32
+    config.student.remat = "none"  # or one of jax.checkpoint_policies: what of a block is kept for the backward pass
 
     config.tokenizer = ConfigDict()
     config.tokenizer.path = ""  # a folder with tokenizer.json; empty: the teacher's, or else the student's
@@ -54,7 +55,7 @@ def get_config() -> ConfigDict:
     config.data.long_prompts = "drop"  # drop the row, or cut the prompt to its first tokens
     config.data.long_responses = "cut"  # cut, or drop the row
     config.data.loss_on = "response"  # what training counts: response (and its end), or all; held-out rows: response
-    config.data.packed = False  # training rows end to end and cut to max_length, so that nothing is padding; all count
+    config.data.packing = "none"  # none; rows: several in one, kept apart; stream: end to end, every token counts
     config.data.batch_size = 32  # rows an update, over all devices
     config.data.eval_batch_size = 32  # rows evaluated at a time
 
@@ -66,6 +67,7 @@ def get_config() -> ConfigDict:
     config.eval_every = 200  # steps
     config.checkpoint_every = 200  # steps
     config.keep_checkpoints = 2  # the newest so many
+    config.profile_steps = ()  # (first, last): these are traced into the work directory's profile, for xprof
     config.log_every = 10  # steps between readings of the metrics, every step is written
     config.sample_tokens = 64  # longest sample shown at the end
     return lock(config)

@@ -23,7 +23,7 @@ def docstrings(config: ConfigDict) -> None:
     """From a function's source to its docstring: everything is on this machine. The student has a quarter of the size."""
     config.steps = 1500
     config.learning_rate = base.cosine(config, 3e-3, 1e-5)
-    config.teacher.path = "package:docstrings_teacher"
+    config.teacher.path = config.tokenizer.path = "package:docstrings_teacher"
     config.student.config = ConfigDict(
         dict(family="llama", hidden_size=128, num_layers=2, num_heads=4, intermediate_size=320, max_positions=256)
     )
@@ -70,7 +70,9 @@ def dolly_gpt2(config: ConfigDict) -> None:
 
     20 epochs of about 12,500 rows in batches of 32 (8 on each of 4 devices), AdamW at 5e-4 with decay 0.01, a cosine to
     1e-7 without warm-up, clipping at 1; prompts of up to 256 tokens out of 512. Both models are fine-tuned on Dolly
-    first, with configs/sft.py.
+    first, such as
+
+    python -m kd_jax.main --config=configs/sft.py:dolly_gpt2 --config.teacher.path= --config.student.path=FOLDER-OF-GPT-2
     """
     config.steps = 7800
     config.teacher.path = "models/gpt2-xl-dolly"

@@ -1,5 +1,7 @@
 """Hard labels only, -log q(token): fine-tunes a student, or trains a teacher.
 
+The setting's teacher is then only what the student is measured against; --config.teacher.path= leaves it out.
+
 python -m kd_jax.main --config=configs/sft.py --workdir=runs/sft
 """
 

@@ -7,6 +7,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+PARTIAL = "config.json.partial"
+
 
 def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
     """The manager of a work directory's checkpoints. Close it, or use it in a `with`.
@@ -18,6 +20,12 @@ def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
     folder = epath.Path(workdir).absolute() / "checkpoints"
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
     return ocp.CheckpointManager(folder, options=options, item_names=("state", "data"))
+
+
+def has_steps(workdir: str) -> bool:
+    """Whether a work directory has a checkpoint to go on from."""
+    folder = epath.Path(workdir) / "checkpoints"
+    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any) -> None:
@@ -34,14 +42,14 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any) -
 
 
 def restore(manager: ocp.CheckpointManager, state: Any, iterator: Any) -> Any:
-    """The newest checkpoint's state, its arrays placed like `state`'s, with `iterator` set to where it was.
+    """The newest checkpoint's state, its arrays placed as `state` says, with `iterator` set to where it was.
 
     Args:
       manager: as from `open_manager`; it must have a step.
-      state: a tree like the saved one: arrays, or ShapeDtypeStructs with shardings.
+      state: a tree like the saved one, of ShapeDtypeStructs with shardings.
       iterator: as in `save`; changed.
     """
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(_raw(state)), data=ocp.args.JsonRestore())
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(_raw_shapes(state)), data=ocp.args.JsonRestore())
     saved = manager.restore(manager.latest_step(), args=args)
     iterator.set_state(saved["data"])
     return _keys_like(state, saved["state"])
@@ -69,11 +77,16 @@ def config_difference(workdir: str, config: dict[str, Any]) -> list[str] | None:
     ]
 
 
+def foreign_files(workdir: Any) -> list[str]:
+    """What is in a work directory without a config that no run of ours can have left there."""
+    return [path.name for path in epath.Path(workdir).iterdir() if path.name != PARTIAL]
+
+
 def write_config(workdir: str, config: dict[str, Any]) -> None:
     """Writes the resolved config beside the checkpoints, whole or not at all."""
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "config.json.partial"
+    partial = folder / PARTIAL
     partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     partial.replace(folder / "config.json")
 
@@ -91,6 +104,14 @@ def _is_key(leaf: Any) -> bool:
 def _raw(tree: Any) -> Any:
     # orbax stores numbers; a random key is stored as its data.
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
+
+
+def _raw_shapes(tree: Any) -> Any:
+    def raw(leaf: Any) -> Any:
+        data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(raw, tree)
 
 
 def _keys_like(tree: Any, raw: Any) -> Any:

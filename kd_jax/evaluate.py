@@ -14,15 +14,15 @@ from kd_jax.divergences import forward_kl, reverse_kl
 from kd_jax.head_loss import token_sum
 from kd_jax.metrics import averages
 from kd_jax.objectives import cross_entropy
-from kd_jax.sharding import put_batch
+from kd_jax.sharding import for_lookup, put_batch
 
 WITH_TEACHER = ("forward_kl", "reverse_kl", "top1_agreement")
 
 
-@functools.partial(jax.jit, static_argnames=("student", "teacher", "vocab_size", "chunk"))
+@functools.partial(jax.jit, static_argnames=("student", "teacher", "vocab_size", "chunk", "mesh"))
 def token_sums(
     student: Any, params: Any, teacher: Any, teacher_params: Any, batch: dict[str, Array], *, vocab_size: int,
-    chunk: int | None = None,
+    chunk: int | None = None, mesh: Any = None,
 ) -> dict[str, tuple[Array, Array]]:  # fmt: skip
     """Sums over a batch's counted tokens, with their number, at temperature 1.
 
@@ -34,6 +34,7 @@ def token_sums(
       batch: as in `make_train_step`.
       vocab_size: ids that have a meaning.
       chunk: as in `token_sum`.
+      mesh: as in `token_sum`.
 
     Returns:
       cross_entropy (of the data under the student), and with a teacher forward_kl, KL(p || q), reverse_kl, KL(q || p),
@@ -48,14 +49,15 @@ def token_sums(
         return jnp.stack(columns, axis=-1)
 
     inputs = batch["tokens"], batch["mask"]
-    with_teacher = () if teacher is None else (teacher.hidden(teacher_params, *inputs), teacher.head(teacher_params))
-    teacher_hidden, teacher_head = with_teacher or (None, None)
-    head = student.head(params)[:, :vocab_size]
-    names = ("cross_entropy", *(WITH_TEACHER if with_teacher else ()))
+    params, seen = for_lookup(mesh, params), (None, None)
+    if teacher is not None:
+        teacher_params = for_lookup(mesh, teacher_params)
+        seen = teacher.hidden(teacher_params, *inputs), teacher.head(teacher_params)
+    names = ("cross_entropy", *(() if teacher is None else WITH_TEACHER))
     weight = jnp.repeat(batch["loss_mask"][..., None].astype(jnp.float32), len(names), axis=-1)
     _, per_token = token_sum(
-        values, student.hidden(params, *inputs), head, teacher_hidden,
-        None if teacher_head is None else teacher_head[:, :vocab_size], weight, batch["targets"], chunk=chunk,
+        values, student.hidden(params, *inputs), student.head(params), *seen, weight, batch["targets"],
+        chunk=chunk, vocab_size=vocab_size, mesh=mesh,
     )  # fmt: skip
     sums, count = per_token.sum(axis=(0, 1)), weight[..., 0].sum()
     return {name: (sums[i], count) for i, name in enumerate(names)}
@@ -78,8 +80,9 @@ def evaluate(
     totals: Any = None
     for batch in batches:
         sums = token_sums(
-            student, params, teacher, teacher_params, put_batch(mesh, batch), vocab_size=vocab_size, chunk=chunk
-        )
+            student, params, teacher, teacher_params, put_batch(mesh, batch), vocab_size=vocab_size, chunk=chunk,
+            mesh=mesh,
+        )  # fmt: skip
         totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
     values = averages(totals)
     return values | {"perplexity": float(np.exp(values["cross_entropy"]))}

@@ -1,32 +1,40 @@
-"""The loss from hidden states and the two output matrices: logits exist for one chunk at a time."""
+"""The loss from hidden states and the two output matrices: logits exist for one chunk of tokens at a time."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-# Positions of all rows together in one chunk. A CPU's caches like few; an accelerator's matrix units like many.
-_CHUNK_TOKENS = {"cpu": 512}
-_DEFAULT_CHUNK_TOKENS = 2048
+# Axes of the mesh that the rows of a batch are divided over, as in `kd_jax.sharding`.
+BATCH_AXES = ("data", "fsdp")
 
 
 def token_sum(
     token_loss: Callable[..., Array],
     student_hidden: Float[Array, "B L Ds"],
-    student_head: Float[Array, "Ds V"],
+    student_head: Float[Array, "Ds Vs"],
     teacher_hidden: Float[Array, "B L Dt"] | None,
-    teacher_head: Float[Array, "Dt V"] | None,
+    teacher_head: Float[Array, "Dt Vt"] | None,
     coefficient: Float[Array, "B L *K"],
     *extras: Array,
     chunk: int | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    soft_caps: tuple[float | None, float | None] = (None, None),
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B L *K"]]:
     """sum of coefficient * token_loss(log_p, log_q), without ever holding tokens x vocabulary.
 
-    Exact for any token loss that is a pure function of two log-distributions. The gradients of `student_hidden` and
-    `student_head` are made chunk by chunk in the forward pass, since the coefficients are known beforehand: nothing
-    is computed twice, and the backward pass only scales them.
+    Exact for any token loss that is a pure function of two log-distributions. Only positions with a coefficient
+    are computed: they are packed into chunks, and as many chunks run as they fill. The gradients of `student_hidden`
+    and `student_head` are made chunk by chunk in the forward pass, since the coefficients are known beforehand:
+    nothing is computed twice, and the backward pass only scales them.
 
     Args:
       token_loss: (log_p, log_q, *extras) -> a value per token, or K values per token. log_p is None without a
@@ -35,82 +43,194 @@ def token_sum(
       student_head: the output matrix.
       teacher_hidden: of the teacher; None where there is no teacher. No gradient flows to it.
       teacher_head: of the teacher.
-      coefficient: of each token's value. A position whose coefficients are all 0 is never read, NaN or not.
+      coefficient: of each token's value, or of its K values. A value whose coefficient is 0 counts nowhere, and a
+        position whose coefficients are all 0 is never read, NaN or not.
       *extras: arrays [B, L, ...] that `token_loss` needs a slice of, such as targets.
-      chunk: positions of the sequence whose logits are held at a time, all rows of the batch together; None
-        chooses it from the shapes and the backend.
+      chunk: tokens, per device, whose logits are held at a time; None chooses it from the shapes and the backend.
+      vocab_size: ids that have a meaning. Either head may be wider; what it has beyond gets no mass.
+      temperature: divides both models' logits, after their caps.
+      soft_caps: of the student's and the teacher's logits: cap * tanh(logits / cap).
+      mesh: of `kd_jax.sharding.make_mesh`, where the arrays are on one: then every device packs its own rows.
 
     Returns:
       total: the sum, differentiable once in `student_hidden` and `student_head`.
-      values: token_loss at each position, 0 where nothing is counted; without gradient.
+      values: token_loss at each position, 0 where the coefficient is 0; without gradient.
+
+    Raises:
+      TypeError: when the gradient is differentiated again.
     """
-    batch, length = student_hidden.shape[:2]
-    if chunk is None:
-        chunk = max(1, _CHUNK_TOKENS.get(jax.default_backend(), _DEFAULT_CHUNK_TOKENS) // batch)
-    # Equal chunks: the padding of the last one is then at most a position a chunk.
-    count = -(-length // min(chunk, length))
-    chunk = -(-length // count)
+    width = student_head.shape[-1] if teacher_head is None else max(student_head.shape[-1], teacher_head.shape[-1])
+    vocab_size = vocab_size or (width if teacher_head is None else min(student_head.shape[-1], teacher_head.shape[-1]))
+    to_student, to_teacher = (
+        partial(_log_probs, vocab_size=vocab_size, temperature=temperature, soft_cap=cap) for cap in soft_caps
+    )
 
-    def split(array: Array) -> Array:
-        # Along the sequence, so that a batch sharded over devices stays where it is.
-        padding = [(0, 0), (0, count * chunk - length)] + [(0, 0)] * (array.ndim - 2)
-        return jnp.moveaxis(jnp.pad(array, padding).reshape(batch, count, chunk, *array.shape[2:]), 1, 0)
+    def block_loss(logits: Array, teacher_logits: Array | None, coefficient: Array, *extras: Array) -> Any:
+        log_p = None if teacher_logits is None else to_teacher(teacher_logits)
+        value = jnp.where(coefficient != 0, token_loss(log_p, to_student(logits), *extras), 0)
+        return jnp.sum(coefficient * value), value
 
-    def sweep(
-        with_gradient: bool, hidden: Array, head: Array, teacher: tuple[Array, Array] | None, rest: tuple[Array, ...]
-    ) -> Any:
-        teacher_head = None if teacher is None else teacher[1]
-
-        def chunk_sum(hidden: Array, head: Array, teacher_hidden: Array | None, coefficient: Array, *extras: Array):
-            live = coefficient != 0 if coefficient.ndim == 2 else jnp.any(coefficient != 0, axis=-1)
-            # Zeroed hidden rows, not zeroed losses: NaN * 0 would poison the head's gradient.
-            log_q = _log_probs(jnp.where(live[..., None], hidden, 0), head)
-            log_p = None
-            if teacher_hidden is not None and teacher_head is not None:
-                log_p = _log_probs(jnp.where(live[..., None], teacher_hidden, 0), teacher_head)
-            value = token_loss(log_p, log_q, *extras)
-            value = jnp.where(live if value.ndim == 2 else live[..., None], value, 0)
-            return jnp.sum(coefficient * value), value
-
-        def body(carry: Any, xs: Any) -> Any:
-            total, d_head = carry
-            if not with_gradient:
-                part, value = chunk_sum(xs[0], head, *xs[1:])
-                return (total + part, d_head), (value, None)
-            gradient = jax.value_and_grad(chunk_sum, argnums=(0, 1), has_aux=True)
-            (part, value), (d_hidden, d_part) = gradient(xs[0], head, *xs[1:])
-            return (total + part, d_head + d_part), (value, d_hidden)
-
-        teacher_hidden = None if teacher is None else split(teacher[0])
-        xs = (split(hidden), teacher_hidden, *(split(array) for array in rest))
-        dtype = jnp.promote_types(head.dtype, jnp.float32)
-        start = jnp.zeros((), dtype), jnp.zeros(head.shape, dtype) if with_gradient else None
-        (total, d_head), (values, d_hidden) = jax.lax.scan(body, start, xs)
-        return total, _join(values, length), d_head, None if d_hidden is None else _join(d_hidden, length)
+    ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    sweep: Callable[..., Any] = partial(_sweep, block_loss, *_sizes(student_hidden.shape, width, chunk, ways))
+    if mesh is not None and ways > 1:
+        sweep = partial(_on_mesh, sweep, mesh)
 
     @jax.custom_vjp
     def run(hidden: Array, head: Array, teacher: Any, rest: tuple[Array, ...]) -> tuple[Array, Array]:
         return sweep(False, hidden, head, teacher, rest)[:2]
 
     def forward(hidden: Array, head: Array, teacher: Any, rest: tuple[Array, ...]) -> Any:
-        total, values, d_head, d_hidden = sweep(True, hidden, head, teacher, rest)
-        return (total, values), (d_hidden, d_head.astype(head.dtype))
+        total, values, *gradients = _once(partial(sweep, True), hidden, head, teacher, rest)
+        return (total, values), gradients
 
-    def backward(residuals: Any, cotangents: Any) -> Any:
-        d_hidden, d_head = residuals
-        scale = cotangents[0]
-        return (d_hidden * scale).astype(d_hidden.dtype), (d_head * scale).astype(d_head.dtype), None, None
+    def backward(gradients: Any, cotangents: Any) -> Any:
+        return *((gradient * cotangents[0]).astype(gradient.dtype) for gradient in gradients), None, None
 
     run.defvjp(forward, backward)
-    teacher = None if teacher_hidden is None else (teacher_hidden, teacher_head)
-    return run(student_hidden, student_head, jax.lax.stop_gradient(teacher), (coefficient, *extras))
+    student_head = _widen(student_head, width)
+    teacher = None
+    if teacher_hidden is not None and teacher_head is not None:
+        teacher = jax.lax.stop_gradient((teacher_hidden, _widen(teacher_head, width)))
+    return run(student_hidden, student_head, teacher, (coefficient, *extras))
 
 
-def _log_probs(hidden: Array, head: Array) -> Array:
+def _sizes(shape: tuple[int, ...], width: int, chunk: int | None, ways: int) -> tuple[int, int]:
+    """Tokens in a chunk, and in a block of it.
+
+    A CPU wants blocks whose logits stay in its cache, and chunks just long enough for the matrix products; an
+    accelerator wants long chunks, each in one piece.
+    """
+    tokens = max(1, shape[0] * shape[1] // ways)
+    cpu = jax.default_backend() == "cpu"
+    chunk = min(tokens, chunk or (512 if cpu else 2048))
+    block = max(1, min(chunk, 2**21 // (4 * width))) if cpu else chunk
+    # Equal chunks of whole blocks, so that the last of each is nearly full.
+    chunk = -(-tokens // -(-tokens // chunk))
+    return -(-chunk // block) * block, block
+
+
+def _sweep(
+    block_loss: Callable[..., Any], chunk: int, block: int, with_gradient: bool, hidden: Array, head: Array,
+    teacher: tuple[Array, Array] | None, rest: tuple[Array, ...], *, chunks: Callable[[Array], Array] = lambda x: x,
+) -> tuple[Array, Array, Any, Any]:  # fmt: skip
+    """Total, values, and the gradients of hidden states and head, chunk by chunk."""
+    batch, length = hidden.shape[:2]
+    tokens = batch * length
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jax.nn.log_softmax(jnp.matmul(hidden, head, preferred_element_type=dtype), axis=-1)
+    rest = tuple(array.reshape(tokens, *array.shape[2:]) for array in rest)
+    live = _live(rest[0])
+    order = jnp.argsort(~live, stable=True)
+    order = jnp.pad(order, (0, -tokens % chunk), constant_values=tokens)  # beyond the end: read as 0, written nowhere
+
+    def body(i: Array, carry: Any) -> Any:
+        total, values, d_hidden, d_head = carry
+        index = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+
+        take = partial(jnp.take, indices=index, axis=0, mode="fill", fill_value=0)
+        # Zeroed hidden rows, not zeroed losses: NaN * 0 would poison the head's gradient.
+        counted = lambda hidden: jnp.where(take(live)[:, None], take(hidden.reshape(tokens, -1)), 0)
+        rows = counted(hidden)
+        logits = jnp.matmul(rows, head, preferred_element_type=dtype)
+        teacher_logits = None
+        if teacher is not None:
+            teacher_logits = jnp.matmul(counted(teacher[0]), teacher[1], preferred_element_type=dtype)
+        part, value, d_logits = _chunk(block_loss, block, with_gradient, logits, teacher_logits, *map(take, rest))
+        values = values.at[index].set(value, mode="drop", unique_indices=True)
+        if with_gradient:
+            d_logits = d_logits.astype(head.dtype)
+            d_rows = jnp.matmul(d_logits, head.T, preferred_element_type=dtype).astype(hidden.dtype)
+            d_hidden = d_hidden.at[index].set(d_rows, mode="drop", unique_indices=True)
+            d_head = d_head + jnp.matmul(rows.T, d_logits, preferred_element_type=dtype)
+        return total + part, values, d_hidden, d_head
+
+    start = (
+        jnp.zeros((), dtype),
+        jnp.zeros(rest[0].shape, dtype),
+        jnp.zeros((tokens, hidden.shape[-1]), hidden.dtype) if with_gradient else None,
+        jnp.zeros(head.shape, dtype) if with_gradient else None,
+    )
+    count = chunks(-(-jnp.sum(live) // chunk))
+    total, values, d_hidden, d_head = jax.lax.fori_loop(0, count, body, start)
+    values = values.reshape(batch, length, *values.shape[1:])
+    if not with_gradient:
+        return total, values, None, None
+    return total, values, d_hidden.reshape(hidden.shape), d_head.astype(head.dtype)
 
 
-def _join(chunks: Array, length: int) -> Array:
-    joined = jnp.moveaxis(chunks, 0, 1)
-    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]
+def _chunk(
+    block_loss: Callable[..., Any], block: int, with_gradient: bool, logits: Array, teacher_logits: Array | None,
+    coefficient: Array, *extras: Array,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Total, values and the logits' gradient, block by block: each is written over the logits that it came from."""
+
+    def one(*arrays: Any) -> tuple[Array, Array, Array]:
+        if not with_gradient:
+            return *block_loss(*arrays), arrays[0]
+        (part, value), gradient = jax.value_and_grad(block_loss, has_aux=True)(*arrays)
+        return part, value, gradient
+
+    if block == logits.shape[0]:
+        return one(logits, teacher_logits, coefficient, *extras)
+
+    def body(i: Array, carry: Any) -> Any:
+        total, values, logits = carry
+        arrays = (logits, teacher_logits, coefficient, *extras)
+        rows = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, i * block, block), arrays)
+        part, value, gradient = one(*rows)
+        if with_gradient:
+            logits = jax.lax.dynamic_update_slice_in_dim(logits, gradient, i * block, axis=0)
+        return total + part, jax.lax.dynamic_update_slice_in_dim(values, value, i * block, axis=0), logits
+
+    start = jnp.zeros((), logits.dtype), jnp.zeros(coefficient.shape, logits.dtype), logits
+    return jax.lax.fori_loop(0, logits.shape[0] // block, body, start)
+
+
+def _on_mesh(sweep: Callable[..., Any], mesh: Mesh, with_gradient: bool, *arrays: Any) -> Any:
+    """Every device sweeps its own rows; the head is gathered before the loop, its gradient reduced after it."""
+
+    def local(hidden: Array, head: Array, teacher: Any, rest: Any) -> Any:
+        # All run as many chunks as the one with the most: what is inside the loop may be divided over `tensor`.
+        most = partial(jax.lax.pmax, axis_name=BATCH_AXES)
+        total, values, d_hidden, d_head = sweep(with_gradient, hidden, head, teacher, rest, chunks=most)
+        total = jax.lax.psum(total, BATCH_AXES)
+        return total, values, d_hidden, None if d_head is None else jax.lax.psum(d_head, BATCH_AXES)
+
+    rows, whole = P(BATCH_AXES), P()
+    models = jax.tree.map(lambda array: rows if array.ndim == 3 else whole, arrays[:3])
+    return jax.shard_map(
+        local, mesh=mesh, axis_names=set(BATCH_AXES), check_vma=False, in_specs=(*models, rows),
+        out_specs=(whole, rows, *((rows, whole) if with_gradient else (None, None))),
+    )(*arrays)  # fmt: skip
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _once(sweep: Callable[..., Any], *arrays: Any) -> Any:
+    return sweep(*arrays)
+
+
+@_once.defjvp
+def _twice(sweep: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "token_sum is differentiable once: its gradient is made in the forward pass. For a second derivative, write the loss "
+        "on full logits: jnp.sum(coefficient * token_loss(log_p, log_q))."
+    )
+
+
+def _live(coefficient: Array) -> Array:
+    """[N] or [N, K] -> [N]: whether anything of a token counts."""
+    return coefficient != 0 if coefficient.ndim == 1 else jnp.any(coefficient != 0, axis=-1)
+
+
+def _widen(head: Array, width: int) -> Array:
+    """Columns of zeros, which `_log_probs` leaves without mass."""
+    return head if head.shape[-1] == width else jnp.pad(head, ((0, 0), (0, width - head.shape[-1])))
+
+
+def _log_probs(logits: Array, *, vocab_size: int, temperature: float, soft_cap: float | None) -> Array:
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    if temperature != 1:
+        logits = logits / temperature
+    if vocab_size < logits.shape[-1]:
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+    return jax.nn.log_softmax(logits, axis=-1)

@@ -1,8 +1,10 @@
 """python -m kd_jax.main --config=configs/METHOD.py[:SETTING] --workdir=DIR [--config.KEY=VALUE ...]"""
 
+import os
 import re
 import sys
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -20,9 +22,11 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # what orbax and tfds log at every step of theirs would bury the progress bar
     if len(argv) > 1:
         sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --config.steps=100.")
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/kd_jax/xla"))
     try:
         train.train(_CONFIG.value, str(_WORKDIR.value))
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"kd_jax: {error}")
 
 

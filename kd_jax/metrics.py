@@ -19,7 +19,7 @@ def averages(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
 class Writer:
     """Appends metrics to `metrics.jsonl` and to TensorBoard files in a work directory.
 
-    One JSON object a line: {"step": ..., "split": "train" or "eval", name: value, ...}.
+    One JSON object a line: {"step": ..., "split": "train", "eval" or "speed", name: value, ...}.
     """
 
     def __init__(self, workdir: str, first_step: int):
@@ -100,7 +100,7 @@ def plot(workdir: str) -> list[Path]:
             axes.plot(*zip(*points, strict=True), linewidth=0.6 if split == "train" else 1.2, alpha=0.5, color="C0")
             steps, smooth = _smooth(points) if split == "train" else zip(*points, strict=True)
             axes.plot(steps, smooth, color="C0", marker="o" if split == "eval" else None, markersize=3)
-            axes.set(title=name.replace("_", " "), xlabel="step")
+            axes.set(title=name.replace("_", " "), xlabel="step", yscale="log" if name == "perplexity" else "linear")
             axes.grid(alpha=0.3)
         for axes in figure.axes[len(names) :]:
             axes.set_visible(False)
@@ -110,7 +110,7 @@ def plot(workdir: str) -> list[Path]:
 
 
 def _plotted(name: str) -> bool:
-    return not name.endswith(("/coefficient", "_seconds"))
+    return not name.endswith("/coefficient")
 
 
 def _smooth(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:

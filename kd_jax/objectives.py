@@ -1,7 +1,7 @@
 """What is minimised: a sum of terms, each a divergence of a pair of distributions over some rows, averaged somehow."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -108,11 +108,11 @@ class Term:
     average: str
 
 
-def make_terms(specs: Mapping[str, Mapping[str, Any]], temperature: float = 1.0) -> tuple[Term, ...]:
+def make_terms(specs: Any, temperature: float = 1.0) -> tuple[Term, ...]:
     """The terms that a config describes, checked before anything is computed.
 
     Args:
-      specs: name -> {kind, divergence, assistant, pair, stop_gradient, weight, coefficient, rows, average}, as
+      specs: a dict or ConfigDict, name -> {kind, divergence, assistant, pair, stop_gradient, weight, coefficient, rows, average}, as
         `configs/base.py` declares them; a name with None in place of a spec is left out.
       temperature: what the logits were divided by. Hard labels undo it: they are about q at temperature 1.
 
@@ -130,7 +130,9 @@ def make_terms(specs: Mapping[str, Mapping[str, Any]], temperature: float = 1.0)
     return terms
 
 
-def token_coefficients(average: str, mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
+def token_coefficients(
+    average: str, mask: Bool[Array, "B L"], segments: Int[Array, "B L"] | None = None
+) -> Float[Array, "B L"]:
     """What each token's loss is multiplied by, so that the sum over the batch is the wanted average.
 
     The average is over the whole global batch, so that it is the same number however the batch is divided over
@@ -140,6 +142,7 @@ def token_coefficients(average: str, mask: Bool[Array, "B L"]) -> Float[Array, "
       average: 'token': the sum over all counted tokens / their number. 'sequence': the mean over rows of the mean
         over each row's tokens; rows with nothing to count are no rows.
       mask: True where a token counts.
+      segments: of rows that several are packed into, the number of each token's row; None: a row is one.
 
     Returns:
       Coefficients that sum to 1, or all 0 where nothing counts.
@@ -147,11 +150,16 @@ def token_coefficients(average: str, mask: Bool[Array, "B L"]) -> Float[Array, "
     counted = mask.astype(jnp.float32)
     if average == "token":
         return counted / jnp.maximum(counted.sum(), 1)
-    lengths = counted.sum(axis=-1, keepdims=True)
-    return counted / (jnp.maximum(lengths, 1) * jnp.maximum((lengths > 0).sum(), 1))
+    if segments is None:
+        lengths = counted.sum(axis=-1, keepdims=True)
+    else:
+        same = segments[:, :, None] == segments[:, None, :]
+        lengths = jnp.where(same, counted[:, None, :], 0).sum(axis=-1)
+    share = counted / jnp.maximum(lengths, 1)
+    return share / jnp.maximum(share.sum(), 1)
 
 
-def _make_term(name: str, spec: Mapping[str, Any], temperature: float) -> Term:
+def _make_term(name: str, spec: Any, temperature: float) -> Term:
     try:
         for key, known in (("rows", ROWS), ("average", AVERAGES), ("kind", ("divergence", "hard_labels"))):
             if spec[key] not in known:
@@ -160,6 +168,8 @@ def _make_term(name: str, spec: Mapping[str, Any], temperature: float) -> Term:
             loss, needs_teacher = _hard_labels(temperature), False
         else:
             loss, needs_teacher = _divergence_loss(spec), True
+        if spec["assistant"] is not None and isinstance(spec["weight"], int | float):
+            resolve.check_fraction("weight", spec["weight"])
         weight, coefficient = _schedule(spec["weight"]), _schedule(spec["coefficient"])
     except ValueError as error:
         raise ValueError(f"objective.terms.{name}: {error}") from error
@@ -170,7 +180,7 @@ def _schedule(spec: Any) -> Any:
     return schedules.as_stateful(spec if isinstance(spec, int | float) else resolve.build(spec, schedules))
 
 
-def _divergence_loss(spec: Mapping[str, Any]) -> Callable[..., Array]:
+def _divergence_loss(spec: Any) -> Callable[..., Array]:
     assistant = None if spec["assistant"] is None else resolve.bind(spec["assistant"], assistants)
     divergence = resolve.bind(spec["divergence"], divergences)
     inner = token_loss(divergence, assistant, spec["pair"], spec["stop_gradient"])

@@ -108,7 +108,7 @@ def look_up(
     known = names(module)
     if name not in known:
         what = "no name" if name is None else f"unknown name {name!r}"
-        where = f"in the spec {_show(spec)}{_nearest(name, known)}"
+        where = f"in the spec {_show(spec)}{nearest(name, known)}"
         raise ValueError(f"{what} {where}; {module.__name__} has {', '.join(known)}.")
     function = getattr(module, name)
     keywords = defaults | keywords
@@ -119,7 +119,7 @@ def look_up(
     options = {p.name: p.default for p in parameters if p.kind in by_name and p.name not in arrays}
     unknown = [keyword for keyword in keywords if keyword not in options]
     if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters):
-        where = f"in the spec {_show(spec)}{_nearest(unknown[0], options)}"
+        where = f"in the spec {_show(spec)}{nearest(unknown[0], options)}"
         raise ValueError(f"unknown keyword {unknown[0]!r} {where}; {name} takes {', '.join(options) or 'no keywords'}.")
     missing = [o for o, default in options.items() if default is inspect.Parameter.empty and o not in keywords]
     if missing:
@@ -150,6 +150,13 @@ def check_fraction(name: str, value: Any) -> Any:
     return check_number(name, value, 0.0, 1.0)
 
 
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """`` (did you mean 'forward_kl'?)`` for a name that is close to a known one, else nothing."""
+    lower = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(str(name).lower(), lower, n=1)
+    return f" (did you mean {lower[close[0]]!r}?)" if close else ""
+
+
 def _array_parameters(function: Callable[..., Any]) -> list[str]:
     return [
         p.name
@@ -162,12 +169,6 @@ def _build_nested(value: Any, module: ModuleType) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_build_nested(entry, module) for entry in value)
     return build(value, module) if hasattr(value, "keys") and "name" in value else value
-
-
-def _nearest(name: Any, known: Iterable[str]) -> str:
-    lower = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(str(name).lower(), lower, n=1)
-    return f" (did you mean {lower[close[0]]!r}?)" if close else ""
 
 
 def _show(spec: Spec) -> str:

@@ -1,6 +1,7 @@
 """What a config names on disk: tokenizer, teacher, student and rows, checked against each other."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from kd_jax import data, models, sharding
 
 PACKAGED = "package:"
 INITS = ("random", "pretrained", "layers")
+PACKINGS = ("none", "rows", "stream")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,53 @@ def folder(path: str) -> Path:
     if path.startswith(PACKAGED):
         return Path(__file__).parent / "assets" / path.removeprefix(PACKAGED)
     return Path(path).expanduser()
+
+
+def check_numbers(config: Any) -> None:
+    """What can be said of a config's numbers before anything is read.
+
+    Raises:
+      ValueError: one that is out of range, with its key.
+    """
+    least = {
+        "steps": 1,
+        "eval_every": 1,
+        "checkpoint_every": 1,
+        "log_every": 1,
+        "keep_checkpoints": 1,
+        "microbatches": 1,
+    }
+    least |= {"data.batch_size": 1, "data.eval_batch_size": 1, "data.eval_rows": 0, "sample_tokens": 1, "loss.chunk": 0}
+    for name, low in least.items():
+        if (value := operator.attrgetter(name)(config)) < low:
+            raise ValueError(f"{name}={value} must be at least {low}.")
+    for who in ("teacher", "student"):
+        if config[who].dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"{who}.dtype={config[who].dtype!r} is not one of float32, bfloat16, float16.")
+    policies = ["none", *(name for name in dir(jax.checkpoint_policies) if name.endswith("saveable"))]
+    if config.student.remat not in policies:
+        raise ValueError(f"student.remat={config.student.remat!r} is not one of {', '.join(policies)}.")
+    first, last = tuple(config.profile_steps) or (1, config.steps)
+    if not 1 <= first <= last <= config.steps:
+        raise ValueError(f"profile_steps={config.profile_steps} must be first and last of the {config.steps} steps.")
+    if config.data.packing not in PACKINGS:
+        raise ValueError(f"data.packing={config.data.packing!r} is not one of {', '.join(PACKINGS)}.")
+    if config.data.batch_size % config.microbatches:
+        raise ValueError(
+            f"data.batch_size={config.data.batch_size} does not divide into microbatches={config.microbatches}."
+        )
+
+
+def check_mesh(config: Any, mesh: jax.sharding.Mesh) -> None:
+    """Whether the mesh can divide the rows that are worked on at a time."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    microbatch = config.data.batch_size // config.microbatches
+    for name, rows in (("batch_size", microbatch), ("eval_batch_size", config.data.eval_batch_size)):
+        if rows % ways:
+            raise ValueError(
+                f"data.{name}={config.data[name]} leaves {rows} rows at a time (microbatches={config.microbatches}), which "
+                f"the mesh cannot divide over data x fsdp = {ways} devices; choose a multiple."
+            )
 
 
 def load_tokenizer(config: Any) -> data.Tokenizer:
@@ -62,11 +111,14 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
         )
     teacher: Any = None
     teacher_params: Any = None
-    if needs_teacher or init == "layers":
+    if config.teacher.path:  # also where no term needs it: what is measured is then measured against it too
         path = folder(config.teacher.path)
         _check_vocabulary(config.teacher.path, models.load_config(path), tokenizer, "teacher")
+        if config.tokenizer.path:
+            _check_same_tokenizer(path, tokenizer, "teacher")
         teacher, teacher_params = models.load_pretrained(path, dtype=config.teacher.dtype, shardings=place)
 
+    how = dict(dtype=config.student.dtype, remat=config.student.remat)
     if init == "random":
         sizes: dict[str, Any] = {
             "vocab_size": tokenizer.vocab_size,
@@ -74,7 +126,7 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
             "pad_id": tokenizer.pad_id,
         }
         try:
-            student = models.from_config(models.ModelConfig(**{**sizes, **student_options}), dtype=config.student.dtype)
+            student = models.from_config(models.ModelConfig(**{**sizes, **student_options}), **how)
         except TypeError as error:  # a keyword that ModelConfig does not have
             known = ", ".join(field.name for field in dataclasses.fields(models.ModelConfig))
             raise ValueError(f"student.config={student_options}: {error}; it takes {known}.") from error
@@ -86,15 +138,17 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
             raise ValueError("student.init='pretrained' needs student.path, the folder of the student to start from.")
         path = folder(config.student.path)
         _check_vocabulary(config.student.path, models.load_config(path), tokenizer, "student")
-        _check_same_tokenizer(path, tokenizer)
-        student, params = models.load_pretrained(path, dtype=jnp.float32, shardings=place)
-    else:
-        student, params = models.take_layers(teacher, teacher_params, tuple(config.student.layers))
-    student = dataclasses.replace(student, dtype=config.student.dtype, param_dtype=jnp.float32)
-    # A copy: the state is donated to every step, and these arrays may be the teacher's too.
+        _check_same_tokenizer(path, tokenizer, "student")
+        student = models.from_config(models.load_config(path), **how)
+        # Read when the state is made, so that nothing but the state holds the initial parameters.
+        load = lambda key: models.load_pretrained(path, dtype=jnp.float32, shardings=place)[1]
+        return Models(student, load, teacher, teacher_params)
+
+    student, params = models.take_layers(teacher, teacher_params, tuple(config.student.layers))
+    student = dataclasses.replace(student, param_dtype=jnp.float32, **how)
+    # A copy: the state is donated to every step, and these arrays are the teacher's too.
     copy = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), tree))
-    kept_teacher = (teacher, teacher_params) if needs_teacher else (None, None)
-    return Models(student, lambda key: copy(params), *kept_teacher)
+    return Models(student, lambda key: copy(params), teacher, teacher_params)
 
 
 def load_data(config: Any, tokenizer: data.Tokenizer, max_length: int) -> tuple[Any, Any, dict[str, Any]]:
@@ -119,8 +173,11 @@ def load_data(config: Any, tokenizer: data.Tokenizer, max_length: int) -> tuple[
                 # Held-out rows are scored on their responses, whatever the training is on.
                 loss_on=options.loss_on if split == options.train_split else "response",
             )  # fmt: skip
-        if options.packed and split == options.train_split:
-            tokenized = data.join(tokenized, max_length=options.max_length)
+        if (
+            options.packing != "none" and split == options.train_split and options.name != "text"
+        ):  # text is packed already
+            combine = data.pack_rows if options.packing == "rows" else data.join
+            tokenized = combine(tokenized, max_length=options.max_length)
             counts[split] |= {"packed into": len(tokenized)}
         rows.append(tokenized)
     return rows[0], rows[1], counts
@@ -134,15 +191,13 @@ def _check_vocabulary(path: str, config: models.ModelConfig, tokenizer: data.Tok
         )
 
 
-def _check_same_tokenizer(path: Path, tokenizer: data.Tokenizer) -> None:
+def _check_same_tokenizer(path: Path, tokenizer: data.Tokenizer, who: str) -> None:
     if not (path / "tokenizer.json").exists():
-        raise ValueError(
-            f"{path} has no tokenizer.json, so its vocabulary cannot be compared with the teacher's; add it."
-        )
+        raise ValueError(f"{path} has no tokenizer.json, so its vocabulary cannot be compared with the run's; add it.")
     own = data.Tokenizer.load(path)
     if own.vocabulary() != tokenizer.vocabulary():
         different = sum(own.vocabulary().get(token) != i for token, i in tokenizer.vocabulary().items())
         raise ValueError(
-            f"the student's tokenizer ({path}, {own.vocab_size} ids) is not the run's ({tokenizer.vocab_size} ids): "
+            f"the {who}'s tokenizer ({path}, {own.vocab_size} ids) is not the run's ({tokenizer.vocab_size} ids): "
             f"{different} tokens have another id or none. A divergence compares id by id; choose models that share a tokenizer."
         )

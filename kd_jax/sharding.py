@@ -23,8 +23,6 @@ RULES = (
     (r"(output|down)/kernel$", P("tensor", "fsdp")),
     (r"(output|down)/bias$", P()),
     (r"norm/(scale|bias)$", P()),
-    # Counters of the optimiser and of the schedules, scalars all.
-    (r"(count|step|notfinite_count|mini_step|gradient_step|inner_step)$", P()),
 )
 
 
@@ -84,6 +82,22 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
         raise ValueError(f"no sharding rule matches the parameter {name!r} of shape {leaf.shape}; add one to RULES.")
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def for_lookup(mesh: Mesh | None, params: Any) -> Any:
+    """Parameters whose embedding is whole over `fsdp`, as every other matrix is where it is used.
+
+    Left to itself XLA looks the divided vectors up and then gathers the whole batch's.
+    """
+    if mesh is None or mesh.size == 1:
+        return params
+    whole = NamedSharding(mesh, _fit(mesh, P("tensor", None), params["embed"]["embedding"].shape))
+    return params | {"embed": {"embedding": jax.lax.with_sharding_constraint(params["embed"]["embedding"], whole)}}
+
+
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs that say where their arrays live."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

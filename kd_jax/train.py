@@ -3,8 +3,8 @@
 import dataclasses
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import optax
 
-from kd_jax import checkpoint, data, evaluate, metrics, models, resolve, schedules, sharding
+from kd_jax import checkpoint, data, evaluate, metrics, models, resolve, schedules, sharding, speed
 from kd_jax.objectives import Term, make_terms
-from kd_jax.setup import Models, load_data, load_models, load_tokenizer
+from kd_jax.setup import Models, check_mesh, check_numbers, load_data, load_models, load_tokenizer
 from kd_jax.train_step import TrainState, init_state, make_train_step
 
 
@@ -30,6 +30,7 @@ class Run:
       terms: of the objective.
       learning_rate: step -> value.
       init_state: makes the state before the first step. The student's initial parameters are made here.
+      abstract_state: the state's shapes and shardings.
       train_step: (state, teacher_params, batch) -> (state, metrics), jitted; the state is donated.
       train_batches: an endless iterator of numpy batches whose position can be saved.
       eval_batches: makes an iterator that goes once over the held-out rows.
@@ -43,6 +44,7 @@ class Run:
     terms: tuple[Term, ...]
     learning_rate: Callable[[Any], Any]
     init_state: Callable[[], TrainState]
+    abstract_state: TrainState
     train_step: Callable[..., Any]
     train_batches: Any
     eval_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
@@ -76,19 +78,18 @@ def build(config: Any) -> Run:
     Raises:
       ValueError: whatever is wrong, in a paragraph that names the value and what would be right.
     """
-    _check_counts(config)
+    check_numbers(config)
     terms = make_terms(config.objective.terms, config.objective.temperature)
+    if absent := [term.name for term in terms if term.rows in ("teacher", "student")]:
+        raise ValueError(
+            f"objective.terms.{absent[0]}.rows={config.objective.terms[absent[0]].rows!r} counts no row: all are data's."
+        )
     learning_rate = resolve.build(config.learning_rate, schedules)
     tx = resolve.build(config.optimizer, optax, learning_rate=learning_rate)
     if config.clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(resolve.check_number("clip_norm", config.clip_norm, 0.0)), tx)
     mesh = sharding.make_mesh(**config.mesh)
-    rows_at_once = config.data.batch_size // config.microbatches
-    if rows_at_once % (ways := mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise ValueError(
-            f"data.batch_size={config.data.batch_size} in microbatches={config.microbatches} leaves {rows_at_once} rows at "
-            f"a time, which the mesh cannot divide over data x fsdp = {ways} devices; choose a multiple."
-        )
+    check_mesh(config, mesh)
     tokenizer = load_tokenizer(config)
     needs_teacher = any(term.needs_teacher for term in terms)
     loaded = load_models(config, tokenizer, mesh, needs_teacher)
@@ -97,14 +98,16 @@ def build(config: Any) -> Run:
     step = make_train_step(
         loaded.student, loaded.teacher, terms, tx, vocab_size=tokenizer.vocab_size,
         temperature=config.objective.temperature, microbatches=config.microbatches, chunk=config.loss.chunk or None,
+        mesh=mesh,
     )  # fmt: skip
     key = jax.random.key(config.seed)
+    make_state = partial(init_state, tx=tx, terms=terms)
+    abstract_state = jax.eval_shape(make_state, loaded.student.abstract_params(), key=key)
+    placed = sharding.tree_shardings(mesh, abstract_state)
 
     def fresh_state() -> TrainState:
         params = loaded.init_student(jax.random.fold_in(key, 0))
-        make = lambda params, key: init_state(params, tx, terms, key)
-        abstract = jax.eval_shape(make, params, key)
-        return jax.jit(make, out_shardings=sharding.tree_shardings(mesh, abstract))(params, key)
+        return jax.jit(make_state, out_shardings=placed)(params, key=key)
 
     batch_options = dict(
         max_length=config.data.max_length, seed=config.seed, pad_id=tokenizer.pad_id,
@@ -116,7 +119,8 @@ def build(config: Any) -> Run:
     )
     return Run(
         config=config, mesh=mesh, tokenizer=tokenizer, models=loaded, terms=terms, learning_rate=learning_rate,
-        init_state=fresh_state, train_step=jax.jit(step, donate_argnums=0), train_batches=train_batches,
+        init_state=fresh_state, abstract_state=sharding.with_shardings(abstract_state, placed),
+        train_step=jax.jit(step, donate_argnums=0, out_shardings=(placed, None)), train_batches=train_batches,
         eval_batches=lambda: iter(held_out), counts=counts,
     )  # fmt: skip
 
@@ -141,14 +145,15 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, dict[str,
     resolved = config.to_dict()
     check_workdir(workdir, resolved)
     run = build(config)
+    # A new run reads its student before it writes anything; a resumed one has no use for an initial state.
+    state = None if checkpoint.has_steps(workdir) else run.init_state()
     checkpoint.write_config(workdir, resolved)
     with checkpoint.open_manager(workdir, config.keep_checkpoints) as manager:
-        state = run.init_state()
-        if manager.latest_step() is not None:
-            state = checkpoint.restore(manager, state, run.train_batches)
+        if state is None:
+            state = checkpoint.restore(manager, run.abstract_state, run.train_batches)
         tqdm_write(environment(run, state))
         with metrics.Writer(workdir, int(state.step)) as writer:
-            state = _loop(run, state, writer, manager, quiet)
+            state = _loop(run, state, workdir, writer, manager, quiet)
     return _finish(run, state, workdir)
 
 
@@ -161,7 +166,7 @@ def check_workdir(workdir: str, resolved: dict[str, Any]) -> None:
             + "\n  ".join(difference)
         )
     folder = Path(workdir)
-    if difference is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if difference is None and folder.exists() and (not folder.is_dir() or checkpoint.foreign_files(folder)):
         raise ValueError(f"the work directory {workdir} has something else in it; choose an empty or a new one.")
 
 
@@ -177,44 +182,53 @@ def environment(run: Run, state: TrainState) -> str:
     )
 
 
-def _loop(run: Run, state: TrainState, writer: metrics.Writer, manager: Any, quiet: bool) -> TrainState:
+def _loop(run: Run, state: TrainState, workdir: str, writer: metrics.Writer, manager: Any, quiet: bool) -> TrainState:
     config, first = run.config, int(state.step)
     if first == 0:
         writer.write(0, "eval", run.evaluate(state.params))
+    profiled = tuple(config.profile_steps) if first < min(config.profile_steps, default=0) else ()
     pending: list[tuple[int, Any]] = []
-    clock = time.perf_counter()
+    needs_teacher = any(term.needs_teacher for term in run.terms)
+    clock = speed.Clock(run.models.student, run.models.teacher if needs_teacher else None, config.data.max_length)
     with metrics.progress(config.steps, first, quiet) as bar:
         for step in range(first + 1, config.steps + 1):
+            if step in profiled[:1]:
+                jax.profiler.start_trace(str(Path(workdir) / "profile"))
             state, sums = run.train_step(state, run.models.teacher_params, run.put(next(run.train_batches)))
             pending.append((step, sums))
+            if step in profiled[1:]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
             evaluating = step % config.eval_every == 0 or step == config.steps
             saving = step % config.checkpoint_every == 0 or step == config.steps
             # The previous step's numbers are read while this one runs; all of them before anything is saved.
             keep = 0 if evaluating or saving else 1
             if len(pending) > config.log_every or keep == 0:
                 ready, pending = pending[: len(pending) - keep], pending[len(pending) - keep :]
-                tokens = _write_steps(run, writer, ready, clock)
-                seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                lap = clock.lap(_write_steps(run, writer, ready))
+                writer.write(ready[-1][0], "speed", lap)
                 bar.set_postfix(
-                    loss=f"{float(ready[-1][1]['loss'][0]):.4f}", tokens_per_second=f"{tokens / seconds:,.0f}"
+                    {"loss": f"{float(ready[-1][1]['loss'][0]):.4f}"} | {n: f"{v:,.4g}" for n, v in lap.items()}
                 )
             bar.update()
             if evaluating:
                 writer.write(step, "eval", run.evaluate(state.params))
-                clock = time.perf_counter()
             if saving:
                 checkpoint.save(manager, step, state, run.train_batches)
+            if evaluating or saving:
+                clock.restart()
     manager.wait_until_finished()
     return state
 
 
-def _write_steps(run: Run, writer: metrics.Writer, steps: list[tuple[int, Any]], clock: float) -> float:
+def _write_steps(run: Run, writer: metrics.Writer, steps: list[tuple[int, Any]]) -> float:
     tokens = 0.0
     for step, sums in steps:
         values = metrics.averages(jax.device_get(sums))
-        if not math.isfinite(values["loss"]):
+        if not math.isfinite(values["loss"] + values["gradient_norm"]):
             raise FloatingPointError(
-                f"the loss is {values['loss']} at step {step}; the last checkpoint is from before. Its terms: "
+                f"at step {step} the loss is {values['loss']} and the gradient's norm {values['gradient_norm']}; the last "
+                f"checkpoint is from before. The loss's terms: "
                 + ", ".join(f"{name}={value:g}" for name, value in values.items() if "/loss" in name)
             )
         tokens += values["tokens"]
@@ -251,15 +265,12 @@ def result_table(result: dict[str, dict[str, float]]) -> str:
 
 
 def _samples(run: Run, params: Any, count: int = 5) -> str:
-    batch = next(run.eval_batches())
-    chosen = list(itertools.islice((i for i in range(len(batch["tokens"])) if batch["loss_mask"][i].any()), count))
-    starts = [int(batch["loss_mask"][i].argmax()) for i in chosen]
-    prompts = [[int(t) for t in batch["tokens"][i][: start + 1]] for i, start in zip(chosen, starts, strict=True)]
-    texts = {
-        "reference": [
-            run.tokenizer.decode([int(t) for t in batch["targets"][i][batch["loss_mask"][i]]]) for i in chosen
-        ]
-    }
+    rows = (
+        dict(zip(batch, row, strict=True)) for batch in run.eval_batches() for row in zip(*batch.values(), strict=True)
+    )
+    chosen = list(itertools.islice((row for row in rows if row["loss_mask"].any()), count))
+    prompts = [row["tokens"][: row["loss_mask"].argmax() + 1].tolist() for row in chosen]
+    texts = {"reference": [run.tokenizer.decode(row["targets"][row["loss_mask"]].tolist()) for row in chosen]}
     who = {"student": (run.models.student, params)}
     if run.models.teacher is not None:
         who = {"teacher": (run.models.teacher, run.models.teacher_params)} | who
@@ -273,19 +284,6 @@ def _samples(run: Run, params: Any, count: int = 5) -> str:
         parts = "\n\n".join(f"**{name}**: {texts[name][row]}" for name in texts)
         blocks.append(f"### Row {row + 1}\n\n~~~\n{run.tokenizer.decode(prompt)}\n~~~\n\n{parts}\n")
     return "\n".join(blocks)
-
-
-def _check_counts(config: Any) -> None:
-    whole = dict(steps=config.steps, eval_every=config.eval_every, checkpoint_every=config.checkpoint_every,
-                 log_every=config.log_every, keep_checkpoints=config.keep_checkpoints, microbatches=config.microbatches)  # fmt: skip
-    whole |= {"data.batch_size": config.data.batch_size, "data.eval_batch_size": config.data.eval_batch_size}
-    for name, value in whole.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
-    if config.data.batch_size % config.microbatches:
-        raise ValueError(
-            f"data.batch_size={config.data.batch_size} does not divide into microbatches={config.microbatches}."
-        )
 
 
 def _count(params: Any) -> str:

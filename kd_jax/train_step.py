@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from kd_jax.head_loss import token_sum
 from kd_jax.objectives import Term, token_coefficients
+from kd_jax.sharding import for_lookup
 
 Batch = dict[str, Array]
 # name -> (sum, count): averages are taken by whoever has all the sums.
@@ -52,6 +53,7 @@ def make_train_step(
     temperature: float = 1.0,
     microbatches: int = 1,
     chunk: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """The step that trains `student` towards `teacher` on a batch.
 
@@ -66,12 +68,13 @@ def make_train_step(
       vocab_size: ids that have a meaning; the heads' padding beyond it gets no mass in either.
       temperature: divides both logits.
       microbatches: parts that a batch's rows are worked through in, one after another.
-      chunk: positions whose logits are held at a time; None chooses.
+      chunk: as in `token_sum`.
+      mesh: where state and batch are; None: on one device.
 
     Returns:
-      (state, teacher_params, batch) -> (state, metrics). batch: tokens, targets [B, L] int32; mask, loss_mask [B, L]
-      bool; optionally origin [B], the index into ('data', 'teacher', 'student') of each row's text. Jit it with the
-      state donated.
+      (state, teacher_params, batch) -> (state, metrics). batch: tokens, targets [B, L] int32; mask [B, L], bool or the
+      int32 segments of packed rows; loss_mask [B, L] bool; optionally origin [B], the index into ('data', 'teacher',
+      'student') of each row's text (without it: data). Jit it with the state donated.
     """
     needs_teacher = any(term.needs_teacher for term in terms)
     if needs_teacher and teacher is None:
@@ -83,16 +86,15 @@ def make_train_step(
         return jnp.stack(losses, axis=-1)
 
     def sums(params: Any, teacher_params: Any, part: Batch, weights: Array) -> tuple[Array, Array]:
-        hidden = student.hidden(params, part["tokens"], part["mask"]) / temperature
-        teacher_hidden = teacher_head = None
+        inputs = part["tokens"], part["mask"]
+        params, seen = for_lookup(mesh, params), (None, None)
         if needs_teacher:
-            teacher_hidden = teacher.hidden(teacher_params, part["tokens"], part["mask"]) / temperature
-            teacher_head = _real_ids(teacher.head(teacher_params), vocab_size)
-        head = _real_ids(student.head(params), vocab_size)
+            teacher_params = for_lookup(mesh, teacher_params)
+            seen = teacher.hidden(teacher_params, *inputs), teacher.head(teacher_params)
         per_token = [jnp.broadcast_to(weight, part["targets"].shape) for weight in weights]
         total, values = token_sum(
-            token_loss, hidden, head, teacher_hidden, teacher_head, part["coefficients"], part["targets"], *per_token,
-            chunk=chunk,
+            token_loss, student.hidden(params, *inputs), student.head(params), *seen, part["coefficients"],
+            part["targets"], *per_token, chunk=chunk, vocab_size=vocab_size, temperature=temperature, mesh=mesh,
         )  # fmt: skip
         counted = (part["coefficients"] != 0).sum(axis=(0, 1))
         return total, jnp.stack([values.sum(axis=(0, 1)), counted.astype(values.dtype)])
@@ -100,7 +102,8 @@ def make_train_step(
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         weights = jnp.stack([t.weight(s, step=state.step) for t, (s, _) in zip(terms, state.schedules, strict=True)])
         factors = [t.coefficient(s, step=state.step) for t, (_, s) in zip(terms, state.schedules, strict=True)]
-        averages = [token_coefficients(t.average, _counted(t, batch)) for t in terms]
+        segments = None if batch["mask"].dtype == bool else batch["mask"]
+        averages = [token_coefficients(t.average, _counted(t, batch), segments) for t in terms]
         coefficients = jnp.stack([f * a for f, a in zip(factors, averages, strict=True)], axis=-1)
         parts = {name: batch[name] for name in ("tokens", "targets", "mask")} | {"coefficients": coefficients}
 
@@ -120,13 +123,12 @@ def make_train_step(
 
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        means = per_term[0] / jnp.maximum(per_term[1], 1)
         schedules = tuple(
-            (
-                t.weight.update(w, step=state.step, loss=means[i]),
-                t.coefficient.update(c, step=state.step, loss=means[i]),
+            tuple(
+                _follow(s, old, state.step, per_term[:, i])
+                for s, old in zip((t.weight, t.coefficient), both, strict=True)
             )
-            for i, (t, (w, c)) in enumerate(zip(terms, state.schedules, strict=True))
+            for i, (t, both) in enumerate(zip(terms, state.schedules, strict=True))
         )
         one = jnp.ones(())
         metrics = {"loss": (loss, one), "gradient_norm": (optax.tree.norm(gradient), one)}
@@ -134,23 +136,26 @@ def make_train_step(
             metrics[f"{term.name}/loss"] = (per_term[0, i], per_term[1, i])
             metrics[f"{term.name}/weight"] = (weights[i], one)
             metrics[f"{term.name}/coefficient"] = (jnp.asarray(factors[i]), one)
-        metrics["tokens"] = (batch["mask"].sum(dtype=jnp.float32), one)
+        metrics["tokens"] = ((batch["mask"] != 0).sum(dtype=jnp.float32), one)
         return TrainState(state.step + 1, params, opt_state, schedules, state.key), metrics
 
     return train_step
 
 
 def _counted(term: Term, batch: Batch) -> Array:
-    if term.rows == "all" or "origin" not in batch:
+    if term.rows == "all":
         return batch["loss_mask"]
-    wanted = ("data", "teacher", "student").index(term.rows)
-    return batch["loss_mask"] & (batch["origin"] == wanted)[:, None]
+    origin = batch.get("origin", jnp.zeros(len(batch["loss_mask"]), jnp.int32))  # a dataset's rows are data
+    return batch["loss_mask"] & (origin == ("data", "teacher", "student").index(term.rows))[:, None]
+
+
+def _follow(schedule: Any, state: Any, step: Array, term: Array) -> Any:
+    """A schedule's next state, from the sum and the count of its term's values; where none counts it stays."""
+    value, count = term
+    new = schedule.update(state, step=step, loss=value / jnp.maximum(count, 1))
+    return jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), new, state)
 
 
 def _split_rows(parts: Batch, count: int) -> Batch:
     """[B, ...] -> [count, B / count, ...], row i to part i mod count, so that no row leaves its device."""
     return {name: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for name, x in parts.items()}
-
-
-def _real_ids(head: Float[Array, "D V"], vocab_size: int) -> Float[Array, "D v"]:
-    return head if head.shape[-1] == vocab_size else head[:, :vocab_size]

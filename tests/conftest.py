@@ -1,6 +1,21 @@
-"""Eight CPU devices, so that every test may build a mesh; set before JAX starts."""
+"""Eight CPU devices, set before JAX starts, and shapes that are checked where signatures give them."""
 
 import os
 
+import pytest
+from jaxtyping import install_import_hook
+
+from tests import checker  # noqa: F401  # the hook finds it by its name
+
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# The pure core only: the hook breaks dataclasses that are pytrees. What is imported later keeps the hook.
+PURE = ("logspace", "divergences", "assistants", "objectives", "head_loss")
+install_import_hook([f"kd_jax.{name}" for name in PURE], "tests.checker.check")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Where the tests' runs build their datasets, once."""
+    return tmp_path_factory.mktemp("datasets")

@@ -12,9 +12,12 @@ METHODS = ("sft", "forward_kl", "reverse_kl", "akl", "skew_kl", "taid", "abkd", 
 
 def smoke(method, data_dir, **changes):
     """The config of a method; changes are keys with __ for a dot."""
-    config = importlib.import_module(f"configs.{method}").get_config("smoke")
-    config.data.data_dir = str(data_dir)
-    config.mesh.data = 1
+    return configured(method, "smoke", dict(data__data_dir=str(data_dir), mesh__data=1) | changes)
+
+
+def configured(method, setting, changes):
+    """The config of a method in a setting, with changes in keys that have __ for a dot."""
+    config = importlib.import_module(f"configs.{method}").get_config(setting)
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return config
 

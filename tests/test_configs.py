@@ -1,27 +1,56 @@
 """Every declared key is read, every config is locked, and every setting exists in every method."""
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs import base, settings
-from tests.runs import METHODS
+from kd_jax import assistants, divergences, train
+from tests.runs import METHODS, smoke
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_every_declared_key_is_read_and_commented():
-    source = "\n".join(path.read_text() for path in (ROOT / "kd_jax").rglob("*.py"))
-    declared = (ROOT / "configs" / "base.py").read_text()
-    for key in base.get_config().to_dict() | base.get_config().data.to_dict() | base.get_config().student.to_dict():
-        assert re.search(rf"\.{key}\b", source), f"config key {key} is read nowhere"
-    for line in re.findall(r"^    config\.\w+(?:\.\w+)? = .*$", declared, re.MULTILINE):
+def paths(node, prefix=""):
+    """(path, node's id, key) of every declared key; what specs and keywords hold is not declared."""
+    for key in node:
+        yield f"{prefix}{key}", id(node), key
+        if isinstance(node[key], ConfigDict) and key not in base._OPEN:
+            yield from paths(node[key], f"{prefix}{key}.")
+
+
+def test_every_declared_key_is_read(tmp_path, data_dir, monkeypatch):
+    mesh = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    whole = smoke("amid", data_dir, **mesh)
+    student = dict(student__init="pretrained", student__path=str(tmp_path / "run" / "student"))
+    parts = [smoke("amid", data_dir, **mesh, **student), smoke("amid", data_dir, student__init="layers", **mesh)]
+    parts[1].student.layers = (0, 3)
+    declared = {(node, key): path for config in (whole, *parts) for path, node, key in paths(config)}
+    read = set()
+    get = ConfigDict.__getitem__
+
+    def getitem(node, key):
+        read.add((id(node), key))
+        return get(node, key)
+
+    monkeypatch.setattr(ConfigDict, "__getitem__", getitem)
+    train.train(whole, str(tmp_path / "run"), quiet=True)
+    for config in parts:
+        train.build(config)
+    seen = {path for key, path in declared.items() if key in read}
+    assert set(declared.values()) - seen == set()
+
+
+def test_every_declared_key_is_commented():
+    for line in re.findall(
+        r"^    config\.\w+(?:\.\w+)? = .*$", (ROOT / "configs" / "base.py").read_text(), re.MULTILINE
+    ):
         if not line.endswith("ConfigDict()") or ".options" in line:
             assert "  # " in line, line
-    for key in base.term().to_dict():
-        assert f'spec["{key}"]' in source or f'"{key}"' in source, key
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -43,3 +72,13 @@ def test_an_unknown_setting_is_told_the_nearest():
 def test_a_term_has_no_other_keys():
     with pytest.raises(KeyError, match="divergenc"):
         base.term(divergenc={"name": "forward_kl"})
+
+
+def test_the_readme_lists_every_divergence_and_assistant():
+    listed = re.findall(r"^\| `(\w+)` \| ((?:`\w+`(?:, )?)*) ?\|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    for module in (divergences, assistants):
+        for name in module.__all__:
+            parameters = inspect.signature(getattr(module, name)).parameters.values()
+            keywords = [f"`{p.name}`" for p in parameters if p.kind == p.KEYWORD_ONLY]
+            assert (name, ", ".join(keywords)) in listed
+    assert len(listed) == len(divergences.__all__) + len(assistants.__all__)

@@ -10,7 +10,7 @@ LAYERS = [
     {"main"},
     {"train"},
     {"setup"},
-    {"train_step", "prefixes", "evaluate", "checkpoint", "metrics"},
+    {"train_step", "prefixes", "evaluate", "checkpoint", "metrics", "speed"},
     {"models", "data", "sharding"},
     {"objectives", "head_loss"},
     {"divergences", "assistants", "schedules"},

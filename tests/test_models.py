@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 
 import jax
@@ -37,6 +38,30 @@ def test_logits_are_those_of_transformers(family):
     logits = jax.jit(model.logits)(params, tokens)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     np.testing.assert_allclose(model.hidden(params, tokens) @ model.head(params), expected, atol=1e-4)
+
+
+@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="needs the folder of SmolLM2-135M-Instruct in SMOLLM2")
+def test_logits_of_smollm2():
+    model, params = models.load_pretrained(os.environ["SMOLLM2"])
+    with np.load(TINY.parent / "smollm2_logits.npz") as expected:
+        logits = np.asarray(model.logits(params, expected["input_ids"]))[0]
+        np.testing.assert_allclose(logits[-1], expected["last_logits"], atol=2e-3)
+        np.testing.assert_allclose(
+            np.take_along_axis(logits, expected["top20_ids"], -1), expected["top20_logits"], atol=2e-3
+        )
+        np.testing.assert_allclose(jax.nn.logsumexp(logits, axis=-1), expected["logsumexp"], atol=2e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_segments_are_rows_of_their_own(family):
+    model, params, tokens, _ = load_tiny(family)
+    row = np.concatenate([tokens[0, :9], tokens[1, :5], tokens[0, 9:12]])[None]
+    segments = np.array([[3] * 9 + [1] * 5 + [2] * 3 + [0] * 2])  # any numbers, then padding
+    row = np.pad(row, ((0, 0), (0, 2)))
+    packed = model.logits(params, row, segments)[0]
+    for begin, end in ((0, 9), (9, 14), (14, 17)):
+        alone = model.logits(params, row[:, begin:end])[0]
+        np.testing.assert_allclose(packed[begin:end], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

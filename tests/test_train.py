@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kd_jax import checkpoint, data, metrics, models, sharding, train
-from tests.runs import METHODS, last_state, smoke
+from tests.runs import METHODS, configured, last_state, smoke
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +28,9 @@ def one_device(monkeypatch):
     )
 
 
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("datasets")
+def training(workdir):
+    """What a run's metrics say of its numbers, and not of its speed."""
+    return [line for line in metrics.read(workdir) if line["split"] != "speed"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -106,7 +106,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(method, stop_at, tmp_path, data_dir, 
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_array_equal(a, b)
     assert resumed == whole
-    assert metrics.read(tmp_path / "parts") == metrics.read(tmp_path / "whole")
+    assert training(tmp_path / "parts") == training(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(method, stop_at, tmp_path, data_dir, 
         (dict(learning_rate__name="cosin_decay_schedule"), "cosine_decay_schedule"),
         (dict(clip_norm=-1.0), "clip_norm"),
         (dict(objective__terms__distil__divergence__name="forward"), "forward_kl"),
+        (dict(objective__terms__distil__rows="student"), "rows='student' counts no row"),
+        (dict(mesh__data=2, data__eval_batch_size=3), "data.eval_batch_size=3"),
+        (dict(loss__chunk=-5), "loss.chunk=-5 must be at least 0"),
+        (dict(teacher__dtype="float3"), "teacher.dtype='float3'"),
     ],
 )
 def test_bad_input_is_a_paragraph_and_writes_nothing(changes, words, tmp_path, data_dir, monkeypatch):
@@ -153,7 +157,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path, data_dir):
 
 
 def test_other_vocabularies_are_told_apart(tmp_path, data_dir):
-    own = data.Tokenizer.load(train_folder := models_folder())
+    own = data.Tokenizer.load(models_folder())
     config = models.ModelConfig(family="llama", vocab_size=4096, hidden_size=8, num_layers=1, num_heads=2)
     model = models.from_config(config)
     models.save_pretrained(tmp_path / "student", model, model.init(jax.random.key(0)), own)
@@ -163,9 +167,11 @@ def test_other_vocabularies_are_told_apart(tmp_path, data_dir):
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (tmp_path / "student" / "tokenizer.json").write_text(json.dumps(swapped))
     config = smoke("forward_kl", data_dir, student__init="pretrained", student__path=str(tmp_path / "student"))
-    with pytest.raises(ValueError, match="2 tokens have another id"):
+    with pytest.raises(ValueError, match="the student's tokenizer .* 2 tokens have another id"):
         train.build(config)
-    assert train_folder.exists()
+    config = smoke("forward_kl", data_dir, teacher__path=str(tmp_path / "student"))
+    with pytest.raises(ValueError, match="the teacher's tokenizer .* 2 tokens have another id"):
+        train.build(config)
 
 
 def models_folder():
@@ -181,6 +187,62 @@ def test_the_teachers_layers_make_a_student(data_dir):
     np.testing.assert_array_equal(state.params["layers"]["1"]["mlp"]["up"]["kernel"], teacher)
     run.train_step(state, run.models.teacher_params, run.put(next(run.train_batches)))
     assert not teacher.is_deleted()  # the state is donated, and must not take the teacher with it
+
+
+def tiny_folder(path, family, layers):
+    """A random model with the packaged tokenizer and a chat template, as the Dolly settings want."""
+    own = data.Tokenizer.load(models_folder())
+    config = models.ModelConfig(
+        family=family, vocab_size=4096, hidden_size=8, num_layers=layers, num_heads=2, max_positions=512,
+        eos_id=own.eos_id, pad_id=own.pad_id,
+    )  # fmt: skip
+    model = models.from_config(config)
+    models.save_pretrained(path, model, model.init(jax.random.key(layers)), own)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% endfor %}<assistant> "
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    return str(path)
+
+
+@pytest.mark.parametrize("setting", ["dolly_smollm2", "dolly_gpt2"])
+def test_the_dolly_settings_run_with_folders_of_their_families(setting, tmp_path, data_dir):
+    rows = [{"instruction": f"Name {i}", "context": "", "response": f"It is {i}."} for i in range(300)]
+    (tmp_path / "dolly.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = dict(data__data_dir=str(data_dir), mesh__data=1, steps=2, sample_tokens=4, data__batch_size=8)
+    changes |= dict(data__eval_rows=8, data__eval_batch_size=8, data__max_length=128, data__max_prompt_length=96)
+    config = configured("amid", setting, changes)
+    config.data.options.path = str(tmp_path / "dolly.jsonl")
+    family = "gpt2" if setting == "dolly_gpt2" else "llama"
+    config.teacher.path = tiny_folder(tmp_path / "teacher", family, 2 if family == "gpt2" else 30)
+    if config.student.init == "pretrained":
+        config.student.path = tiny_folder(tmp_path / "student", family, 1)
+    result = train.train(config, str(tmp_path / "run"), quiet=True)
+    assert np.isfinite(result["after"]["forward_kl"]) and result["after"] != result["before"]
+    student, _ = models.load_pretrained(tmp_path / "run" / "student")
+    assert student.config.family == family and student.config.num_layers == (1 if family == "gpt2" else 10)
+    sampled = (tmp_path / "run" / "samples.md").read_text()
+    assert ("### Instruction:" if setting == "dolly_gpt2" else "<assistant>") in sampled
+
+
+@pytest.mark.slow
+def test_a_mesh_of_eight_devices_has_the_losses_of_one(tmp_path, data_dir):
+    losses = []
+    for name, mesh in (("one", dict(data=1, fsdp=1, tensor=1)), ("eight", dict(data=2, fsdp=2, tensor=2))):
+        changes = {f"mesh__{axis}": size for axis, size in mesh.items()}
+        train.train(smoke("amid", data_dir, steps=20, **changes), str(tmp_path / name), quiet=True)
+        losses.append([line["loss"] for line in metrics.read(tmp_path / name) if line["split"] == "train"])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+
+
+def test_on_a_mesh_the_state_stays_where_it_was(data_dir):
+    """Or the second step, and the first one after a restart, would be another program."""
+    run = train.build(smoke("forward_kl", data_dir, mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
+    state = run.init_state()
+    placed = [leaf.sharding for leaf in jax.tree.leaves(run.abstract_state)]
+    for _ in range(2):
+        assert [leaf.sharding for leaf in jax.tree.leaves(state)] == placed
+        state, _ = run.train_step(state, run.models.teacher_params, run.put(next(run.train_batches)))
+    assert [leaf.sharding for leaf in jax.tree.leaves(state)] == placed
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
@@ -200,7 +262,7 @@ def test_config_difference_reads_tuples_and_absent_keys(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_and_resumed(tmp_path, data_dir):
+def test_killed_twice_and_resumed(tmp_path, data_dir):
     def command(workdir):
         return [
             sys.executable, "-m", "kd_jax.main", "--config=configs/taid.py:smoke", f"--workdir={workdir}",
@@ -210,15 +272,18 @@ def test_killed_at_any_moment_and_resumed(tmp_path, data_dir):
     root = Path(__file__).parent.parent
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     subprocess.run(command(tmp_path / "whole"), check=True, cwd=root, env=environment, capture_output=True)
-    process = subprocess.Popen(
-        command(tmp_path / "parts"), cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not any(path.name.isdigit() for path in (tmp_path / "parts").glob("checkpoints/*")):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    for moment in ("metrics.jsonl", "checkpoints/*/state"):  # before the first checkpoint, and after
+        process = subprocess.Popen(
+            command(tmp_path / "parts"), cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 300
+        while not any(path.parent.name.isdigit() or path.is_file() for path in (tmp_path / "parts").glob(moment)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
     subprocess.run(command(tmp_path / "parts"), check=True, cwd=root, env=environment, capture_output=True)
     (_, expected), (_, found) = last_state(tmp_path / "whole"), last_state(tmp_path / "parts")
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert metrics.read(tmp_path / "parts") == metrics.read(tmp_path / "whole")
+    assert training(tmp_path / "parts") == training(tmp_path / "whole")

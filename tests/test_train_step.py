@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from kd_jax import models, sharding
+from kd_jax import data, models, sharding
 from kd_jax.objectives import make_terms
 from kd_jax.train_step import init_state, make_train_step
 from tests.test_objectives import TERM
@@ -77,6 +77,19 @@ def test_microbatches_on_a_mesh(reference):
     same(run(sharding.make_mesh(2, 2, 2), microbatches=2), reference)
 
 
+def test_packed_rows_give_the_numbers_of_single_ones(reference):
+    lengths = [4, 7, 3, 3, 2, 5, 2, 4]
+    ids = np.random.default_rng(0).integers(0, V, sum(lengths)).astype(np.int32)
+    first = np.array([1, 3, 1, 2, 1, 1, 1, 2])
+    rows = data.Rows(ids, np.cumsum([0, *lengths]), first, first)
+    packed = data.pack_rows(rows, max_length=L)
+    assert len(packed) == 4 and sorted(sum(packed.groups, ())) == list(range(8))
+    options = dict(batch_size=8, max_length=L, seed=0, shuffle=False, num_epochs=1, pad_id=0)
+    alone, together = (next(iter(data.batches(source, **options))) for source in (rows, packed))
+    assert together["mask"].max() == 3 and (together["mask"] > 0).sum() == alone["mask"].sum()
+    same(run(first=together, steps=1), run(first=alone, steps=1))
+
+
 def test_masked_tokens_are_never_read():
     clean = batch()
     dirty = dict(clean, tokens=np.where(clean["mask"], clean["tokens"], V - 1), targets=clean["targets"].copy())
@@ -92,12 +105,44 @@ def test_a_batch_with_nothing_to_count_changes_nothing():
     np.testing.assert_array_equal(params["norm"]["scale"], np.ones(16))
 
 
+def test_terms_over_other_rows_are_averaged_apart():
+    half = TERM | {"coefficient": 0.5}
+    terms = make_terms(
+        {name: half | {"rows": name} for name in ("data", "student")} | {"off": TERM | {"coefficient": 0.0}}
+    )
+    key = jax.random.key(0)
+    state = init_state(STUDENT.init(key), TX, terms, key)
+    teacher_params = TEACHER.init(jax.random.key(1))
+    step = jax.jit(make_train_step(STUDENT, TEACHER, terms, TX, vocab_size=V))
+    whole = batch() | {"origin": np.array([2, 0, 0, 2, 0, 0, 0, 0])}
+    metrics = step(state, teacher_params, whole)[1]
+    for name, rows in (("data", [1, 2, 4, 5, 6, 7]), ("student", [0, 3])):
+        alone = {key: array[rows] for key, array in whole.items()}
+        expected = step(state, teacher_params, alone)[1][f"{name}/loss"]
+        np.testing.assert_allclose(metrics[f"{name}/loss"], expected, rtol=1e-5)
+    assert metrics["off/loss"][0] == metrics["off/loss"][1] == 0
+
+
+def test_an_adaptive_schedule_stays_where_its_term_counts_nothing():
+    taid = {
+        "assistant": {"name": "geometric_mixture"},
+        "pair": ("assistant", "student"),
+        "weight": {"name": "taid", "total_steps": 5},
+    }
+    terms = make_terms({"distil": TERM | taid | {"rows": "student"}})
+    state = init_state(STUDENT.init(jax.random.key(0)), TX, terms, jax.random.key(0))
+    step = jax.jit(make_train_step(STUDENT, TEACHER, terms, TX, vocab_size=V))
+    after = step(state, TEACHER.init(jax.random.key(1)), batch())[0]
+    for old, new in zip(jax.tree.leaves(state.schedules), jax.tree.leaves(after.schedules), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 def test_rows_by_origin():
     terms = make_terms({"student": TERM | {"rows": "student"}})
     key = jax.random.key(0)
     state = init_state(STUDENT.init(key), TX, terms, key)
     teacher_params = TEACHER.init(jax.random.key(1))
-    step = make_train_step(STUDENT, TEACHER, terms, TX, vocab_size=V)
+    step = jax.jit(make_train_step(STUDENT, TEACHER, terms, TX, vocab_size=V))
     whole = batch() | {"origin": np.array([2, 0, 0, 2, 1, 0, 0, 1])}
     only = {name: array[[0, 3]] for name, array in whole.items()}
     found, expected = (step(state, teacher_params, b)[1]["loss"][0] for b in (whole, only))

@@ -21,11 +21,11 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.1
     config.optimizer.b2 = 0.98
     config.teacher.path = ""
-    config.tokenizer.path = "kd_jax/assets/docstrings_teacher"
+    config.tokenizer.path = "package:docstrings_teacher"
     config.student.config = ConfigDict(
         dict(family="llama", hidden_size=256, num_layers=4, num_heads=4, intermediate_size=640, max_positions=256)
     )
-    config.data.packed = True
+    config.data.packing = "stream"
     config.eval_every = 200
     config.checkpoint_every = 200
     return base.set_terms(config, hard_labels=base.hard_labels())

@@ -1,8 +1,20 @@
 """Text in, batches of tokens out: datasets, prompts, the tokenizer, and the pipeline from one to the other."""
 
 from kd_jax.data.builder import load
-from kd_jax.data.pipeline import Rows, batches, join, pack, tokenize
+from kd_jax.data.pipeline import Packed, Rows, batches, join, pack, pack_rows, tokenize
 from kd_jax.data.prompts import TEMPLATES, make_render
 from kd_jax.data.tokenizer import Tokenizer
 
-__all__ = ["TEMPLATES", "Rows", "Tokenizer", "batches", "join", "load", "make_render", "pack", "tokenize"]
+__all__ = [
+    "TEMPLATES",
+    "Packed",
+    "Rows",
+    "Tokenizer",
+    "batches",
+    "join",
+    "load",
+    "make_render",
+    "pack",
+    "pack_rows",
+    "tokenize",
+]

@@ -1,7 +1,6 @@
 """The one tfds builder: rows of prompt, context and response, built once per content and read at random."""
 
 import dataclasses
-import difflib
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from kd_jax.data import docstrings, dolly, jsonl, text
+from kd_jax.resolve import nearest
 
 Row = Mapping[str, str]
 FIELDS = ("name", "prompt", "context", "response")
@@ -94,12 +94,12 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
       ValueError: an unknown name, option or split, an empty split, or a row that cannot be read.
     """
     if name not in SOURCES:
-        raise ValueError(f"there is no dataset {name!r}{_nearest(name, SOURCES)}; known: {', '.join(SOURCES)}.")
+        raise ValueError(f"there is no dataset {name!r}{nearest(name, SOURCES)}; known: {', '.join(SOURCES)}.")
     known = inspect.signature(SOURCES[name]).parameters
     for option in options:
         if option not in known:
             raise ValueError(
-                f"the dataset {name} has no option {option!r}{_nearest(option, known)}; it has {', '.join(known)}."
+                f"the dataset {name} has no option {option!r}{nearest(option, known)}; it has {', '.join(known)}."
             )
     missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
     if missing:
@@ -122,8 +122,3 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
     if not sizes.get(split):
         raise ValueError(f"the split {split!r} of {name} is empty; rows of each split: {sizes}.")
     return _Decoded(builder.as_data_source(split=split))
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

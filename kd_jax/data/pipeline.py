@@ -39,6 +39,22 @@ class Rows:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Several rows in each row of a batch, apart from one another: see `pack_rows`.
+
+    Attributes:
+      rows: what is packed.
+      groups: indices of the rows that share a row of a batch.
+    """
+
+    rows: Rows
+    groups: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+
 def tokenize(
     source: Sequence[dict[str, str]],
     tokenizer: Tokenizer,
@@ -164,8 +180,34 @@ def join(rows: Rows, *, max_length: int) -> Rows:
     return _rows([rows.tokens[start : start + max_length + 1] for start in starts], zeros, zeros)
 
 
+def pack_rows(rows: Rows, *, max_length: int) -> Packed:
+    """Rows put together, the longest first and each where least room is left, so that little of a batch is padding.
+
+    Nothing changes but the padding: in a batch their segments say which tokens belong together, attention and positions
+    are kept apart, and the loss is that of the rows unpacked. What a batch holds is more rows than its size says.
+
+    Args:
+      rows: as from `tokenize`.
+      max_length: tokens of a model's input.
+    """
+    lengths = np.diff(rows.offsets) - 1
+    groups: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # room left -> groups
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = max(int(lengths[index]), 1)
+        room = next((room for room in range(length, max_length + 1) if with_room.get(room)), None)
+        if room is None:
+            place, room = len(groups), max_length
+            groups.append([])
+        else:
+            place = with_room[room].pop()
+        groups[place].append(index)
+        with_room.setdefault(room - length, []).append(place)
+    return Packed(rows, tuple(map(tuple, groups)))
+
+
 def batches(
-    rows: Rows,
+    rows: Rows | Packed,
     *,
     batch_size: int,
     max_length: int,
@@ -183,7 +225,7 @@ def batches(
     iterator's `get_state` and `set_state` are exact: a resumed run reads the batches that it would have read.
 
     Args:
-      rows: from `tokenize` or `pack`.
+      rows: from `tokenize`, `pack`, `join` or `pack_rows`.
       batch_size: rows of a global batch.
       max_length: tokens of a row of the batch; the rows have at most one more.
       seed: of the order, in [0, 2^32).
@@ -194,7 +236,8 @@ def batches(
       pad_id: fills rows up, on the right.
     Returns:
       An iterable of dicts of NumPy arrays, each [batch_size / process_count, max_length]: tokens and targets (int32),
-      mask (True where `tokens` has a token) and loss_mask (True where the target counts).
+      mask (True where `tokens` has a token) and loss_mask (True where the target counts). Of packed rows, mask is
+      int32: each token's segment, from 1, and 0 where there is no token.
     Raises:
       ValueError: for a batch that the processes cannot share evenly, rows longer than max_length + 1, or a number out
         of range.
@@ -213,7 +256,8 @@ def batches(
         raise ValueError(f"process_index must be less than process_count={process_count}, but is {process_index}.")
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs must be None or at least 1, but is {num_epochs}.")
-    longest = int(np.diff(rows.offsets).max())
+    single = rows.rows if isinstance(rows, Packed) else rows
+    longest = int(np.diff(single.offsets).max())
     if longest > max_length + 1:
         raise ValueError(
             f"the longest row has {longest} tokens; max_length={max_length} has room for {max_length + 1}."
@@ -226,7 +270,10 @@ def batches(
         start = index * batch_size
         places = range(start + process_index, start + batch_size, process_count)
         indices = [order[place] for place in places if place < num_rows]
-        return _pad(rows, indices, len(places), max_length, pad_id)
+        if not isinstance(rows, Packed):
+            batch = _pad(rows, [(index,) for index in indices], len(places), max_length, pad_id)
+            return batch | {"mask": batch["mask"] > 0}
+        return _pad(rows.rows, [rows.groups[index] for index in indices], len(places), max_length, pad_id)
 
     # Whole batches are the elements: an index is all the state there is. The rows are in memory, so that two threads
     # are enough to have the next batches ready.
@@ -235,20 +282,24 @@ def batches(
     return grain.MapDataset.range(num_batches).map(make_batch).to_iter_dataset(ahead)
 
 
-def _pad(rows: Rows, indices: Sequence[int], num_rows: int, max_length: int, pad_id: int) -> dict[str, np.ndarray]:
+def _pad(
+    rows: Rows, groups: Sequence[Sequence[int]], num_rows: int, max_length: int, pad_id: int
+) -> dict[str, np.ndarray]:
     tokens = np.full((num_rows, max_length), pad_id, np.int32)
     targets = np.full((num_rows, max_length), pad_id, np.int32)
-    mask = np.zeros((num_rows, max_length), bool)
+    segments = np.zeros((num_rows, max_length), np.int32)
     loss_mask = np.zeros((num_rows, max_length), bool)
-    for place, index in enumerate(indices):
-        row = rows[index]
-        length = len(row) - 1
-        tokens[place, :length] = row[:-1]
-        targets[place, :length] = row[1:]
-        mask[place, :length] = True
-        # The target at t is the row's token t + 1; a row's first token is never a target.
-        loss_mask[place, max(rows.first_counted[index] - 1, 0) : length] = True
-    return {"tokens": tokens, "targets": targets, "mask": mask, "loss_mask": loss_mask}
+    for place, group in enumerate(groups):
+        end = 0
+        for segment, index in enumerate(group, start=1):
+            row = rows[index]
+            start, end = end, end + len(row) - 1
+            tokens[place, start:end] = row[:-1]
+            targets[place, start:end] = row[1:]
+            segments[place, start:end] = segment
+            # The target at t is the row's token t + 1; a row's first token is never a target.
+            loss_mask[place, start + max(rows.first_counted[index] - 1, 0) : end] = True
+    return {"tokens": tokens, "targets": targets, "mask": segments, "loss_mask": loss_mask}
 
 
 def _encode(

@@ -1,15 +1,14 @@
 """From a row's prompt and context to the text that a model is given."""
 
-import difflib
 import json
 from collections.abc import Callable
-from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kd_jax.data.tokenizer import Tokenizer
+from kd_jax.resolve import nearest
 
 TEMPLATES = ("plain", "alpaca", "chat")
 Render = Callable[[str, str], str]  # (prompt, context) -> text
@@ -32,9 +31,7 @@ def make_render(name: str, tokenizer: Tokenizer) -> Render:
         return alpaca
     if name == "plain":
         return plain
-    close = difflib.get_close_matches(name, TEMPLATES, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"unknown prompt template {name!r}{hint}; there are {', '.join(TEMPLATES)}.")
+    raise ValueError(f"unknown prompt template {name!r}{nearest(name, TEMPLATES)}; there are {', '.join(TEMPLATES)}.")
 
 
 def adds_special_tokens(name: str) -> bool:
@@ -89,7 +86,7 @@ def _make_chat(tokenizer: Tokenizer) -> Render:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    # No strftime_now: today's date in a prompt would change a resumed run's rows. Templates do without it.
     try:
         template = environment.from_string(tokenizer.chat_template)
     except jinja2.TemplateSyntaxError as error:

@@ -50,7 +50,10 @@ class Tokenizer:
             raise ValueError(f"{folder} has no tokenizer.json; save the tokenizer there in its fast form.")
         if "model" not in _read(path):
             raise ValueError(f"{path} has no field 'model': it is not a tokenizer's file.")
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no narrower one
+            raise ValueError(f"{path} cannot be read as a tokenizer: {error}.") from error
         backend.no_padding()
         backend.no_truncation()
         named = _read(folder / "tokenizer_config.json")

@@ -27,11 +27,14 @@ class Model:
       config: sizes and settings.
       dtype: of the computation; norms, softmax and logits are float32 whatever it is.
       param_dtype: of the parameters that `init` makes. `hidden` takes any and casts.
+      remat: 'none', or a name of `jax.checkpoint_policies`: what of a block is kept for the backward pass, the rest being
+        computed again.
     """
 
     config: ModelConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+    remat: str = "none"
 
     def __post_init__(self) -> None:
         # jnp.float32, "float32" and np.dtype("float32") must be one model, or jit traces it three times.
@@ -55,7 +58,7 @@ class Model:
         return jax.tree.map(lambda leaf: leaf, _split(self)[1])  # a copy: the cached tree must not be edited
 
     def hidden(
-        self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None
+        self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None
     ) -> Float[Array, "B L D"]:
         """The hidden states after the final norm: what `head` turns into logits.
 
@@ -63,7 +66,8 @@ class Model:
           params: as from `init` or `load_pretrained`.
           tokens: ids.
           mask: True where there is a token. Padding left or right changes nothing at real tokens; at padding
-            the values are finite and mean nothing.
+            the values are finite and mean nothing. Or, for rows that several texts are packed into, the number of each
+            token's segment, 0 where there is none: a segment sees itself alone, and its positions start at 0.
         Raises:
           ValueError: where positions are learned, a sequence that is longer than their number.
         """
@@ -109,7 +113,12 @@ class Model:
         return nnx.merge(_split(self)[0], params)(tokens, mask, cache)
 
 
-def from_config(config: ModelConfig, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32) -> Model:
+def from_config(
+    config: ModelConfig,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    remat: str = "none",
+) -> Model:
     """A model that computes in `dtype` on parameters in `param_dtype`; `model.init(key)` makes random ones.
 
     bfloat16 over float32 parameters is the usual choice for training on an accelerator.
@@ -118,6 +127,7 @@ def from_config(config: ModelConfig, dtype: DTypeLike = jnp.float32, param_dtype
       config: sizes and settings.
       dtype: of the computation.
       param_dtype: of the parameters.
+      remat: as in `Model`.
     Returns:
       A `Model`, which holds no arrays.
     Example:
@@ -128,7 +138,7 @@ def from_config(config: ModelConfig, dtype: DTypeLike = jnp.float32, param_dtype
       >>> model.logits(params, jax.numpy.zeros((1, 3), int)).shape
       (1, 3, 11)
     """
-    return Model(config, dtype, param_dtype)
+    return Model(config, dtype, param_dtype, remat)
 
 
 def take_layers(model: Model, params: Params, layers: Sequence[int]) -> tuple[Model, Params]:
@@ -156,7 +166,7 @@ def take_layers(model: Model, params: Params, layers: Sequence[int]) -> tuple[Mo
 
 
 def _module(model: Model, key: Array) -> Transformer:
-    return Transformer(model.config, model.dtype, model.param_dtype, nnx.Rngs(key))
+    return Transformer(model.config, model.dtype, model.param_dtype, model.remat, nnx.Rngs(key))
 
 
 @functools.lru_cache(maxsize=64)

@@ -95,7 +95,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Tokens to hidden states after the final norm; products in `dtype`, norms and softmax in float32."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike, remat: str, rngs: nnx.Rngs):
         linear = functools.partial(
             nnx.Linear,
             dtype=dtype,
@@ -123,7 +123,7 @@ class Transformer(nnx.Module):
             embedding_init=nnx.initializers.normal(0.02),
             rngs=rngs,
         )
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.remat = config, dtype, remat
         self.embed = embed(config.vocab_size)
         self.positions = embed(config.max_positions) if config.learned_positions else None
         self.layers = nnx.Dict({str(i): Block(config, linear, norm) for i in range(config.num_layers)})
@@ -131,11 +131,14 @@ class Transformer(nnx.Module):
         self.head = None if config.tie_embeddings else linear(config.hidden_size, config.vocab_size, use_bias=False)
 
     def __call__(
-        self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None, cache: Cache | None = None
+        self,
+        tokens: Int[Array, "B L"],
+        mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None,
+        cache: Cache | None = None,
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
         attend, positions, cache = _see(tokens, mask, cache)
         if mask is not None:  # a masked id is never read, not even where it is no id
-            tokens = jnp.where(mask, tokens, 0)
+            tokens = jnp.where(mask != 0, tokens, 0)
         x = self.embed(tokens).astype(self.dtype)
         rotary = None
         if self.positions is None:
@@ -146,6 +149,10 @@ class Transformer(nnx.Module):
         written = []
         for i in range(self.config.num_layers):
             block = self.layers[str(i)]
+            if cache is None and self.remat != "none":
+                policy = getattr(jax.checkpoint_policies, self.remat)
+                x = jax.checkpoint(lambda x, block=block: block(x, rotary, attend)[0], policy=policy)(x)
+                continue
             past = None if cache is None else (cache.keys[i], cache.values[i], cache.index)
             x, present = block(x, rotary, attend, past)
             written.append(present)
@@ -158,11 +165,16 @@ class Transformer(nnx.Module):
 def _see(tokens, mask, cache):
     """Which slots each query sees [B or 1, L, S], each position [B or 1, L], the cache with its new mask.
 
-    Positions count real tokens only, so that padding on either side moves nothing.
+    Positions count real tokens only, so that padding on either side moves nothing. A mask of integers divides a row
+    into segments, each of which sees only itself and counts from 0.
     """
     length = tokens.shape[1]
+    causal = jnp.tril(jnp.ones((1, length, length), bool))
     if mask is None and cache is None:
-        return jnp.tril(jnp.ones((1, length, length), bool)), jnp.arange(length)[None], None
+        return causal, jnp.arange(length)[None], None
+    if mask is not None and cache is None and mask.dtype != bool:
+        attend = causal & (mask[:, :, None] == mask[:, None, :]) & (mask != 0)[:, None, :]
+        return attend, jnp.maximum(attend.sum(axis=-1) - 1, 0), None
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
     seen = jnp.cumsum(mask, axis=1)
     if cache is None:
