@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 # Axes of the mesh that the rows of a batch are divided over, as in `kd_jax.sharding`.
 BATCH_AXES = ("data", "fsdp")
+BLOCK_BYTES = 2**21  # of a block's logits on a CPU: what stays in a core's cache while the loss passes over it
 
 
 def token_sum(
@@ -103,7 +104,7 @@ def _sizes(shape: tuple[int, ...], width: int, chunk: int | None, ways: int) -> 
     tokens = max(1, shape[0] * shape[1] // ways)
     cpu = jax.default_backend() == "cpu"
     chunk = min(tokens, chunk or (512 if cpu else 2048))
-    block = max(1, min(chunk, 2**21 // (4 * width))) if cpu else chunk
+    block = max(1, min(chunk, BLOCK_BYTES // (4 * width))) if cpu else chunk
     # Equal chunks of whole blocks, so that the last of each is nearly full.
     chunk = -(-tokens // -(-tokens // chunk))
     return -(-chunk // block) * block, block

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax import assistants, divergences
+from kd_jax import assistants, divergences, head_loss
 from kd_jax.head_loss import token_sum
 from kd_jax.objectives import cross_entropy, token_loss
 
@@ -62,6 +62,53 @@ def test_no_chunk_changes_the_numbers(chunk):
     found, gradient = jax.value_and_grad(functools.partial(chunked, loss, chunk=chunk))(a, coefficient)
     np.testing.assert_allclose(found, expected, rtol=2e-6)
     np.testing.assert_allclose(gradient["ws"], expected_gradient["ws"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_no_block_changes_the_numbers(rows, monkeypatch):
+    monkeypatch.setattr(head_loss, "BLOCK_BYTES", rows * 4 * V)
+    a, coefficient, _ = arrays()
+    loss = token_loss(divergences.reverse_kl)
+    expected, expected_gradient = jax.value_and_grad(functools.partial(full, loss))(a, coefficient)
+    found, gradient = jax.value_and_grad(functools.partial(chunked, loss, chunk=4))(a, coefficient)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for name in ("hs", "ws"):
+        np.testing.assert_allclose(gradient[name], expected_gradient[name], rtol=1e-4, atol=1e-6)
+    plain = chunked(loss, a, coefficient, chunk=4)  # and without a gradient
+    np.testing.assert_allclose(plain, expected, rtol=1e-6)
+
+
+def test_padded_vocabularies_caps_and_temperature():
+    a, coefficient, _ = arrays()
+    random = np.random.default_rng(1)
+    wide = a | {
+        n: jnp.concatenate([a[n], random.normal(size=(len(a[n]), k)).astype("f4")], 1)
+        for n, k in (("ws", 2), ("wt", 5))
+    }
+    loss = token_loss(divergences.jensen_shannon)
+
+    def expected(a):
+        student, teacher = (
+            3 * jnp.tanh(a["hs"] @ a["ws"][:, :V] / 3) / 1.5,
+            5 * jnp.tanh(a["ht"] @ a["wt"][:, :V] / 5) / 1.5,
+        )
+        return jnp.sum(coefficient * loss(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)))
+
+    def found(a):
+        arrays = a["hs"], a["ws"], a["ht"], a["wt"], coefficient
+        return token_sum(loss, *arrays, chunk=4, vocab_size=V, temperature=1.5, soft_caps=(3.0, 5.0))[0]
+
+    (one, gradient), (other, expected_gradient) = (jax.value_and_grad(f)(wide) for f in (found, expected))
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    for name in ("hs", "ws"):
+        np.testing.assert_allclose(gradient[name], expected_gradient[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_second_derivative_is_refused():
+    a, coefficient, _ = arrays()
+    once = jax.grad(lambda hs: chunked(token_loss(divergences.forward_kl), a | {"hs": hs}, coefficient))
+    with pytest.raises(TypeError, match="differentiable once"):
+        jax.grad(lambda hs: once(hs).sum())(a["hs"])
 
 
 def test_columns_extras_and_no_teacher():

@@ -64,6 +64,13 @@ def test_segments_are_rows_of_their_own(family):
         np.testing.assert_allclose(packed[begin:end], alone, atol=1e-5)
 
 
+def test_remat_changes_no_gradient():
+    tokens = jnp.arange(10).reshape(2, 5)
+    models_ = [models.from_config(SMALL, remat=remat) for remat in ("none", "nothing_saveable")]
+    one, other = (jax.jit(jax.grad(lambda p, m=m: m.logits(p, tokens).std()))(small_params()) for m in models_)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), one, other)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_on_either_side_changes_no_real_token(family):
     model, params, tokens, expected = load_tiny(family)

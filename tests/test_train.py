@@ -48,7 +48,7 @@ def test_every_config_takes_two_steps(method, data_dir):
 
 
 def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_dir, capsys):
-    config = smoke("forward_kl", data_dir, steps=3, eval_every=2, checkpoint_every=2, log_every=2)
+    config = smoke("forward_kl", data_dir, steps=3, eval_every=2, checkpoint_every=2, log_every=2, profile_steps=(2, 3))
     result = train.train(config, str(tmp_path / "run"), quiet=True)
     folder = tmp_path / "run"
     lines = metrics.read(folder)
@@ -58,6 +58,8 @@ def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_di
     assert set(result["after"]) == {"cross_entropy", "forward_kl", "reverse_kl", "top1_agreement", "perplexity"}
     for name in ("losses.png", "evaluation.png", "samples.md", "table.md", "config.json", "tensorboard"):
         assert (folder / name).exists(), name
+    assert list((folder / "profile").rglob("*.xplane.pb"))
+    assert all(line["tokens_per_second"] > 0 for line in lines if line["split"] == "speed")
     assert (folder / "samples.md").read_text().count("**student**") == 5
     printed = capsys.readouterr().out
     assert "student after" in printed and "parameters" in printed
@@ -137,6 +139,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(method, stop_at, tmp_path, data_dir, 
         (dict(objective__terms__distil__divergence__name="forward"), "forward_kl"),
         (dict(objective__terms__distil__rows="student"), "rows='student' counts no row"),
         (dict(mesh__data=2, data__eval_batch_size=3), "data.eval_batch_size=3"),
+        (dict(student__remat="everything"), "everything_saveable"),
+        (dict(profile_steps=(2, 9)), "profile_steps=(2, 9)"),
+        (dict(data__packing="row"), "none, rows, stream"),
         (dict(loss__chunk=-5), "loss.chunk=-5 must be at least 0"),
         (dict(teacher__dtype="float3"), "teacher.dtype='float3'"),
     ],

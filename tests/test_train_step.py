@@ -45,7 +45,9 @@ def run(mesh=None, microbatches=1, steps=3, first=None):
     params, teacher_params = STUDENT.init(key, place), TEACHER.init(jax.random.key(1), place)
     state = init_state(params, TX, TERMS, key)
     state = jax.device_put(state, place(state))
-    step = jax.jit(make_train_step(STUDENT, TEACHER, TERMS, TX, vocab_size=V, microbatches=microbatches, chunk=2))
+    step = jax.jit(
+        make_train_step(STUDENT, TEACHER, TERMS, TX, vocab_size=V, microbatches=microbatches, chunk=2, mesh=mesh)
+    )
     losses = []
     for i in range(steps):
         state, metrics = step(state, teacher_params, sharding.put_batch(mesh, first or batch(i)))
