@@ -6,7 +6,8 @@ import jax
 
 from kd_jax.models import Model
 
-# Dense bfloat16 products, operations a second a device, by the start of jax.Device.device_kind; makers' data sheets.
+# Dense bfloat16 products, operations a second a device, by the start of jax.Device.device_kind. The makers'
+# figures as commonly quoted, without sparsity; none was compared with a device here.
 PEAK = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,

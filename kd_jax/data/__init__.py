@@ -1,8 +1,9 @@
 """Text in, batches of tokens out: datasets, prompts, the tokenizer, and the pipeline from one to the other."""
 
 from kd_jax.data.builder import load
-from kd_jax.data.pipeline import Packed, Rows, batches, join, pack, pack_rows, tokenize
+from kd_jax.data.pipeline import batches, pack, tokenize
 from kd_jax.data.prompts import TEMPLATES, make_render
+from kd_jax.data.rows import Packed, Rows, join, pack_rows
 from kd_jax.data.tokenizer import Tokenizer
 
 __all__ = [
