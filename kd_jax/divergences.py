@@ -338,19 +338,21 @@ def _head(p: Array, head_mass: float, include_crossing: bool) -> Array:
     The threshold is found by halving, in the bits of floating-point numbers, which are ordered as the numbers
     are: some tens of sums over the vocabulary, where a sort costs as much as some hundreds.
     """
-    bits = jax.lax.bitcast_convert_type(p, jnp.int64 if p.dtype == jnp.float64 else jnp.int32)
-    highest = jnp.max(bits, axis=-1)
+    integer = jnp.int64 if p.dtype == jnp.float64 else jnp.int32
+    number = lambda bits: jax.lax.bitcast_convert_type(bits, p.dtype)[..., None]
+    highest = jnp.max(p, axis=-1)
 
     def halve(_: jax.typing.ArrayLike, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = low + (high - low) // 2
-        mass = jnp.sum(jnp.where(bits >= middle[..., None], p, 0.0), axis=-1)
+        mass = jnp.sum(jnp.where(p >= number(middle), p, 0.0), axis=-1)
         reached = mass >= head_mass if include_crossing else mass > head_mass
         return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
 
     # The bits of numbers below 2 are integers below 2**62 and 2**30.
     halvings = 62 if p.dtype == jnp.float64 else 30
-    crossing, _ = jax.lax.fori_loop(0, halvings, halve, (jnp.zeros_like(highest), highest + 1))
+    beyond = jax.lax.bitcast_convert_type(highest, integer) + 1
+    crossing, _ = jax.lax.fori_loop(0, halvings, halve, (jnp.zeros_like(beyond), beyond))
     if include_crossing:
-        return bits >= crossing[..., None]
-    return (bits > crossing[..., None]) | (bits == highest[..., None])
+        return p >= number(crossing)
+    return (p > number(crossing)) | (p == highest[..., None])

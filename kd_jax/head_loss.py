@@ -141,7 +141,9 @@ def _sweep(
             d_logits = d_logits.astype(head.dtype)
             d_rows = jnp.matmul(d_logits, head.T, preferred_element_type=dtype).astype(hidden.dtype)
             d_hidden = d_hidden.at[index].set(d_rows, mode="drop", unique_indices=True)
-            d_head = d_head + jnp.matmul(rows.T, d_logits, preferred_element_type=dtype)
+            # XLA's CPU backend multiplies a transposed matrix a quarter slower than one that lies transposed in memory.
+            columns = jax.lax.optimization_barrier(rows.T)
+            d_head = d_head + jnp.matmul(columns, d_logits, preferred_element_type=dtype)
         return total + part, values, d_hidden, d_head
 
     start = (

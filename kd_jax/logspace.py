@@ -6,6 +6,7 @@ its gradient is multiplied by zero and not left out.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +140,7 @@ def exp_curvature(u: Float[Array, "*shape"], v: Float[Array, "*shape"]) -> Float
     return total
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def alpha_beta_entries(
     log_p: Float[Array, "*shape"], log_q: Float[Array, "*shape"], alpha: Number, beta: Number
 ) -> Float[Array, "*shape"]:
@@ -150,7 +152,8 @@ def alpha_beta_entries(
     the limits are nothing but exponents that coincide. One exponent always lies between the others, ``up d``
     below the one and ``down d`` above the other, where up and down have one sign. Seen from the highest,
     whose exp is drawn out, all that is left are decay integrals of ``|d|``, which neither overflow nor divide
-    by zero.
+    by zero. The derivatives are first divided differences, of exponents that are ``beta d`` and ``alpha d``
+    apart; given here, they are as stable as the value, and cheaper than differentiating all of this.
 
     Args:
       log_p: log-probabilities.
@@ -167,29 +170,20 @@ def alpha_beta_entries(
     """
     log_p, log_q = promote(log_p, log_q)
     has_p, has_q = has_mass(log_p), has_mass(log_q)
-    # An entry of no mass gets the other's value: d is then 0, and the highest exponent is the other's.
-    safe_p = jnp.where(has_p, log_p, jnp.where(has_q, log_q, 0.0))
-    safe_q = jnp.where(has_q, log_q, jnp.where(has_p, log_p, 0.0))
-
-    total = alpha + beta
-    exponent_p, exponent_q = total * safe_p, total * safe_q
+    total, d = alpha + beta, _log_ratio(log_p, log_q)
+    mixed = _mixed_exponent(log_p, log_q, d, alpha, beta)
+    exponent_p, exponent_q = _times(total, log_p), _times(total, log_q)
     widest = max(abs(alpha), abs(beta), abs(total))
     if abs(total) == widest:
         up, down = beta, alpha
+    elif abs(beta) == widest:
+        up, down, exponent_q = total, -alpha, mixed
     else:
-        exponent_mixed = alpha * safe_p + beta * safe_q
-        if abs(beta) == widest:
-            up, down, exponent_q = total, -alpha, exponent_mixed
-        else:
-            up, down, exponent_p = -beta, total, exponent_mixed
+        up, down, exponent_p = -beta, total, mixed
     if up + down < 0:  # both are negative: the same three points from the other side
         up, down, exponent_p, exponent_q = -down, -up, exponent_q, exponent_p
 
-    d = safe_p - safe_q
-    highest = jnp.maximum(exponent_p, exponent_q)
-    if total < 0:  # the power of a small probability overflows, and where p == q it is to be multiplied by 0
-        highest = jnp.where(d == 0, 0.0, highest)
-    top = jnp.exp(highest)
+    top = _power(jnp.maximum(exponent_p, exponent_q), d, total)
     first_is_up, x = d > 0, jnp.abs(d)
     rate = jnp.where(first_is_up, up, down)
     integral_up, integral_down = decay_integral(x, up), decay_integral(x, down)
@@ -206,10 +200,54 @@ def alpha_beta_entries(
         curve = curve / widest
 
     # What 0 adds in the place of p, or of q; a factor beyond this is beyond float32 as well.
-    missing_p = top / (alpha * total) if alpha > 0 and alpha * total > 1e-30 else jnp.inf
-    missing_q = top / (beta * total) if beta > 0 and beta * total > 1e-30 else jnp.inf
+    missing_p = top / (alpha * total) if _finite_at_0(alpha, total) else jnp.inf
+    missing_q = top / (beta * total) if _finite_at_0(beta, total) else jnp.inf
     alone = jnp.where(has_p, missing_q, jnp.where(has_q, missing_p, 0.0))
     return jnp.where(has_p & has_q, top * curve, alone)
+
+
+@alpha_beta_entries.defjvp
+def _alpha_beta_entries_jvp(
+    alpha: Number, beta: Number, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    log_p, log_q = promote(*primals)
+    total, d = alpha + beta, _log_ratio(log_p, log_q)
+    mixed = _mixed_exponent(log_p, log_q, d, alpha, beta)
+
+    def slope(by: Array, other: Array, of_other: Number, sign: Array) -> Array:
+        top = _power(jnp.maximum(_times(total, by), mixed), d, total)
+        alone = top / of_other if _finite_at_0(of_other, total) else 0.0
+        both = sign * top * decay_integral(jnp.abs(d), abs(of_other))
+        return jnp.where(has_mass(by), jnp.where(has_mass(other), both, alone), 0.0)
+
+    by_p, by_q = slope(log_p, log_q, beta, jnp.sign(d)), slope(log_q, log_p, alpha, -jnp.sign(d))
+    return alpha_beta_entries(*primals, alpha, beta), by_p * tangents[0] + by_q * tangents[1]
+
+
+def _log_ratio(log_p: Array, log_q: Array) -> Array:
+    """``log p - log q``, and 0 where one has no mass."""
+    has_p, has_q = has_mass(log_p), has_mass(log_q)
+    return jnp.where(has_p & has_q, log_p - jnp.where(has_q, log_q, 0.0), 0.0)
+
+
+def _mixed_exponent(log_p: Array, log_q: Array, d: Array, alpha: Number, beta: Number) -> Array:
+    """``alpha log p + beta log q``; written so that it is no difference of two that are infinite."""
+    if alpha == 0 or beta == 0:
+        return _times(beta, log_q) if alpha == 0 else alpha * log_p
+    return _times(alpha + beta, log_q) + alpha * d
+
+
+def _times(factor: Number, log_p: Array) -> Array:
+    return factor * log_p if factor != 0 else jnp.zeros_like(log_p)  # 0 times no mass would be NaN
+
+
+def _power(exponent: Array, d: Array, total: Number) -> Array:
+    """exp of it; for a negative total it overflows at a small probability, and where p == q it is to be multiplied by 0."""
+    return jnp.exp(jnp.where(d == 0, 0.0, exponent) if total < 0 else exponent)
+
+
+def _finite_at_0(exponent: Number, total: Number) -> bool:
+    return exponent > 0 and exponent * total > 1e-30
 
 
 def mixture_kl_entries(

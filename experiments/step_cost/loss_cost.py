@@ -56,60 +56,68 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--student", type=int, default=256)
     parser.add_argument("--teacher", type=int, default=512)
-    parser.add_argument("--masked", type=float, default=0.1)
+    parser.add_argument(
+        "--masked", type=float, default=0.1, help="share of the positions, at random, with coefficient 0"
+    )
     parser.add_argument("--chunk", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--against", default="full", choices=["full", "products", "nothing"])
+    parser.add_argument("--rounds", type=int, default=5, help="0: only compile, for the memory")
+    parser.add_argument("--against", default="full", choices=["full", "products", "unmasked", "nothing"])
     parser.add_argument("--only", default="")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
 
     numbers = np.random.default_rng(0)
     shape = (8, args.tokens // 8)
-    normal = lambda *s: jnp.asarray(numbers.normal(size=s) / s[-2 if len(s) == 2 else -1] ** 0.5, jnp.float32)
-    arrays = (
-        normal(*shape, args.student) * args.student**0.5, normal(args.student, args.vocab) * 2,
-        normal(*shape, args.teacher) * args.teacher**0.5, normal(args.teacher, args.vocab) * 2,
-        jnp.asarray(numbers.uniform(size=shape) >= args.masked, jnp.float32) / args.tokens,
+    normal = lambda *s: jnp.asarray(numbers.standard_normal(s, np.float32))
+    states = (
+        normal(*shape, args.student), normal(args.student, args.vocab) * 2 / args.student**0.5,
+        normal(*shape, args.teacher), normal(args.teacher, args.vocab) * 2 / args.teacher**0.5,
     )  # fmt: skip
-    chosen = {n: loss for n, loss in losses().items() if not args.only or n in args.only.split(",")}
-    for name, loss in chosen.items():
+    counted = jnp.asarray(numbers.uniform(size=shape) >= args.masked, jnp.float32) / args.tokens
+    for name, loss in losses().items():
+        if args.only and name not in args.only.split(","):
+            continue
 
         def ours(hs, ws, ht, wt, coefficient, loss=loss):
             return token_sum(loss, hs, ws, ht, wt, coefficient, chunk=args.chunk or None)[0]
 
-        contenders = {"chunked": jax.value_and_grad(ours, argnums=(0, 1))}
+        gradient = functools.partial(jax.value_and_grad, argnums=(0, 1))
+        contenders = {"chunked": (gradient(ours), counted)}
         if args.against == "full":
-            contenders["full"] = jax.value_and_grad(functools.partial(full, loss), argnums=(0, 1))
+            contenders["full"] = gradient(functools.partial(full, loss)), counted
         if args.against == "products":
-            contenders["products"] = products
-        compiled = {who: jax.jit(function).lower(*arrays).compile() for who, function in contenders.items()}
-        seconds = {who: [] for who in compiled}
-        for function in compiled.values():
-            jax.block_until_ready(function(*arrays))
-        for _ in range(args.rounds):
-            for who, function in compiled.items():
-                start = time.process_time()
-                jax.block_until_ready(function(*arrays))
-                seconds[who].append(time.process_time() - start)
-        line = {
-            "loss": name,
-            "tokens": args.tokens,
-            "vocab": args.vocab,
-            "student": args.student,
-            "teacher": args.teacher,
-        }
-        line |= {"masked": args.masked, "chunk": args.chunk, "backend": jax.default_backend()}
-        for who, function in compiled.items():
-            line[f"{who}_cpu_s"] = round(min(seconds[who]), 4)
-            line[f"{who}_temp_mb"] = round(function.memory_analysis().temp_size_in_bytes / 1e6, 2)
-        for other in set(compiled) - {"chunked"}:
-            line["time_ratio"] = round(line["chunked_cpu_s"] / line[f"{other}_cpu_s"], 3)
-            line["memory_ratio"] = round(line[f"{other}_temp_mb"] / line["chunked_temp_mb"], 1)
+            contenders["products"] = products, counted
+        if args.against == "unmasked":
+            contenders["unmasked"] = gradient(ours), jnp.full(shape, 1 / args.tokens)
+        line = {key: vars(args)[key] for key in ("tokens", "vocab", "student", "teacher", "masked", "chunk")}
+        line = {"loss": name, **line, "backend": jax.default_backend()}
+        line |= measure(
+            {who: (function, (*states, weights)) for who, (function, weights) in contenders.items()}, args.rounds
+        )
         print(json.dumps(line), flush=True)
         if args.out:
             with open(args.out, "a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def measure(contenders: dict, rounds: int) -> dict:
+    """Planned temporary memory, and the least CPU seconds of interleaved rounds; the first is compared with the last."""
+    compiled = {who: jax.jit(function).lower(*arrays).compile() for who, (function, arrays) in contenders.items()}
+    line = {f"{who}_temp_mb": round(run.memory_analysis().temp_size_in_bytes / 1e6, 2) for who, run in compiled.items()}
+    seconds = {who: [] for who in compiled}
+    for turn in range(rounds + 1 if rounds else 0):
+        for who, run in compiled.items():
+            start = time.process_time()
+            jax.block_until_ready(run(*contenders[who][1]))
+            if turn:  # the first warms up
+                seconds[who].append(time.process_time() - start)
+    line |= {f"{who}_cpu_s": round(min(times), 4) for who, times in seconds.items() if times}
+    ours, *_, other = contenders
+    if other != ours:
+        line["memory_ratio"] = round(line[f"{other}_temp_mb"] / line[f"{ours}_temp_mb"], 1)
+        if rounds:
+            line["time_ratio"] = round(line[f"{ours}_cpu_s"] / line[f"{other}_cpu_s"], 3)
+    return line
 
 
 if __name__ == "__main__":
