@@ -1,0 +1,73 @@
+"""A config's step as the training loop runs it: time to compile, and what the input pipeline adds to the step.
+
+python -m experiments.step_cost.step_time --config=configs/quickstart.py --cache=CACHE --out=experiments/step_cost/quickstart.jsonl
+
+With an empty cache directory the compilation is cold; a second call with the same directory reads it from there.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from kd_jax import train
+
+CONFIG = config_flags.DEFINE_config_file("config")
+CACHE = flags.DEFINE_string("cache", "", "the compilation cache's directory")
+STEPS = flags.DEFINE_integer("steps", 10, "steps in a lap")
+LAPS = flags.DEFINE_integer("laps", 4, "laps of each kind, by turns; 0: only compile")
+OUT = flags.DEFINE_string("out", "", "a file of JSON lines")
+
+
+def main(_: list[str]) -> None:
+    jax.config.update("jax_compilation_cache_dir", CACHE.value or None)
+    run = train.build(CONFIG.value)
+    batch = run.put(next(run.train_batches))
+    inputs = run.abstract_state, run.models.teacher_params, batch
+    cached = bool(CACHE.value) and Path(CACHE.value).exists() and any(Path(CACHE.value).iterdir())
+    marks = [time.perf_counter()]
+    traced = run.train_step.trace(*inputs)
+    marks.append(time.perf_counter())
+    lowered = traced.lower()
+    marks.append(time.perf_counter())
+    lowered.compile()
+    marks.append(time.perf_counter())
+    line = {"cached": cached, "backend": jax.default_backend(), "command": " ".join(sys.argv[1:])}
+    for name, begin, end in zip(("trace", "lower", "compile"), marks[:-1], marks[1:], strict=True):
+        line[f"{name}_s"] = round(end - begin, 2)
+    line["compile_in_all_s"] = round(marks[-1] - marks[0], 2)
+    if LAPS.value:
+        line |= laps(run, train.build(CONFIG.value).train_batches)
+    print(json.dumps(line))
+    if OUT.value:
+        with open(OUT.value, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def laps(run: train.Run, pipeline: Iterator) -> dict:
+    """Wall seconds a step on the same batches, from the device's memory and out of the pipeline while it prepares them."""
+    state, seconds = run.init_state(), {"memory": [], "pipeline": []}
+    next(pipeline)  # `run`'s own is one batch ahead
+    for lap in range(LAPS.value + 1):
+        loaded = iter([run.put(next(run.train_batches)) for _ in range(STEPS.value)])
+        sources = {"memory": lambda loaded=loaded: next(loaded), "pipeline": lambda: run.put(next(pipeline))}
+        for name, source in sources.items():
+            start = time.perf_counter()
+            for _ in range(STEPS.value):
+                state, _ = run.train_step(state, run.models.teacher_params, source())
+            jax.block_until_ready(state)
+            if lap:  # the first warms up
+                seconds[name].append((time.perf_counter() - start) / STEPS.value)
+    ratios = [one / other for one, other in zip(seconds["pipeline"], seconds["memory"], strict=True)]
+    line = {f"{name}_step_s": round(statistics.median(times), 4) for name, times in seconds.items()}
+    return line | {"pipeline_over_memory": round(statistics.median(ratios), 4)}
+
+
+if __name__ == "__main__":
+    app.run(main)
