@@ -33,7 +33,7 @@ def token_sum(
     """sum of coefficient * token_loss(log_p, log_q), without ever holding tokens x vocabulary.
 
     Exact for any token loss that is a pure function of two log-distributions. Only positions with a coefficient
-    are computed: they are packed into chunks, and as many chunks run as they fill. The gradients of `student_hidden`
+    are computed: they are packed into chunks, what fills none into shorter pieces. The gradients of `student_hidden`
     and `student_head` are made chunk by chunk in the forward pass, since the coefficients are known beforehand:
     nothing is computed twice, and the backward pass only scales them.
 
@@ -95,24 +95,23 @@ def token_sum(
     return run(student_hidden, student_head, teacher, (coefficient, *extras))
 
 
-def _sizes(shape: tuple[int, ...], width: int, chunk: int | None, ways: int) -> tuple[int, int]:
-    """Tokens in a chunk, and in a block of it.
+def _sizes(shape: tuple[int, ...], width: int, chunk: int | None, ways: int) -> tuple[int, int, int | None]:
+    """Tokens in a chunk, in a piece, which the tokens that fill no chunk go in, and in a block of either.
 
     A CPU wants blocks whose logits stay in its cache, and chunks just long enough for the matrix products; an
-    accelerator wants long chunks, each in one piece.
+    accelerator wants long chunks, each in one block.
     """
     tokens = max(1, shape[0] * shape[1] // ways)
     cpu = jax.default_backend() == "cpu"
     chunk = min(tokens, chunk or (512 if cpu else 2048))
-    block = max(1, min(chunk, BLOCK_BYTES // (4 * width))) if cpu else chunk
-    # Equal chunks of whole blocks, so that the last of each is nearly full.
-    chunk = -(-tokens // -(-tokens // chunk))
-    return -(-chunk // block) * block, block
+    block = max(1, min(chunk, BLOCK_BYTES // (4 * width))) if cpu else None
+    whole = lambda size: -(-size // (block or 1)) * (block or 1)
+    return whole(chunk), whole(-(-chunk // 4)), block
 
 
 def _sweep(
-    block_loss: Callable[..., Any], chunk: int, block: int, with_gradient: bool, hidden: Array, head: Array,
-    teacher: tuple[Array, Array] | None, rest: tuple[Array, ...], *, chunks: Callable[[Array], Array] = lambda x: x,
+    block_loss: Callable[..., Any], chunk: int, piece: int, block: int | None, with_gradient: bool, hidden: Array, head: Array,
+    teacher: tuple[Array, Array] | None, rest: tuple[Array, ...], *, most: Callable[[Array], Array] = lambda x: x,
 ) -> tuple[Array, Array, Any, Any]:  # fmt: skip
     """Total, values, and the gradients of hidden states and head, chunk by chunk."""
     batch, length = hidden.shape[:2]
@@ -121,11 +120,11 @@ def _sweep(
     rest = tuple(array.reshape(tokens, *array.shape[2:]) for array in rest)
     live = _live(rest[0])
     order = jnp.argsort(~live, stable=True)
-    order = jnp.pad(order, (0, -tokens % chunk), constant_values=tokens)  # beyond the end: read as 0, written nowhere
+    order = jnp.pad(order, (0, chunk + piece), constant_values=tokens)  # beyond the end: read as 0, written nowhere
 
-    def body(i: Array, carry: Any) -> Any:
+    def body(size: int, first: Array | int, i: Array, carry: Any) -> Any:
         total, values, d_hidden, d_head = carry
-        index = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+        index = jax.lax.dynamic_slice_in_dim(order, first + i * size, size)
 
         take = partial(jnp.take, indices=index, axis=0, mode="fill", fill_value=0)
         # Zeroed hidden rows, not zeroed losses: NaN * 0 would poison the head's gradient.
@@ -152,8 +151,12 @@ def _sweep(
         jnp.zeros((tokens, hidden.shape[-1]), hidden.dtype) if with_gradient else None,
         jnp.zeros(head.shape, dtype) if with_gradient else None,
     )
-    count = chunks(-(-jnp.sum(live) // chunk))
-    total, values, d_hidden, d_head = jax.lax.fori_loop(0, count, body, start)
+    count, done, carry = most(jnp.sum(live)), 0, start
+    if piece < chunk:
+        done = count // chunk * chunk
+        carry = jax.lax.fori_loop(0, done // chunk, partial(body, chunk, 0), carry)
+    carry = jax.lax.fori_loop(0, -(-(count - done) // piece), partial(body, piece, done), carry)
+    total, values, d_hidden, d_head = carry
     values = values.reshape(batch, length, *values.shape[1:])
     if not with_gradient:
         return total, values, None, None
@@ -161,7 +164,7 @@ def _sweep(
 
 
 def _chunk(
-    block_loss: Callable[..., Any], block: int, with_gradient: bool, logits: Array, teacher_logits: Array | None,
+    block_loss: Callable[..., Any], block: int | None, with_gradient: bool, logits: Array, teacher_logits: Array | None,
     coefficient: Array, *extras: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Total, values and the logits' gradient, block by block: each is written over the logits that it came from."""
@@ -172,7 +175,7 @@ def _chunk(
         (part, value), gradient = jax.value_and_grad(block_loss, has_aux=True)(*arrays)
         return part, value, gradient
 
-    if block == logits.shape[0]:
+    if block is None or block == logits.shape[0]:
         return one(logits, teacher_logits, coefficient, *extras)
 
     def body(i: Array, carry: Any) -> Any:
@@ -192,9 +195,9 @@ def _on_mesh(sweep: Callable[..., Any], mesh: Mesh, with_gradient: bool, *arrays
     """Every device sweeps its own rows; the head is gathered before the loop, its gradient reduced after it."""
 
     def local(hidden: Array, head: Array, teacher: Any, rest: Any) -> Any:
-        # All run as many chunks as the one with the most: what is inside the loop may be divided over `tensor`.
+        # All run as many chunks as the one with the most tokens: what is in the loop may be divided over `tensor`.
         most = partial(jax.lax.pmax, axis_name=BATCH_AXES)
-        total, values, d_hidden, d_head = sweep(with_gradient, hidden, head, teacher, rest, chunks=most)
+        total, values, d_hidden, d_head = sweep(with_gradient, hidden, head, teacher, rest, most=most)
         total = jax.lax.psum(total, BATCH_AXES)
         return total, values, d_hidden, None if d_head is None else jax.lax.psum(d_head, BATCH_AXES)
 

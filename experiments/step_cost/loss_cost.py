@@ -1,6 +1,9 @@
 """Time and memory of the chunked loss against full logits and against the matrix products alone, interleaved.
 
-python -m experiments.step_cost.loss_cost --tokens=4096 --masked=0.1 --against=full --out=experiments/step_cost/loss.jsonl
+python -m experiments.step_cost.loss_cost --tokens=4096 --masked=0.1 --against=full --out=experiments/step_cost/losses.jsonl
+
+On a mesh of virtual devices (XLA_FLAGS=--xla_force_host_platform_device_count=8), for what masking saves there:
+python -m experiments.step_cost.loss_cost --mesh=2,2,2 --masked=0.5 --against=unmasked
 """
 
 import argparse
@@ -12,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax import assistants, divergences
+from kd_jax import assistants, divergences, sharding
 from kd_jax.head_loss import token_sum
 from kd_jax.objectives import token_loss
 
@@ -62,6 +65,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5, help="0: only compile, for the memory")
     parser.add_argument("--against", default="full", choices=["full", "products", "unmasked", "nothing"])
+    parser.add_argument("--mesh", default="", help="sizes of data, fsdp and tensor; on one device without")
     parser.add_argument("--only", default="")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
@@ -74,12 +78,21 @@ def main() -> None:
         normal(*shape, args.teacher), normal(args.teacher, args.vocab) * 2 / args.teacher**0.5,
     )  # fmt: skip
     counted = jnp.asarray(numbers.uniform(size=shape) >= args.masked, jnp.float32) / args.tokens
+    mesh, everywhere = None, jnp.full(shape, 1 / args.tokens)
+    if args.mesh:
+        mesh = sharding.make_mesh(*map(int, args.mesh.split(",")))
+        rows, head = (
+            sharding.batch_sharding(mesh),
+            sharding.tree_shardings(mesh, {"head/kernel": states[1]})["head/kernel"],
+        )
+        places = (rows, head, rows, head, rows, rows)
+        *states, counted, everywhere = map(jax.device_put, (*states, counted, everywhere), places)
     for name, loss in losses().items():
         if args.only and name not in args.only.split(","):
             continue
 
         def ours(hs, ws, ht, wt, coefficient, loss=loss):
-            return token_sum(loss, hs, ws, ht, wt, coefficient, chunk=args.chunk or None)[0]
+            return token_sum(loss, hs, ws, ht, wt, coefficient, chunk=args.chunk or None, mesh=mesh)[0]
 
         gradient = functools.partial(jax.value_and_grad, argnums=(0, 1))
         contenders = {"chunked": (gradient(ours), counted)}
@@ -88,8 +101,8 @@ def main() -> None:
         if args.against == "products":
             contenders["products"] = products, counted
         if args.against == "unmasked":
-            contenders["unmasked"] = gradient(ours), jnp.full(shape, 1 / args.tokens)
-        line = {key: vars(args)[key] for key in ("tokens", "vocab", "student", "teacher", "masked", "chunk")}
+            contenders["unmasked"] = gradient(ours), everywhere
+        line = {key: vars(args)[key] for key in ("tokens", "vocab", "student", "teacher", "masked", "chunk", "mesh")}
         line = {"loss": name, **line, "backend": jax.default_backend()}
         line |= measure(
             {who: (function, (*states, weights)) for who, (function, weights) in contenders.items()}, args.rounds
@@ -112,7 +125,7 @@ def measure(contenders: dict, rounds: int) -> dict:
             if turn:  # the first warms up
                 seconds[who].append(time.process_time() - start)
     line |= {f"{who}_cpu_s": round(min(times), 4) for who, times in seconds.items() if times}
-    ours, *_, other = contenders
+    ours, other = list(contenders)[0], list(contenders)[-1]
     if other != ours:
         line["memory_ratio"] = round(line[f"{other}_temp_mb"] / line[f"{ours}_temp_mb"], 1)
         if rounds:
