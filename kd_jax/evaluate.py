@@ -49,15 +49,17 @@ def token_sums(
         return jnp.stack(columns, axis=-1)
 
     inputs = batch["tokens"], batch["mask"]
-    params, seen = for_lookup(mesh, params), (None, None)
+    params, teacher_hidden, teacher_head, teacher_tied = for_lookup(mesh, params), None, None, False
     if teacher is not None:
         teacher_params = for_lookup(mesh, teacher_params)
-        seen = teacher.hidden(teacher_params, *inputs), teacher.head(teacher_params)
+        teacher_hidden = teacher.hidden(teacher_params, *inputs)
+        teacher_head, teacher_tied = teacher.stored_head(teacher_params)
+    head, tied = student.stored_head(params)
     names = ("cross_entropy", *(() if teacher is None else WITH_TEACHER))
     weight = jnp.repeat(batch["loss_mask"][..., None].astype(jnp.float32), len(names), axis=-1)
     _, per_token = token_sum(
-        values, student.hidden(params, *inputs), student.head(params), *seen, weight, batch["targets"],
-        chunk=chunk, vocab_size=vocab_size, mesh=mesh,
+        values, student.hidden(params, *inputs), head, teacher_hidden, teacher_head, weight, batch["targets"],
+        chunk=chunk, tied=(tied, teacher_tied), vocab_size=vocab_size, mesh=mesh,
     )  # fmt: skip
     sums, count = per_token.sum(axis=(0, 1)), weight[..., 0].sum()
     return {name: (sums[i], count) for i, name in enumerate(names)}

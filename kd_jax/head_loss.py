@@ -19,12 +19,13 @@ BLOCK_BYTES = 2**21  # of a block's logits on a CPU: what stays in a core's cach
 def token_sum(
     token_loss: Callable[..., Array],
     student_hidden: Float[Array, "B L Ds"],
-    student_head: Float[Array, "Ds Vs"],
+    student_head: Float[Array, "_ _"],
     teacher_hidden: Float[Array, "B L Dt"] | None,
-    teacher_head: Float[Array, "Dt Vt"] | None,
+    teacher_head: Float[Array, "_ _"] | None,
     coefficient: Float[Array, "B L *K"],
     *extras: Array,
     chunk: int | None = None,
+    tied: tuple[bool, bool] = (False, False),
     vocab_size: int | None = None,
     temperature: float = 1.0,
     soft_caps: tuple[float | None, float | None] = (None, None),
@@ -41,13 +42,15 @@ def token_sum(
       token_loss: (log_p, log_q, *extras) -> a value per token, or K values per token. log_p is None without a
         teacher. Log-probabilities are float32, or float64 where the hidden states are.
       student_hidden: after the final norm.
-      student_head: the output matrix.
+      student_head: the output matrix, [D, V].
       teacher_hidden: of the teacher; None where there is no teacher. No gradient flows to it.
       teacher_head: of the teacher.
       coefficient: of each token's value, or of its K values. A value whose coefficient is 0 counts nowhere, and a
         position whose coefficients are all 0 is never read, NaN or not.
       *extras: arrays [B, L, ...] that `token_loss` needs a slice of, such as targets.
       chunk: tokens, per device, whose logits are held at a time; None chooses it from the shapes and the backend.
+      tied: whether the student's and the teacher's output matrix is given as the embedding [V, D] that it is tied to, and is
+        read as that lies: the transpose is a copy of it otherwise.
       vocab_size: ids that have a meaning. Either head may be wider; what it has beyond gets no mass.
       temperature: divides both models' logits, after their caps.
       soft_caps: of the student's and the teacher's logits: cap * tanh(logits / cap).
@@ -60,8 +63,12 @@ def token_sum(
     Raises:
       TypeError: when the gradient is differentiated again.
     """
-    width = student_head.shape[-1] if teacher_head is None else max(student_head.shape[-1], teacher_head.shape[-1])
-    vocab_size = vocab_size or (width if teacher_head is None else min(student_head.shape[-1], teacher_head.shape[-1]))
+    widths = [
+        head.shape[0 if is_tied else 1]
+        for head, is_tied in zip((student_head, teacher_head), tied, strict=True)
+        if head is not None
+    ]
+    width, vocab_size = max(widths), vocab_size or min(widths)
     to_student, to_teacher = (
         partial(_log_probs, vocab_size=vocab_size, temperature=temperature, soft_cap=cap) for cap in soft_caps
     )
@@ -72,7 +79,7 @@ def token_sum(
         return jnp.sum(coefficient * value), value
 
     ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    sweep: Callable[..., Any] = partial(_sweep, block_loss, *_sizes(student_hidden.shape, width, chunk, ways))
+    sweep: Callable[..., Any] = partial(_sweep, block_loss, tied, _sizes(student_hidden.shape, width, chunk, ways))
     if mesh is not None and ways > 1:
         sweep = partial(_on_mesh, sweep, mesh)
 
@@ -88,10 +95,10 @@ def token_sum(
         return *((gradient * cotangents[0]).astype(gradient.dtype) for gradient in gradients), None, None
 
     run.defvjp(forward, backward)
-    student_head = _widen(student_head, width)
+    student_head = _widen(student_head, width, tied[0])
     teacher = None
     if teacher_hidden is not None and teacher_head is not None:
-        teacher = jax.lax.stop_gradient((teacher_hidden, _widen(teacher_head, width)))
+        teacher = jax.lax.stop_gradient((teacher_hidden, _widen(teacher_head, width, tied[1])))
     return run(student_hidden, student_head, teacher, (coefficient, *extras))
 
 
@@ -103,17 +110,19 @@ def _sizes(shape: tuple[int, ...], width: int, chunk: int | None, ways: int) -> 
     """
     tokens = max(1, shape[0] * shape[1] // ways)
     cpu = jax.default_backend() == "cpu"
-    chunk = min(tokens, chunk or (512 if cpu else 2048))
+    chunk = min(tokens, chunk or (256 if cpu else 2048))
     block = max(1, min(chunk, BLOCK_BYTES // (4 * width))) if cpu else None
     whole = lambda size: -(-size // (block or 1)) * (block or 1)
     return whole(chunk), whole(-(-chunk // 4)), block
 
 
 def _sweep(
-    block_loss: Callable[..., Any], chunk: int, piece: int, block: int | None, with_gradient: bool, hidden: Array, head: Array,
-    teacher: tuple[Array, Array] | None, rest: tuple[Array, ...], *, most: Callable[[Array], Array] = lambda x: x,
+    block_loss: Callable[..., Any], tied: tuple[bool, bool], sizes: tuple[int, int, int | None], with_gradient: bool,
+    hidden: Array, head: Array, teacher: tuple[Array, Array] | None, rest: tuple[Array, ...],
+    *, most: Callable[[Array], Array] = lambda x: x,
 ) -> tuple[Array, Array, Any, Any]:  # fmt: skip
     """Total, values, and the gradients of hidden states and head, chunk by chunk."""
+    chunk, piece, block = sizes
     batch, length = hidden.shape[:2]
     tokens = batch * length
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
@@ -130,15 +139,17 @@ def _sweep(
         # Zeroed hidden rows, not zeroed losses: NaN * 0 would poison the head's gradient.
         counted = lambda hidden: jnp.where(take(live)[:, None], take(hidden.reshape(tokens, -1)), 0)
         rows = counted(hidden)
-        logits = jnp.matmul(rows, head, preferred_element_type=dtype)
+        logits = jnp.matmul(rows, _upright(head, tied[0]), preferred_element_type=dtype)
         teacher_logits = None
         if teacher is not None:
-            teacher_logits = jnp.matmul(counted(teacher[0]), teacher[1], preferred_element_type=dtype)
+            teacher_logits = jnp.matmul(
+                counted(teacher[0]), _upright(teacher[1], tied[1]), preferred_element_type=dtype
+            )
         part, value, d_logits = _chunk(block_loss, block, with_gradient, logits, teacher_logits, *map(take, rest))
         values = values.at[index].set(value, mode="drop", unique_indices=True)
         if with_gradient:
             d_logits = d_logits.astype(head.dtype)
-            d_rows = jnp.matmul(d_logits, head.T, preferred_element_type=dtype).astype(hidden.dtype)
+            d_rows = jnp.matmul(d_logits, _upright(head, tied[0]).T, preferred_element_type=dtype).astype(hidden.dtype)
             d_hidden = d_hidden.at[index].set(d_rows, mode="drop", unique_indices=True)
             # XLA's CPU backend multiplies a transposed matrix a quarter slower than one that lies transposed in memory.
             columns = jax.lax.optimization_barrier(rows.T)
@@ -149,7 +160,7 @@ def _sweep(
         jnp.zeros((), dtype),
         jnp.zeros(rest[0].shape, dtype),
         jnp.zeros((tokens, hidden.shape[-1]), hidden.dtype) if with_gradient else None,
-        jnp.zeros(head.shape, dtype) if with_gradient else None,
+        jnp.zeros(_upright(head, tied[0]).shape, dtype) if with_gradient else None,
     )
     count, done, carry = most(jnp.sum(live)), 0, start
     if piece < chunk:
@@ -160,7 +171,7 @@ def _sweep(
     values = values.reshape(batch, length, *values.shape[1:])
     if not with_gradient:
         return total, values, None, None
-    return total, values, d_hidden.reshape(hidden.shape), d_head.astype(head.dtype)
+    return total, values, d_hidden.reshape(hidden.shape), _upright(d_head, tied[0]).astype(head.dtype)
 
 
 def _chunk(
@@ -227,9 +238,15 @@ def _live(coefficient: Array) -> Array:
     return coefficient != 0 if coefficient.ndim == 1 else jnp.any(coefficient != 0, axis=-1)
 
 
-def _widen(head: Array, width: int) -> Array:
-    """Columns of zeros, which `_log_probs` leaves without mass."""
-    return head if head.shape[-1] == width else jnp.pad(head, ((0, 0), (0, width - head.shape[-1])))
+def _upright(head: Array, is_tied: bool) -> Array:
+    """[D, V] of a head, or a head of [D, V]."""
+    return head.T if is_tied else head
+
+
+def _widen(head: Array, width: int, is_tied: bool) -> Array:
+    """With zeros for more ids, which `_log_probs` leaves without mass."""
+    more = (0, width - head.shape[0 if is_tied else 1])
+    return jnp.pad(head, (more, (0, 0)) if is_tied else ((0, 0), more)) if more[1] else head
 
 
 def _log_probs(logits: Array, *, vocab_size: int, temperature: float, soft_cap: float | None) -> Array:

@@ -61,7 +61,7 @@ def make_train_step(
     nothing but rounding. A batch with nothing to count gives loss 0 and gradient 0.
 
     Args:
-      student: with `hidden(params, tokens, mask)` and `head(params)`.
+      student: with `hidden(params, tokens, mask)` and `stored_head(params)`.
       teacher: the same, with parameters of its own; None if no term needs one.
       terms: as from `objectives.make_terms`.
       tx: the optimiser, clipping included.
@@ -87,14 +87,17 @@ def make_train_step(
 
     def sums(params: Any, teacher_params: Any, part: Batch, weights: Array) -> tuple[Array, Array]:
         inputs = part["tokens"], part["mask"]
-        params, seen = for_lookup(mesh, params), (None, None)
+        params, teacher_hidden, teacher_head, teacher_tied = for_lookup(mesh, params), None, None, False
         if needs_teacher:
             teacher_params = for_lookup(mesh, teacher_params)
-            seen = teacher.hidden(teacher_params, *inputs), teacher.head(teacher_params)
+            teacher_hidden = teacher.hidden(teacher_params, *inputs)
+            teacher_head, teacher_tied = teacher.stored_head(teacher_params)
+        head, tied = student.stored_head(params)
         per_token = [jnp.broadcast_to(weight, part["targets"].shape) for weight in weights]
         total, values = token_sum(
-            token_loss, student.hidden(params, *inputs), student.head(params), *seen, part["coefficients"],
-            part["targets"], *per_token, chunk=chunk, vocab_size=vocab_size, temperature=temperature, mesh=mesh,
+            token_loss, student.hidden(params, *inputs), head, teacher_hidden, teacher_head, part["coefficients"],
+            part["targets"], *per_token, chunk=chunk, tied=(tied, teacher_tied), vocab_size=vocab_size,
+            temperature=temperature, mesh=mesh,
         )  # fmt: skip
         counted = (part["coefficients"] != 0).sum(axis=(0, 1))
         return total, jnp.stack([values.sum(axis=(0, 1)), counted.astype(values.dtype)])

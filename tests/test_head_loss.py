@@ -118,6 +118,24 @@ def test_padded_vocabularies_caps_and_temperature():
         np.testing.assert_allclose(gradient[name], expected_gradient[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("tied", [(True, True), (True, False), (False, True)])
+def test_a_tied_head_is_read_as_the_embedding(tied):
+    a, coefficient, _ = arrays()
+    wider = a | {"wt": jnp.pad(a["wt"], ((0, 0), (0, 2)))}
+    loss = token_loss(divergences.jensen_shannon)
+    turn = lambda head, is_tied: head.T if is_tied else head
+
+    def found(hs, ws):
+        heads = turn(ws, tied[0]), wider["ht"], turn(wider["wt"], tied[1])
+        return token_sum(loss, hs, *heads, coefficient, chunk=3, tied=tied)[0]
+
+    value, gradient = jax.value_and_grad(found, argnums=(0, 1))(a["hs"], a["ws"])
+    expected, expected_gradient = jax.value_and_grad(functools.partial(full, loss))(a, coefficient)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for name, one in zip(("hs", "ws"), gradient, strict=True):
+        np.testing.assert_allclose(one, expected_gradient[name], rtol=1e-4, atol=1e-6)
+
+
 def test_a_second_derivative_is_refused():
     a, coefficient, _ = arrays()
     once = jax.grad(lambda hs: chunked(token_loss(divergences.forward_kl), a | {"hs": hs}, coefficient))

@@ -75,9 +75,13 @@ class Model:
 
     def head(self, params: Params) -> Float[Array, "D V"]:
         """The output matrix, in the computation's type: the embedding transposed where the two are tied."""
+        matrix, tied = self.stored_head(params)
+        return matrix.T if tied else matrix
+
+    def stored_head(self, params: Params) -> tuple[Array, bool]:
+        """`head` as it lies in the parameters, and whether that is the embedding [V, D] that it is tied to."""
         tied = self.config.tie_embeddings
-        matrix = params["embed"]["embedding"].T if tied else params["head"]["kernel"]
-        return matrix.astype(self.dtype)
+        return (params["embed"]["embedding"] if tied else params["head"]["kernel"]).astype(self.dtype), tied
 
     def logits(
         self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None
