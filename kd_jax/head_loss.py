@@ -164,7 +164,7 @@ def _sweep(
     )
     count, done, carry = most(jnp.sum(live)), 0, start
     if piece < chunk:
-        done = count // chunk * chunk
+        done = (count + piece - 1) // chunk * chunk  # a rest that would fill all of a chunk's pieces is one
         carry = jax.lax.fori_loop(0, done // chunk, partial(body, chunk, 0), carry)
     carry = jax.lax.fori_loop(0, -(-(count - done) // piece), partial(body, piece, done), carry)
     total, values, d_hidden, d_head = carry

@@ -7,9 +7,11 @@ its gradient is multiplied by zero and not left out.
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from kd_jax.resolve import Number
@@ -206,22 +208,26 @@ def alpha_beta_entries(
     return jnp.where(has_p & has_q, top * curve, alone)
 
 
-@alpha_beta_entries.defjvp
+@partial(alpha_beta_entries.defjvp, symbolic_zeros=True)
 def _alpha_beta_entries_jvp(
-    alpha: Number, beta: Number, primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
+    alpha: Number, beta: Number, primals: tuple[Array, Array], tangents: tuple[Any, Any]
+) -> tuple[Array, Any]:
     log_p, log_q = promote(*primals)
     total, d = alpha + beta, _log_ratio(log_p, log_q)
     mixed = _mixed_exponent(log_p, log_q, d, alpha, beta)
 
+    sign = jnp.where(d >= 0, 1.0, -1.0)  # at 0 too: there the slope is 0, and its own slope is not
+
     def slope(by: Array, other: Array, of_other: Number, sign: Array) -> Array:
         top = _power(jnp.maximum(_times(total, by), mixed), d, total)
         alone = top / of_other if _finite_at_0(of_other, total) else 0.0
-        both = sign * top * decay_integral(jnp.abs(d), abs(of_other))
+        both = sign * top * decay_integral(jnp.where(d >= 0, d, -d), abs(of_other))
         return jnp.where(has_mass(by), jnp.where(has_mass(other), both, alone), 0.0)
 
-    by_p, by_q = slope(log_p, log_q, beta, jnp.sign(d)), slope(log_q, log_p, alpha, -jnp.sign(d))
-    return alpha_beta_entries(*primals, alpha, beta), by_p * tangents[0] + by_q * tangents[1]
+    of_p, of_q = tangents
+    by_p = 0.0 if isinstance(of_p, SymbolicZero) else slope(log_p, log_q, beta, sign) * of_p
+    by_q = 0.0 if isinstance(of_q, SymbolicZero) else slope(log_q, log_p, alpha, -sign) * of_q
+    return alpha_beta_entries(*primals, alpha, beta), jnp.zeros_like(d) + by_p + by_q
 
 
 def _log_ratio(log_p: Array, log_q: Array) -> Array:
@@ -231,10 +237,10 @@ def _log_ratio(log_p: Array, log_q: Array) -> Array:
 
 
 def _mixed_exponent(log_p: Array, log_q: Array, d: Array, alpha: Number, beta: Number) -> Array:
-    """``alpha log p + beta log q``; written so that it is no difference of two that are infinite."""
+    """``alpha log p + beta log q`` from the larger of the two, so that it is no difference of two that are infinite."""
     if alpha == 0 or beta == 0:
         return _times(beta, log_q) if alpha == 0 else alpha * log_p
-    return _times(alpha + beta, log_q) + alpha * d
+    return _times(alpha + beta, jnp.maximum(log_p, log_q)) - jnp.where(d > 0, beta, -alpha) * d
 
 
 def _times(factor: Number, log_p: Array) -> Array:
@@ -243,7 +249,7 @@ def _times(factor: Number, log_p: Array) -> Array:
 
 def _power(exponent: Array, d: Array, total: Number) -> Array:
     """exp of it; for a negative total it overflows at a small probability, and where p == q it is to be multiplied by 0."""
-    return jnp.exp(jnp.where(d == 0, 0.0, exponent) if total < 0 else exponent)
+    return jnp.exp(jnp.where(d == 0, jnp.minimum(exponent, 80.0), exponent) if total < 0 else exponent)
 
 
 def _finite_at_0(exponent: Number, total: Number) -> bool:

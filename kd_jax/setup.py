@@ -64,6 +64,14 @@ def check_numbers(config: Any) -> None:
     policies = ["none", *(name for name in dir(jax.checkpoint_policies) if name.endswith("saveable"))]
     if config.student.remat not in policies:
         raise ValueError(f"student.remat={config.student.remat!r} is not one of {', '.join(policies)}.")
+    if config.attention not in ("plain", "xla", "cudnn"):
+        raise ValueError(f"attention={config.attention!r} is not one of plain, xla, cudnn.")
+    if config.attention == "cudnn" and (
+        jax.default_backend() != "gpu" or "float32" in (config.teacher.dtype, config.student.dtype)
+    ):
+        raise ValueError(
+            "attention='cudnn' needs an NVIDIA GPU, and teacher.dtype and student.dtype bfloat16 or float16; 'plain' has no needs."
+        )
     first, last = tuple(config.profile_steps) or (1, config.steps)
     if not 1 <= first <= last <= config.steps:
         raise ValueError(f"profile_steps={config.profile_steps} must be first and last of the {config.steps} steps.")
@@ -117,8 +125,9 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
         if config.tokenizer.path:
             _check_same_tokenizer(path, tokenizer, "teacher")
         teacher, teacher_params = models.load_pretrained(path, dtype=config.teacher.dtype, shardings=place)
+        teacher = dataclasses.replace(teacher, attention=config.attention)
 
-    how = dict(dtype=config.student.dtype, remat=config.student.remat)
+    how = dict(dtype=config.student.dtype, remat=config.student.remat, attention=config.attention)
     if init == "random":
         sizes: dict[str, Any] = {
             "vocab_size": tokenizer.vocab_size,

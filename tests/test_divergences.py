@@ -419,3 +419,20 @@ def test_alpha_beta_names_the_one_that_is_wrong():
     log_p = jnp.log(jnp.array([0.5, 0.5]))
     with pytest.raises(ValueError, match=r"^beta .*nan"):
         divergences.alpha_beta(log_p, log_p, alpha=1.0, beta=float("nan"))
+
+
+@pytest.mark.parametrize("loss", [divergences.forward_kl, divergences.reverse_kl], ids=["forward", "reverse"])
+def test_the_second_derivative_at_equality_is_fishers(loss):
+    logits = jnp.array([0.3, -1.0, 0.5])
+    log_p, q = jax.nn.log_softmax(logits), jax.nn.softmax(logits)
+    hessian = jax.hessian(lambda logits: loss(log_p, jax.nn.log_softmax(logits)))(logits)
+    np.testing.assert_allclose(hessian, jnp.diag(q) - jnp.outer(q, q), atol=1e-6)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.5, 0.5), (2.0, 2.0), (0.2, 0.7), (-0.5, 2.0)])
+def test_logits_that_are_masked_by_a_huge_number_leave_the_gradient_finite(alpha, beta):
+    log_p = jax.nn.log_softmax(jnp.array([1.0, 2.0, 0.5]))
+    logits = jnp.array([1.0, 2.0, jnp.finfo(jnp.float32).min])
+    loss = lambda logits: divergences.alpha_beta(log_p, jax.nn.log_softmax(logits), alpha=alpha, beta=beta)
+    value, gradient = jax.value_and_grad(loss)(logits)
+    assert np.isfinite(value) and np.all(np.isfinite(gradient)) and np.any(gradient)

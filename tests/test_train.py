@@ -144,6 +144,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(method, stop_at, tmp_path, data_dir, 
         (dict(data__packing="row"), "none, rows, stream"),
         (dict(loss__chunk=-5), "loss.chunk=-5 must be at least 0"),
         (dict(teacher__dtype="float3"), "teacher.dtype='float3'"),
+        (dict(attention="flash"), "plain, xla, cudnn"),
+        (dict(attention="cudnn"), "needs an NVIDIA GPU"),
     ],
 )
 def test_bad_input_is_a_paragraph_and_writes_nothing(changes, words, tmp_path, data_dir, monkeypatch):

@@ -31,7 +31,8 @@ def main() -> None:
                         for line in chosen
                         if line["loss"] == loss and f"{who}_{quantity}" in line
                     ]
-                    panel.plot(*zip(*points, strict=True), style, label=f"{loss}, {who}")
+                    if points:
+                        panel.plot(*zip(*points, strict=True), style, label=f"{loss}, {who}")
             panel.set(
                 xscale="log", yscale="log", xlabel=f"{label} ({', '.join(f'{k} {v:,}' for k, v in fixed.items())})"
             )

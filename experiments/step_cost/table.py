@@ -19,7 +19,7 @@ def losses() -> list[list[str]]:
     full = {line["loss"]: line for line in read("losses.jsonl") if "full_cpu_s" in line}
     products = {line["loss"]: line for line in read("losses.jsonl") if "products_cpu_s" in line}
     memory = {(line["loss"], line["tokens"], line["vocab"]): line["chunked_temp_mb"] for line in read("memory.jsonl")}
-    rows = [["loss", "CPU s", "x full", "full's memory / ours", "x products", "MB", "N = 16,384", "and V = 131,072"]]
+    rows = [["loss", "CPU s", "of full", "full's memory / ours", "of products", "MB", "N = 16,384", "and V = 131,072"]]
     for name, line in full.items():
         sizes = [memory[name, *job] for job in ((4096, 32768), (16384, 32768), (16384, 131072))]
         ratios = [f"{line['time_ratio']:.2f}", f"{line['memory_ratio']:.1f}", f"{products[name]['time_ratio']:.2f}"]
@@ -60,7 +60,15 @@ def main() -> None:
             [f"{line['loss']}, N = {line['tokens']:,}", line["mesh"] or "one device", str(line["time_ratio"])]
         )
     print(markdown(masked))
-    print(markdown(peers("peers.jsonl", ("impl", "loss"), {"cpu_s": "CPU s", "peak_over_mb": "peak over start, MB"})))
+    print(
+        markdown(
+            peers(
+                "peers.jsonl",
+                ("impl", "loss"),
+                {"cpu_s": "CPU s", "wall_s": "wall s", "peak_over_mb": "peak over start, MB"},
+            )
+        )
+    )
     step = {"cpu_s_min": "CPU s a step", "step_s_min": "wall s", "peak_over_before_mib": "peak over start, MiB"}
     print(markdown(peers("steps.jsonl", ("impl",), step)))
     print(markdown(quickstart()))

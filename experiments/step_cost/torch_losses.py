@@ -1,7 +1,9 @@
 """The losses of Liger Kernel and TRL on a CPU at the shapes of `loss_cost.py`, in an environment of their own.
 
 python -m venv PEERS && PEERS/bin/pip install torch==2.13.0 trl==1.16.0 liger-kernel
-PEERS/bin/python experiments/step_cost/torch_losses.py --impl=liger --loss=forward_kl
+OMP_WAIT_POLICY=passive PEERS/bin/python experiments/step_cost/torch_losses.py --impl=liger --loss=forward_kl
+
+Every position counts: compare with `loss_cost.py --masked=0 --against=nothing`. Waiting threads sleep and cost no CPU time.
 
 Prints a JSON line: the least CPU seconds of value and gradient, and the peak of resident memory over the start.
 """
@@ -69,11 +71,12 @@ def main():
         file.write("5")
     seconds = []
     for _ in range(args.rounds):
-        start = time.process_time()
+        start, wall = time.process_time(), time.perf_counter()
         run()
-        seconds.append(time.process_time() - start)
+        seconds.append((time.process_time() - start, time.perf_counter() - wall))
     line = {"impl": args.impl} | {key: vars(args)[key] for key in ("loss", "tokens", "vocab", "student", "teacher")}
-    line |= {"cpu_s": round(min(seconds), 4), "peak_over_mb": round(memory_mb("VmHWM") - before, 1)}
+    cpu, wall = (round(min(column), 4) for column in zip(*seconds, strict=True))
+    line |= {"cpu_s": cpu, "wall_s": wall, "peak_over_mb": round(memory_mb("VmHWM") - before, 1)}
     versions = {name: metadata.version(name) for name in ("torch", "liger-kernel", "trl")}
     print(json.dumps(line | versions))
 

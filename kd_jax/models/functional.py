@@ -29,12 +29,16 @@ class Model:
       param_dtype: of the parameters that `init` makes. `hidden` takes any and casts.
       remat: 'none', or a name of `jax.checkpoint_policies`: what of a block is kept for the backward pass, the rest being
         computed again.
+      attention: 'plain', which is ours and holds the scores, or an implementation of `jax.nn.dot_product_attention`: 'xla', or
+        'cudnn', flash attention on an NVIDIA GPU from Ampere on, in half precision, with sequences of even length. Where
+        there is a cache it is plain.
     """
 
     config: ModelConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     remat: str = "none"
+    attention: str = "plain"
 
     def __post_init__(self) -> None:
         # jnp.float32, "float32" and np.dtype("float32") must be one model, or jit traces it three times.
@@ -122,6 +126,7 @@ def from_config(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     remat: str = "none",
+    attention: str = "plain",
 ) -> Model:
     """A model that computes in `dtype` on parameters in `param_dtype`; `model.init(key)` makes random ones.
 
@@ -132,6 +137,7 @@ def from_config(
       dtype: of the computation.
       param_dtype: of the parameters.
       remat: as in `Model`.
+      attention: as in `Model`.
     Returns:
       A `Model`, which holds no arrays.
     Example:
@@ -142,7 +148,7 @@ def from_config(
       >>> model.logits(params, jax.numpy.zeros((1, 3), int)).shape
       (1, 3, 11)
     """
-    return Model(config, dtype, param_dtype, remat)
+    return Model(config, dtype, param_dtype, remat, attention)
 
 
 def take_layers(model: Model, params: Params, layers: Sequence[int]) -> tuple[Model, Params]:
@@ -170,7 +176,7 @@ def take_layers(model: Model, params: Params, layers: Sequence[int]) -> tuple[Mo
 
 
 def _module(model: Model, key: Array) -> Transformer:
-    return Transformer(model.config, model.dtype, model.param_dtype, model.remat, nnx.Rngs(key))
+    return Transformer(model.config, model.dtype, model.param_dtype, model.remat, model.attention, nnx.Rngs(key))
 
 
 @functools.lru_cache(maxsize=64)

@@ -33,7 +33,8 @@ class Cache(NamedTuple):
 class Attention(nnx.Module):
     """Causal attention with grouped queries."""
 
-    def __init__(self, config: ModelConfig, linear: "_Linear", norm: "_Norm"):
+    def __init__(self, config: ModelConfig, linear: "_Linear", norm: "_Norm", implementation: str):
+        self.implementation = implementation
         width, queries = config.hidden_size, config.num_heads * config.head_dim
         shared = config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
@@ -57,8 +58,13 @@ class Attention(nnx.Module):
             keys, values, index = cache
             key = jax.lax.dynamic_update_slice(keys, key, (0, index, 0, 0))
             value = jax.lax.dynamic_update_slice(values, value, (0, index, 0, 0))
-        flash = cache is None and _has_flash(query)
-        attended = (_flash if flash else _attend)(query, key, value, mask)
+        if cache is None and self.implementation != "plain":
+            # Their mask becomes a finite bias, so that here, too, a row that sees nothing is finite.
+            attended = jax.nn.dot_product_attention(
+                query, key, value, mask=mask[:, None], implementation=self.implementation
+            )
+        else:
+            attended = _attend(query, key, value, mask)
         return self.output(attended.reshape(*x.shape[:2], -1)), (key, value)
 
 
@@ -81,9 +87,9 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """A transformer block that normalises before each half."""
 
-    def __init__(self, config: ModelConfig, linear: "_Linear", norm: "_Norm"):
+    def __init__(self, config: ModelConfig, linear: "_Linear", norm: "_Norm", implementation: str):
         self.attention_norm = norm(config.hidden_size)
-        self.attention = Attention(config, linear, norm)
+        self.attention = Attention(config, linear, norm, implementation)
         self.mlp_norm = norm(config.hidden_size)
         self.mlp = MLP(config, linear)
 
@@ -96,7 +102,9 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Tokens to hidden states after the final norm; products in `dtype`, norms and softmax in float32."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike, remat: str, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike, remat: str, attention: str, rngs: nnx.Rngs
+    ):
         linear = functools.partial(
             nnx.Linear,
             dtype=dtype,
@@ -127,7 +135,7 @@ class Transformer(nnx.Module):
         self.config, self.dtype, self.remat = config, dtype, remat
         self.embed = embed(config.vocab_size)
         self.positions = embed(config.max_positions) if config.learned_positions else None
-        self.layers = nnx.Dict({str(i): Block(config, linear, norm) for i in range(config.num_layers)})
+        self.layers = nnx.Dict({str(i): Block(config, linear, norm, attention) for i in range(config.num_layers)})
         self.norm = norm(config.hidden_size)
         self.head = None if config.tie_embeddings else linear(config.hidden_size, config.vocab_size, use_bias=False)
 
@@ -206,20 +214,6 @@ def _attend(query, key, value, mask):
     attended = jnp.matmul(weights, value.transpose(0, 2, 1, 3))
     attended = attended.reshape(batch, groups, heads // groups, length, width)
     return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
-
-
-def _has_flash(query) -> bool:
-    """Whether cuDNN's flash attention takes these: on an NVIDIA GPU from Ampere on, in half precision, of even length."""
-    if jax.default_backend() != "gpu" or query.dtype not in (jnp.bfloat16, jnp.float16):
-        return False
-    capability = getattr(jax.devices()[0], "compute_capability", "")  # such as 9.0; an AMD GPU's is a name
-    recent = capability.replace(".", "").isdigit() and float(capability) >= 8
-    return recent and query.shape[1] % 2 == 0 and query.shape[3] % 8 == 0 and query.shape[3] <= 128
-
-
-def _flash(query, key, value, mask, implementation="cudnn"):
-    """`_attend` without its scores in memory. The mask becomes a bias, finite, so that no row is without weights."""
-    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation=implementation)
 
 
 def rotary_frequencies(config: ModelConfig) -> Float[np.ndarray, " H/2"]:
