@@ -187,7 +187,7 @@ def alpha_beta_entries(
         up, down, exponent_p, exponent_q = -down, -up, exponent_q, exponent_p
 
     top = _power(jnp.maximum(exponent_p, exponent_q), d, total)
-    first_is_up, x = d > 0, jnp.abs(d)
+    first_is_up, x = d > 0, _magnitude(d)
     rate = jnp.where(first_is_up, up, down)
     integral_up, integral_down = decay_integral(x, up), decay_integral(x, down)
     first = jnp.where(first_is_up, integral_up, integral_down)
@@ -222,7 +222,7 @@ def _alpha_beta_entries_jvp(
     def slope(by: Array, other: Array, of_other: Number, sign: Array) -> Array:
         top = _power(jnp.maximum(_times(total, by), mixed), d, total)
         alone = top / of_other if _finite_at_0(of_other, total) else 0.0
-        both = sign * top * decay_integral(jnp.where(d >= 0, d, -d), abs(of_other))
+        both = sign * top * decay_integral(_magnitude(d), abs(of_other))
         return jnp.where(has_mass(by), jnp.where(has_mass(other), both, alone), 0.0)
 
     of_p, of_q = tangents
@@ -235,6 +235,11 @@ def _log_ratio(log_p: Array, log_q: Array) -> Array:
     """``log p - log q``, and 0 where one has no mass."""
     has_p, has_q = has_mass(log_p), has_mass(log_q)
     return jnp.where(has_p & has_q, log_p - jnp.where(has_q, log_q, 0.0), 0.0)
+
+
+def _magnitude(d: Array) -> Array:
+    """``|d|``, with slope 1 at 0 and not 0: the slopes given above are products with a sign that is 1 there, too."""
+    return jnp.where(d >= 0, d, -d)
 
 
 def _mixed_exponent(log_p: Array, log_q: Array, d: Array, alpha: Number, beta: Number) -> Array:
