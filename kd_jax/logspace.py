@@ -2,8 +2,7 @@
 
 No mass is a log-probability of ``-inf``. Two rules keep such an entry from poisoning the rest: the difference
 of two of them is never formed, and what a ``where`` does not select is computed from finite stand-ins, since
-its gradient is multiplied by zero and not left out. ``alpha_beta_entries``, whose derivatives are given, needs only
-the first.
+its gradient is multiplied by zero and not left out (``alpha_beta_entries``, whose slopes are given, needs only the first).
 """
 
 import math
