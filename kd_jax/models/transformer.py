@@ -33,7 +33,7 @@ class Cache(NamedTuple):
 class Attention(nnx.Module):
     """Causal attention with grouped queries."""
 
-    def __init__(self, config: ModelConfig, linear: "_Linear", norm: "_Norm", implementation: str):
+    def __init__(self, config: ModelConfig, linear: "_Linear", norm: "_Norm", implementation: Any):
         self.implementation = implementation
         width, queries = config.hidden_size, config.num_heads * config.head_dim
         shared = config.num_kv_heads * config.head_dim
@@ -87,7 +87,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """A transformer block that normalises before each half."""
 
-    def __init__(self, config: ModelConfig, linear: "_Linear", norm: "_Norm", implementation: str):
+    def __init__(self, config: ModelConfig, linear: "_Linear", norm: "_Norm", implementation: Any):
         self.attention_norm = norm(config.hidden_size)
         self.attention = Attention(config, linear, norm, implementation)
         self.mlp_norm = norm(config.hidden_size)
