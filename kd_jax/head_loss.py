@@ -105,12 +105,12 @@ def token_sum(
 def _sizes(shape: tuple[int, ...], width: int, chunk: int | None, ways: int) -> tuple[int, int, int | None]:
     """Tokens in a chunk, in a piece, which the tokens that fill no chunk go in, and in a block of either.
 
-    A CPU wants blocks whose logits stay in its cache, and chunks just long enough for the matrix products; an
-    accelerator wants long chunks, each in one block.
+    A CPU wants blocks whose logits stay in its cache, and chunks just long enough for the matrix products: adding up the
+    head's gradient less often pays only where there is much to add. An accelerator wants long chunks, each in one block.
     """
     tokens = max(1, shape[0] * shape[1] // ways)
     cpu = jax.default_backend() == "cpu"
-    chunk = min(tokens, chunk or (256 if cpu else 2048))
+    chunk = min(tokens, chunk or (min(max(tokens // 8, 256), 512) if cpu else 2048))
     block = max(1, min(chunk, BLOCK_BYTES // (4 * width))) if cpu else None
     whole = lambda size: -(-size // (block or 1)) * (block or 1)
     return whole(chunk), whole(-(-chunk // 4)), block
