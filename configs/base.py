@@ -8,7 +8,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-_OPEN = ("options", "config", "learning_rate", "optimizer", "divergence", "assistant", "weight", "coefficient")
+_OPEN = (
+    "options",
+    "config",
+    "learning_rate",
+    "optimizer",
+    "divergence",
+    "assistant",
+    "weight",
+    "coefficient",
+    "prefixes",
+)
 
 
 def get_config() -> ConfigDict:
@@ -23,6 +33,17 @@ def get_config() -> ConfigDict:
     config.objective = ConfigDict()
     config.objective.temperature = 1.0  # divides both models' logits; a T^2 factor goes into the coefficients
     config.objective.terms = ConfigDict()  # name -> term(); the loss is their sum
+
+    config.prefixes = ConfigDict({"name": "data"})  # spec: kd_jax.prefixes, whose text the models are compared on
+
+    config.sampling = ConfigDict()
+    config.sampling.max_new_tokens = 128  # of a response that a model writes
+    config.sampling.temperature = 1.0  # of whoever writes
+    config.sampling.top_p = 1.0  # the likeliest tokens that hold this mass; 1: all
+    config.sampling.top_k = 0  # the likeliest so many; 0: all
+    config.sampling.teacher_share = 0.0  # of the teacher in what the student's rows are drawn from: MiniLLM's mixture
+    config.sampling.rollouts_per_prompt = 1  # responses to a prompt; a batch then has fewer prompts
+    config.sampling.show_every = 200  # steps after which responses that were just drawn are shown; 0: never
 
     config.loss = ConfigDict()
     config.loss.chunk = 0  # tokens, per device, whose logits are held at a time; 0 chooses
@@ -61,6 +82,11 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 32  # rows an update, over all devices
     config.data.eval_batch_size = 32  # rows evaluated at a time
 
+    config.text = ConfigDict()  # a second stream, for terms with rows="text": every token of it counts
+    config.text.name = ""  # a dataset as in data; empty: there is none
+    config.text.options = ConfigDict()  # keywords of that builder
+    config.text.batch_size = 8  # rows an update beside the first stream's, each data.max_length tokens
+
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that divide the batch; -1: all that the other two leave
     config.mesh.fsdp = 1  # devices that divide the batch and the parameters
@@ -78,18 +104,37 @@ def get_config() -> ConfigDict:
 def term(**changes: Any) -> ConfigDict:
     """One summand of the objective; a changed key must be one of these."""
     values = {
-        "kind": "divergence",  # divergence, or hard_labels: -log q(the data's token), which reads none of the next five
+        "kind": "divergence",  # divergence; hard_labels: -log q(the row's token); policy_gradient of KL(q || p), see policy
         "divergence": {"name": "forward_kl"},  # spec: kd_jax.divergences
         "assistant": None,  # spec: kd_jax.assistants, or None
         "pair": ("teacher", "student"),  # first and second argument: two of teacher, student, assistant
         "stop_gradient": False,  # the assistant's student is a constant to the gradient
         "weight": 0.0,  # of the teacher in the assistant: a number, or a spec of kd_jax.schedules
         "coefficient": 1.0,  # in front of the term: a number, or a spec of kd_jax.schedules
-        "rows": "all",  # all, or by whose text they are: data, teacher, student
+        "rows": "all",  # all of the first stream, or by whose text they are: data, teacher, student, text
+        "importance": False,  # for a divergence on rows drawn with sampling.teacher_share: weigh each token by q / mixture
+        "policy": policy(),  # for policy_gradient
         "average": "token",  # token: over all tokens of the batch; sequence: over rows of each row's mean
     }
     if unknown := changes.keys() - values.keys():
         raise KeyError(f"a term has no key {sorted(unknown)}; it has {', '.join(values)}.")
+    return ConfigDict(values | changes)
+
+
+def policy(**changes: Any) -> ConfigDict:
+    """How the student's own tokens are rewarded, with log p - log q each; the defaults are MiniLLM's paper's."""
+    values = {
+        "discount": 1.0,  # of rewards that come later
+        "include_current": False,  # the token's own reward, too, and not only what follows it
+        "length_normalised": True,  # rewards are averaged over the tokens they are of, not summed
+        "whiten": "none",  # advantages get mean 0 and variance 1: over the counted tokens, or all, padding too
+        "baseline": "none",  # or kl: the reward of each token less its exact mean, -KL(q || p)
+        "clip": 0.2,  # how far the ratio to the student that drew is followed; 0: wherever it goes
+        "reward_scale": 1.0,  # rewards are divided by it
+        "reward_limit": 0.0,  # and cut at plus and minus this; 0: not cut
+    }
+    if unknown := changes.keys() - values.keys():
+        raise KeyError(f"a policy has no key {sorted(unknown)}; it has {', '.join(values)}.")
     return ConfigDict(values | changes)
 
 

@@ -29,6 +29,7 @@ def docstrings(config: ConfigDict) -> None:
     )
     config.data.max_length = 176
     config.data.max_prompt_length = 128
+    config.sampling.max_new_tokens = 48
     config.data.batch_size = 16
 
 
@@ -43,6 +44,8 @@ def smoke(config: ConfigDict) -> None:
     config.data.long_prompts = "cut"
     config.data.max_length = 48
     config.data.max_prompt_length = 32
+    config.sampling.max_new_tokens = 8
+    config.text.batch_size = 8
     config.data.batch_size = 8
     config.data.eval_batch_size = 8
     config.data.eval_rows = 8
@@ -60,6 +63,7 @@ def dolly_smollm2(config: ConfigDict) -> None:
     config.data.template = "chat"
     config.data.max_length = 256
     config.data.max_prompt_length = 160
+    config.sampling.max_new_tokens = 96
     config.data.batch_size = 8
     config.data.eval_batch_size = 8
     config.data.eval_rows = 64
@@ -84,5 +88,7 @@ def dolly_gpt2(config: ConfigDict) -> None:
     config.data.name = "dolly"
     config.data.template = "alpaca"
     config.data.eval_rows = 500
+    config.sampling.max_new_tokens = 256
+    config.text.batch_size = 32
     config.eval_every = 390
     config.checkpoint_every = 390

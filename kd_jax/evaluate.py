@@ -103,15 +103,10 @@ def sample(
       max_new_tokens: where a response that has not ended is cut.
       seed: of the draw.
     """
-    width = max(map(len, prompts))
-    tokens = np.full((len(prompts), width), tokenizer.pad_id, np.int32)
-    mask = np.zeros((len(prompts), width), bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = True
+    tokens, mask = models.left_pad(prompts, tokenizer.pad_id, model.config.max_positions - max_new_tokens)
     drawn, drawn_mask, _ = models.generate(
         model, params, jnp.array(tokens), jnp.array(mask), max_new_tokens=max_new_tokens, key=jax.random.key(seed),
-        eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+        vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
     )  # fmt: skip
     return [
         tokenizer.decode([int(t) for t in row[keep]])

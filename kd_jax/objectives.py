@@ -2,17 +2,22 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kd_jax import assistants, divergences, resolve, schedules
+from kd_jax import assistants, divergences, policy_gradient, resolve, schedules
+from kd_jax.policy_gradient import Scores
 
 MEMBERS = ("teacher", "student", "assistant")
 AVERAGES = ("token", "sequence")
-ROWS = ("all", "data", "teacher", "student")
+# Whose text a row is; "text" is the second stream's. A batch's `origin` holds indices into it.
+ORIGINS = ("data", "teacher", "student", "text")
+ROWS = ("all", *ORIGINS)  # all: of the first stream
+KINDS = ("divergence", "hard_labels", "policy_gradient")
 
 # (log_p, log_q, weight) -> a value per token; log_p may be None where the pair does not name the teacher.
 TokenLoss = Callable[..., Float[Array, "..."]]
@@ -91,12 +96,13 @@ class Term:
 
     Attributes:
       name: its key in the config and in the metrics.
-      loss: (log_p, log_q, target, weight) -> a value per token; log_p is None where there is no teacher.
+      loss: (log_p, log_q, target, weight, *signals) -> a value per token; log_p is None where there is no teacher.
       needs_teacher: whether `loss` reads log_p.
       weight: schedule of the assistant's weight on the teacher.
       coefficient: schedule of the factor in front.
       rows: which rows it applies to, by where their text came from.
       average: 'token' or 'sequence', see `token_coefficients`.
+      signals: the tokens' scores -> arrays [B, L], constants that `loss` takes beside the weight; None: there are none.
     """
 
     name: str
@@ -106,15 +112,22 @@ class Term:
     coefficient: Any
     rows: str
     average: str
+    signals: Callable[[Scores], tuple[Array, ...]] | None = None
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the targets' log-probabilities have to be known before the loss."""
+        return self.signals is not None or getattr(self.weight, "needs_scores", False)
 
 
-def make_terms(specs: Any, temperature: float = 1.0) -> tuple[Term, ...]:
+def make_terms(specs: Any, temperature: float = 1.0, teacher_share: float = 0.0) -> tuple[Term, ...]:
     """The terms that a config describes, checked before anything is computed.
 
     Args:
-      specs: a dict or ConfigDict, name -> {kind, divergence, assistant, pair, stop_gradient, weight, coefficient, rows, average}, as
-        `configs/base.py` declares them; a name with None in place of a spec is left out.
+      specs: a dict or ConfigDict, name -> what `configs/base.py` declares as a term; a name with None in place of a spec is
+        left out.
       temperature: what the logits were divided by. Hard labels undo it: they are about q at temperature 1.
+      teacher_share: of the mixture that the student's rows are drawn from: 0 where the student draws alone.
 
     Returns:
       The terms, in the order of the config.
@@ -124,7 +137,8 @@ def make_terms(specs: Any, temperature: float = 1.0) -> tuple[Term, ...]:
     """
     if not temperature > 0:
         raise ValueError(f"objective.temperature={temperature} must be above 0.")
-    terms = tuple(_make_term(name, spec, temperature) for name, spec in specs.items() if spec is not None)
+    make = partial(_make_term, temperature=temperature, teacher_share=teacher_share)
+    terms = tuple(make(name, spec) for name, spec in specs.items() if spec is not None)
     if not terms:
         raise ValueError("objective.terms is empty; give it at least one term, such as configs/forward_kl.py does.")
     return terms
@@ -147,7 +161,7 @@ def token_coefficients(
     Returns:
       Coefficients that sum to 1, or all 0 where nothing counts.
     """
-    counted = mask.astype(jnp.float32)
+    counted = jnp.asarray(mask, float)
     if average == "token":
         return counted / jnp.maximum(counted.sum(), 1)
     if segments is None:
@@ -159,21 +173,34 @@ def token_coefficients(
     return share / jnp.maximum(share.sum(), 1)
 
 
-def _make_term(name: str, spec: Any, temperature: float) -> Term:
+def row_means(scores: Scores) -> dict[str, Array]:
+    """Of each row's counted tokens the mean log-probability under both models, and whether it has any: for schedules."""
+    count = scores.counted.sum(axis=1)
+    mean = lambda values: jnp.where(scores.counted, values, 0).sum(axis=1) / jnp.maximum(count, 1)
+    return {"log_p": mean(scores.log_p), "log_q": mean(scores.log_q), "counted": count > 0}
+
+
+def _make_term(name: str, spec: Any, temperature: float, teacher_share: float) -> Term:
     try:
-        for key, known in (("rows", ROWS), ("average", AVERAGES), ("kind", ("divergence", "hard_labels"))):
+        for key, known in (("rows", ROWS), ("average", AVERAGES), ("kind", KINDS)):
             if spec[key] not in known:
                 raise ValueError(f"{key}={spec[key]!r} is not one of {', '.join(known)}.")
-        if spec["kind"] == "hard_labels":
-            loss, needs_teacher = _hard_labels(temperature), False
+        signals, kind = None, spec["kind"]
+        if kind == "hard_labels":
+            loss = _hard_labels(temperature)
+        elif kind == "policy_gradient":
+            loss, signals = _policy_gradient(spec["policy"], teacher_share)
         else:
-            loss, needs_teacher = _divergence_loss(spec), True
+            loss = _divergence_loss(spec)
+        if spec["importance"] and kind == "divergence":
+            loss, signals = _weighted(loss), lambda scores: (policy_gradient.importance(scores, teacher_share),)
         if spec["assistant"] is not None and isinstance(spec["weight"], int | float):
             resolve.check_fraction("weight", spec["weight"])
         weight, coefficient = _schedule(spec["weight"]), _schedule(spec["coefficient"])
     except ValueError as error:
         raise ValueError(f"objective.terms.{name}: {error}") from error
-    return Term(name, loss, needs_teacher, weight, coefficient, spec["rows"], spec["average"])
+    needs_teacher = kind != "hard_labels" or getattr(weight, "needs_scores", False)
+    return Term(name, loss, needs_teacher, weight, coefficient, spec["rows"], spec["average"], signals)
 
 
 def _schedule(spec: Any) -> Any:
@@ -193,3 +220,38 @@ def _hard_labels(temperature: float) -> Callable[..., Array]:
         return cross_entropy(log_q if temperature == 1 else jax.nn.log_softmax(temperature * log_q), target)
 
     return loss
+
+
+def _weighted(loss: Callable[..., Array]) -> Callable[..., Array]:
+    return lambda log_p, log_q, target, weight, importance: importance * loss(log_p, log_q, target, weight)
+
+
+def _policy_gradient(spec: Any, teacher_share: float) -> tuple[Callable[..., Array], Callable[[Scores], Any]]:
+    """The clipped surrogate of the drawn tokens, and the constants that it needs of each."""
+    options = dict(spec)
+    number = lambda name, low, high=float("inf"): resolve.check_number(f"policy.{name}", options[name], low, high)
+    discount, clip = number("discount", 0, 1), number("clip", 0)
+    scale, limit = number("reward_scale", 1e-6), number("reward_limit", 0) or float("inf")
+    for name, known in (("baseline", ("none", "kl")), ("whiten", ("none", "counted", "all"))):
+        if options[name] not in known:
+            raise ValueError(f"policy.{name}={options[name]!r} is not one of {', '.join(known)}.")
+
+    def signals(scores: Scores) -> tuple[Array, ...]:
+        advantage = policy_gradient.returns(
+            policy_gradient.rewards(scores, scale, limit), scores.counted, discount=discount,
+            include_current=options["include_current"], length_normalised=options["length_normalised"],
+        )  # fmt: skip
+        if options["whiten"] != "none":
+            over = scores.counted if options["whiten"] == "counted" else jnp.ones_like(scores.counted)
+            advantage = policy_gradient.whiten(advantage, over)
+        return advantage, scores.drawn_log_q, policy_gradient.importance(scores, teacher_share)
+
+    def loss(log_p: Array, log_q: Array, target: Array, weight: Any, *signals: Array) -> Array:
+        advantage, drawn_log_q, importance = signals
+        if options["baseline"] == "kl":  # the reward's exact mean is -KL(q || p): what is left varies less
+            advantage = advantage + jax.lax.stop_gradient(divergences.reverse_kl(log_p, log_q)) / scale
+        return policy_gradient.clipped_surrogate(
+            -cross_entropy(log_q, target), drawn_log_q, advantage, importance, clip
+        )
+
+    return loss, signals

@@ -4,9 +4,13 @@ A spec is a name, or a mapping with the name under ``"name"`` and keyword argume
 
     {"name": "alpha_beta", "alpha": 0.2, "beta": 0.7}
 
+The name may be a call, ``"alpha_beta(alpha=0.2, beta=0.7)"``: then what stands beside it does not count, so that a flag
+can put one function in the place of another that has other keywords.
+
 A module is its own registry: the names it offers are its ``__all__``, or its public callables if it has none.
 """
 
+import ast
 import difflib
 import functools
 import inspect
@@ -105,6 +109,8 @@ def look_up(
     """
     keywords = {} if isinstance(spec, str) else dict(spec)
     name = spec if isinstance(spec, str) else keywords.pop("name", None)
+    if isinstance(name, str) and "(" in name:
+        name, keywords = _parse_call(name)
     known = names(module)
     if name not in known:
         what = "no name" if name is None else f"unknown name {name!r}"
@@ -155,6 +161,17 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     lower = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(str(name).lower(), lower, n=1)
     return f" (did you mean {lower[close[0]]!r}?)" if close else ""
+
+
+def _parse_call(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the keywords, which are literals, of a call."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise SyntaxError
+        return call.func.id, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg}
+    except (SyntaxError, ValueError):
+        raise ValueError(f"{text!r} is not a call with keywords, such as alpha_beta(alpha=0.2, beta=0.7).") from None
 
 
 def _array_parameters(function: Callable[..., Any]) -> list[str]:

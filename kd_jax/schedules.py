@@ -40,6 +40,7 @@ __all__ = [
     "constant_schedule",
     "cosine_decay_schedule",
     "cosine_onecycle_schedule",
+    "distillm2_skew",
     "exponential_decay",
     "join_schedules",
     "linear_onecycle_schedule",
@@ -135,6 +136,79 @@ class taid:
         adaptive = state.value + self.alpha * jax.nn.sigmoid(momentum) * (1 - state.value)
         value = jnp.minimum(self.end, line if self.disable_adaptive else jnp.maximum(line, adaptive))
         return TaidState(jnp.where(first, state.value, value), jnp.where(first, state.momentum, momentum), loss)
+
+
+class SkewState(NamedTuple):
+    """What DistiLLM-2's curriculum remembers: of the first steps, the sum of the gaps and their number."""
+
+    total: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+class distillm2_skew:
+    """The skew ``1 - (1 - base) m / gap``, cut to ``[low, base]``: more of the other model where the two are far apart.
+
+    ``gap`` is ``p(y | x) - q(y | x)`` of a teacher's response y, or ``q(y | x) - p(y | x)`` of a student's, each the
+    exponential of the mean log-probability of its tokens; ``m`` is its mean over the first ``reference_steps``, in which
+    the skew is ``base``. From ``log(p / r) ~ (1 - skew)(p - q)``: that product is kept constant. A gap below 0 gives
+    ``base``. The skew is a constant to the gradient.
+
+    Args:
+      reference_steps: how many steps make up ``m``: the first epoch.
+      rows: "teacher": the skew is the weight of the teacher in ``KL(p || r)``. "student": it is that of the student in
+        ``KL(q || r)``, so that the weight of the teacher, which is the value, is ``1 - skew``.
+      base: the largest skew, in ``(0, 1)``.
+      low: the smallest, in ``[0, base]``.
+      per_row: a skew for each row, as in the published code, instead of one for the batch's mean gap.
+
+    Raises:
+      ValueError: for a number out of range.
+
+    References:
+      Ko et al., `DistiLLM-2 <https://arxiv.org/abs/2503.07067>`_, 2025; the published code never gets to it.
+    """
+
+    needs_scores = True
+
+    def __init__(
+        self, reference_steps: int, rows: str = "teacher", base: float = 0.1, low: float = 0.01, per_row: bool = False
+    ):
+        self.reference_steps = check_number("reference_steps", reference_steps, low=1)
+        self.base = check_number("base", base, 0.0, 1.0)
+        self.low = check_number("low", low, 0.0, self.base)
+        if rows not in ("teacher", "student"):
+            raise ValueError(f"rows must be 'teacher' or 'student', but is {rows!r}.")
+        self.of_student, self.per_row = rows == "student", per_row
+
+    def init(self) -> SkewState:
+        """The state before the first step."""
+        return SkewState(jnp.array(0.0, float), jnp.array(0.0, float))
+
+    def _gap(self, log_p: Array, log_q: Array, counted: Array) -> Array:
+        gap = jnp.where(counted, jnp.exp(log_p) - jnp.exp(log_q), 0)
+        return -gap if self.of_student else gap
+
+    def __call__(
+        self, state: SkewState, *, step: jax.typing.ArrayLike, log_p: Array, log_q: Array, counted: Array, **unused: Any
+    ) -> Float[Array, "..."]:
+        """The teacher's weight in each row's assistant, or in all: from the rows' mean log-probabilities [B]."""
+        gap = self._gap(log_p, log_q, counted)
+        if not self.per_row:
+            gap = gap.sum() / jnp.maximum(counted.sum(), 1)
+        reference = state.total / jnp.maximum(state.count, 1)
+        skew = jnp.clip(1 - (1 - self.base) * reference / (gap + 1e-5), self.low, self.base)
+        skew = jnp.where((gap <= 0) | (jnp.asarray(step) < self.reference_steps), self.base, skew)
+        return 1 - skew if self.of_student else skew
+
+    def update(
+        self, state: SkewState, *, step: jax.typing.ArrayLike, log_p: Array, log_q: Array, counted: Array, **unused: Any
+    ) -> SkewState:
+        """The state after a step, from the same rows."""
+        early = jnp.asarray(step) < self.reference_steps
+        gap = self._gap(log_p, log_q, counted).sum()
+        return SkewState(
+            state.total + jnp.where(early, gap, 0), state.count + jnp.where(early, counted.sum(), 0).astype(float)
+        )
 
 
 def as_stateful(schedule: float | Callable[..., Any] | StatefulSchedule) -> StatefulSchedule:

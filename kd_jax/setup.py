@@ -1,4 +1,4 @@
-"""What a config names on disk: tokenizer, teacher, student and rows, checked against each other."""
+"""What a config names on disk: tokenizer, teacher and student, checked against each other and against its numbers."""
 
 import dataclasses
 import operator
@@ -55,6 +55,12 @@ def check_numbers(config: Any) -> None:
         "microbatches": 1,
     }
     least |= {"data.batch_size": 1, "data.eval_batch_size": 1, "data.eval_rows": 0, "sample_tokens": 1, "loss.chunk": 0}
+    least |= {
+        "sampling.max_new_tokens": 1,
+        "sampling.rollouts_per_prompt": 1,
+        "sampling.show_every": 0,
+        "text.batch_size": 1,
+    }
     for name, low in least.items():
         if (value := operator.attrgetter(name)(config)) < low:
             raise ValueError(f"{name}={value} must be at least {low}.")
@@ -77,21 +83,24 @@ def check_numbers(config: Any) -> None:
         raise ValueError(f"profile_steps={config.profile_steps} must be first and last of the {config.steps} steps.")
     if config.data.packing not in PACKINGS:
         raise ValueError(f"data.packing={config.data.packing!r} is not one of {', '.join(PACKINGS)}.")
-    if config.data.batch_size % config.microbatches:
-        raise ValueError(
-            f"data.batch_size={config.data.batch_size} does not divide into microbatches={config.microbatches}."
-        )
+    for name in ("data", "text"):
+        size = config[name].batch_size
+        if (name == "data" or config.text.name) and size % config.microbatches:
+            raise ValueError(f"{name}.batch_size={size} does not divide into microbatches={config.microbatches}.")
 
 
 def check_mesh(config: Any, mesh: jax.sharding.Mesh) -> None:
     """Whether the mesh can divide the rows that are worked on at a time."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     microbatch = config.data.batch_size // config.microbatches
-    for name, rows in (("batch_size", microbatch), ("eval_batch_size", config.data.eval_batch_size)):
+    sizes = {"data.batch_size": microbatch, "data.eval_batch_size": config.data.eval_batch_size}
+    if config.text.name:
+        sizes["text.batch_size"] = config.text.batch_size // config.microbatches
+    for name, rows in sizes.items():
         if rows % ways:
             raise ValueError(
-                f"data.{name}={config.data[name]} leaves {rows} rows at a time (microbatches={config.microbatches}), which "
-                f"the mesh cannot divide over data x fsdp = {ways} devices; choose a multiple."
+                f"{name}={operator.attrgetter(name)(config)} leaves {rows} rows at a time (microbatches={config.microbatches}), "
+                f"which the mesh cannot divide over data x fsdp = {ways} devices; choose a multiple."
             )
 
 
@@ -158,38 +167,6 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
     # A copy: the state is donated to every step, and these arrays are the teacher's too.
     copy = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), tree))
     return Models(student, lambda key: copy(params), teacher, teacher_params)
-
-
-def load_data(config: Any, tokenizer: data.Tokenizer, max_length: int) -> tuple[Any, Any, dict[str, Any]]:
-    """Training rows, held-out rows, and what became of the rows of each, per split."""
-    options = config.data
-    if max_length < options.max_length:
-        raise ValueError(
-            f"data.max_length={options.max_length} is longer than the {max_length} positions that the models have; lower it."
-        )
-    rows, counts = [], {}
-    for split, limit in ((options.train_split, 0), (options.eval_split, options.eval_rows)):
-        source: Any = data.load(options.name, split=split, data_dir=options.data_dir or None, **dict(options.options))
-        if limit and limit < len(source):
-            source = [source[i] for i in range(limit)]
-        if options.name == "text":
-            tokenized, counts[split] = data.pack(source, tokenizer, max_length=options.max_length)
-        else:
-            tokenized, counts[split] = data.tokenize(
-                source, tokenizer, template=options.template, max_length=options.max_length,
-                max_prompt_length=options.max_prompt_length, long_prompts=options.long_prompts,
-                long_responses=options.long_responses,
-                # Held-out rows are scored on their responses, whatever the training is on.
-                loss_on=options.loss_on if split == options.train_split else "response",
-            )  # fmt: skip
-        if (
-            options.packing != "none" and split == options.train_split and options.name != "text"
-        ):  # text is packed already
-            combine = data.pack_rows if options.packing == "rows" else data.join
-            tokenized = combine(tokenized, max_length=options.max_length)
-            counts[split] |= {"packed into": len(tokenized)}
-        rows.append(tokenized)
-    return rows[0], rows[1], counts
 
 
 def _check_vocabulary(path: str, config: models.ModelConfig, tokenizer: data.Tokenizer, who: str) -> None:

@@ -5,6 +5,8 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -109,6 +111,18 @@ def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """One global array from each process's rows of it."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def put_whole(mesh: Mesh, array: Any) -> jax.Array:
+    """A global array, its rows divided as a batch's, of which every process has the whole."""
+    return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda index: array[index])
+
+
+def fetch_whole(array: jax.Array) -> np.ndarray:
+    """A global array as every process can hold it."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def path_name(path: Any) -> str:

@@ -1,7 +1,6 @@
 """From a config to a trained student: `build` assembles a run and runs nothing, `train` is the loop."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,9 +11,19 @@ import jax
 import numpy as np
 import optax
 
-from kd_jax import checkpoint, data, evaluate, metrics, models, resolve, schedules, sharding, speed
+from kd_jax import checkpoint, data, evaluate, metrics, prefixes, resolve, results, schedules, sharding, speed
+from kd_jax.feed import Feed
 from kd_jax.objectives import Term, make_terms
-from kd_jax.setup import Models, check_mesh, check_numbers, load_data, load_models, load_tokenizer
+from kd_jax.setup import Models, check_mesh, check_numbers, load_models, load_tokenizer
+from kd_jax.setup_rows import (
+    batch_options,
+    load_responses,
+    load_rows,
+    make_feed,
+    make_sampler,
+    make_source,
+    show,
+)
 from kd_jax.train_step import TrainState, init_state, make_train_step
 
 
@@ -32,7 +41,7 @@ class Run:
       init_state: makes the state before the first step. The student's initial parameters are made here.
       abstract_state: the state's shapes and shardings.
       train_step: (state, teacher_params, batch) -> (state, metrics), jitted; the state is donated.
-      train_batches: an endless iterator of numpy batches whose position can be saved.
+      feed: of the training batches; its position can be saved.
       eval_batches: makes an iterator that goes once over the held-out rows.
       counts: what became of the rows of each split.
     """
@@ -46,9 +55,13 @@ class Run:
     init_state: Callable[[], TrainState]
     abstract_state: TrainState
     train_step: Callable[..., Any]
-    train_batches: Any
+    feed: Feed
     eval_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
     counts: dict[str, Any]
+
+    def batch(self, step: int, params: Any) -> dict[str, jax.Array]:
+        """The batch of update `step`, which is counted from 0, on the mesh; the student's parameters draw what it draws."""
+        return self.put(self.feed.next(step, params))
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """A numpy batch onto the mesh."""
@@ -79,11 +92,8 @@ def build(config: Any) -> Run:
       ValueError: whatever is wrong, in a paragraph that names the value and what would be right.
     """
     check_numbers(config)
-    terms = make_terms(config.objective.terms, config.objective.temperature)
-    if absent := [term.name for term in terms if term.rows in ("teacher", "student")]:
-        raise ValueError(
-            f"objective.terms.{absent[0]}.rows={config.objective.terms[absent[0]].rows!r} counts no row: all are data's."
-        )
+    terms = make_terms(config.objective.terms, config.objective.temperature, config.sampling.teacher_share)
+    source = make_source(config, terms)
     learning_rate = resolve.build(config.learning_rate, schedules)
     tx = resolve.build(config.optimizer, optax, learning_rate=learning_rate)
     if config.clip_norm:
@@ -93,7 +103,19 @@ def build(config: Any) -> Run:
     tokenizer = load_tokenizer(config)
     needs_teacher = any(term.needs_teacher for term in terms)
     loaded = load_models(config, tokenizer, mesh, needs_teacher)
-    train_rows, eval_rows, counts = load_data(config, tokenizer, min(loaded.max_positions, config.data.max_length))
+    if loaded.max_positions < config.data.max_length:
+        raise ValueError(
+            f"data.max_length={config.data.max_length} is longer than the {loaded.max_positions} positions that the models "
+            f"have; lower it."
+        )
+    counts = {}
+    eval_rows, counts[config.data.eval_split] = load_rows(
+        config, tokenizer, config.data.eval_split, config.data.eval_rows
+    )
+    if isinstance(source, prefixes.teacher):
+        train_rows, counts[config.data.train_split] = load_responses(config, source, tokenizer, loaded, mesh)
+    else:
+        train_rows, counts[config.data.train_split] = load_rows(config, tokenizer, config.data.train_split)
 
     step = make_train_step(
         loaded.student, loaded.teacher, terms, tx, vocab_size=tokenizer.vocab_size,
@@ -109,18 +131,15 @@ def build(config: Any) -> Run:
         params = loaded.init_student(jax.random.fold_in(key, 0))
         return jax.jit(make_state, out_shardings=placed)(params, key=key)
 
-    batch_options = dict(
-        max_length=config.data.max_length, seed=config.seed, pad_id=tokenizer.pad_id,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
-    train_batches = iter(data.batches(train_rows, batch_size=config.data.batch_size, **batch_options))
     held_out = data.batches(
-        eval_rows, batch_size=config.data.eval_batch_size, shuffle=False, num_epochs=1, **batch_options
-    )
+        eval_rows, batch_size=config.data.eval_batch_size, shuffle=False, num_epochs=1,
+        **batch_options(config, tokenizer),
+    )  # fmt: skip
     return Run(
         config=config, mesh=mesh, tokenizer=tokenizer, models=loaded, terms=terms, learning_rate=learning_rate,
         init_state=fresh_state, abstract_state=sharding.with_shardings(abstract_state, placed),
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(placed, None)), train_batches=train_batches,
+        train_step=jax.jit(step, donate_argnums=0, out_shardings=(placed, None)),
+        feed=make_feed(config, source, tokenizer, loaded, mesh, train_rows),
         eval_batches=lambda: iter(held_out), counts=counts,
     )  # fmt: skip
 
@@ -150,11 +169,11 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, dict[str,
     checkpoint.write_config(workdir, resolved)
     with checkpoint.open_manager(workdir, config.keep_checkpoints) as manager:
         if state is None:
-            state = checkpoint.restore(manager, run.abstract_state, run.train_batches)
-        tqdm_write(environment(run, state))
+            state = checkpoint.restore(manager, run.abstract_state, run.feed)
+        metrics.tqdm.write(environment(run, state))
         with metrics.Writer(workdir, int(state.step)) as writer:
             state = _loop(run, state, workdir, writer, manager, quiet)
-    return _finish(run, state, workdir)
+    return results.finish(run, state.params, workdir)
 
 
 def check_workdir(workdir: str, resolved: dict[str, Any]) -> None:
@@ -185,7 +204,7 @@ def environment(run: Run, state: TrainState) -> str:
 def _loop(run: Run, state: TrainState, workdir: str, writer: metrics.Writer, manager: Any, quiet: bool) -> TrainState:
     config, first = run.config, int(state.step)
     if first == 0:
-        writer.write(0, "eval", run.evaluate(state.params))
+        _evaluate(run, writer, 0, state)
     profiled = tuple(config.profile_steps) if first < min(config.profile_steps, default=0) else ()
     pending: list[tuple[int, Any]] = []
     needs_teacher = any(term.needs_teacher for term in run.terms)
@@ -194,8 +213,10 @@ def _loop(run: Run, state: TrainState, workdir: str, writer: metrics.Writer, man
         for step in range(first + 1, config.steps + 1):
             if step in profiled[:1]:
                 jax.profiler.start_trace(str(Path(workdir) / "profile"))
-            state, sums = run.train_step(state, run.models.teacher_params, run.put(next(run.train_batches)))
+            batch = run.batch(step - 1, state.params)
+            state, sums = run.train_step(state, run.models.teacher_params, batch)
             pending.append((step, sums))
+            _report_samples(run, writer, step)
             if step in profiled[1:]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
@@ -212,13 +233,29 @@ def _loop(run: Run, state: TrainState, workdir: str, writer: metrics.Writer, man
                 )
             bar.update()
             if evaluating:
-                writer.write(step, "eval", run.evaluate(state.params))
+                _evaluate(run, writer, step, state)
             if saving:
-                checkpoint.save(manager, step, state, run.train_batches)
+                checkpoint.save(manager, step, state, run.feed)
             if evaluating or saving:
                 clock.restart()
     manager.wait_until_finished()
     return state
+
+
+def _evaluate(run: Run, writer: metrics.Writer, step: int, state: TrainState) -> None:
+    values = run.evaluate(state.params)
+    run.feed.observe(values["cross_entropy"])
+    writer.write(step, "eval", values)
+
+
+def _report_samples(run: Run, writer: metrics.Writer, step: int) -> None:
+    """What is to be said of the rows of a step, and every so often some that were drawn for it."""
+    if run.feed.report:
+        writer.write(step, "samples", run.feed.report)
+    every = run.config.sampling.show_every
+    if every and run.feed.fresh is not None and (step == 1 or step % every == 0):
+        sampler = make_sampler(run.config, run.tokenizer, run.mesh)
+        metrics.tqdm.write(show(sampler, step, run.feed.fresh))
 
 
 def _write_steps(run: Run, writer: metrics.Writer, steps: list[tuple[int, Any]]) -> float:
@@ -236,60 +273,5 @@ def _write_steps(run: Run, writer: metrics.Writer, steps: list[tuple[int, Any]])
     return tokens
 
 
-def _finish(run: Run, state: TrainState, workdir: str) -> dict[str, dict[str, float]]:
-    lines = [line for line in metrics.read(workdir) if line["split"] == "eval"]
-    result = {"before": lines[0], "after": lines[-1]}
-    if run.models.teacher is not None:
-        result = {"teacher": run.evaluate_teacher()} | result
-    folder = Path(workdir)
-    (folder / "table.md").write_text(result_table(result) + "\n")
-    (folder / "samples.md").write_text(_samples(run, state.params))
-    plots = metrics.plot(workdir)
-    export = folder / "student"
-    if not export.exists():
-        models.save_pretrained(export, run.models.student, state.params, run.tokenizer)
-    tqdm_write((folder / "samples.md").read_text())
-    tqdm_write(result_table(result))
-    tqdm_write("wrote " + ", ".join(str(path) for path in [*plots, folder / "samples.md", export]))
-    return {who: {k: v for k, v in values.items() if k not in ("step", "split")} for who, values in result.items()}
-
-
-def result_table(result: dict[str, dict[str, float]]) -> str:
-    """teacher / student before / student after, a row a metric."""
-    names = [n for n in result["after"] if n not in ("step", "split")]
-    title = {"before": "student before", "after": "student after"}
-    rows = [["held-out rows", *(title.get(who, who) for who in result)]]
-    for name in names:
-        rows.append([name, *(f"{values[name]:.4f}" if name in values else "" for values in result.values())])
-    return metrics.table(rows)
-
-
-def _samples(run: Run, params: Any, count: int = 5) -> str:
-    rows = (
-        dict(zip(batch, row, strict=True)) for batch in run.eval_batches() for row in zip(*batch.values(), strict=True)
-    )
-    chosen = list(itertools.islice((row for row in rows if row["loss_mask"].any()), count))
-    prompts = [row["tokens"][: row["loss_mask"].argmax() + 1].tolist() for row in chosen]
-    texts = {"reference": [run.tokenizer.decode(row["targets"][row["loss_mask"]].tolist()) for row in chosen]}
-    who = {"student": (run.models.student, params)}
-    if run.models.teacher is not None:
-        who = {"teacher": (run.models.teacher, run.models.teacher_params)} | who
-    room = max(1, min(run.config.sample_tokens, run.models.max_positions - max(map(len, prompts))))
-    for name, (model, its_params) in who.items():
-        texts[name] = evaluate.sample(
-            model, its_params, run.tokenizer, prompts, max_new_tokens=room, seed=run.config.seed
-        )
-    blocks = []
-    for row, prompt in enumerate(prompts):
-        parts = "\n\n".join(f"**{name}**: {texts[name][row]}" for name in texts)
-        blocks.append(f"### Row {row + 1}\n\n~~~\n{run.tokenizer.decode(prompt)}\n~~~\n\n{parts}\n")
-    return "\n".join(blocks)
-
-
 def _count(params: Any) -> str:
     return f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.2f}M"
-
-
-def tqdm_write(text: str) -> None:
-    """Prints without tearing the progress bar."""
-    metrics.tqdm.write(text)

@@ -10,7 +10,8 @@ from flax import struct
 from jaxtyping import Array, Int
 
 from kd_jax.head_loss import token_sum
-from kd_jax.objectives import Term, token_coefficients
+from kd_jax.objectives import ORIGINS, Term, cross_entropy, row_means, token_coefficients
+from kd_jax.policy_gradient import Scores
 from kd_jax.sharding import for_lookup
 
 Batch = dict[str, Array]
@@ -73,19 +74,19 @@ def make_train_step(
 
     Returns:
       (state, teacher_params, batch) -> (state, metrics). batch: tokens, targets [B, L] int32; mask [B, L], bool or the
-      int32 segments of packed rows; loss_mask [B, L] bool; optionally origin [B], the index into ('data', 'teacher',
-      'student') of each row's text (without it: data). Jit it with the state donated.
+      int32 segments of packed rows; loss_mask [B, L] bool; optionally origin [B], the index into `objectives.ORIGINS` of
+      each row's text (without it: data), and log_probs [B, L], of the targets that a student drew, when it drew them.
+      Jit it with the state donated.
     """
     needs_teacher = any(term.needs_teacher for term in terms)
     if needs_teacher and teacher is None:
         names = ", ".join(term.name for term in terms if term.needs_teacher)
         raise ValueError(f"the terms {names} compare with a teacher, but teacher.path is empty; name its folder.")
 
-    def token_loss(log_p: Array | None, log_q: Array, target: Array, *weights: Array) -> Array:
-        losses = [term.loss(log_p, log_q, target, weight) for term, weight in zip(terms, weights, strict=True)]
-        return jnp.stack(losses, axis=-1)
-
-    def sums(params: Any, teacher_params: Any, part: Batch, weights: Array) -> tuple[Array, Array]:
+    def head_sum(
+        token_loss: Any, params: Any, teacher_params: Any, part: Batch, coefficient: Array, *extras: Array
+    ) -> Any:
+        """`token_sum` of a batch: both models' hidden states, and their output matrices."""
         inputs = part["tokens"], part["mask"]
         params, teacher_hidden, teacher_head, teacher_tied = for_lookup(mesh, params), None, None, False
         if needs_teacher:
@@ -93,27 +94,70 @@ def make_train_step(
             teacher_hidden = teacher.hidden(teacher_params, *inputs)
             teacher_head, teacher_tied = teacher.stored_head(teacher_params)
         head, tied = student.stored_head(params)
-        per_token = [jnp.broadcast_to(weight, part["targets"].shape) for weight in weights]
-        total, values = token_sum(
-            token_loss, student.hidden(params, *inputs), head, teacher_hidden, teacher_head, part["coefficients"],
-            part["targets"], *per_token, chunk=chunk, tied=(tied, teacher_tied), vocab_size=vocab_size,
-            temperature=temperature, mesh=mesh,
+        return token_sum(
+            token_loss, student.hidden(params, *inputs), head, teacher_hidden, teacher_head, coefficient, *extras,
+            chunk=chunk, tied=(tied, teacher_tied), vocab_size=vocab_size, temperature=temperature, mesh=mesh,
         )  # fmt: skip
-        counted = (part["coefficients"] != 0).sum(axis=(0, 1))
+
+    def sums(params: Any, teacher_params: Any, part: Any) -> tuple[Array, Array]:
+        coefficient, leaves, structure = part["coefficients"], *jax.tree.flatten(part["extras"])
+
+        def token_loss(log_p: Array | None, log_q: Array, target: Array, *leaves: Array) -> Array:
+            extras = jax.tree.unflatten(structure, leaves)
+            return jnp.stack([t.loss(log_p, log_q, target, *of_t) for t, of_t in zip(terms, extras, strict=True)], -1)
+
+        total, values = head_sum(token_loss, params, teacher_params, part, coefficient, part["targets"], *leaves)
+        counted = (coefficient != 0).sum(axis=(0, 1))
         return total, jnp.stack([values.sum(axis=(0, 1)), counted.astype(values.dtype)])
 
+    def target_scores(params: Any, teacher_params: Any, batch: Batch) -> tuple[Array, Array]:
+        """log p and log q of every counted target, by a pass of their own: some weights depend on whole rows."""
+        of_targets = lambda log_p, log_q, target: (
+            -jnp.stack([cross_entropy(log_p, target), cross_entropy(log_q, target)], axis=-1)
+        )
+
+        def part_scores(part: Batch) -> Array:
+            counted = jnp.repeat(part["loss_mask"][..., None].astype(jnp.float32), 2, axis=-1)
+            return head_sum(of_targets, params, teacher_params, part, counted, part["targets"])[1]
+
+        names = ("tokens", "targets", "mask", "loss_mask")
+        split = _split_rows({name: batch[name] for name in names}, microbatches)
+        values = jax.lax.stop_gradient(_join_rows(jax.lax.map(part_scores, split)))
+        return values[..., 0], values[..., 1]
+
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        weights = jnp.stack([t.weight(s, step=state.step) for t, (s, _) in zip(terms, state.schedules, strict=True)])
+        shape, counted = batch["targets"].shape, [_counted(term, batch) for term in terms]
+        means: list[dict[str, Array]] = [{} for _ in terms]
+        signals: list[tuple[Array, ...]] = [() for _ in terms]
+        if any(term.needs_scores for term in terms):
+            log_p, log_q = target_scores(state.params, teacher_params, batch)
+            drawn = log_q
+            if "origin" in batch:
+                by_student = batch["origin"] == ORIGINS.index("student")
+                drawn = jnp.where(by_student[:, None], batch["log_probs"], log_q)
+            for i, (term, mask) in enumerate(zip(terms, counted, strict=True)):
+                of_term = lambda values, mask=mask: jnp.where(mask, values, 0)
+                scores = Scores(of_term(log_p), of_term(log_q), of_term(drawn), mask)
+                means[i] = row_means(scores)
+                signals[i] = () if term.signals is None else term.signals(scores)
+        weights = [
+            t.weight(s, step=state.step, **m) for t, (s, _), m in zip(terms, state.schedules, means, strict=True)
+        ]
         factors = [t.coefficient(s, step=state.step) for t, (_, s) in zip(terms, state.schedules, strict=True)]
         segments = None if batch["mask"].dtype == bool else batch["mask"]
-        averages = [token_coefficients(t.average, _counted(t, batch), segments) for t in terms]
+        averages = [token_coefficients(t.average, mask, segments) for t, mask in zip(terms, counted, strict=True)]
         coefficients = jnp.stack([f * a for f, a in zip(factors, averages, strict=True)], axis=-1)
-        parts = {name: batch[name] for name in ("tokens", "targets", "mask")} | {"coefficients": coefficients}
+        extras = tuple(
+            (jnp.broadcast_to(weight[..., None] if weight.ndim else weight, shape), *its_signals)
+            for weight, its_signals in zip(weights, signals, strict=True)
+        )
+        parts: dict[str, Any] = {name: batch[name] for name in ("tokens", "targets", "mask")}
+        parts |= {"coefficients": coefficients, "extras": extras}
 
-        def differentiate(part: Batch) -> tuple[tuple[Array, Array], Any]:
-            return jax.value_and_grad(sums, has_aux=True)(state.params, teacher_params, part, weights)
+        def differentiate(part: Any) -> tuple[tuple[Array, Array], Any]:
+            return jax.value_and_grad(sums, has_aux=True)(state.params, teacher_params, part)
 
-        def accumulate(carry: Any, part: Batch) -> tuple[Any, None]:
+        def accumulate(carry: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, differentiate(part)), None
 
         if microbatches == 1:
@@ -128,7 +172,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         schedules = tuple(
             tuple(
-                _follow(s, old, state.step, per_term[:, i])
+                _follow(s, old, state.step, per_term[:, i], means[i])
                 for s, old in zip((t.weight, t.coefficient), both, strict=True)
             )
             for i, (t, both) in enumerate(zip(terms, state.schedules, strict=True))
@@ -137,7 +181,7 @@ def make_train_step(
         metrics = {"loss": (loss, one), "gradient_norm": (optax.tree.norm(gradient), one)}
         for i, term in enumerate(terms):
             metrics[f"{term.name}/loss"] = (per_term[0, i], per_term[1, i])
-            metrics[f"{term.name}/weight"] = (weights[i], one)
+            metrics[f"{term.name}/weight"] = (jnp.mean(weights[i]), one)
             metrics[f"{term.name}/coefficient"] = (jnp.asarray(factors[i]), one)
         metrics["tokens"] = ((batch["mask"] != 0).sum(dtype=jnp.float32), one)
         return TrainState(state.step + 1, params, opt_state, schedules, state.key), metrics
@@ -146,19 +190,25 @@ def make_train_step(
 
 
 def _counted(term: Term, batch: Batch) -> Array:
-    if term.rows == "all":
-        return batch["loss_mask"]
-    origin = batch.get("origin", jnp.zeros(len(batch["loss_mask"]), jnp.int32))  # a dataset's rows are data
-    return batch["loss_mask"] & (origin == ("data", "teacher", "student").index(term.rows))[:, None]
+    if "origin" not in batch:  # all are a dataset's
+        return batch["loss_mask"] & (term.rows in ("all", "data"))
+    origin = batch["origin"]
+    of_term = origin == ORIGINS.index(term.rows) if term.rows != "all" else origin != ORIGINS.index("text")
+    return batch["loss_mask"] & of_term[:, None]
 
 
-def _follow(schedule: Any, state: Any, step: Array, term: Array) -> Any:
+def _follow(schedule: Any, state: Any, step: Array, term: Array, means: dict[str, Array]) -> Any:
     """A schedule's next state, from the sum and the count of its term's values; where none counts it stays."""
     value, count = term
-    new = schedule.update(state, step=step, loss=value / jnp.maximum(count, 1))
+    new = schedule.update(state, step=step, loss=value / jnp.maximum(count, 1), **means)
     return jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), new, state)
 
 
-def _split_rows(parts: Batch, count: int) -> Batch:
+def _split_rows(parts: Any, count: int) -> Any:
     """[B, ...] -> [count, B / count, ...], row i to part i mod count, so that no row leaves its device."""
-    return {name: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for name, x in parts.items()}
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), parts)
+
+
+def _join_rows(parts: Any) -> Any:
+    """The reverse of `_split_rows`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)

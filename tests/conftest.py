@@ -1,6 +1,7 @@
 """Eight CPU devices, set before JAX starts, and shapes that are checked where signatures give them."""
 
 import os
+import tempfile
 
 import pytest
 from jaxtyping import install_import_hook
@@ -9,6 +10,10 @@ from tests import checker  # noqa: F401  # the hook finds it by its name
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A run that is stopped and resumed compiles its programs once.
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 # The pure core only: the hook breaks dataclasses that are pytrees. What is imported later keeps the hook.
 PURE = ("logspace", "divergences", "assistants", "objectives", "head_loss")
@@ -19,3 +24,18 @@ install_import_hook([f"kd_jax.{name}" for name in PURE], "tests.checker.check")
 def data_dir(tmp_path_factory):
     """Where the tests' runs build their datasets, once."""
     return tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs use the first of the eight devices, unless they ask for a mesh."""
+    import jax
+
+    from kd_jax import sharding
+
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(
+        sharding,
+        "make_mesh",
+        lambda data, fsdp, tensor: make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor]),
+    )

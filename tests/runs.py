@@ -7,7 +7,12 @@ import numpy as np
 
 from kd_jax import checkpoint
 
-METHODS = ("sft", "forward_kl", "reverse_kl", "akl", "skew_kl", "taid", "abkd", "amid")
+OFF_POLICY = (
+    "sft", "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence", "akl", "skew_kl",
+    "taid", "abkd", "amid",
+)  # fmt: skip
+ON_POLICY = ("imitkd", "gkd", "opd", "minillm", "distillm", "distillm2")
+METHODS = (*OFF_POLICY, "seqkd", *ON_POLICY)
 
 
 def smoke(method, data_dir, **changes):

@@ -6,9 +6,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import scipy.stats
 
-from kd_jax import models
-from kd_jax.models.generate import _generate, _truncate
+from kd_jax import models, sharding
+from kd_jax.models.generate import _generate
+from kd_jax.models.sampling import draw, forbid_repeats, truncate
 
 TINY = Path(__file__).parent / "golden" / "hf_tiny"
 PAD = 130
@@ -190,7 +192,7 @@ def test_log_probs_of_a_drawn_text_are_those_of_one_full_pass():
 )
 def test_truncation_keeps_the_likeliest(top_k, top_p, kept):
     logits = np.log(np.array([[0.03, 0.3, 0.15, 0.5, 0.02]], np.float32))
-    truncated = np.asarray(_truncate(logits, top_k, top_p))[0]
+    truncated = np.asarray(truncate(logits, top_k, top_p))[0]
     assert set(np.flatnonzero(truncated > -np.inf)) == kept
     np.testing.assert_array_equal(truncated[sorted(kept)], logits[0, sorted(kept)])
 
@@ -203,6 +205,9 @@ def test_truncation_keeps_the_likeliest(top_k, top_p, kept):
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_k": -1}, "top_k=-1"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size=-1"),
+        ({"mixture": (None, None, 1.5)}, "weight 1.5"),
+        ({"mixture": (None, None, 0.5), "temperature": 0.0}, "temperature must be above 0"),
         ({"prompt_mask": np.ones((1, 3), bool)}, r"shape \(1, 2\) and prompt_mask \(1, 3\)"),
         ({"max_new_tokens": 64}, "65 tokens is longer than the 64 positions"),
     ],
@@ -219,3 +224,114 @@ def test_settings_out_of_range_are_errors(settings, message):
     }
     with pytest.raises(ValueError, match=message):
         models.generate(model, params, **(good | settings))
+
+
+def next_token(family, prompt):
+    model, params, *_ = load_tiny(family)
+    logits = np.asarray(model.logits(params, prompt[None]))[0, -1].astype(np.float64)
+    return np.exp(logits - np.logaddexp.reduce(logits))
+
+
+@pytest.mark.parametrize("how", ["plain", "top_k", "top_p", "mixture"])
+def test_100_000_draws_pass_a_chi_square_test(how):
+    model, params, tokens, _ = load_tiny("llama")
+    other, other_params, *_ = load_tiny("qwen3")
+    p, q = next_token("qwen3", tokens[0, :5]), next_token("llama", tokens[0, :5])
+    settings = {"plain": {}, "top_k": {"top_k": 9}, "top_p": {"top_p": 0.4}, "mixture": {}}[how]
+    ranked = np.argsort(-q)
+    if how == "mixture":
+        settings = {"mixture": (other, other_params, 0.3)}
+        q = 0.7 * q + 0.3 * p
+    elif how != "plain":
+        kept = 9 if how == "top_k" else int((np.cumsum(q[ranked]) - q[ranked] < 0.4).sum())
+        q = np.where(np.isin(np.arange(len(q)), ranked[:kept]), q, 0)
+        q /= q.sum()
+    prompts = np.tile(tokens[0, :5], (20_000, 1))
+    counts = np.zeros(len(q))
+    for seed in range(5):
+        drawn, *_ = models.generate(
+            model, params, prompts, np.ones_like(prompts, bool), max_new_tokens=1, key=jax.random.key(seed),
+            eos_id=-1, pad_id=PAD, **settings,
+        )  # fmt: skip
+        counts += np.bincount(np.asarray(drawn)[:, 0], minlength=len(q))
+    assert counts[q == 0].sum() == 0
+    expected = q[q > 0] * 100_000
+    assert expected.min() > 5, "too few to compare; the tiny model is more peaked than it was"
+    assert scipy.stats.chisquare(counts[q > 0], expected).pvalue > 1e-3
+
+
+def test_a_row_is_the_same_whatever_is_beside_it_and_on_any_mesh():
+    model, params, tokens, _ = load_tiny("llama")
+    prompts = [list(tokens[i % 2, : 3 + i]) for i in range(8)]
+
+    def text(prompts, width_from=None, place=lambda array: array, its_params=params):
+        ids, mask = models.left_pad(prompts, PAD)
+        if width_from:  # more padding
+            ids, mask = (
+                np.pad(a, ((0, 0), (width_from, 0)), constant_values=v) for a, v in ((ids, PAD), (mask, False))
+            )
+        drawn = models.generate(
+            model, its_params, place(ids), place(mask), max_new_tokens=6, key=jax.random.key(0), temperature=3.0,
+            no_repeat_ngram_size=2, eos_id=-1, pad_id=PAD,
+        )  # fmt: skip
+        return np.asarray(drawn[0]), np.asarray(drawn[2])
+
+    whole = text(prompts)
+    assert left_pad_width(prompts) == 32
+    np.testing.assert_array_equal(text(prompts[:3])[0], whole[0][:3])
+    np.testing.assert_array_equal(text(prompts, 5)[0], whole[0])
+    mesh = sharding.make_mesh(2, 2, 2)
+    placed = jax.device_put(params, sharding.tree_shardings(mesh, params))
+    on_mesh = text(prompts, place=lambda array: sharding.put_whole(mesh, array), its_params=placed)
+    np.testing.assert_array_equal(on_mesh[0], whole[0])
+    np.testing.assert_allclose(on_mesh[1], whole[1], atol=1e-4)
+
+
+def left_pad_width(prompts):
+    return models.left_pad(prompts, PAD)[0].shape[1]
+
+
+def test_prompts_are_padded_to_few_widths():
+    assert [left_pad_width([[1] * n]) for n in (1, 32, 33)] == [32, 32, 64]
+    assert models.left_pad([[1] * 33], 0, most=40)[0].shape[1] == 40
+    assert models.left_pad([[1] * 33], 0, most=10)[0].shape[1] == 33
+
+
+def test_no_ngram_occurs_twice():
+    model, params, tokens, _ = load_tiny("llama")
+    prompt = np.array([[3, 4, 3, 4, 3]])
+    drawn = lambda size: np.asarray(
+        models.generate(
+            model, params, prompt, np.ones_like(prompt, bool), max_new_tokens=24, key=jax.random.key(0), top_k=2,
+            temperature=0.2, no_repeat_ngram_size=size, eos_id=-1, pad_id=PAD,
+        )[0]
+    )[0]  # fmt: skip
+    for size in (1, 2, 3):
+        row = [*prompt[0], *drawn(size)]
+        new = [tuple(row[i - size + 1 : i + 1]) for i in range(5, len(row))]
+        assert not any(
+            gram in {tuple(row[j : j + size]) for j in range(5 + i - size + 1)} for i, gram in enumerate(new)
+        )
+    free = [*prompt[0], *drawn(0)]
+    assert len({tuple(free[i : i + 2]) for i in range(28)}) < 28, "it would not have repeated itself anyway"
+
+
+def test_forbidden_are_exactly_the_tokens_that_repeat():
+    tokens = np.array([[9, 9, 1, 2, 3, 1, 2, 0, 0], [1, 2, 4, 1, 2, 5, 1, 2, 0]])
+    mask = np.array([[False] * 2 + [True] * 5 + [False] * 2, [True] * 7 + [False] * 2])
+    logits = jax.numpy.zeros((2, 10))
+    forbidden = np.asarray(forbid_repeats(logits, tokens, mask, 7, 3)) == -np.inf
+    assert [set(np.flatnonzero(row)) for row in forbidden] == [{3}, set()]  # the second row ends in 5, 1
+    forbidden = np.asarray(forbid_repeats(logits, tokens, mask, 7, 2)) == -np.inf
+    assert [set(np.flatnonzero(row)) for row in forbidden] == [{3}, {2}]
+
+
+def test_what_has_no_probability_is_never_drawn():
+    probs = np.zeros((4, 300), np.float32)
+    probs[0, [7, 290]] = 1e-30, 1e-30
+    probs[1, 299] = 3.0
+    probs[2, 0] = 1.0
+    probs[3, 128:256] = 1 / 128
+    ends = np.float32(1) - np.finfo(np.float32).eps / 2
+    low, high = (np.asarray(draw(np.full(4, u, np.float32), probs)) for u in (0.0, ends))
+    assert list(low) == [7, 299, 0, 128] and list(high) == [290, 299, 0, 255]

@@ -9,17 +9,20 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"main"},
     {"train"},
+    {"setup_rows", "results"},
     {"setup"},
-    {"train_step", "prefixes", "evaluate", "checkpoint", "metrics", "speed"},
+    {"train_step", "feed", "evaluate", "checkpoint", "metrics", "speed"},
+    {"prefixes", "rollouts"},
     {"models", "data", "sharding"},
     {"objectives", "head_loss"},
+    {"policy_gradient"},
     {"divergences", "assistants", "schedules"},
     {"logspace"},
     {"resolve"},
 ]
 # Within a layer only these may import each other: evaluate prints through metrics' averages.
 SIDEWAYS = {("evaluate", "metrics")}
-MATHEMATICAL = {"objectives", "head_loss", "divergences", "assistants", "schedules", "logspace"}
+MATHEMATICAL = {"objectives", "policy_gradient", "head_loss", "divergences", "assistants", "schedules", "logspace"}
 HOMES = {
     "flax": {"models", "train_step"},
     "grain": {"data"},

@@ -10,7 +10,7 @@ from kd_jax.objectives import cross_entropy, make_terms, token_coefficients, tok
 
 TERM = dict(
     kind="divergence", divergence={"name": "forward_kl"}, assistant=None, pair=("teacher", "student"),
-    stop_gradient=False, weight=0.0, coefficient=1.0, rows="all", average="token",
+    stop_gradient=False, weight=0.0, coefficient=1.0, rows="all", average="token", importance=False,
 )  # fmt: skip
 MASK = np.array([[True, True, False, False], [True, False, False, False], [False, False, False, False]])
 

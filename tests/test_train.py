@@ -13,19 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from kd_jax import checkpoint, data, metrics, models, sharding, train
+from kd_jax import checkpoint, data, metrics, models, train
 from tests.runs import METHODS, configured, last_state, smoke
 
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Runs of the tests use the first of the eight devices, unless they build a mesh."""
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(
-        sharding,
-        "make_mesh",
-        lambda data, fsdp, tensor: make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor]),
-    )
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def training(workdir):
@@ -39,7 +30,7 @@ def test_every_config_takes_two_steps(method, data_dir):
     state = run.init_state()
     before = jax.device_get(state.params)
     for _ in range(2):
-        state, sums = run.train_step(state, run.models.teacher_params, run.put(next(run.train_batches)))
+        state, sums = run.train_step(state, run.models.teacher_params, run.batch(int(state.step), state.params))
         values = metrics.averages(jax.device_get(sums))
         assert np.isfinite(values["loss"]) and values["gradient_norm"] > 0
     moved = [np.any(a != b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True)]
@@ -85,11 +76,15 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize(
-    ("method", "stop_at"), [("taid", 3), ("sft", 1)], ids=["after a checkpoint", "before the first"]
-)
+STOPPED = [("taid", 3), ("sft", 1), ("distillm", 3), ("minillm", 3), ("distillm2", 3)]
+STOPPED += [pytest.param(m, 3, marks=pytest.mark.slow) for m in METHODS if m not in [name for name, _ in STOPPED]]
+
+
+@pytest.mark.parametrize(("method", "stop_at"), STOPPED)
 def test_a_stopped_run_goes_on_bit_for_bit(method, stop_at, tmp_path, data_dir, monkeypatch):
     changes = dict(steps=5, checkpoint_every=2, eval_every=5, log_every=1, microbatches=2)
+    if method == "distillm":
+        changes["prefixes__threshold"] = 0.9  # or nothing is drawn in so few steps
     whole = train.train(smoke(method, data_dir, **changes), str(tmp_path / "whole"), quiet=True)
 
     put, calls = train.Run.put, itertools.count()
@@ -192,7 +187,7 @@ def test_the_teachers_layers_make_a_student(data_dir):
     state = run.init_state()
     teacher = run.models.teacher_params["layers"]["3"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(state.params["layers"]["1"]["mlp"]["up"]["kernel"], teacher)
-    run.train_step(state, run.models.teacher_params, run.put(next(run.train_batches)))
+    run.train_step(state, run.models.teacher_params, run.batch(int(state.step), state.params))
     assert not teacher.is_deleted()  # the state is donated, and must not take the teacher with it
 
 
@@ -248,7 +243,7 @@ def test_on_a_mesh_the_state_stays_where_it_was(data_dir):
     placed = [leaf.sharding for leaf in jax.tree.leaves(run.abstract_state)]
     for _ in range(2):
         assert [leaf.sharding for leaf in jax.tree.leaves(state)] == placed
-        state, _ = run.train_step(state, run.models.teacher_params, run.put(next(run.train_batches)))
+        state, _ = run.train_step(state, run.models.teacher_params, run.batch(int(state.step), state.params))
     assert [leaf.sharding for leaf in jax.tree.leaves(state)] == placed
 
 

@@ -9,7 +9,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,6 +16,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from kd_jax import train
+from kd_jax.feed import Feed
 
 CONFIG = config_flags.DEFINE_config_file("config")
 CACHE = flags.DEFINE_string("cache", "", "the compilation cache's directory")
@@ -31,7 +31,7 @@ def main(_: list[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", CACHE.value or None)
     cached = bool(CACHE.value) and Path(CACHE.value).exists() and any(Path(CACHE.value).iterdir())
     run = train.build(CONFIG.value)
-    batch = run.put(next(run.train_batches))
+    batch = run.batch(0, None)
     inputs = run.abstract_state, run.models.teacher_params, batch
     marks = [time.perf_counter()]
     traced = run.train_step.trace(*inputs)
@@ -45,20 +45,20 @@ def main(_: list[str]) -> None:
         line[f"{name}_s"] = round(end - begin, 2)
     line["compile_in_all_s"] = round(marks[-1] - marks[0], 2)
     if LAPS.value:
-        line |= laps(run, train.build(CONFIG.value).train_batches)
+        line |= laps(run, train.build(CONFIG.value).feed)
     print(json.dumps(line))
     if OUT.value:
         with open(OUT.value, "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
-def laps(run: train.Run, pipeline: Iterator) -> dict:
+def laps(run: train.Run, pipeline: Feed) -> dict:
     """Wall seconds a step on the same batches, from the device's memory and out of the pipeline while it prepares them."""
     state, seconds = run.init_state(), {"memory": [], "pipeline": []}
-    next(pipeline)  # `run`'s own is one batch ahead
+    pipeline.next(0, None)  # `run`'s own is one batch ahead
     for lap in range(LAPS.value + 1):
-        loaded = iter([run.put(next(run.train_batches)) for _ in range(STEPS.value)])
-        sources = {"memory": lambda loaded=loaded: next(loaded), "pipeline": lambda: run.put(next(pipeline))}
+        loaded = iter([run.batch(0, None) for _ in range(STEPS.value)])
+        sources = {"memory": lambda loaded=loaded: next(loaded), "pipeline": lambda: run.put(pipeline.next(0, None))}
         for name, source in sorted(sources.items(), reverse=lap % 2 == 1):
             start = time.perf_counter()
             for _ in range(STEPS.value):

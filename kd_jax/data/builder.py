@@ -12,6 +12,7 @@ from kd_jax.data import docstrings, dolly, jsonl, text
 from kd_jax.resolve import nearest
 
 Row = Mapping[str, str]
+DEFAULT_DIR = str(tfds.core.constants.DATA_DIR)
 FIELDS = ("name", "prompt", "context", "response")
 # Each is (**options) -> (fingerprint of the content, split -> () -> rows).
 SOURCES: dict[str, Callable[..., tuple[str, Mapping[str, Callable[[], Iterable[Row]]]]]] = {

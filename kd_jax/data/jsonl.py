@@ -28,8 +28,8 @@ def source(
     Raises:
       ValueError: a file that does not exist, a line that is not JSON, a row without its field.
     """
-    if not validation_path and not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction={validation_fraction} must lie between 0 and 1, both excluded.")
+    if not validation_path and not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction={validation_fraction} must be at least 0 and below 1.")
     fields = {"prompt": prompt_field, "response": response_field}
     if context_field:
         fields["context"] = context_field

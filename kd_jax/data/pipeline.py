@@ -233,6 +233,16 @@ def _encode(
         yield from zip(tokenizer.encode_batch(texts, add_special_tokens=special), responses, strict=True)
 
 
+def encode_prompts(
+    rows: Sequence[dict[str, str]], *, tokenizer: Tokenizer, template: str, max_length: int, cut: bool
+) -> list[list[int] | None]:
+    """The ids of each row's rendered prompt, as in `tokenize`; None for one that is too long and not to be cut."""
+    render = prompts.make_render(template, tokenizer)
+    texts = [render(row["prompt"], row["context"]) for row in rows]
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=prompts.adds_special_tokens(template))
+    return [ids if len(ids) <= max_length else ids[:max_length] if cut else None for ids in encoded]
+
+
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, but is {value!r}.")

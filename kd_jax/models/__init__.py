@@ -2,7 +2,7 @@
 
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.functional import Model, from_config, take_layers
-from kd_jax.models.generate import generate
+from kd_jax.models.generate import generate, left_pad
 from kd_jax.models.huggingface import load_config, load_pretrained
 from kd_jax.models.huggingface_save import save_pretrained
 
@@ -11,6 +11,7 @@ __all__ = [
     "ModelConfig",
     "from_config",
     "generate",
+    "left_pad",
     "load_config",
     "load_pretrained",
     "save_pretrained",

@@ -100,9 +100,9 @@ class Model:
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `length` tokens, padding included."""
         config = self.config
-        shape = (batch, length, config.num_kv_heads, config.head_dim)
-        keys = tuple(jnp.zeros(shape, self.dtype) for _ in range(config.num_layers))
-        values = tuple(jnp.zeros(shape, self.dtype) for _ in range(config.num_layers))
+        heads, layers = (batch, config.num_kv_heads), range(config.num_layers)
+        keys = tuple(jnp.zeros((*heads, config.head_dim, length), self.dtype) for _ in layers)
+        values = tuple(jnp.zeros((*heads, length, config.head_dim), self.dtype) for _ in layers)
         return Cache(keys, values, jnp.zeros((batch, length), bool), jnp.int32(0))
 
     def extend(

@@ -1,0 +1,216 @@
+"""The rows of each step: what a prefix source decides, done, with everything that a restart needs."""
+
+import base64
+import dataclasses
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from kd_jax import rollouts
+from kd_jax.objectives import ORIGINS
+from kd_jax.prefixes import Source
+from kd_jax.rollouts import Rows, Sampler
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Author:
+    """Who writes responses: a model, and what it is mixed with.
+
+    Attributes:
+      model: a `models.Model`.
+      params: its parameters; None: those that the step is given.
+      mixture: as in `models.generate`.
+    """
+
+    model: Any
+    params: Any = None
+    mixture: Any = None
+
+
+class Feed:
+    """Batches, one a step, out of a dataset and of responses drawn to its prompts.
+
+    A resumed feed gives the batches that it would have given: `get_state` has the datasets' positions, the source's state
+    and the rows that are kept.
+    """
+
+    def __init__(
+        self, source: Source, batches: Any, *, text_batches: Any = None, sampler: Sampler | None = None,
+        authors: dict[str, Author] | None = None, total_steps: int, batch_size: int, epoch_batches: int, seed: int,
+        rollouts_per_prompt: int = 1, progress: Callable[..., Any] = iter,
+    ):  # fmt: skip
+        """Assembles; reads nothing.
+
+        Args:
+          source: of `kd_jax.prefixes`.
+          batches: an iterator of this process's rows of each batch, with `get_state` and `set_state`.
+          text_batches: of the second stream's, or None.
+          sampler: how responses are drawn; None where the source draws none.
+          authors: by origin, those that the source names.
+          total_steps: of the run.
+          batch_size: rows of a global batch.
+          epoch_batches: batches in an epoch of the data.
+          seed: of decisions and draws.
+          rollouts_per_prompt: responses to each prompt; a batch then has fewer prompts.
+          progress: wraps a loop that takes long.
+        """
+        self.source, self._batches, self._text = source, batches, text_batches
+        self._sampler, self._authors = sampler, authors or {}
+        self._total, self._batch_size, self._seed = total_steps, batch_size, seed
+        self._epoch_batches, self._repeats, self._progress = epoch_batches, rollouts_per_prompt, progress
+        self._state = source.init()
+        self._store: Rows | None = None
+        self._pool_start: int | None = None
+        self.report: dict[str, float] = {}
+        self.fresh: Rows | None = None
+
+    def next(self, step: int, params: Any) -> Batch:
+        """This process's rows of the batch of update `step`, which is counted from 0.
+
+        Afterwards `fresh` has the rows that were drawn for it, or None, and `report` what is to be said of them.
+
+        Args:
+          step: updates made before.
+          params: the student's, now.
+        """
+        self.fresh, self.report = None, {}
+        uniform = float(self._random(step, 0).random())
+        stored = 0 if self._store is None else len(self._store["lengths"])
+        choice = self.source.choose(self._state, step=step, total=self._total, uniform=uniform, stored=stored)
+        if choice == "pool":
+            batch = self._from_pool(step, params)
+        else:
+            batch = self._mark(next(self._batches))
+            if "fresh" in choice:
+                rows = self._draw(batch, params, step, 0)
+                self._keep(rows)
+                batch = self._share(rows)
+            if "replay" in choice:
+                batch = self._share(self._replay(step))
+        if self._authors:
+            of_student = float((batch["origin"] == ORIGINS.index("student")).mean())
+            self.report |= {"student_rows": of_student} | {k: v for k, v in self._state.items() if v is not None}
+        if self._text is None:
+            return batch
+        text = self._mark(next(self._text), "text")
+        return {name: np.concatenate([array, text[name]]) for name, array in batch.items()}
+
+    def observe(self, loss: float) -> None:
+        """Tells the source of an evaluation: the cross-entropy of held-out rows."""
+        self._state = self.source.observe(self._state, loss)
+
+    def get_state(self) -> dict[str, Any]:
+        """All that decides what comes next; JSON can hold it."""
+        return {
+            "data": self._batches.get_state(),
+            "text": None if self._text is None else self._text.get_state(),
+            "source": self._state,
+            "store": None if self._store is None else {name: _encode(array) for name, array in self._store.items()},
+            "pool_start": self._pool_start,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from where `get_state` was called."""
+        self._batches.set_state(state["data"])
+        if self._text is not None:
+            self._text.set_state(state["text"])
+        self._state, self._pool_start = state["source"], state["pool_start"]
+        store = state["store"]
+        self._store = None if store is None else {name: _decode(array) for name, array in store.items()}
+
+    def _from_pool(self, step: int, params: Any) -> Batch:
+        """A batch of rows that were drawn together, a whole phase's worth at its first step."""
+        source, authors = self.source, len(self.source.authors)
+        every = source.every or self._epoch_batches
+        steps = every * authors * source.epochs
+        if self._store is None or self._pool_start is None or step >= self._pool_start + steps:
+            parts = []
+            for i in self._progress(range(every)) if every > 1 else range(every):
+                parts.append(self._draw(self._mark(next(self._batches)), params, step, i))
+            self._store, self._pool_start = rollouts.concatenate(parts), step
+        epoch, place = divmod(step - self._pool_start, every * authors)
+        # Responses to one prompt lie side by side, and stay so.
+        order = self._random(self._pool_start, 1 + epoch).permutation(len(self._store["lengths"]) // authors)
+        groups = order[place * self._batch_size // authors : (place + 1) * self._batch_size // authors]
+        indices = (groups[:, None] * authors + np.arange(authors)).ravel()
+        batch = self._share(rollouts.take(self._store, indices))
+        if steps == 1:
+            self._store = self._pool_start = None  # used up: nothing for a checkpoint to keep
+        return batch
+
+    def _draw(self, batch: Batch, params: Any, step: int, index: int) -> Rows:
+        """Each author's response to each prompt of a batch, side by side."""
+        assert self._sampler is not None  # `train.build` gives one to every source that has authors
+        prompts = _prompts(batch)
+        prompts = [prompt for prompt in prompts[: len(prompts) // self._repeats] for _ in range(self._repeats)]
+        drawn = []
+        for i, name in enumerate(self.source.authors):
+            author = self._authors[name]
+            key = jax.random.key(self._seed)
+            for number in (step, index, i):
+                key = jax.random.fold_in(key, number)
+            its_params = params if author.params is None else author.params
+            drawn.append(self._sampler.rows(author.model, its_params, prompts, key, name, author.mixture))
+        self.fresh = drawn[-1]
+        self.report = self._sampler.report(self.fresh)
+        rows = rollouts.concatenate(drawn)
+        return rollouts.take(rows, np.arange(len(rows["lengths"])).reshape(len(drawn), -1).T.ravel())
+
+    def _keep(self, rows: Rows) -> None:
+        if self.source.capacity:
+            both = rows if self._store is None else rollouts.concatenate([self._store, rows])
+            self._store = rollouts.take(both, slice(-self.source.capacity, None))
+
+    def _replay(self, step: int) -> Rows:
+        assert self._store is not None  # no source replays before it has drawn
+        stored = len(self._store["lengths"])
+        random = self._random(step, 1)
+        return rollouts.take(self._store, random.choice(stored, self._batch_size, replace=stored < self._batch_size))
+
+    def _share(self, rows: Rows) -> Batch:
+        """This process's part of the rows, as a batch."""
+        size = self._batch_size // jax.process_count()
+        return rollouts.as_batch(
+            rollouts.take(rows, slice(jax.process_index() * size, (jax.process_index() + 1) * size))
+        )
+
+    def _mark(self, batch: Batch, origin: str = "") -> Batch:
+        """A dataset's batch with its origin; a source without authors has only one."""
+        name = origin or (self.source.origins[0] if not self._authors else "data")
+        if not self._authors and self._text is None and name == "data":
+            return batch  # as it came: what most runs need
+        count, length = batch["tokens"].shape
+        return batch | {
+            "origin": np.full(count, ORIGINS.index(name), np.int32),
+            "log_probs": np.zeros((count, length), np.float32),
+        }
+
+    def _random(self, step: int, purpose: int) -> np.random.Generator:
+        return np.random.default_rng((self._seed, step, purpose))
+
+
+def _prompts(batch: Batch) -> list[list[int]]:
+    """The prompts of a batch, of all processes' rows: what is before the first token that counts."""
+    tokens, counted = batch["tokens"], batch["loss_mask"]
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        tokens, counted = (
+            np.concatenate(list(multihost_utils.process_allgather(array))) for array in (tokens, counted)
+        )
+    return [row[: mask.argmax() + 1].tolist() for row, mask in zip(tokens, counted, strict=True)]
+
+
+def _encode(array: np.ndarray) -> dict[str, Any]:
+    content = base64.b64encode(zlib.compress(array.tobytes())).decode()
+    return {"dtype": array.dtype.str, "shape": array.shape, "zlib": content}
+
+
+def _decode(saved: dict[str, Any]) -> np.ndarray:
+    content = zlib.decompress(base64.b64decode(saved["zlib"]))
+    return np.frombuffer(content, saved["dtype"]).reshape(saved["shape"]).copy()

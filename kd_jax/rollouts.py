@@ -1,0 +1,212 @@
+"""Responses drawn from a model, as rows to train on, and a teacher's as a dataset on disk."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from kd_jax import data, models, sharding
+from kd_jax.objectives import ORIGINS
+
+# Rows by name, an entry a row in each array: tokens [M, L + 1], lengths, prompt_lengths and origin [M], log_probs [M, L].
+Rows = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How responses are drawn, and what makes rows of them.
+
+    Attributes:
+      mesh: where the models' parameters are.
+      tokenizer: its end token ends a response.
+      max_length: tokens of a model's input; a row has at most one more.
+      max_new_tokens: of a response.
+      temperature, top_p, top_k: as in `models.generate`.
+    """
+
+    mesh: jax.sharding.Mesh
+    tokenizer: data.Tokenizer
+    max_length: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def rows(
+        self, model: models.Model, params: Any, prompts: Sequence[Sequence[int]], key: jax.Array, origin: str,
+        mixture: tuple[models.Model, Any, float] | None = None,
+    ) -> Rows:  # fmt: skip
+        """One response to each prompt, with prompt, as rows that are the same on every process.
+
+        Args:
+          model: who writes.
+          params: its parameters.
+          prompts: ids; all of the global batch, on every process.
+          key: of the draw.
+          origin: what the rows are marked as.
+          mixture: as in `models.generate`.
+        """
+        pad = self.tokenizer.pad_id
+        tokens, mask = models.left_pad(prompts, pad, model.config.max_positions - self.max_new_tokens)
+        drawn = models.generate(
+            model, params, *(sharding.put_whole(self.mesh, array) for array in (tokens, mask)),
+            max_new_tokens=self.max_new_tokens, key=key, temperature=self.temperature, top_p=self.top_p,
+            top_k=self.top_k, mixture=mixture, vocab_size=self.tokenizer.vocab_size, eos_id=self.tokenizer.eos_id,
+            pad_id=pad,
+        )  # fmt: skip
+        tokens, mask, log_probs = map(sharding.fetch_whole, drawn)
+        count = len(prompts)
+        rows = {
+            "tokens": np.full((count, self.max_length + 1), pad, np.int32),
+            "log_probs": np.zeros((count, self.max_length), np.float32),
+            "lengths": np.zeros(count, np.int32),
+            "prompt_lengths": np.array([len(prompt) for prompt in prompts], np.int32),
+            "origin": np.full(count, ORIGINS.index(origin), np.int32),
+        }
+        for i, prompt in enumerate(prompts):
+            length = min(int(mask[i].sum()), self.max_length + 1 - len(prompt))
+            end = len(prompt) + length
+            rows["tokens"][i, :end] = [*prompt, *tokens[i, :length]]
+            rows["log_probs"][i, len(prompt) - 1 : end - 1] = log_probs[i, :length]
+            rows["lengths"][i] = end
+        return rows
+
+    def responses(self, rows: Rows) -> list[list[int]]:
+        """The ids of each row's response, its end token included."""
+        ends = zip(rows["tokens"], rows["prompt_lengths"], rows["lengths"], strict=True)
+        return [row[begin:end].tolist() for row, begin, end in ends]
+
+    def text(self, rows: Rows) -> list[tuple[str, str]]:
+        """Prompt and response of each row."""
+        prompts = (row[:end].tolist() for row, end in zip(rows["tokens"], rows["prompt_lengths"], strict=True))
+        decode = self.tokenizer.decode
+        return [(decode(prompt), decode(ids)) for prompt, ids in zip(prompts, self.responses(rows), strict=True)]
+
+    def report(self, rows: Rows) -> dict[str, float]:
+        """Of the responses: tokens, share that ended, share of 4-grams that the same response has before, and entropy.
+
+        The entropy, in nats a token, is estimated by the mean of -log q of what was drawn at the sampling's temperature.
+        """
+        texts = self.responses(rows)
+        grams = [[tuple(ids[i : i + 4]) for i in range(len(ids) - 3)] for ids in texts]
+        total, distinct = sum(map(len, grams)), sum(len(set(g)) for g in grams)
+        return {
+            "length": float(np.mean([len(ids) for ids in texts])),
+            "finished": float(np.mean([bool(ids) and ids[-1] == self.tokenizer.eos_id for ids in texts])),
+            "repetition": 1 - distinct / total if total else 0.0,
+            "entropy": -float(rows["log_probs"].sum()) / max(1, sum(map(len, texts))),
+        }
+
+
+def as_batch(rows: Rows) -> dict[str, np.ndarray]:
+    """Rows as `data.batches` gives them, with their origin and the drawn tokens' log-probabilities.
+
+    The first token of a response counts, its end token does, and nothing after it.
+    """
+    place = np.arange(rows["tokens"].shape[1] - 1)
+    length, prompt = (rows[name][:, None] for name in ("lengths", "prompt_lengths"))
+    return {
+        "tokens": np.where(place < length - 1, rows["tokens"][:, :-1], rows["tokens"][:, -1:]),
+        "targets": rows["tokens"][:, 1:],
+        "mask": place < length - 1,
+        "loss_mask": (place >= prompt - 1) & (place < length - 1),
+        "origin": rows["origin"],
+        "log_probs": rows["log_probs"],
+    }
+
+
+def take(rows: Rows, indices: Int[np.ndarray, " M"] | slice) -> Rows:
+    """The rows at these indices."""
+    return {name: array[indices] for name, array in rows.items()}
+
+
+def concatenate(parts: Sequence[Rows]) -> Rows:
+    """All rows of the parts."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def write_responses(
+    folder: Path, rows: Iterable[dict[str, str]], encode: Callable[[list[dict[str, str]]], list[list[int] | None]],
+    sampler: Sampler, model: models.Model, params: Any, *, batch_size: int, seed: int,
+    progress: Callable[..., Any],
+) -> Path:  # fmt: skip
+    """A model's responses to a dataset's prompts as a file of JSON lines, for the dataset `jsonl`.
+
+    What is drawn depends on the row's place and the seed alone: an interrupted call goes on where it was, and the file has
+    its name only when it is complete. Only the first process writes.
+
+    Args:
+      folder: the file is `responses.jsonl` in it.
+      rows: with prompt and context.
+      encode: rows -> the ids of their prompts, None for one that is left out.
+      sampler: how responses are drawn.
+      model: who writes.
+      params: its parameters.
+      batch_size: rows drawn at a time.
+      seed: of the draws.
+      progress: iterable -> the same with a progress bar.
+
+    Returns:
+      The file. Its rows have prompt, context, response and name; responses that have not ended are left out, and so are empty
+      ones.
+    """
+    path, partial = folder / "responses.jsonl", folder / "responses.jsonl.partial"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = list(rows)
+    done = _complete_batches(partial)
+    with partial.open("a", encoding="utf-8") as file:
+        for start in progress(range(done * batch_size, len(rows), batch_size)):
+            some = rows[start : start + batch_size]
+            kept = [(row, ids) for row, ids in zip(some, encode(some), strict=True) if ids]
+            lines: list[dict[str, str]] = []
+            if kept:
+                prompts = [ids for _, ids in kept]
+                filled = prompts + [prompts[-1]] * (batch_size - len(prompts))  # one shape
+                key = jax.random.fold_in(jax.random.key(seed), start)
+                drawn = sampler.rows(model, params, filled, key, "teacher")
+                for (row, _), ids in zip(kept, sampler.responses(drawn), strict=False):
+                    response = sampler.tokenizer.decode(ids)
+                    if ids[-1] == sampler.tokenizer.eos_id and response:
+                        lines.append({"prompt": row["prompt"], "context": row["context"], "response": response})
+            if jax.process_index() == 0:  # a line a batch, so that a batch is there or is not
+                file.write(json.dumps(lines) + "\n")
+                file.flush()
+    if jax.process_index() == 0:
+        batches = (json.loads(line) for line in partial.read_text(encoding="utf-8").splitlines())
+        whole = folder / "responses.jsonl.whole"
+        whole.write_text("".join(json.dumps(row) + "\n" for batch in batches for row in batch), encoding="utf-8")
+        whole.replace(path)
+        partial.unlink()
+    return path
+
+
+def _complete_batches(partial: Path) -> int:
+    """How many batches are written; a line that was cut off is taken away."""
+    if not partial.exists():
+        return 0
+    text = partial.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    partial.write_text(whole, encoding="utf-8")
+    return whole.count("\n")
+
+
+def fingerprint(params: Any, *settings: Any) -> str:
+    """Of a model's parameters and of whatever else a text is drawn from."""
+    sums = jax.tree.leaves(jax.jit(lambda tree: jax.tree.map(_checksum, tree))(params))
+    total = hashlib.sha256(json.dumps([str(setting) for setting in settings]).encode())
+    total.update(np.array(sums, np.float32).tobytes())
+    return total.hexdigest()[:12]
+
+
+def _checksum(array: jax.Array) -> Float[jax.Array, ""]:
+    flat = array.astype(jnp.float32).ravel()
+    return jnp.sum(flat * jnp.cos(jnp.arange(flat.size, dtype=jnp.float32)))

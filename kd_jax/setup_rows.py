@@ -1,0 +1,203 @@
+"""The rows of a config: its dataset, its second stream, a teacher's responses, and the feed that serves them."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kd_jax import data, metrics, prefixes, resolve, rollouts
+from kd_jax.feed import Author, Feed
+from kd_jax.objectives import Term
+from kd_jax.prefixes import Source
+from kd_jax.setup import Models
+
+
+def make_source(config: Any, terms: tuple[Term, ...]) -> Source:
+    """The prefix source that a config names, checked against its terms.
+
+    Raises:
+      ValueError: a source, a number or a combination that makes no sense, with its key.
+    """
+    try:
+        make, keywords = resolve.look_up(config.prefixes, prefixes, positional=False)
+        source = make(**keywords)
+    except ValueError as error:
+        raise ValueError(f"prefixes: {error}") from error
+    given = (*source.origins, *(("text",) if config.text.name else ()))
+    for term in terms:
+        if term.rows not in ("all", *given):
+            raise ValueError(
+                f"objective.terms.{term.name}.rows={term.rows!r} counts no row: prefixes.name={_name(config.prefixes)!r} gives "
+                f"rows of {', '.join(source.origins)}, and text.name={config.text.name!r}."
+            )
+        if term.signals is not None and term.rows != "student" and source.origins != ("student",):
+            raise ValueError(
+                f"objective.terms.{term.name} is about tokens that the student drew; give it rows='student'."
+            )
+        if term.signals is not None and config.sampling.temperature != config.objective.temperature:
+            raise ValueError(
+                f"sampling.temperature={config.sampling.temperature} is not objective.temperature="
+                f"{config.objective.temperature}, at which objective.terms.{term.name} weighs what was drawn."
+            )
+    if config.text.name and not any(term.rows == "text" for term in terms):
+        raise ValueError(f"text.name={config.text.name!r}, but no term has rows='text'.")
+    if source.authors or source.origins == ("teacher",):
+        _check_sampling(config, source)
+    return source
+
+
+def _check_sampling(config: Any, source: Source) -> None:
+    name, options, sampling = _name(config.prefixes), config.data, config.sampling
+    if options.name == "text" or (source.authors and (options.packing != "none" or options.loss_on != "response")):
+        raise ValueError(
+            f"prefixes.name={name!r} answers prompts: it needs a dataset with prompts (data.name={options.name!r}), "
+            f"data.packing='none' (it is {options.packing!r}) and data.loss_on='response' (it is {options.loss_on!r})."
+        )
+    if options.max_prompt_length + sampling.max_new_tokens > options.max_length + 1:
+        raise ValueError(
+            f"data.max_prompt_length={options.max_prompt_length} and sampling.max_new_tokens={sampling.max_new_tokens} do not "
+            f"fit into data.max_length={options.max_length} and one; lower one of them."
+        )
+    if not config.teacher.path and "teacher" in source.origins:
+        raise ValueError(f"prefixes.name={name!r} has the teacher write, but teacher.path is empty; name its folder.")
+    if options.batch_size % (sampling.rollouts_per_prompt * max(1, len(source.authors))):
+        raise ValueError(
+            f"data.batch_size={options.batch_size} does not divide into sampling.rollouts_per_prompt="
+            f"{sampling.rollouts_per_prompt} responses of {max(1, len(source.authors))} author(s) a prompt."
+        )
+    resolve.check_number("sampling.temperature", sampling.temperature, low=0.0)
+    resolve.check_number("sampling.top_p", sampling.top_p, 1e-6, 1.0)
+    resolve.check_number("sampling.top_k", sampling.top_k, low=0)
+    resolve.check_fraction("sampling.teacher_share", sampling.teacher_share)
+    if sampling.teacher_share and not config.teacher.path:
+        raise ValueError(
+            f"sampling.teacher_share={sampling.teacher_share}, but teacher.path is empty; name its folder."
+        )
+
+
+def load_rows(config: Any, tokenizer: data.Tokenizer, split: str, limit: int = 0) -> tuple[Any, dict[str, int]]:
+    """Rows of a split of the dataset, as training or evaluation takes them, and what became of the source's.
+
+    Held-out rows are scored on their responses, whatever the training is on, and never packed.
+    """
+    options, training = config.data, split == config.data.train_split
+    source: Any = data.load(options.name, split=split, data_dir=options.data_dir or None, **dict(options.options))
+    if limit and limit < len(source):
+        source = [source[i] for i in range(limit)]
+    if options.name == "text":
+        return data.pack(source, tokenizer, max_length=options.max_length)
+    tokenized, counts = _tokenize(config, tokenizer, source, options.loss_on if training else "response")
+    if options.packing != "none" and training:
+        combine = data.pack_rows if options.packing == "rows" else data.join
+        tokenized = combine(tokenized, max_length=options.max_length)
+        counts |= {"packed into": len(tokenized)}
+    return tokenized, counts
+
+
+def _tokenize(config: Any, tokenizer: data.Tokenizer, source: Any, loss_on: str) -> tuple[data.Rows, dict[str, int]]:
+    options = config.data
+    return data.tokenize(
+        source, tokenizer, template=options.template, max_length=options.max_length,
+        max_prompt_length=options.max_prompt_length, long_prompts=options.long_prompts,
+        long_responses=options.long_responses, loss_on=loss_on,
+    )  # fmt: skip
+
+
+def load_text(config: Any, tokenizer: data.Tokenizer) -> data.Rows:
+    """The second stream: rows end to end, of which every token counts."""
+    options, length = config.text, config.data.max_length
+    source: Any = data.load(options.name, split="train", data_dir=config.data.data_dir or None, **dict(options.options))
+    if options.name == "text":
+        return data.pack(source, tokenizer, max_length=length)[0]
+    return data.join(_tokenize(config, tokenizer, source, "all")[0], max_length=length)
+
+
+def load_responses(
+    config: Any, source: prefixes.teacher, tokenizer: data.Tokenizer, loaded: Models, mesh: Any
+) -> tuple[data.Rows, dict[str, int]]:
+    """The dataset's prompts with the teacher's responses, which are drawn first if they are not on disk."""
+    options = config.data
+    split: Any = data.load(
+        options.name, split=options.train_split, data_dir=options.data_dir or None, **dict(options.options)
+    )
+    rows = [split[i] for i in range(min(source.num_rows or len(split), len(split)))]
+    sampler = make_sampler(config, tokenizer, mesh)
+    prompts = [row["prompt"] + "\0" + row["context"] for row in rows]
+    made_from = rollouts.fingerprint(
+        loaded.teacher_params, loaded.teacher.config, dict(config.sampling), options.template, options.max_prompt_length,
+        options.long_prompts, options.batch_size, config.seed, prompts,
+    )  # fmt: skip
+    folder = Path(options.data_dir or data.DEFAULT_DIR).expanduser() / "kd_jax_responses" / made_from
+    encode = partial(
+        data.encode_prompts, tokenizer=tokenizer, template=options.template, max_length=options.max_prompt_length,
+        cut=options.long_prompts == "cut",
+    )  # fmt: skip
+    path = rollouts.write_responses(
+        folder, rows, encode, sampler, loaded.teacher, loaded.teacher_params, batch_size=options.batch_size,
+        seed=config.seed, progress=lambda it: metrics.tqdm(it, desc="the teacher writes", unit="batch"),
+    )  # fmt: skip
+    written: Any = data.load(
+        "jsonl", split="train", data_dir=options.data_dir or None, path=str(path), context_field="context",
+        validation_fraction=0.0,
+    )  # fmt: skip
+    tokenized, counts = _tokenize(config, tokenizer, written, "response")
+    return tokenized, {"prompts": len(rows)} | counts
+
+
+def make_sampler(config: Any, tokenizer: data.Tokenizer, mesh: Any) -> rollouts.Sampler:
+    """How the config's responses are drawn."""
+    sampling = config.sampling
+    return rollouts.Sampler(
+        mesh, tokenizer, config.data.max_length, sampling.max_new_tokens, sampling.temperature, sampling.top_p,
+        sampling.top_k,
+    )  # fmt: skip
+
+
+def batch_options(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
+    """Keywords of `data.batches` that all of a run's have."""
+    return dict(
+        max_length=config.data.max_length, seed=config.seed, pad_id=tokenizer.pad_id,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+
+
+def make_feed(config: Any, source: Source, tokenizer: data.Tokenizer, loaded: Models, mesh: Any, rows: Any) -> Feed:
+    """What serves a run's batches.
+
+    Args:
+      config: of the run.
+      source: of `make_source`.
+      tokenizer: of both models.
+      loaded: the models; the student's parameters come with each step.
+      mesh: where batches and models are.
+      rows: of `load_rows` or `load_responses`.
+    """
+    options, share = batch_options(config, tokenizer), config.sampling.teacher_share
+    text_batches = None
+    if config.text.name:
+        text = load_text(config, tokenizer)
+        text_batches = iter(data.batches(text, batch_size=config.text.batch_size, **options))
+    mixture = (loaded.teacher, loaded.teacher_params, share) if share else None
+    authors = {
+        "student": Author(loaded.student, None, mixture), "teacher": Author(loaded.teacher, loaded.teacher_params),
+    }  # fmt: skip
+    return Feed(
+        source, iter(data.batches(rows, batch_size=config.data.batch_size, **options)), text_batches=text_batches,
+        sampler=make_sampler(config, tokenizer, mesh), authors={name: authors[name] for name in source.authors},
+        total_steps=config.steps, batch_size=config.data.batch_size,
+        epoch_batches=max(1, len(rows) // config.data.batch_size), seed=config.seed,
+        rollouts_per_prompt=config.sampling.rollouts_per_prompt,
+        progress=lambda it: metrics.tqdm(it, desc="responses", unit="batch", leave=False),
+    )  # fmt: skip
+
+
+def show(sampler: rollouts.Sampler, step: int, rows: rollouts.Rows, count: int = 2) -> str:
+    """Some of the responses that were drawn for a step, for the log."""
+    some = sampler.text(rollouts.take(rows, np.arange(min(count, len(rows["lengths"])))))
+    return "\n".join(f"--- drawn for step {step}\n{prompt}\n>>> {response}" for prompt, response in some)
+
+
+def _name(spec: Any) -> str:
+    return spec if isinstance(spec, str) else spec.get("name", "")
