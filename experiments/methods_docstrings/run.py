@@ -1,0 +1,125 @@
+"""Every method from the same fine-tuned student, on the docstrings: the same number of steps, rows and seeds.
+
+python -m kd_jax.main --config=configs/sft.py --workdir=runs/start --config.steps=300
+pip install rouge-score
+python -m experiments.methods_docstrings.run --start=runs/start/student --out=experiments/methods_docstrings/results.jsonl
+
+A line a run; what is in the file already is not run again.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from rouge_score import rouge_scorer
+
+from kd_jax import evaluate, metrics, rollouts, train
+from kd_jax.setup_rows import make_sampler
+
+METHODS = (
+    "sft", "seqkd", "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence", "akl",
+    "skew_kl", "abkd", "taid", "amid", "imitkd", "gkd", "distillm", "distillm2", "minillm", "opd",
+)  # fmt: skip
+PROMPTS = 128  # of the held-out rows: what the student answers
+
+
+def configured(method: str, seed: int, steps: int, start: str):
+    config = importlib.import_module(f"configs.{method}").get_config("docstrings")
+    config.steps, config.seed = steps, seed
+    config.learning_rate.init_value = 1e-3
+    config.student.init, config.student.path = "pretrained", start
+    config.data.eval_rows = 256
+    if method == "seqkd":
+        config.prefixes.num_rows = steps * config.data.batch_size
+    return config
+
+
+def measure(run: train.Run, params, who: str = "student") -> dict[str, float]:
+    """On held-out rows, and on what the model itself writes to their prompts."""
+    model = run.models.student if who == "student" else run.models.teacher
+    held_out = run.evaluate(params) if who == "student" else run.evaluate_teacher()
+    rows = [
+        dict(zip(batch, row, strict=True)) for batch in run.eval_batches() for row in zip(*batch.values(), strict=True)
+    ]
+    rows = [row for row in rows if row["loss_mask"].any()][:PROMPTS]
+    prompts = [row["tokens"][: row["loss_mask"].argmax() + 1].tolist() for row in rows]
+    references = [run.tokenizer.decode(row["targets"][row["loss_mask"]].tolist()) for row in rows]
+    sampler = make_sampler(run.config, run.tokenizer, run.mesh)
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    totals, scores, reports = None, [], []
+    for start in range(0, PROMPTS, 32):
+        key = jax.random.fold_in(jax.random.key(1), start)
+        drawn = sampler.rows(model, params, prompts[start : start + 32], key, "student")
+        reports.append(sampler.report(drawn))
+        for reference, (_, text) in zip(references[start:], sampler.text(drawn), strict=False):
+            scores.append(100 * scorer.score(reference, text)["rougeL"].fmeasure)
+        batch = rollouts.as_batch(drawn)
+        batch = {name: batch[name] for name in ("tokens", "targets", "mask", "loss_mask")}
+        sums = evaluate.token_sums(
+            model, params, run.models.teacher, run.models.teacher_params, run.put(batch),
+            vocab_size=run.tokenizer.vocab_size, mesh=run.mesh,
+        )  # fmt: skip
+        totals = sums if totals is None else jax.tree.map(jax.numpy.add, totals, sums)
+    own = metrics.averages(totals)
+    found = {
+        "rouge_l": statistics.mean(scores),
+        "own_forward_kl": own["forward_kl"],
+        "own_reverse_kl": own["reverse_kl"],
+    }
+    means = {name: statistics.mean(report[name] for report in reports) for name in reports[0]}
+    return held_out | found | means
+
+
+def trained(run: train.Run) -> tuple[dict[str, float], object]:
+    state, seconds, tokens = run.init_state(), [], 0.0
+    observing = getattr(run.feed.source, "capacity", 0)
+    for step in range(run.config.steps):
+        if observing and step % max(1, run.config.steps // 5) == 0:
+            run.feed.observe(run.evaluate(state.params)["cross_entropy"])
+        begin = time.perf_counter()
+        state, sums = run.train_step(state, run.models.teacher_params, run.batch(step, state.params))
+        values = metrics.averages(jax.device_get(sums))
+        seconds.append(time.perf_counter() - begin)
+        tokens += values["tokens"]
+        assert np.isfinite(values["loss"])
+    return {"seconds_a_step": statistics.mean(sorted(seconds)[:-2]), "tokens": tokens}, state.params
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--start", required=True)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args()
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/kd_jax/xla"))
+    out = Path(args.out)
+    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    jobs = [(method, int(seed)) for seed in args.seeds.split(",") for method in args.methods.split(",")]
+    for method, seed in [("teacher", 0), ("start", 0), *jobs]:
+        if any((line["method"], line["seed"]) == (method, seed) for line in done):
+            continue
+        begin = time.perf_counter()
+        run = train.build(configured("sft" if method in ("teacher", "start") else method, seed, args.steps, args.start))
+        line = {"method": method, "seed": seed, "steps": args.steps}
+        if method == "teacher":
+            line |= measure(run, run.models.teacher_params, "teacher")
+        elif method == "start":
+            line |= measure(run, run.init_state().params)
+        else:
+            cost, params = trained(run)
+            line |= cost | measure(run, params)
+        print(method, seed, f"{time.perf_counter() - begin:.0f} s", line, flush=True)
+        with out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
