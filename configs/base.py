@@ -106,7 +106,7 @@ def term(**changes: Any) -> ConfigDict:
     values = {
         "kind": "divergence",  # divergence; hard_labels: -log q(the row's token); policy_gradient of KL(q || p), see policy
         "divergence": {"name": "forward_kl"},  # spec: kd_jax.divergences
-        "assistant": None,  # spec: kd_jax.assistants, or None
+        "assistant": {"name": "none"},  # spec: kd_jax.assistants, or none
         "pair": ("teacher", "student"),  # first and second argument: two of teacher, student, assistant
         "stop_gradient": False,  # the assistant's student is a constant to the gradient
         "weight": 0.0,  # of the teacher in the assistant: a number, or a spec of kd_jax.schedules

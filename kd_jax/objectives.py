@@ -194,7 +194,7 @@ def _make_term(name: str, spec: Any, temperature: float, teacher_share: float) -
             loss = _divergence_loss(spec)
         if spec["importance"] and kind == "divergence":
             loss, signals = _weighted(loss), lambda scores: (policy_gradient.importance(scores, teacher_share),)
-        if spec["assistant"] is not None and isinstance(spec["weight"], int | float):
+        if _names_one(spec["assistant"]) and isinstance(spec["weight"], int | float):
             resolve.check_fraction("weight", spec["weight"])
         weight, coefficient = _schedule(spec["weight"]), _schedule(spec["coefficient"])
     except ValueError as error:
@@ -207,8 +207,13 @@ def _schedule(spec: Any) -> Any:
     return schedules.as_stateful(spec if isinstance(spec, int | float) else resolve.build(spec, schedules))
 
 
+def _names_one(spec: Any) -> bool:
+    """Whether a spec of an assistant is one; {"name": "none"} is what a flag can change, and None what it cannot."""
+    return spec is not None and spec != "none" and (isinstance(spec, str) or spec["name"] != "none")
+
+
 def _divergence_loss(spec: Any) -> Callable[..., Array]:
-    assistant = None if spec["assistant"] is None else resolve.bind(spec["assistant"], assistants)
+    assistant = resolve.bind(spec["assistant"], assistants) if _names_one(spec["assistant"]) else None
     divergence = resolve.bind(spec["divergence"], divergences)
     inner = token_loss(divergence, assistant, spec["pair"], spec["stop_gradient"])
     return lambda log_p, log_q, target, weight: inner(log_p, log_q, weight)

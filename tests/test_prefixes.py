@@ -240,7 +240,7 @@ def test_what_makes_no_sense_is_refused_by_name(method, changes, message, data_d
 
 def test_any_term_goes_with_any_source_by_flags_alone(data_dir):
     config = smoke("gkd", data_dir, prefixes__name="student(every=1)")
-    config.objective.terms.distil.assistant = "alpha_mixture(alpha=-3.0)"
+    config.objective.terms.distil.assistant.name = "alpha_mixture(alpha=-3.0)"
     config.objective.terms.distil.divergence.name = "alpha_beta(alpha=0.2, beta=0.7)"
     config.objective.terms.distil.update(pair=("teacher", "assistant"), weight=0.1, rows="student")
     run = train.build(config)

@@ -1,0 +1,58 @@
+"""The README's table of the methods, from their configs: python -c 'from configs import table; print(table.methods())'
+
+A method is a point in four axes: whose text, which pair of distributions, which divergence, which schedules.
+"""
+
+import importlib
+from typing import Any
+
+METHODS = (
+    "sft", "seqkd", "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence", "akl",
+    "skew_kl", "abkd", "taid", "amid", "imitkd", "gkd", "distillm", "distillm2", "minillm", "opd",
+)  # fmt: skip
+SHORT = {"teacher": "p", "student": "q", "assistant": "r"}
+
+
+def methods() -> str:
+    """Markdown, a row for each term of each method."""
+    lines = ["| config | whose text | term | pair | assistant r | schedules |", "| --- | --- | --- | --- | --- | --- |"]
+    for method in METHODS:
+        config = importlib.import_module(f"configs.{method}").get_config()
+        source = _spec(config.prefixes)
+        if config.sampling.teacher_share:
+            source += f", drawn with {config.sampling.teacher_share:g} of the teacher"
+        for i, (name, term) in enumerate(config.objective.terms.items()):
+            head = (f"`{method}`", source) if i == 0 else ("", "")
+            lines.append(f"| {' | '.join((*head, *_term(name, term)))} |")
+    return "\n".join(lines)
+
+
+def _term(name: str, term: Any) -> tuple[str, str, str, str]:
+    schedules = [f"{key} {_spec(term[key])}" for key in ("weight", "coefficient") if not _is_number(term[key])]
+    factor = f"{term.coefficient:g} " if _is_number(term.coefficient) and term.coefficient != 1 else ""
+    rows = "" if term.rows == "all" else f" on {term.rows} rows"
+    if term.kind == "hard_labels":
+        return f"{factor}-log q(token){rows}", "", "", "; ".join(schedules)
+    if term.kind == "policy_gradient":
+        return f"{factor}policy gradient of KL(q, p){rows}", "", "", "; ".join(schedules)
+    pair = ", ".join(SHORT[member] for member in term.pair)
+    assistant = ""
+    if term.assistant.name != "none":
+        weight = f", weight {term.weight:g}" if _is_number(term.weight) else ""
+        assistant = _spec(term.assistant) + weight + (", a constant" if term.stop_gradient else "")
+    return f"{factor}{_spec(term.divergence)}{rows}", pair, assistant, "; ".join(schedules)
+
+
+def _spec(spec: Any) -> str:
+    """A spec as a call, without what follows the number of steps."""
+    shown = []
+    for key, value in spec.items():
+        if hasattr(value, "items"):
+            value = _spec(value)
+        if key not in ("name", "total_steps", "transition_steps"):
+            shown.append(f"{key} {value:g}" if _is_number(value) and not isinstance(value, bool) else f"{key} {value}")
+    return f"`{spec['name']}`" + (f" ({', '.join(shown)})" if shown else "")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
