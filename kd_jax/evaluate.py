@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Array
 
 from kd_jax import models
+from kd_jax.compare import compare
 from kd_jax.divergences import forward_kl, reverse_kl
-from kd_jax.head_loss import token_sum
 from kd_jax.metrics import averages
 from kd_jax.objectives import cross_entropy
-from kd_jax.sharding import for_lookup, put_batch
+from kd_jax.sharding import put_batch
 
 WITH_TEACHER = ("forward_kl", "reverse_kl", "top1_agreement")
 
@@ -48,18 +48,11 @@ def token_sums(
             columns += [forward_kl(log_p, log_q), reverse_kl(log_p, log_q), same.astype(log_q.dtype)]
         return jnp.stack(columns, axis=-1)
 
-    inputs = batch["tokens"], batch["mask"]
-    params, teacher_hidden, teacher_head, teacher_tied = for_lookup(mesh, params), None, None, False
-    if teacher is not None:
-        teacher_params = for_lookup(mesh, teacher_params)
-        teacher_hidden = teacher.hidden(teacher_params, *inputs)
-        teacher_head, teacher_tied = teacher.stored_head(teacher_params)
-    head, tied = student.stored_head(params)
     names = ("cross_entropy", *(() if teacher is None else WITH_TEACHER))
     weight = jnp.repeat(batch["loss_mask"][..., None].astype(jnp.float32), len(names), axis=-1)
-    _, per_token = token_sum(
-        values, student.hidden(params, *inputs), head, teacher_hidden, teacher_head, weight, batch["targets"],
-        chunk=chunk, tied=(tied, teacher_tied), vocab_size=vocab_size, mesh=mesh,
+    _, per_token = compare(
+        values, student, params, teacher, teacher_params, batch, weight, batch["targets"], chunk=chunk,
+        vocab_size=vocab_size, mesh=mesh,
     )  # fmt: skip
     sums, count = per_token.sum(axis=(0, 1)), weight[..., 0].sum()
     return {name: (sums[i], count) for i, name in enumerate(names)}

@@ -9,10 +9,9 @@ import optax
 from flax import struct
 from jaxtyping import Array, Int
 
-from kd_jax.head_loss import token_sum
+from kd_jax.compare import compare
 from kd_jax.objectives import ORIGINS, Term, cross_entropy, row_means, token_coefficients
 from kd_jax.policy_gradient import Scores
-from kd_jax.sharding import for_lookup
 
 Batch = dict[str, Array]
 # name -> (sum, count): averages are taken by whoever has all the sums.
@@ -83,20 +82,10 @@ def make_train_step(
         names = ", ".join(term.name for term in terms if term.needs_teacher)
         raise ValueError(f"the terms {names} compare with a teacher, but teacher.path is empty; name its folder.")
 
-    def head_sum(
-        token_loss: Any, params: Any, teacher_params: Any, part: Batch, coefficient: Array, *extras: Array
-    ) -> Any:
-        """`token_sum` of a batch: both models' hidden states, and their output matrices."""
-        inputs = part["tokens"], part["mask"]
-        params, teacher_hidden, teacher_head, teacher_tied = for_lookup(mesh, params), None, None, False
-        if needs_teacher:
-            teacher_params = for_lookup(mesh, teacher_params)
-            teacher_hidden = teacher.hidden(teacher_params, *inputs)
-            teacher_head, teacher_tied = teacher.stored_head(teacher_params)
-        head, tied = student.stored_head(params)
-        return token_sum(
-            token_loss, student.hidden(params, *inputs), head, teacher_hidden, teacher_head, coefficient, *extras,
-            chunk=chunk, tied=(tied, teacher_tied), vocab_size=vocab_size, temperature=temperature, mesh=mesh,
+    def both(token_loss: Any, params: Any, teacher_params: Any, part: Batch, coefficient: Array, *extras: Array) -> Any:
+        return compare(
+            token_loss, student, params, teacher if needs_teacher else None, teacher_params, part, coefficient, *extras,
+            vocab_size=vocab_size, temperature=temperature, chunk=chunk, mesh=mesh,
         )  # fmt: skip
 
     def sums(params: Any, teacher_params: Any, part: Any) -> tuple[Array, Array]:
@@ -106,7 +95,7 @@ def make_train_step(
             extras = jax.tree.unflatten(structure, leaves)
             return jnp.stack([t.loss(log_p, log_q, target, *of_t) for t, of_t in zip(terms, extras, strict=True)], -1)
 
-        total, values = head_sum(token_loss, params, teacher_params, part, coefficient, part["targets"], *leaves)
+        total, values = both(token_loss, params, teacher_params, part, coefficient, part["targets"], *leaves)
         counted = (coefficient != 0).sum(axis=(0, 1))
         return total, jnp.stack([values.sum(axis=(0, 1)), counted.astype(values.dtype)])
 
@@ -118,11 +107,13 @@ def make_train_step(
 
         def part_scores(part: Batch) -> Array:
             counted = jnp.repeat(part["loss_mask"][..., None].astype(jnp.float32), 2, axis=-1)
-            return head_sum(of_targets, params, teacher_params, part, counted, part["targets"])[1]
+            return both(of_targets, params, teacher_params, part, counted, part["targets"])[1]
 
-        names = ("tokens", "targets", "mask", "loss_mask")
-        split = _split_rows({name: batch[name] for name in names}, microbatches)
-        values = jax.lax.stop_gradient(_join_rows(jax.lax.map(part_scores, split)))
+        parts = {name: batch[name] for name in ("tokens", "targets", "mask", "loss_mask")}
+        if microbatches == 1:
+            values = part_scores(parts)
+        else:
+            values = _join_rows(jax.lax.map(part_scores, _split_rows(parts, microbatches)))
         return values[..., 0], values[..., 1]
 
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -173,9 +164,9 @@ def make_train_step(
         schedules = tuple(
             tuple(
                 _follow(s, old, state.step, per_term[:, i], means[i])
-                for s, old in zip((t.weight, t.coefficient), both, strict=True)
+                for s, old in zip((t.weight, t.coefficient), states, strict=True)
             )
-            for i, (t, both) in enumerate(zip(terms, state.schedules, strict=True))
+            for i, (t, states) in enumerate(zip(terms, state.schedules, strict=True))
         )
         one = jnp.ones(())
         metrics = {"loss": (loss, one), "gradient_norm": (optax.tree.norm(gradient), one)}

@@ -1,0 +1,42 @@
+"""Two models on the same tokens: their hidden states, and a loss of their next-token distributions without logits."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Array
+
+from kd_jax.head_loss import token_sum
+from kd_jax.sharding import for_lookup
+
+
+def compare(
+    token_loss: Callable[..., Array], student: Any, params: Any, teacher: Any, teacher_params: Any,
+    batch: dict[str, Array], coefficient: Array, *extras: Array, vocab_size: int, temperature: float = 1.0,
+    chunk: int | None = None, mesh: Any = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """`head_loss.token_sum` of both models on a batch.
+
+    Args:
+      token_loss: as in `token_sum`; its log_p is None without a teacher.
+      student: with `hidden(params, tokens, mask)` and `stored_head(params)`.
+      params: the student's, to which gradients flow.
+      teacher: the same, or None.
+      teacher_params: the teacher's.
+      batch: with tokens and mask [B, L].
+      coefficient, extras: as in `token_sum`.
+      vocab_size, temperature, chunk, mesh: as in `token_sum`.
+
+    Returns:
+      As `token_sum`: the sum, and the loss at each position.
+    """
+    inputs = batch["tokens"], batch["mask"]
+    params, teacher_hidden, teacher_head, teacher_tied = for_lookup(mesh, params), None, None, False
+    if teacher is not None:
+        teacher_params = for_lookup(mesh, teacher_params)
+        teacher_hidden = teacher.hidden(teacher_params, *inputs)
+        teacher_head, teacher_tied = teacher.stored_head(teacher_params)
+    head, tied = student.stored_head(params)
+    return token_sum(
+        token_loss, student.hidden(params, *inputs), head, teacher_hidden, teacher_head, coefficient, *extras,
+        chunk=chunk, tied=(tied, teacher_tied), vocab_size=vocab_size, temperature=temperature, mesh=mesh,
+    )  # fmt: skip
