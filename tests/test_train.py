@@ -38,6 +38,23 @@ def test_every_config_takes_two_steps(method, data_dir):
     assert set(run.config.objective.terms) == {term.name for term in run.terms}
 
 
+# Forty steps of the smoke setting, from random parameters, are too few for a teacher's or a student's random text to help.
+NEARER = [method for method in METHODS if method not in ("seqkd", "opd")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", NEARER)
+def test_every_method_brings_the_student_nearer_to_the_teacher(method, data_dir):
+    changes = {"prefixes__threshold": 0.5} if method == "distillm" else {}
+    run = train.build(smoke(method, data_dir, steps=40, data__eval_rows=32, **changes))
+    state = run.init_state()
+    before = run.evaluate(state.params)
+    for step in range(40):
+        state, _ = run.train_step(state, run.models.teacher_params, run.batch(step, state.params))
+    after = run.evaluate(state.params)
+    assert after["forward_kl"] + after["reverse_kl"] < before["forward_kl"] + before["reverse_kl"] - 0.02
+
+
 def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_dir, capsys):
     config = smoke("forward_kl", data_dir, steps=3, eval_every=2, checkpoint_every=2, log_every=2, profile_steps=(2, 3))
     result = train.train(config, str(tmp_path / "run"), quiet=True)
@@ -77,7 +94,7 @@ class Stopped(Exception):
 
 
 STOPPED = [("taid", 3), ("sft", 1), ("distillm", 3), ("minillm", 3), ("distillm2", 3)]
-STOPPED += [pytest.param(m, 3, marks=pytest.mark.slow) for m in METHODS if m not in [name for name, _ in STOPPED]]
+STOPPED += [pytest.param(method, 3, marks=pytest.mark.slow) for method in ("seqkd", "gkd", "imitkd", "opd")]
 
 
 @pytest.mark.parametrize(("method", "stop_at"), STOPPED)
