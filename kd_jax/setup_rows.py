@@ -32,7 +32,8 @@ def make_source(config: Any, terms: tuple[Term, ...]) -> Source:
                 f"objective.terms.{term.name}.rows={term.rows!r} counts no row: prefixes.name={_name(config.prefixes)!r} gives "
                 f"rows of {', '.join(source.origins)}, and text.name={config.text.name!r}."
             )
-        if term.signals is not None and term.rows != "student" and source.origins != ("student",):
+        drawn = term.rows == "student" or (term.rows == "all" and source.origins == ("student",))
+        if term.signals is not None and not drawn:
             raise ValueError(
                 f"objective.terms.{term.name} is about tokens that the student drew; give it rows='student'."
             )
