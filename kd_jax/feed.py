@@ -145,7 +145,8 @@ class Feed:
 
     def _draw(self, batch: Batch, params: Any, step: int, index: int) -> Rows:
         """Each author's response to each prompt of a batch, side by side."""
-        assert self._sampler is not None  # `train.build` gives one to every source that has authors
+        if self._sampler is None:
+            raise ValueError(f"{type(self.source).__name__} has responses drawn, but the feed was given no sampler.")
         prompts = _prompts(batch)
         prompts = [prompt for prompt in prompts[: len(prompts) // self._repeats] for _ in range(self._repeats)]
         drawn = []
@@ -167,7 +168,8 @@ class Feed:
             self._store = rollouts.take(both, slice(-self.source.capacity, None))
 
     def _replay(self, step: int) -> Rows:
-        assert self._store is not None  # no source replays before it has drawn
+        if self._store is None:
+            raise ValueError(f"{type(self.source).__name__} replays at step {step}, before anything was drawn.")
         stored = len(self._store["lengths"])
         random = self._random(step, 1)
         return rollouts.take(self._store, random.choice(stored, self._batch_size, replace=stored < self._batch_size))
