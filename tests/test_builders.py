@@ -220,7 +220,7 @@ def test_errors_of_files_splits_and_names(tmp_path):
         load(path="x", prompt_feild="a")
     with pytest.raises(ValueError, match=r"jsonl needs data\.options\.path"):
         load()
-    with pytest.raises(ValueError, match=r"validation_fraction=1\.5 must lie between"):
+    with pytest.raises(ValueError, match=r"validation_fraction=1\.5 must be at least 0 and below 1"):
         load(path=str(empty), validation_fraction=1.5)
     with pytest.raises(ValueError, match=r"no file matches data.options.path='.*\*.txt'"):
         load("text", path=str(tmp_path / "*.txt"))
