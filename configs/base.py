@@ -6,7 +6,7 @@ keywords, also from the command line (--config.objective.terms.distil.divergence
 
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 _OPEN = (
     "options",
@@ -85,6 +85,7 @@ def get_config() -> ConfigDict:
     config.text = ConfigDict()  # a second stream, for terms with rows="text": every token of it counts
     config.text.name = ""  # a dataset as in data; empty: there is none
     config.text.options = ConfigDict()  # keywords of that builder
+    config.text.split = config.data.get_ref("train_split")  # of that dataset; as data.train_split unless set
     config.text.batch_size = 8  # rows an update beside the first stream's, each data.max_length tokens
 
     config.mesh = ConfigDict()
@@ -110,7 +111,7 @@ def term(**changes: Any) -> ConfigDict:
         "pair": ("teacher", "student"),  # first and second argument: two of teacher, student, assistant
         "stop_gradient": False,  # the assistant's student is a constant to the gradient
         "weight": 0.0,  # of the teacher in the assistant: a number, or a spec of kd_jax.schedules
-        "coefficient": 1.0,  # in front of the term: a number, or a spec of kd_jax.schedules
+        "coefficient": 1.0,  # in front of the term: a number, or a spec of kd_jax.schedules; so may be an assistant's keywords
         "rows": "all",  # all of the first stream, or by whose text they are: data, teacher, student, text
         "importance": False,  # for a divergence on rows drawn with sampling.teacher_share: weigh each token by q / mixture
         "policy": policy(),  # for policy_gradient
@@ -118,7 +119,16 @@ def term(**changes: Any) -> ConfigDict:
     }
     if unknown := changes.keys() - values.keys():
         raise KeyError(f"a term has no key {sorted(unknown)}; it has {', '.join(values)}.")
-    return ConfigDict(values | changes)
+    values |= changes
+    values |= {key: number(values[key]) for key in ("weight", "coefficient")}
+    assistant: Any = values["assistant"]
+    values["assistant"] = {key: number(value) for key, value in dict(assistant).items()}
+    return ConfigDict(values)
+
+
+def number(value: Any) -> Any:
+    """A number in whose place a flag may put a schedule: --config....weight="linear_schedule(init_value=0.0, ...)"."""
+    return FieldReference(value, field_type=object) if isinstance(value, int | float) else value
 
 
 def policy(**changes: Any) -> ConfigDict:
@@ -127,7 +137,7 @@ def policy(**changes: Any) -> ConfigDict:
         "discount": 1.0,  # of rewards that come later
         "include_current": False,  # the token's own reward, too, and not only what follows it
         "length_normalised": True,  # rewards are averaged over the tokens they are of, not summed
-        "whiten": "none",  # advantages get mean 0 and variance 1: over the counted tokens, or all, padding too
+        "whiten": "none",  # advantages get mean 0 and variance 1: over the counted tokens, or all, what follows their end too
         "baseline": "none",  # or kl: the reward of each token less its exact mean, -KL(q || p)
         "clip": 0.2,  # how far the ratio to the student that drew is followed; 0: wherever it goes
         "reward_scale": 1.0,  # rewards are divided by it

@@ -9,19 +9,21 @@ constant and weights 1 and 1: give the terms weight=0.1 and weight=0.9, coeffici
 Here a phase is 8 batches of prompts, 16 steps; prefixes.every=0 makes it an epoch.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from configs import base, settings
 
 
 def get_config(setting: str = "docstrings") -> ConfigDict:
     config = settings.get(setting)
-    config.prefixes = ConfigDict({"name": "paired", "every": 8, "epochs": 1})
+    phase = FieldReference(8)
+    config.prefixes = ConfigDict({"name": "paired", "every": phase, "epochs": 1})
     config.sampling.temperature = 0.8
     config.sampling.top_p = 0.95
     mixture = {"name": "arithmetic_mixture"}
-    skew = {"name": "distillm2_skew", "base": 0.1, "low": 0.01, "reference_steps": 16, "per_row": False}
-    share = {"name": "linear_schedule", "transition_steps": config.get_ref("steps")}
+    skew = {"name": "distillm2_skew", "base": 0.1, "low": 0.01, "reference_steps": 2 * phase, "per_row": False}
+    half = config.get_ref("steps") // 2  # beta is at its least until then
+    share = {"name": "linear_schedule", "transition_begin": half, "transition_steps": half}
     return base.set_terms(
         config,
         forward=base.term(

@@ -49,7 +49,7 @@ def _spec(spec: Any) -> str:
     for key, value in spec.items():
         if hasattr(value, "items"):
             value = _spec(value)
-        if key not in ("name", "total_steps", "transition_steps"):
+        if key not in ("name", "total_steps", "transition_begin", "transition_steps"):
             shown.append(f"{key} {value:g}" if _is_number(value) and not isinstance(value, bool) else f"{key} {value}")
     return f"`{spec['name']}`" + (f" ({', '.join(shown)})" if shown else "")
 

@@ -5,12 +5,15 @@ the teacher's, one number or one a token, traced or not: 0 gives exactly ``log_q
 and at these ends the gradient flows to that one alone. A Python number outside ``[0, 1]`` is a ValueError.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from kd_jax.logspace import Weight, has_mass, log_decay_mix, log_mix, over_vocab, promote
-from kd_jax.resolve import Number, check_fraction, check_number
+from kd_jax.resolve import check_fraction, check_number
 
 __all__ = ["alpha_mixture", "arithmetic_mixture", "geometric_mixture"]
 
@@ -87,7 +90,7 @@ def alpha_mixture(
     log_q: Float[Array, "*batch vocab"],
     weight: Weight,
     *,
-    alpha: Number,
+    alpha: Weight,
 ) -> Float[Array, "*batch vocab"]:
     """``r ∝ (w p^c + (1 - w) q^c)^(1/c)``, ``c = (1 - alpha) / 2``, for every real alpha: AMiD's assistant.
 
@@ -99,7 +102,7 @@ def alpha_mixture(
       log_p: the teacher's log-probabilities, normalised.
       log_q: the student's, normalised.
       weight: the teacher's weight, in ``[0, 1]``.
-      alpha: which mean, any finite Python number.
+      alpha: which mean: any finite number, or, as a schedule gives it, an array like `weight`.
 
     Returns:
       ``log r``, normalised.
@@ -115,10 +118,13 @@ def alpha_mixture(
     References:
       Shin et al., `AMiD <https://arxiv.org/abs/2510.15982>`_, 2025.
     """
-    c = (1 - check_number("alpha", alpha)) / 2
-    if abs(c) < 1e-20:
+    c: Any = _power(alpha)
+    if isinstance(c, float) and abs(c) < 1e-20:
         return geometric_mixture(log_p, log_q, weight)
     log_p, log_q = promote(log_p, log_q)
+    if not isinstance(c, float):  # so near to 0 the difference from the geometric mean is below rounding
+        c = jnp.asarray(over_vocab(c), log_p.dtype)
+        c = jnp.where(jnp.abs(c) < 1e-20, 1e-20, c)
     weight = jnp.asarray(over_vocab(check_fraction("weight", weight)), log_p.dtype)
 
     # With the term of larger power drawn out, log r is its log-probability plus
@@ -129,11 +135,16 @@ def alpha_mixture(
     teacher_out = power_gap > 0
     inside = _inside(weight)
     w_out, w_in = jnp.where(teacher_out, inside, 1 - inside), jnp.where(teacher_out, 1 - inside, inside)
-    if abs(c) > 0.125:
+    if isinstance(c, float) and abs(c) > 0.125:
         log_sum = jnp.log(w_out + w_in * jnp.exp(-x))
     else:  # dividing by c would multiply the rounding of that sum, which is near 1 where x is small
         log_sum = log_decay_mix(x, w_out, w_in)
     return _on_path(log_p, log_q, weight, jnp.where(teacher_out, log_p, log_q) + log_sum / c)
+
+
+def _power(alpha: Any) -> Any:
+    """c of a checked alpha, a float if that is a Python number."""
+    return (1 - (alpha if isinstance(alpha, jax.Array | np.ndarray) else check_number("alpha", alpha))) / 2
 
 
 def _inside(weight: Array) -> Array:

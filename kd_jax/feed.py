@@ -54,9 +54,9 @@ class Feed:
           authors: by origin, those that the source names.
           total_steps: of the run.
           batch_size: rows of a global batch.
-          epoch_batches: batches in an epoch of the data.
+          epoch_batches: batches of rows that an author writes in an epoch of the data's prompts.
           seed: of decisions and draws.
-          rollouts_per_prompt: responses to each prompt; a batch then has fewer prompts.
+          rollouts_per_prompt: responses of each author to each prompt; a batch then has fewer prompts.
           progress: wraps a loop that takes long.
         """
         self.source, self._batches, self._text = source, batches, text_batches
@@ -66,13 +66,14 @@ class Feed:
         self._state = source.init()
         self._store: Rows | None = None
         self._pool_start: int | None = None
+        self._waiting: list[list[int]] = []
         self.report: dict[str, float] = {}
         self.fresh: Rows | None = None
 
     def next(self, step: int, params: Any) -> Batch:
         """This process's rows of the batch of update `step`, which is counted from 0.
 
-        Afterwards `fresh` has the rows that were drawn for it, or None, and `report` what is to be said of them.
+        Afterwards `fresh` has the student's rows that were drawn in it, or None, and `report` what is to be said of them.
 
         Args:
           step: updates made before.
@@ -82,16 +83,15 @@ class Feed:
         uniform = float(self._random(step, 0).random())
         stored = 0 if self._store is None else len(self._store["lengths"])
         choice = self.source.choose(self._state, step=step, total=self._total, uniform=uniform, stored=stored)
-        if choice == "pool":
+        if choice == "data":
+            batch = self._mark(next(self._batches))
+        elif choice == "pool":
             batch = self._from_pool(step, params)
         else:
-            batch = self._mark(next(self._batches))
-            if "fresh" in choice:
-                rows = self._draw(batch, params, step, 0)
+            rows = self._draw(1, params, step) if "fresh" in choice else None
+            if rows is not None:
                 self._keep(rows)
-                batch = self._share(rows)
-            if "replay" in choice:
-                batch = self._share(self._replay(step))
+            batch = self._share(self._replay(step) if rows is None or "replay" in choice else rows)
         if self._authors:
             of_student = float((batch["origin"] == ORIGINS.index("student")).mean())
             self.report |= {"student_rows": of_student} | {k: v for k, v in self._state.items() if v is not None}
@@ -112,6 +112,7 @@ class Feed:
             "source": self._state,
             "store": None if self._store is None else {name: _encode(array) for name, array in self._store.items()},
             "pool_start": self._pool_start,
+            "waiting": self._waiting,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -119,48 +120,53 @@ class Feed:
         self._batches.set_state(state["data"])
         if self._text is not None:
             self._text.set_state(state["text"])
-        self._state, self._pool_start = state["source"], state["pool_start"]
+        self._state, self._pool_start, self._waiting = state["source"], state["pool_start"], state["waiting"]
         store = state["store"]
         self._store = None if store is None else {name: _decode(array) for name, array in store.items()}
 
     def _from_pool(self, step: int, params: Any) -> Batch:
         """A batch of rows that were drawn together, a whole phase's worth at its first step."""
-        source, authors = self.source, len(self.source.authors)
-        every = source.every or self._epoch_batches
-        steps = every * authors * source.epochs
-        if self._store is None or self._pool_start is None or step >= self._pool_start + steps:
-            parts = []
-            for i in self._progress(range(every)) if every > 1 else range(every):
-                parts.append(self._draw(self._mark(next(self._batches)), params, step, i))
-            self._store, self._pool_start = rollouts.concatenate(parts), step
-        epoch, place = divmod(step - self._pool_start, every * authors)
+        authors = len(self.source.authors)
+        if self._store is None or self._pool_start is None:
+            every = self.source.every or self._epoch_batches
+            left = -(-(self._total - step) // authors)  # batches of prompts that the rest of the run has a use for
+            self._store, self._pool_start = self._draw(min(every, max(1, left)), params, step), step
+        batches = len(self._store["lengths"]) // self._batch_size
+        epoch, place = divmod(step - self._pool_start, batches)
         # Responses to one prompt lie side by side, and stay so.
         order = self._random(self._pool_start, 1 + epoch).permutation(len(self._store["lengths"]) // authors)
         groups = order[place * self._batch_size // authors : (place + 1) * self._batch_size // authors]
         indices = (groups[:, None] * authors + np.arange(authors)).ravel()
         batch = self._share(rollouts.take(self._store, indices))
-        if steps == 1:
+        if step + 1 == self._pool_start + batches * self.source.epochs:
             self._store = self._pool_start = None  # used up: nothing for a checkpoint to keep
         return batch
 
-    def _draw(self, batch: Batch, params: Any, step: int, index: int) -> Rows:
-        """Each author's response to each prompt of a batch, side by side."""
+    def _draw(self, batches: int, params: Any, step: int) -> Rows:
+        """Each author's response to each prompt of some batches, side by side."""
         if self._sampler is None:
             raise ValueError(f"{type(self.source).__name__} has responses drawn, but the feed was given no sampler.")
-        prompts = _prompts(batch)
-        prompts = [prompt for prompt in prompts[: len(prompts) // self._repeats] for _ in range(self._repeats)]
-        drawn = []
-        for i, name in enumerate(self.source.authors):
-            author = self._authors[name]
-            key = jax.random.key(self._seed)
-            for number in (step, index, i):
-                key = jax.random.fold_in(key, number)
-            its_params = params if author.params is None else author.params
-            drawn.append(self._sampler.rows(author.model, its_params, prompts, key, name, author.mixture))
-        self.fresh = drawn[-1]
+        parts = []
+        for index in self._progress(range(batches)) if batches > 1 else range(batches):
+            prompts, drawn = self._take_prompts(), []
+            for i, (name, author) in enumerate(self._authors.items()):
+                its_params = params if author.params is None else author.params
+                key = rollouts.draw_key(self._seed, step, index, i)
+                drawn.append(self._sampler.rows(author.model, its_params, prompts, key, name, author.mixture))
+            rows = rollouts.concatenate(drawn)
+            parts.append(rollouts.take(rows, np.arange(len(rows["lengths"])).reshape(len(drawn), -1).T.ravel()))
+        rows = rollouts.concatenate(parts)
+        self.fresh = rollouts.take(rows, np.flatnonzero(rows["origin"] == ORIGINS.index("student")))
         self.report = self._sampler.report(self.fresh)
-        rows = rollouts.concatenate(drawn)
-        return rollouts.take(rows, np.arange(len(rows["lengths"])).reshape(len(drawn), -1).T.ravel())
+        return rows
+
+    def _take_prompts(self) -> list[list[int]]:
+        """Prompts for a batch of rows an author, each as often as it is answered; those that are over wait."""
+        count = self._batch_size // self._repeats
+        while len(self._waiting) < count:
+            self._waiting += _prompts(next(self._batches))
+        some, self._waiting = self._waiting[:count], self._waiting[count:]
+        return [prompt for prompt in some for _ in range(self._repeats)]
 
     def _keep(self, rows: Rows) -> None:
         if self.source.capacity:
@@ -202,8 +208,10 @@ def _prompts(batch: Batch) -> list[list[int]]:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
+        # Of each global batch a process has every process_count-th row.
         tokens, counted = (
-            np.concatenate(list(multihost_utils.process_allgather(array))) for array in (tokens, counted)
+            np.asarray(multihost_utils.process_allgather(array)).swapaxes(0, 1).reshape(-1, array.shape[1])
+            for array in (tokens, counted)
         )
     return [row[: mask.argmax() + 1].tolist() for row, mask in zip(tokens, counted, strict=True)]
 

@@ -41,7 +41,8 @@ def token_loss(
       stop_gradient: the assistant's student is a constant to the gradient (TAID: yes, AMiD: no).
 
     Returns:
-      (log_p, log_q, weight=None) -> a value per token, in nats. `weight` is the assistant's, on the teacher.
+      (log_p, log_q, weight=None, **numbers) -> a value per token, in nats. `weight` is the assistant's, on the teacher,
+      and `numbers` are what else it takes.
 
     Raises:
       ValueError: a pair that does not fit, or an assistant that nothing reads.
@@ -66,10 +67,11 @@ def token_loss(
         have = "an assistant is given that" if assistant is not None else "no assistant is given, which"
         raise ValueError(f"pair={pair!r}, but {have} the pair {'does not name' if assistant else 'names'}.")
 
-    def loss(log_p: Array | None, log_q: Array, weight: Any = None) -> Float[Array, "..."]:
+    def loss(log_p: Array | None, log_q: Array, weight: Any = None, **numbers: Any) -> Float[Array, "..."]:
         members = {"teacher": log_p, "student": log_q}
         if assistant is not None:
-            members["assistant"] = assistant(log_p, jax.lax.stop_gradient(log_q) if stop_gradient else log_q, weight)
+            its_log_q = jax.lax.stop_gradient(log_q) if stop_gradient else log_q
+            members["assistant"] = assistant(log_p, its_log_q, weight, **numbers)
         return divergence(members[pair[0]], members[pair[1]])
 
     return loss
@@ -96,13 +98,14 @@ class Term:
 
     Attributes:
       name: its key in the config and in the metrics.
-      loss: (log_p, log_q, target, weight, *signals) -> a value per token; log_p is None where there is no teacher.
+      loss: (log_p, log_q, target, weight, *numbers, *signals) -> a value per token; log_p is None where there is no teacher.
       needs_teacher: whether `loss` reads log_p.
       weight: schedule of the assistant's weight on the teacher.
       coefficient: schedule of the factor in front.
       rows: which rows it applies to, by where their text came from.
       average: 'token' or 'sequence', see `token_coefficients`.
-      signals: the tokens' scores -> arrays [B, L], constants that `loss` takes beside the weight; None: there are none.
+      signals: the tokens' scores -> arrays [B, L], constants that `loss` takes last; None: there are none.
+      numbers: schedules of the assistant's other keywords, where they have one, in the order that `loss` takes them in.
     """
 
     name: str
@@ -113,6 +116,12 @@ class Term:
     rows: str
     average: str
     signals: Callable[[Scores], tuple[Array, ...]] | None = None
+    numbers: tuple[Any, ...] = ()
+
+    @property
+    def schedules(self) -> tuple[Any, ...]:
+        """The weight's, the coefficient's, and the numbers'."""
+        return (self.weight, self.coefficient, *self.numbers)
 
     @property
     def needs_scores(self) -> bool:
@@ -185,26 +194,35 @@ def _make_term(name: str, spec: Any, temperature: float, teacher_share: float) -
         for key, known in (("rows", ROWS), ("average", AVERAGES), ("kind", KINDS)):
             if spec[key] not in known:
                 raise ValueError(f"{key}={spec[key]!r} is not one of {', '.join(known)}.")
-        signals, kind = None, spec["kind"]
+        signals, numbers, kind = None, (), spec["kind"]
         if kind == "hard_labels":
             loss = _hard_labels(temperature)
         elif kind == "policy_gradient":
             loss, signals = _policy_gradient(spec["policy"], teacher_share)
         else:
-            loss = _divergence_loss(spec)
-        if spec["importance"] and kind == "divergence":
-            loss, signals = _weighted(loss), lambda scores: (policy_gradient.importance(scores, teacher_share),)
+            loss, numbers = _divergence_loss(spec)
+        if spec["importance"]:
+            if kind != "divergence":
+                raise ValueError(f"importance=True goes with kind='divergence'; kind={kind!r} has none or its own.")
+            loss, signals = _weighted(loss), lambda scores: (policy_gradient.importance_now(scores, teacher_share),)
         if _names_one(spec["assistant"]) and isinstance(spec["weight"], int | float):
             resolve.check_fraction("weight", spec["weight"])
-        weight, coefficient = _schedule(spec["weight"]), _schedule(spec["coefficient"])
+        weight, coefficient = _schedule(spec["weight"], of_rows=spec["rows"]), _schedule(spec["coefficient"])
     except ValueError as error:
         raise ValueError(f"objective.terms.{name}: {error}") from error
     needs_teacher = kind != "hard_labels" or getattr(weight, "needs_scores", False)
-    return Term(name, loss, needs_teacher, weight, coefficient, spec["rows"], spec["average"], signals)
+    return Term(name, loss, needs_teacher, weight, coefficient, spec["rows"], spec["average"], signals, numbers)
 
 
-def _schedule(spec: Any) -> Any:
-    return schedules.as_stateful(spec if isinstance(spec, int | float) else resolve.build(spec, schedules))
+def _schedule(spec: Any, of_rows: str = "") -> Any:
+    """A number or a spec as a stateful schedule; one that follows rows' scores has to follow `of_rows`."""
+    schedule: Any = schedules.as_stateful(spec if isinstance(spec, int | float) else resolve.build(spec, schedules))
+    if getattr(schedule, "needs_scores", False) and schedule.rows != of_rows:
+        there = f"where rows={of_rows!r}" if of_rows else "in this place"
+        raise ValueError(
+            f"distillm2_skew is for an assistant's weight, on its own rows={schedule.rows!r}, not {there}."
+        )
+    return schedule
 
 
 def _names_one(spec: Any) -> bool:
@@ -212,11 +230,20 @@ def _names_one(spec: Any) -> bool:
     return spec is not None and spec != "none" and (isinstance(spec, str) or spec["name"] != "none")
 
 
-def _divergence_loss(spec: Any) -> Callable[..., Array]:
-    assistant = resolve.bind(spec["assistant"], assistants) if _names_one(spec["assistant"]) else None
-    divergence = resolve.bind(spec["divergence"], divergences)
-    inner = token_loss(divergence, assistant, spec["pair"], spec["stop_gradient"])
-    return lambda log_p, log_q, target, weight: inner(log_p, log_q, weight)
+def _divergence_loss(spec: Any) -> tuple[Callable[..., Array], tuple[Any, ...]]:
+    """The loss, and the schedules of those of the assistant's keywords that have one."""
+    assistant, scheduled = None, {}
+    if _names_one(spec["assistant"]):
+        function, keywords = resolve.look_up(spec["assistant"], assistants, positional=True)
+        scheduled = {k: _schedule(v) for k, v in keywords.items() if not isinstance(v, int | float)}
+        first = {k: float(schedule(schedule.init(), step=0)) for k, schedule in scheduled.items()}
+        assistant = resolve.bind({"name": function.__name__} | keywords | first, assistants)
+    inner = token_loss(resolve.bind(spec["divergence"], divergences), assistant, spec["pair"], spec["stop_gradient"])
+
+    def loss(log_p: Any, log_q: Array, target: Any, weight: Any, *numbers: Array) -> Array:
+        return inner(log_p, log_q, weight, **dict(zip(scheduled, numbers, strict=True)))
+
+    return loss, tuple(scheduled.values())
 
 
 def _hard_labels(temperature: float) -> Callable[..., Array]:
@@ -228,7 +255,7 @@ def _hard_labels(temperature: float) -> Callable[..., Array]:
 
 
 def _weighted(loss: Callable[..., Array]) -> Callable[..., Array]:
-    return lambda log_p, log_q, target, weight, importance: importance * loss(log_p, log_q, target, weight)
+    return lambda log_p, log_q, target, weight, *rest: rest[-1] * loss(log_p, log_q, target, weight, *rest[:-1])
 
 
 def _policy_gradient(spec: Any, teacher_share: float) -> tuple[Callable[..., Array], Callable[[Scores], Any]]:
@@ -240,6 +267,12 @@ def _policy_gradient(spec: Any, teacher_share: float) -> tuple[Callable[..., Arr
     for name, known in (("baseline", ("none", "kl")), ("whiten", ("none", "counted", "all"))):
         if options[name] not in known:
             raise ValueError(f"policy.{name}={options[name]!r} is not one of {', '.join(known)}.")
+    alone = discount == 0 and options["include_current"] and not options["length_normalised"]
+    if options["baseline"] == "kl" and not (alone and limit == float("inf") and options["whiten"] == "none"):
+        raise ValueError(
+            "policy.baseline='kl' is the mean of a token's own reward: it goes with discount=0, include_current=True, "
+            "length_normalised=False, reward_limit=0 and whiten='none'."
+        )
 
     def signals(scores: Scores) -> tuple[Array, ...]:
         advantage = policy_gradient.returns(
@@ -247,8 +280,8 @@ def _policy_gradient(spec: Any, teacher_share: float) -> tuple[Callable[..., Arr
             include_current=options["include_current"], length_normalised=options["length_normalised"],
         )  # fmt: skip
         if options["whiten"] != "none":
-            over = scores.counted if options["whiten"] == "counted" else jnp.ones_like(scores.counted)
-            advantage = policy_gradient.whiten(advantage, over)
+            slots = policy_gradient.response_slots(scores.counted)
+            advantage = policy_gradient.whiten(advantage, slots if options["whiten"] == "all" else scores.counted)
         return advantage, scores.drawn_log_q, policy_gradient.importance(scores, teacher_share)
 
     def loss(log_p: Array, log_q: Array, target: Array, weight: Any, *signals: Array) -> Array:

@@ -82,6 +82,16 @@ def importance(scores: Scores, teacher_share: float) -> Float[Array, "B L"]:
     return 1 / ((1 - teacher_share) + teacher_share * odds)
 
 
+def importance_now(scores: Scores, teacher_share: float) -> Float[Array, "B L"]:
+    """The same for the student as it is, which may have been trained on these rows since it drew them."""
+    return jnp.exp(scores.log_q - scores.drawn_log_q) * importance(scores, teacher_share)
+
+
+def response_slots(counted: Bool[Array, "B L"]) -> Bool[Array, "B L"]:
+    """Where a response of any length could have had a token: from a row's first that counts to the row's end."""
+    return jnp.cumsum(counted, axis=1) > 0
+
+
 def clipped_surrogate(
     log_q: Float[Array, "..."],
     drawn_log_q: Float[Array, "..."],

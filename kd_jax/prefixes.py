@@ -38,7 +38,7 @@ class Source(Protocol):
         ...
 
     def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> str:
-        """What step `step` (from 0) of `total` trains on: 'data', 'fresh' (drawn now), 'replay' (rows kept), or 'pool'.
+        """What step `step` (from 0) of `total` trains on.
 
         Args:
           state: from `init` or `observe`.
@@ -46,6 +46,13 @@ class Source(Protocol):
           total: updates of the run.
           uniform: this step's random number in [0, 1).
           stored: how many rows are kept.
+
+        Returns:
+          'data'; 'fresh': rows drawn now; 'replay': rows that are kept; 'fresh, then replay': of those that are kept, after
+          some were drawn now and joined them; or 'pool': rows drawn together for several steps.
+
+        Raises:
+          ValueError: where a schedule gives what is no probability.
         """
         ...
 
@@ -83,6 +90,7 @@ class teacher(_Plain):
 
     Args:
       num_rows: of the dataset's prompts, the first so many; 0: all.
+      seed: of what it writes, which is not the run's: runs of several seeds learn from one text.
 
     References:
       Kim and Rush, "Sequence-Level Knowledge Distillation", https://arxiv.org/abs/1606.07947, 2016.
@@ -90,8 +98,9 @@ class teacher(_Plain):
 
     origins = ("teacher",)
 
-    def __init__(self, num_rows: int = 0):
+    def __init__(self, num_rows: int = 0, seed: int = 0):
         self.num_rows = int(check_number("num_rows", num_rows, low=0))
+        self.seed = int(check_number("seed", seed, low=0))
 
 
 class student(_Plain):
@@ -163,22 +172,23 @@ class mixture(_Plain):
             raise ValueError("fraction needs a schedule of the step alone.")
 
     def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> str:
-        return "fresh" if uniform < float(self.fraction((), step=jnp.asarray(step))) else "data"
+        fraction = check_number("fraction", float(self.fraction((), step=jnp.asarray(step))), 0.0, 1.0)
+        return "fresh" if uniform < fraction else "data"
 
 
 class adaptive(_Plain):
     """The student's responses with a probability that rises whenever the held-out loss does; most out of a buffer.
 
-    With probability `threshold` a step trains on the student's responses. Fresh ones are drawn with probability
-    `threshold (1 - step / total)` and put into the buffer, and what the step trains on is then drawn from the buffer. After
-    an evaluation whose loss is not below the last one's by `tolerance` more, `threshold` rises by `increase`.
+    With probability `threshold` a step trains on the student's responses. With probability `threshold (1 - k / total)` in
+    the k-th step fresh ones are drawn first and put into the buffer, which is what the step's rows are then drawn from.
+    After an evaluation whose loss is higher than the last one's by `tolerance` or more, `threshold` rises by `increase`.
 
     Args:
       threshold: at first, in [0, 1].
       increase: what it rises by.
       tolerance: how much the held-out cross-entropy may grow, in nats.
       capacity: rows of the buffer; the oldest give way.
-      fresh: how the share of fresh rows goes with the step: decreasing, constant (a half) or increasing.
+      fresh: how the share of steps that draw goes with k: decreasing, constant (a half) or increasing (k / total).
       as_published: as the published code has it: a fresh batch is trained on itself, fresh rows are drawn until the buffer is
         full, and the loss compared with is that of the last rise (at first, that before training).
 
@@ -198,7 +208,7 @@ class adaptive(_Plain):
         self.tolerance = check_number("tolerance", tolerance, 0.0)
         self.capacity = int(check_number("capacity", capacity, low=1))
         if fresh not in ("decreasing", "constant", "increasing"):
-            raise ValueError(f"prefixes.fresh={fresh!r} is not one of decreasing, constant, increasing.")
+            raise ValueError(f"fresh={fresh!r} is not one of decreasing, constant, increasing.")
         self.fresh, self.as_published = fresh, as_published
 
     def init(self) -> State:

@@ -3,20 +3,21 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int, UInt32
 
 from kd_jax import data, models, sharding
 from kd_jax.objectives import ORIGINS
 
 # Rows by name, an entry a row in each array: tokens [M, L + 1], lengths, prompt_lengths and origin [M], log_probs [M, L].
 Rows = dict[str, np.ndarray]
+DRAWS = 2**31 - 1  # folded into the seed's key before all else; the run's own keys fold in a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Sampler:
           mixture: as in `models.generate`.
         """
         pad = self.tokenizer.pad_id
-        tokens, mask = models.left_pad(prompts, pad, model.config.max_positions - self.max_new_tokens)
+        writers = (model,) if mixture is None else (model, mixture[0])
+        room = min(writer.config.max_positions for writer in writers) - self.max_new_tokens
+        tokens, mask = models.left_pad(prompts, pad, room)
         drawn = models.generate(
             model, params, *(sharding.put_whole(self.mesh, array) for array in (tokens, mask)),
             max_new_tokens=self.max_new_tokens, key=key, temperature=self.temperature, top_p=self.top_p,
@@ -105,6 +108,14 @@ class Sampler:
         }
 
 
+def draw_key(seed: int, *numbers: int) -> jax.Array:
+    """The random key of a draw."""
+    made = jax.random.fold_in(jax.random.key(seed), DRAWS)
+    for number in numbers:
+        made = jax.random.fold_in(made, number)
+    return made
+
+
 def as_batch(rows: Rows) -> dict[str, np.ndarray]:
     """Rows as `data.batches` gives them, with their origin and the drawn tokens' log-probabilities.
 
@@ -133,14 +144,15 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
 
 
 def write_responses(
-    folder: Path, rows: Iterable[dict[str, str]], encode: Callable[[list[dict[str, str]]], list[list[int] | None]],
-    sampler: Sampler, model: models.Model, params: Any, *, batch_size: int, seed: int,
+    folder: Path, rows: Sequence[dict[str, str]], encode: Callable[[list[dict[str, str]]], list[list[int] | None]],
+    sampler: Sampler, model: models.Model, params: Any, *, batch_size: int, seed: int, settings: dict[str, Any],
     progress: Callable[..., Any],
 ) -> Path:  # fmt: skip
     """A model's responses to a dataset's prompts as a file of JSON lines, for the dataset `jsonl`.
 
     What is drawn depends on the row's place and the seed alone: an interrupted call goes on where it was, and the file has
-    its name only when it is complete. Only the first process writes.
+    its name only when it is complete. All processes call it; the first one looks and writes, so that the folder must be one
+    that all can read.
 
     Args:
       folder: the file is `responses.jsonl` in it.
@@ -151,41 +163,41 @@ def write_responses(
       params: its parameters.
       batch_size: rows drawn at a time.
       seed: of the draws.
+      settings: what is to be known about the file, written beside it.
       progress: iterable -> the same with a progress bar.
 
     Returns:
-      The file. Its rows have prompt, context, response and name; responses that have not ended are left out, and so are empty
-      ones.
+      The file. Its rows have prompt, context and response; responses that have not ended are left out, and so are empty ones.
     """
     path, partial = folder / "responses.jsonl", folder / "responses.jsonl.partial"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = list(rows)
-    done = _complete_batches(partial)
-    with partial.open("a", encoding="utf-8") as file:
-        for start in progress(range(done * batch_size, len(rows), batch_size)):
-            some = rows[start : start + batch_size]
-            kept = [(row, ids) for row, ids in zip(some, encode(some), strict=True) if ids]
-            lines: list[dict[str, str]] = []
-            if kept:
-                prompts = [ids for _, ids in kept]
-                filled = prompts + [prompts[-1]] * (batch_size - len(prompts))  # one shape
-                key = jax.random.fold_in(jax.random.key(seed), start)
-                drawn = sampler.rows(model, params, filled, key, "teacher")
-                for (row, _), ids in zip(kept, sampler.responses(drawn), strict=False):
-                    response = sampler.tokenizer.decode(ids)
-                    if ids[-1] == sampler.tokenizer.eos_id and response:
-                        lines.append({"prompt": row["prompt"], "context": row["context"], "response": response})
-            if jax.process_index() == 0:  # a line a batch, so that a batch is there or is not
+    first, done = jax.process_index() == 0, 0
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        done = len(rows) if path.exists() else _complete_batches(partial) * batch_size
+    # What the first process has seen holds for all: the draws below are theirs together.
+    for start in progress(range(sharding.from_first_process(done), len(rows), batch_size)):
+        some = list(rows[start : start + batch_size])
+        kept = [(row, ids) for row, ids in zip(some, encode(some), strict=True) if ids]
+        lines: list[dict[str, str]] = []
+        if kept:
+            prompts = [ids for _, ids in kept]
+            filled = prompts + [prompts[-1]] * (batch_size - len(prompts))  # one shape
+            drawn = sampler.rows(model, params, filled, draw_key(seed, start), "teacher")
+            for (row, _), ids in zip(kept, sampler.responses(drawn), strict=False):
+                response = sampler.tokenizer.decode(ids)
+                if ids[-1] == sampler.tokenizer.eos_id and response:
+                    lines.append({"prompt": row["prompt"], "context": row["context"], "response": response})
+        if first:  # a line a batch, so that a batch is there or is not
+            with partial.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(lines) + "\n")
-                file.flush()
-    if jax.process_index() == 0:
+    if first and not path.exists():
         batches = (json.loads(line) for line in partial.read_text(encoding="utf-8").splitlines())
         whole = folder / "responses.jsonl.whole"
         whole.write_text("".join(json.dumps(row) + "\n" for batch in batches for row in batch), encoding="utf-8")
+        (folder / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
         whole.replace(path)
         partial.unlink()
+    sharding.from_first_process(0)  # nobody reads before it is there
     return path
 
 
@@ -199,14 +211,20 @@ def _complete_batches(partial: Path) -> int:
     return whole.count("\n")
 
 
-def fingerprint(params: Any, *settings: Any) -> str:
-    """Of a model's parameters and of whatever else a text is drawn from."""
+def fingerprint(params: Any, settings: Any) -> str:
+    """Of a model's parameters, bit for bit and on any mesh, and of whatever else a text is drawn from."""
     sums = jax.tree.leaves(jax.jit(lambda tree: jax.tree.map(_checksum, tree))(params))
-    total = hashlib.sha256(json.dumps([str(setting) for setting in settings]).encode())
-    total.update(np.array(sums, np.float32).tobytes())
+    total = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    total.update(np.array(sums, np.uint32).tobytes())
     return total.hexdigest()[:12]
 
 
-def _checksum(array: jax.Array) -> Float[jax.Array, ""]:
-    flat = array.astype(jnp.float32).ravel()
-    return jnp.sum(flat * jnp.cos(jnp.arange(flat.size, dtype=jnp.float32)))
+def _checksum(array: jax.Array) -> UInt32[jax.Array, ""]:
+    """The sum modulo 2^32 of the entries' bits, each times an odd number of its own: no order of summation changes it."""
+    bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
+    strides = np.cumprod((1, *array.shape[:0:-1]), dtype=np.uint64).astype(np.uint32)[::-1]
+    place = sum(
+        jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * stride
+        for axis, stride in enumerate(strides[: array.ndim])
+    )
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)

@@ -178,7 +178,7 @@ class distillm2_skew:
         self.low = check_number("low", low, 0.0, self.base)
         if rows not in ("teacher", "student"):
             raise ValueError(f"rows must be 'teacher' or 'student', but is {rows!r}.")
-        self.of_student, self.per_row = rows == "student", per_row
+        self.rows, self.per_row = rows, per_row
 
     def init(self) -> SkewState:
         """The state before the first step."""
@@ -186,7 +186,7 @@ class distillm2_skew:
 
     def _gap(self, log_p: Array, log_q: Array, counted: Array) -> Array:
         gap = jnp.where(counted, jnp.exp(log_p) - jnp.exp(log_q), 0)
-        return -gap if self.of_student else gap
+        return -gap if self.rows == "student" else gap
 
     def __call__(
         self, state: SkewState, *, step: jax.typing.ArrayLike, log_p: Array, log_q: Array, counted: Array, **unused: Any
@@ -198,7 +198,7 @@ class distillm2_skew:
         reference = state.total / jnp.maximum(state.count, 1)
         skew = jnp.clip(1 - (1 - self.base) * reference / (gap + 1e-5), self.low, self.base)
         skew = jnp.where((gap <= 0) | (jnp.asarray(step) < self.reference_steps), self.base, skew)
-        return 1 - skew if self.of_student else skew
+        return 1 - skew if self.rows == "student" else skew
 
     def update(
         self, state: SkewState, *, step: jax.typing.ArrayLike, log_p: Array, log_q: Array, counted: Array, **unused: Any

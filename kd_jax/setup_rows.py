@@ -23,30 +23,46 @@ def make_source(config: Any, terms: tuple[Term, ...]) -> Source:
     try:
         make, keywords = resolve.look_up(config.prefixes, prefixes, positional=False)
         source = make(**keywords)
+        for step in np.linspace(0, config.steps - 1, 50).astype(int):  # a schedule that leaves its range is told now
+            source.choose(source.init(), step=int(step), total=config.steps, uniform=0.0, stored=0)
     except ValueError as error:
         raise ValueError(f"prefixes: {error}") from error
-    given = (*source.origins, *(("text",) if config.text.name else ()))
     for term in terms:
-        if term.rows not in ("all", *given):
-            raise ValueError(
-                f"objective.terms.{term.name}.rows={term.rows!r} counts no row: prefixes.name={_name(config.prefixes)!r} gives "
-                f"rows of {', '.join(source.origins)}, and text.name={config.text.name!r}."
-            )
-        drawn = term.rows == "student" or (term.rows == "all" and source.origins == ("student",))
-        if term.signals is not None and not drawn:
-            raise ValueError(
-                f"objective.terms.{term.name} is about tokens that the student drew; give it rows='student'."
-            )
-        if term.signals is not None and config.sampling.temperature != config.objective.temperature:
-            raise ValueError(
-                f"sampling.temperature={config.sampling.temperature} is not objective.temperature="
-                f"{config.objective.temperature}, at which objective.terms.{term.name} weighs what was drawn."
-            )
+        _check_term(config, source, term)
     if config.text.name and not any(term.rows == "text" for term in terms):
         raise ValueError(f"text.name={config.text.name!r}, but no term has rows='text'.")
     if source.authors or source.origins == ("teacher",):
         _check_sampling(config, source)
+    if "student" not in source.authors and (config.sampling.teacher_share or config.sampling.rollouts_per_prompt > 1):
+        raise ValueError(
+            f"sampling.teacher_share={config.sampling.teacher_share} and sampling.rollouts_per_prompt="
+            f"{config.sampling.rollouts_per_prompt} are about what the student writes, and with prefixes.name="
+            f"{_name(config.prefixes)!r} it writes nothing; leave them at 0 and 1."
+        )
     return source
+
+
+def _check_term(config: Any, source: Source, term: Term) -> None:
+    sampling, given = config.sampling, (*source.origins, *(("text",) if config.text.name else ()))
+    if term.rows not in ("all", *given):
+        raise ValueError(
+            f"objective.terms.{term.name}.rows={term.rows!r} counts no row: prefixes.name={_name(config.prefixes)!r} gives "
+            f"rows of {', '.join(source.origins)}, and text.name={config.text.name!r}."
+        )
+    if term.signals is None:
+        return
+    if term.rows != "student" and (term.rows != "all" or source.origins != ("student",)):
+        raise ValueError(f"objective.terms.{term.name} is about tokens that the student drew; give it rows='student'.")
+    if sampling.temperature != config.objective.temperature:
+        raise ValueError(
+            f"sampling.temperature={sampling.temperature} is not objective.temperature={config.objective.temperature}, at "
+            f"which objective.terms.{term.name} weighs what was drawn."
+        )
+    if sampling.top_p < 1 or sampling.top_k > 0:
+        raise ValueError(
+            f"objective.terms.{term.name} weighs what was drawn by its probability under the whole distribution, but "
+            f"sampling.top_p={sampling.top_p} and sampling.top_k={sampling.top_k} draw from a part of it; set 1.0 and 0."
+        )
 
 
 def _check_sampling(config: Any, source: Source) -> None:
@@ -63,18 +79,22 @@ def _check_sampling(config: Any, source: Source) -> None:
         )
     if not config.teacher.path and "teacher" in source.origins:
         raise ValueError(f"prefixes.name={name!r} has the teacher write, but teacher.path is empty; name its folder.")
-    if options.batch_size % (sampling.rollouts_per_prompt * max(1, len(source.authors))):
-        raise ValueError(
-            f"data.batch_size={options.batch_size} does not divide into sampling.rollouts_per_prompt="
-            f"{sampling.rollouts_per_prompt} responses of {max(1, len(source.authors))} author(s) a prompt."
-        )
+    for what, number in (
+        ("sampling.rollouts_per_prompt", sampling.rollouts_per_prompt),
+        ("authors", len(source.authors)),
+    ):
+        if options.batch_size % max(1, number):
+            raise ValueError(f"data.batch_size={options.batch_size} does not divide into {what}={number}.")
     resolve.check_number("sampling.temperature", sampling.temperature, low=0.0)
     resolve.check_number("sampling.top_p", sampling.top_p, 1e-6, 1.0)
     resolve.check_number("sampling.top_k", sampling.top_k, low=0)
-    resolve.check_fraction("sampling.teacher_share", sampling.teacher_share)
-    if sampling.teacher_share and not config.teacher.path:
+    share = resolve.check_fraction("sampling.teacher_share", sampling.teacher_share)
+    if share and not config.teacher.path:
+        raise ValueError(f"sampling.teacher_share={share}, but teacher.path is empty; name its folder.")
+    if share and (share == 1 or sampling.temperature == 0):
         raise ValueError(
-            f"sampling.teacher_share={sampling.teacher_share}, but teacher.path is empty; name its folder."
+            f"sampling.teacher_share={share} needs a student that draws too: a share below 1 and a sampling.temperature above "
+            f"0 (it is {sampling.temperature})."
         )
 
 
@@ -109,7 +129,9 @@ def _tokenize(config: Any, tokenizer: data.Tokenizer, source: Any, loss_on: str)
 def load_text(config: Any, tokenizer: data.Tokenizer) -> data.Rows:
     """The second stream: rows end to end, of which every token counts."""
     options, length = config.text, config.data.max_length
-    source: Any = data.load(options.name, split="train", data_dir=config.data.data_dir or None, **dict(options.options))
+    source: Any = data.load(
+        options.name, split=options.split, data_dir=config.data.data_dir or None, **dict(options.options)
+    )
     if options.name == "text":
         return data.pack(source, tokenizer, max_length=length)[0]
     return data.join(_tokenize(config, tokenizer, source, "all")[0], max_length=length)
@@ -126,10 +148,10 @@ def load_responses(
     rows = [split[i] for i in range(min(source.num_rows or len(split), len(split)))]
     sampler = make_sampler(config, tokenizer, mesh)
     prompts = [row["prompt"] + "\0" + row["context"] for row in rows]
-    made_from = rollouts.fingerprint(
-        loaded.teacher_params, loaded.teacher.config, dict(config.sampling), options.template, options.max_prompt_length,
-        options.long_prompts, options.batch_size, config.seed, prompts,
-    )  # fmt: skip
+    settings = {key: config.sampling[key] for key in ("max_new_tokens", "temperature", "top_p", "top_k")}
+    settings |= {key: options[key] for key in ("template", "max_prompt_length", "long_prompts", "batch_size")}
+    settings |= {"seed": source.seed, "teacher": str(loaded.teacher.config)}
+    made_from = rollouts.fingerprint(loaded.teacher_params, [settings, prompts])
     folder = Path(options.data_dir or data.DEFAULT_DIR).expanduser() / "kd_jax_responses" / made_from
     encode = partial(
         data.encode_prompts, tokenizer=tokenizer, template=options.template, max_length=options.max_prompt_length,
@@ -137,8 +159,14 @@ def load_responses(
     )  # fmt: skip
     path = rollouts.write_responses(
         folder, rows, encode, sampler, loaded.teacher, loaded.teacher_params, batch_size=options.batch_size,
-        seed=config.seed, progress=lambda it: metrics.tqdm(it, desc="the teacher writes", unit="batch"),
+        seed=source.seed, settings=settings | {"path": config.teacher.path, "data": options.name, "rows": len(rows)},
+        progress=lambda it: metrics.tqdm(it, desc="the teacher writes", unit="batch"),
     )  # fmt: skip
+    if not path.stat().st_size:
+        raise ValueError(
+            f"none of the teacher's {len(rows)} responses ended within sampling.max_new_tokens={sampler.max_new_tokens}, and one "
+            f"that has not is left out; raise it."
+        )
     written: Any = data.load(
         "jsonl", split="train", data_dir=options.data_dir or None, path=str(path), context_field="context",
         validation_fraction=0.0,
@@ -175,7 +203,8 @@ def make_feed(config: Any, source: Source, tokenizer: data.Tokenizer, loaded: Mo
       mesh: where batches and models are.
       rows: of `load_rows` or `load_responses`.
     """
-    options, share = batch_options(config, tokenizer), config.sampling.teacher_share
+    options = batch_options(config, tokenizer)
+    share, repeats = config.sampling.teacher_share, config.sampling.rollouts_per_prompt
     text_batches = None
     if config.text.name:
         text = load_text(config, tokenizer)
@@ -188,8 +217,8 @@ def make_feed(config: Any, source: Source, tokenizer: data.Tokenizer, loaded: Mo
         source, iter(data.batches(rows, batch_size=config.data.batch_size, **options)), text_batches=text_batches,
         sampler=make_sampler(config, tokenizer, mesh), authors={name: authors[name] for name in source.authors},
         total_steps=config.steps, batch_size=config.data.batch_size,
-        epoch_batches=max(1, len(rows) // config.data.batch_size), seed=config.seed,
-        rollouts_per_prompt=config.sampling.rollouts_per_prompt,
+        epoch_batches=max(1, len(rows) * repeats // config.data.batch_size), seed=config.seed,
+        rollouts_per_prompt=repeats,
         progress=lambda it: metrics.tqdm(it, desc="responses", unit="batch", leave=False),
     )  # fmt: skip
 

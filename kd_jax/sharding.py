@@ -125,6 +125,11 @@ def fetch_whole(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def from_first_process(number: int) -> int:
+    """What process 0 says, on every process; all wait for it."""
+    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def path_name(path: Any) -> str:
     """'layers/0/mlp/up/kernel' for the path of a leaf."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)

@@ -209,6 +209,7 @@ def _loop(run: Run, state: TrainState, workdir: str, writer: metrics.Writer, man
     pending: list[tuple[int, Any]] = []
     needs_teacher = any(term.needs_teacher for term in run.terms)
     clock = speed.Clock(run.models.student, run.models.teacher if needs_teacher else None, config.data.max_length)
+    shown = 0
     with metrics.progress(config.steps, first, quiet) as bar:
         for step in range(first + 1, config.steps + 1):
             if step in profiled[:1]:
@@ -216,7 +217,7 @@ def _loop(run: Run, state: TrainState, workdir: str, writer: metrics.Writer, man
             batch = run.batch(step - 1, state.params)
             state, sums = run.train_step(state, run.models.teacher_params, batch)
             pending.append((step, sums))
-            _report_samples(run, writer, step)
+            shown = _report_samples(run, writer, step, shown)
             if step in profiled[1:]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
@@ -248,14 +249,15 @@ def _evaluate(run: Run, writer: metrics.Writer, step: int, state: TrainState) ->
     writer.write(step, "eval", values)
 
 
-def _report_samples(run: Run, writer: metrics.Writer, step: int) -> None:
-    """What is to be said of the rows of a step, and every so often some that were drawn for it."""
+def _report_samples(run: Run, writer: metrics.Writer, step: int, shown: int) -> int:
+    """What is to be said of a step's rows, and some that were drawn in it, `show_every` steps after `shown`, the last that was."""
     if run.feed.report:
         writer.write(step, "samples", run.feed.report)
     every = run.config.sampling.show_every
-    if every and run.feed.fresh is not None and (step == 1 or step % every == 0):
-        sampler = make_sampler(run.config, run.tokenizer, run.mesh)
-        metrics.tqdm.write(show(sampler, step, run.feed.fresh))
+    if not every or run.feed.fresh is None or (shown and step < shown + every):
+        return shown
+    metrics.tqdm.write(show(make_sampler(run.config, run.tokenizer, run.mesh), step, run.feed.fresh))
+    return step
 
 
 def _write_steps(run: Run, writer: metrics.Writer, steps: list[tuple[int, Any]]) -> float:

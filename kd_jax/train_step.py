@@ -26,20 +26,20 @@ class TrainState:
       step: the number of updates made.
       params: the student's.
       opt_state: the optimiser's.
-      schedules: for each term, the states of its weight's and of its coefficient's schedule.
+      schedules: for each term, the states of its schedules.
       key: the source of all randomness: step i uses fold_in(key, i).
     """
 
     step: Int[Array, ""]
     params: Any
     opt_state: Any
-    schedules: tuple[tuple[Any, Any], ...]
+    schedules: tuple[tuple[Any, ...], ...]
     key: Array
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, terms: Sequence[Term], key: Array) -> TrainState:
     """The state before the first step."""
-    schedules = tuple((term.weight.init(), term.coefficient.init()) for term in terms)
+    schedules = tuple(tuple(schedule.init() for schedule in term.schedules) for term in terms)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), schedules, key)
 
 
@@ -116,31 +116,45 @@ def make_train_step(
             values = _join_rows(jax.lax.map(part_scores, _split_rows(parts, microbatches)))
         return values[..., 0], values[..., 1]
 
+    def term_scores(params: Any, teacher_params: Any, batch: Batch, counted: list[Array]) -> list[Scores | None]:
+        """Of each term that needs them, the scores of the tokens that it counts."""
+        scored = [mask for term, mask in zip(terms, counted, strict=True) if term.needs_scores]
+        if not scored:
+            return [None for _ in terms]
+        log_p, log_q = target_scores(params, teacher_params, batch | {"loss_mask": jnp.stack(scored).any(axis=0)})
+        drawn = log_q
+        if "origin" in batch:
+            by_student = batch["origin"] == ORIGINS.index("student")
+            drawn = jnp.where(by_student[:, None], batch["log_probs"], log_q)
+        of = lambda values, mask: jnp.where(mask, values, 0)
+        return [
+            Scores(of(log_p, mask), of(log_q, mask), of(drawn, mask), mask) if term.needs_scores else None
+            for term, mask in zip(terms, counted, strict=True)
+        ]
+
     def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         shape, counted = batch["targets"].shape, [_counted(term, batch) for term in terms]
-        means: list[dict[str, Array]] = [{} for _ in terms]
-        signals: list[tuple[Array, ...]] = [() for _ in terms]
-        if any(term.needs_scores for term in terms):
-            log_p, log_q = target_scores(state.params, teacher_params, batch)
-            drawn = log_q
-            if "origin" in batch:
-                by_student = batch["origin"] == ORIGINS.index("student")
-                drawn = jnp.where(by_student[:, None], batch["log_probs"], log_q)
-            for i, (term, mask) in enumerate(zip(terms, counted, strict=True)):
-                of_term = lambda values, mask=mask: jnp.where(mask, values, 0)
-                scores = Scores(of_term(log_p), of_term(log_q), of_term(drawn), mask)
-                means[i] = row_means(scores)
-                signals[i] = () if term.signals is None else term.signals(scores)
-        weights = [
-            t.weight(s, step=state.step, **m) for t, (s, _), m in zip(terms, state.schedules, means, strict=True)
+        scores = term_scores(state.params, teacher_params, batch, counted)
+        means = [{} if its_scores is None else row_means(its_scores) for its_scores in scores]
+        signals = [t.signals(s) if t.signals and s else () for t, s in zip(terms, scores, strict=True)]
+        now = [
+            [
+                schedule(its_state, step=state.step, **of_rows)
+                for schedule, its_state in zip(t.schedules, s, strict=True)
+            ]
+            for t, s, of_rows in zip(terms, state.schedules, means, strict=True)
         ]
-        factors = [t.coefficient(s, step=state.step) for t, (_, s) in zip(terms, state.schedules, strict=True)]
+        weights, factors, numbers = [v[0] for v in now], [v[1] for v in now], [v[2:] for v in now]
         segments = None if batch["mask"].dtype == bool else batch["mask"]
         averages = [token_coefficients(t.average, mask, segments) for t, mask in zip(terms, counted, strict=True)]
         coefficients = jnp.stack([f * a for f, a in zip(factors, averages, strict=True)], axis=-1)
         extras = tuple(
-            (jnp.broadcast_to(weight[..., None] if weight.ndim else weight, shape), *its_signals)
-            for weight, its_signals in zip(weights, signals, strict=True)
+            (
+                jnp.broadcast_to(weight[..., None] if weight.ndim else weight, shape),
+                *(jnp.broadcast_to(number, shape) for number in its_numbers),
+                *its_signals,
+            )
+            for weight, its_numbers, its_signals in zip(weights, numbers, signals, strict=True)
         )
         parts: dict[str, Any] = {name: batch[name] for name in ("tokens", "targets", "mask")}
         parts |= {"coefficients": coefficients, "extras": extras}
@@ -164,7 +178,7 @@ def make_train_step(
         schedules = tuple(
             tuple(
                 _follow(s, old, state.step, per_term[:, i], means[i])
-                for s, old in zip((t.weight, t.coefficient), states, strict=True)
+                for s, old in zip(t.schedules, states, strict=True)
             )
             for i, (t, states) in enumerate(zip(terms, state.schedules, strict=True))
         )
@@ -172,7 +186,8 @@ def make_train_step(
         metrics = {"loss": (loss, one), "gradient_norm": (optax.tree.norm(gradient), one)}
         for i, term in enumerate(terms):
             metrics[f"{term.name}/loss"] = (per_term[0, i], per_term[1, i])
-            metrics[f"{term.name}/weight"] = (jnp.mean(weights[i]), one)
+            its_rows = counted[i].any(axis=1).astype(jnp.float32)
+            metrics[f"{term.name}/weight"] = ((weights[i] * its_rows).sum(), its_rows.sum())
             metrics[f"{term.name}/coefficient"] = (jnp.asarray(factors[i]), one)
         metrics["tokens"] = ((batch["mask"] != 0).sum(dtype=jnp.float32), one)
         return TrainState(state.step + 1, params, opt_state, schedules, state.key), metrics

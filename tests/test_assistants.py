@@ -223,3 +223,18 @@ def test_half_precision_and_numbers_out_of_range():
                 getattr(assistants, name)(log_p, log_p, weight, **keywords)
     with pytest.raises(ValueError, match=r"alpha .*inf"):
         assistants.alpha_mixture(log_p, log_p, 0.5, alpha=float("inf"))
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_traced_alpha_gives_what_the_number_gives(alpha, dtype):
+    teacher, student = logits()
+    fixed = mixture("alpha_mixture", teacher, student, 0.3, dtype, alpha=alpha)
+    with jax.enable_x64(dtype == "float64"):
+        array = jnp.full(len(teacher), alpha, dtype)
+        traced = mixture("alpha_mixture", teacher, student, 0.3, dtype, alpha=array)
+    near_one = 1e-6 * abs(alpha - 1) ** -1 if 0 < abs(alpha - 1) < 1e-5 else 0  # alpha itself is rounded
+    tolerance = 3e-6 if dtype == "float32" else 1e-13
+    np.testing.assert_allclose(traced, fixed, rtol=tolerance, atol=tolerance + near_one * 1e-7)
+    alone = mixture("alpha_mixture", teacher, student, 0.3, dtype, alpha=array[0])
+    np.testing.assert_array_equal(alone, traced)

@@ -12,6 +12,7 @@ TERM = dict(
     kind="divergence", divergence={"name": "forward_kl"}, assistant=None, pair=("teacher", "student"),
     stop_gradient=False, weight=0.0, coefficient=1.0, rows="all", average="token", importance=False,
 )  # fmt: skip
+SKEW = {"name": "distillm2_skew", "reference_steps": 1}
 MASK = np.array([[True, True, False, False], [True, False, False, False], [False, False, False, False]])
 
 
@@ -66,6 +67,9 @@ def test_the_pair_and_the_stopped_gradient():
         ({"assistant": {"name": "geometric_mixture"}}, "an assistant is given"),
         ({"pair": ("teacher", "pupil")}, "pupil"),
         ({"weight": {"name": "taid", "total_steps": 0}}, "total_steps"),
+        ({"kind": "hard_labels", "importance": True}, "importance=True goes with kind='divergence'"),
+        ({"weight": SKEW, "rows": "student"}, "rows='teacher', not where rows='student'"),
+        ({"coefficient": SKEW, "rows": "teacher"}, "not in this place"),
         (
             {"assistant": {"name": "geometric_mixture"}, "pair": ("teacher", "assistant"), "stop_gradient": True},
             "no gradient",
@@ -76,6 +80,51 @@ def test_errors_name_the_term_and_the_value(change, words):
     with pytest.raises(ValueError, match=r"objective\.terms\.distil") as error:
         make_terms({"distil": TERM | change})
     assert words in str(error.value)
+
+
+ENDS = {"alpha_mixture(alpha=-1)": "arithmetic_mixture", "alpha_mixture(alpha=1)": "geometric_mixture"}
+
+
+@pytest.mark.parametrize("spec", ENDS)
+@pytest.mark.parametrize("pair", [("teacher", "assistant"), ("assistant", "student"), ("student", "assistant")])
+def test_amid_at_its_ends_is_the_skew_and_the_geometric_form(spec, pair):
+    log_p, log_q = jax.nn.log_softmax(jnp.array([[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]))
+    specs = {name: TERM | {"assistant": {"name": name}, "pair": pair, "weight": 0.1} for name in (spec, ENDS[spec])}
+    one, other = (
+        jax.value_and_grad(lambda z, term=term: term.loss(log_p, jax.nn.log_softmax(z), None, 0.1))(log_q)
+        for term in make_terms(specs)
+    )
+    np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
+    np.testing.assert_allclose(one[1], other[1], atol=1e-6)
+
+
+def test_gkd_and_distillm_at_their_ends_are_the_kls():
+    log_p, log_q = jax.nn.log_softmax(jnp.array([[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]))
+    scaled = {  # the Jensen-Shannon divergence itself goes to 0 there: over its weight it goes to the KL
+        "forward": ("jensen_shannon(weight=1e-4)", 1e4), "reverse": ("jensen_shannon(weight=0.9999)", 1e4),
+        "distillm": ("skew_forward_kl(skew=0.0)", 1.0), "distillm_reverse": ("skew_reverse_kl(skew=0.0)", 1.0),
+    }  # fmt: skip
+    terms = make_terms({name: TERM | {"divergence": spec} for name, (spec, _) in scaled.items()})
+    for term, (_, scale) in zip(terms, scaled.values(), strict=True):
+        kl = divergences.reverse_kl if "reverse" in term.name else divergences.forward_kl
+        found = jax.value_and_grad(lambda z, t=term: t.loss(log_p, jax.nn.log_softmax(z), None, 0.0))(log_q)
+        expected = jax.value_and_grad(lambda z, kl=kl: kl(log_p, jax.nn.log_softmax(z)))(log_q)
+        tolerance = 1e-5 if scale == 1 else 3e-3
+        np.testing.assert_allclose(scale * found[0], expected[0], rtol=tolerance)
+        np.testing.assert_allclose(scale * found[1], expected[1], atol=tolerance)
+
+
+def test_an_assistants_keyword_may_have_a_schedule():
+    alpha = {"name": "linear_schedule", "init_value": -5.0, "end_value": 3.0, "transition_steps": 8}
+    changes = {"pair": ("teacher", "assistant"), "weight": 0.3}
+    log_p, log_q = jax.nn.log_softmax(jnp.array([[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]))
+    (moving,) = make_terms({"it": TERM | changes | {"assistant": {"name": "alpha_mixture", "alpha": alpha}}})
+    for step in (0, 4, 6, 8):  # alpha -5, -1, 1, 3
+        number = moving.numbers[0]((), step=jnp.asarray(step))
+        fixed = {"name": "alpha_mixture", "alpha": -5.0 + step}
+        (still,) = make_terms({"it": TERM | changes | {"assistant": fixed}})
+        expected = still.loss(log_p, log_q, None, 0.3)
+        np.testing.assert_allclose(moving.loss(log_p, log_q, None, 0.3, number), expected, rtol=1e-5)
 
 
 def test_an_objective_needs_terms_and_a_temperature():

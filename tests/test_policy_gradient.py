@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import opd
+from configs import base, opd
 from kd_jax import policy_gradient
 from kd_jax.objectives import ORIGINS, make_terms
 from tests.test_golden_methods import step
@@ -37,12 +37,29 @@ def test_whitening():
     assert found.mean() == pytest.approx(0, abs=1e-6) and found.std(ddof=1) == pytest.approx(1, rel=1e-5)
 
 
+def test_whitening_over_all_leaves_out_prompts_and_rows_of_others():
+    policy = {"whiten": "all", "include_current": True, "discount": 0.0, "length_normalised": False}
+    specs = {"it": TERM | {"kind": "policy_gradient", "policy": base.policy(**policy), "rows": "student"}}
+    (term,) = make_terms(specs)
+    zero = jnp.zeros(COUNTED.shape)
+    scores = lambda rows: policy_gradient.Scores(
+        jnp.asarray(REWARDS)[rows], zero[rows], zero[rows], jnp.asarray(COUNTED)[rows]
+    )
+    advantage = np.asarray(term.signals(scores(slice(None)))[0])
+    slots = np.array([[False] + [True] * 4, [True] * 5, [False] * 5])  # what follows a response's end counts
+    values = REWARDS[slots]
+    np.testing.assert_allclose(advantage[COUNTED], ((REWARDS - values.mean()) / values.std(ddof=1))[COUNTED], rtol=1e-5)
+    np.testing.assert_allclose(advantage[:2], term.signals(scores(slice(2)))[0], rtol=1e-6)
+
+
 def test_importance_weights_are_bounded_and_finite():
     one = jnp.array([[True] * 4])
     log_p, log_q = jnp.array([[-1.0, -200.0, -1.0, -3.0]]), jnp.array([[-1.0, -1.0, -200.0, -2.0]])
     found = policy_gradient.importance(policy_gradient.Scores(log_p, log_q, log_q, one), 0.2)
     p, q = np.exp(-3.0), np.exp(-2.0)
     np.testing.assert_allclose(found, [[1, 1 / 0.8, 0, q / (0.8 * q + 0.2 * p)]], rtol=1e-5, atol=1e-30)
+    later = policy_gradient.Scores(log_p, log_q + 0.5, log_q, one)  # trained on since it drew
+    np.testing.assert_allclose(policy_gradient.importance_now(later, 0.2), np.exp(0.5) * found, rtol=1e-5, atol=1e-30)
 
 
 def test_the_surrogate_follows_the_ratio_only_so_far():
@@ -87,7 +104,8 @@ def test_opds_expected_gradient_is_the_exact_one(baseline):
 
 
 def test_a_policy_that_makes_no_sense_is_named():
-    for policy, message in (({"baseline": "v"}, "policy.baseline='v'"), ({"discount": 2.0}, "policy.discount")):
+    wrong = ({"baseline": "v"}, "policy.baseline='v'"), ({"discount": 2.0}, "policy.discount")
+    for policy, message in (*wrong, ({"length_normalised": True}, "baseline='kl' is the mean of a token's own reward")):
         specs = opd.get_config("smoke").objective.terms
         specs.distil.policy.update(policy)
         with pytest.raises(ValueError, match=message):

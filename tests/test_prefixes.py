@@ -3,10 +3,13 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import base
+from kd_jax import feed as feed_module
 from kd_jax import metrics, prefixes, rollouts, train
 from kd_jax.feed import Feed
 from kd_jax.objectives import ORIGINS
@@ -131,9 +134,33 @@ def test_a_mixture_draws_as_often_as_it_says():
     assert (origins[200:] == STUDENT).mean() == pytest.approx(0.75, abs=0.1)
 
 
-def test_several_rollouts_of_a_prompt():
-    (batch,) = steps(feed(prefixes.student(), rollouts_per_prompt=2), 0, 1)
-    assert sorted(batch["tokens"][:, 0]) == [100, 100, 101, 101]
+def test_several_rollouts_of_a_prompt_and_no_prompt_is_left_out():
+    one, two = steps(feed(prefixes.student(), rollouts_per_prompt=2), 0, 2)
+    assert sorted(one["tokens"][:, 0]) == [100, 100, 101, 101] and sorted(two["tokens"][:, 0]) == [102, 102, 103, 103]
+
+
+def test_prompts_of_all_processes_are_in_the_order_of_one(monkeypatch):
+    from jax.experimental import multihost_utils
+
+    whole = {name: array for name, array in next(Rows()).items() if name in ("tokens", "loss_mask")}
+    parts = [{name: array[process::2] for name, array in whole.items()} for process in range(2)]
+    expected = feed_module._prompts(whole)
+    gathered = lambda array: np.stack([next(p[n] for n in p if whole[n].dtype == array.dtype) for p in parts])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+    assert feed_module._prompts(parts[0]) == expected
+
+
+def test_the_last_phase_draws_no_more_than_is_used():
+    it = feed(prefixes.paired(every=3), total_steps=10)
+    steps(it, 0, 10)
+    assert it._sampler.calls == 2 * (3 + 2)
+
+
+def test_a_report_is_about_all_that_was_drawn():
+    it = feed(prefixes.paired(every=3))
+    steps(it, 0, 1)
+    assert len(it.fresh["lengths"]) == 3 * B and np.all(it.fresh["origin"] == STUDENT)
 
 
 def test_adaptive_as_in_the_paper():
@@ -186,8 +213,8 @@ def test_the_students_log_probabilities_are_those_of_the_training_step(data_dir)
 
 
 def test_a_teachers_responses_are_written_once_and_go_on_where_they_stopped(data_dir, tmp_path, monkeypatch):
-    config = smoke("seqkd", tmp_path, prefixes__num_rows=40, data__data_dir=str(tmp_path))
-    written = lambda: sorted(tmp_path.glob("kd_jax_responses/*/*"))
+    config = smoke("seqkd", tmp_path, prefixes__num_rows=40, data__data_dir=str(tmp_path), sampling__max_new_tokens=12)
+    written = lambda: sorted(tmp_path.glob("kd_jax_responses/*/responses*"))
     draw, calls = rollouts.Sampler.rows, []
 
     def stop(*args, **kwargs):
@@ -207,6 +234,7 @@ def test_a_teachers_responses_are_written_once_and_go_on_where_they_stopped(data
     assert len(calls) == 3 + 3, "five batches of eight, two of which were there"
     rows = [json.loads(line) for line in whole.read_text().splitlines()]
     assert 0 < len(rows) == run.counts["train"]["kept"] and set(rows[0]) == {"prompt", "context", "response"}
+    assert json.loads((whole.parent / "settings.json").read_text())["max_new_tokens"] == 12
     batch = run.feed.next(0, None)
     assert np.all(batch["origin"] == TEACHER)
     train.build(config)
@@ -231,6 +259,11 @@ def test_a_teachers_responses_are_written_once_and_go_on_where_they_stopped(data
         ("minillm", {"text__name": ""}, "rows='text' counts no row"),
         ("minillm", {"objective__terms__policy__policy__whiten": "yes"}, "policy.whiten='yes'"),
         ("gkd", {"text__name": "docstrings"}, "no term has rows='text'"),
+        ("opd", {"sampling__top_p": 0.9}, "sampling.top_p=0.9 and sampling.top_k=0 draw from a part of it"),
+        ("minillm", {"sampling__teacher_share": 1.0}, "a share below 1"),
+        ("gkd", {"sampling__teacher_share": 0.2, "sampling__temperature": 0.0}, "a share below 1"),
+        ("forward_kl", {"sampling__rollouts_per_prompt": 2}, "it writes nothing"),
+        ("imitkd", {"prefixes__fraction__end_value": 1.5, "steps": 20}, "fraction must lie between 0 and 1, but is 1."),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(method, changes, message, data_dir):
@@ -242,11 +275,21 @@ def test_any_term_goes_with_any_source_by_flags_alone(data_dir):
     config = smoke("gkd", data_dir, prefixes__name="student(every=1)")
     config.objective.terms.distil.assistant.name = "alpha_mixture(alpha=-3.0)"
     config.objective.terms.distil.divergence.name = "alpha_beta(alpha=0.2, beta=0.7)"
-    config.objective.terms.distil.update(pair=("teacher", "assistant"), weight=0.1, rows="student")
+    config.objective.terms.distil.update(pair=("teacher", "assistant"), rows="student")
+    config.objective.terms.distil.weight = "linear_schedule(init_value=0.1, end_value=0.2, transition_steps=100)"
     run = train.build(config)
     state = run.init_state()
     _, sums = run.train_step(state, run.models.teacher_params, run.batch(0, state.params))
     assert metrics.averages(sums)["distil/weight"] == pytest.approx(0.1) and metrics.averages(sums)["loss"] > 0
+
+
+def test_a_fingerprint_is_the_same_on_any_mesh():
+    params = {"a": jax.random.normal(jax.random.key(0), (8, 6)), "b": jnp.ones((), jnp.bfloat16)}
+    mesh = jax.make_mesh((8,), ("x",))
+    spread = params | {"a": jax.device_put(params["a"], NamedSharding(mesh, PartitionSpec("x")))}
+    swapped = params | {"a": params["a"][:, ::-1]}
+    one, other, third = (rollouts.fingerprint(tree, {"seed": 0}) for tree in (params, spread, swapped))
+    assert one == other != third != rollouts.fingerprint(params, {"seed": 1})
 
 
 def test_a_policy_has_no_other_keys():

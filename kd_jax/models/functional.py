@@ -97,7 +97,7 @@ class Model:
     def project(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits of hidden states, in float32."""
         matrix, tied = self.stored_head(params)
-        if tied and hidden.ndim == 2 and 1 < len(hidden) <= FEW_ROWS:
+        if tied and hidden.ndim == 2 and 1 < len(hidden) <= FEW_ROWS and jax.default_backend() == "cpu":
             # With the embedding on the left a CPU reads it as it lies; without the barrier XLA swaps the sides back.
             scores = jnp.matmul(matrix, hidden.T, preferred_element_type=jnp.float32)
             return jax.lax.optimization_barrier(scores).T
