@@ -1,4 +1,4 @@
-"""Every method from the same fine-tuned student, on the docstrings: the same number of steps, rows and seeds.
+"""Every method from the same fine-tuned student, on the docstrings: the same number of tokens, the same seeds, the same sampler.
 
 python -m kd_jax.main --config=configs/sft.py --workdir=runs/start --config.steps=300
 pip install rouge-score
@@ -19,24 +19,23 @@ import jax
 import numpy as np
 from rouge_score import rouge_scorer
 
+from configs.table import METHODS
 from kd_jax import evaluate, metrics, rollouts, train
-from kd_jax.setup_rows import make_sampler
 
-METHODS = (
-    "sft", "seqkd", "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence", "akl",
-    "skew_kl", "abkd", "taid", "amid", "imitkd", "gkd", "distillm", "distillm2", "minillm", "opd",
-)  # fmt: skip
 PROMPTS = 128  # of the held-out rows: what the student answers
+PHASE = 16  # steps: minillm and distillm2 draw for so many at a time
+# Tokens a step, by which the number of steps is set: a second stream has eight rows of 176 beside the sixteen of 73 or so.
+TOKENS, WITH_TEXT = 1160, {"distillm": 2568, "minillm": 2568}
 
 
-def configured(method: str, seed: int, steps: int, start: str):
+def configured(method: str, seed: int, tokens: int, start: str):
     config = importlib.import_module(f"configs.{method}").get_config("docstrings")
-    config.steps, config.seed = steps, seed
+    config.steps, config.seed = round(tokens / WITH_TEXT.get(method, TOKENS)), seed
     config.learning_rate.init_value = 1e-3
     config.student.init, config.student.path = "pretrained", start
     config.data.eval_rows = 256
     if method == "seqkd":
-        config.prefixes.num_rows = steps * config.data.batch_size
+        config.prefixes.num_rows = config.steps * config.data.batch_size
     return config
 
 
@@ -50,7 +49,8 @@ def measure(run: train.Run, params, who: str = "student") -> dict[str, float]:
     rows = [row for row in rows if row["loss_mask"].any()][:PROMPTS]
     prompts = [row["tokens"][: row["loss_mask"].argmax() + 1].tolist() for row in rows]
     references = [run.tokenizer.decode(row["targets"][row["loss_mask"]].tolist()) for row in rows]
-    sampler = make_sampler(run.config, run.tokenizer, run.mesh)
+    # Not the config's own: distillm2's temperature and top-p would be measured with it.
+    sampler = rollouts.Sampler(run.mesh, run.tokenizer, run.config.data.max_length, run.config.sampling.max_new_tokens)
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     totals, scores, reports = None, [], []
     for start in range(0, PROMPTS, 32):
@@ -76,10 +76,11 @@ def measure(run: train.Run, params, who: str = "student") -> dict[str, float]:
     return held_out | found | means
 
 
-def trained(run: train.Run) -> tuple[dict[str, float], object]:
-    state, seconds, tokens = run.init_state(), [], 0.0
+def trained(run: train.Run, budget: int) -> tuple[dict[str, float], object]:
+    state, seconds, tokens, student_rows = run.init_state(), [], 0.0, 0.0
     observing = getattr(run.feed.source, "capacity", 0)
-    for step in range(run.config.steps):
+    while tokens < budget:
+        step = len(seconds)
         if observing and step % max(1, run.config.steps // 5) == 0:
             run.feed.observe(run.evaluate(state.params)["cross_entropy"])
         begin = time.perf_counter()
@@ -87,8 +88,13 @@ def trained(run: train.Run) -> tuple[dict[str, float], object]:
         values = metrics.averages(jax.device_get(sums))
         seconds.append(time.perf_counter() - begin)
         tokens += values["tokens"]
+        student_rows += run.feed.report.get("student_rows", 0.0)
         assert np.isfinite(values["loss"])
-    return {"seconds_a_step": statistics.mean(sorted(seconds)[:-2]), "tokens": tokens}, state.params
+    whole = seconds[
+        PHASE : len(seconds) // PHASE * PHASE
+    ]  # whole phases, without the first, in which programs are compiled
+    cost = {"seconds_a_step": statistics.mean(whole), "tokens": tokens, "steps": len(seconds)}
+    return cost | {"student_rows": student_rows / len(seconds)}, state.params
 
 
 def main() -> None:
@@ -96,7 +102,7 @@ def main() -> None:
     parser.add_argument("--start", required=True)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=116_000)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/kd_jax/xla"))
@@ -107,14 +113,16 @@ def main() -> None:
         if any((line["method"], line["seed"]) == (method, seed) for line in done):
             continue
         begin = time.perf_counter()
-        run = train.build(configured("sft" if method in ("teacher", "start") else method, seed, args.steps, args.start))
-        line = {"method": method, "seed": seed, "steps": args.steps}
+        run = train.build(
+            configured("sft" if method in ("teacher", "start") else method, seed, args.tokens, args.start)
+        )
+        line = {"method": method, "seed": seed}
         if method == "teacher":
             line |= measure(run, run.models.teacher_params, "teacher")
         elif method == "start":
             line |= measure(run, run.init_state().params)
         else:
-            cost, params = trained(run)
+            cost, params = trained(run, args.tokens)
             line |= cost | measure(run, params)
         print(method, seed, f"{time.perf_counter() - begin:.0f} s", line, flush=True)
         with out.open("a") as file:

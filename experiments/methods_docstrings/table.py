@@ -9,7 +9,8 @@ from kd_jax.metrics import table
 
 COLUMNS = {
     "forward_kl": "KL(p,q)", "reverse_kl": "KL(q,p)", "own_reverse_kl": "KL(q,p), own text", "cross_entropy": "cross-entropy",
-    "rouge_l": "ROUGE-L", "finished": "finished", "tokens": "tokens", "seconds_a_step": "s a step",
+    "rouge_l": "ROUGE-L", "finished": "finished", "student_rows": "student's rows", "steps": "steps", "tokens": "tokens",
+    "seconds_a_step": "s a step",
 }  # fmt: skip
 
 
@@ -21,13 +22,14 @@ def main() -> None:
         cells = []
         for name in COLUMNS:
             values = [run[name] for run in runs if name in run]
-            deviation = (
-                f" ± {statistics.stdev(values):.3f}"
-                if len(values) > 1 and name not in ("tokens", "seconds_a_step")
-                else ""
-            )
-            precise = f"{statistics.mean(values):,.0f}" if name == "tokens" and values else None
-            cells.append(precise or (f"{statistics.mean(values):.3f}{deviation}" if values else ""))
+            if not values:
+                cells.append("")
+            elif name in ("tokens", "steps"):
+                cells.append(f"{statistics.mean(values):,.0f}")
+            elif name in ("seconds_a_step", "student_rows") or len(values) == 1:
+                cells.append(f"{statistics.median(values):.3f}")
+            else:
+                cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
         rows.append([method, *cells, str(len(runs))])
     print(table(rows))
 
