@@ -41,7 +41,7 @@ def test_logits_are_those_of_transformers(family):
 
 
 @pytest.mark.skipif("SMOLLM2" not in os.environ, reason="needs the folder of SmolLM2-135M-Instruct in SMOLLM2")
-def test_logits_of_smollm2():
+def test_logits_and_greedy_text_of_smollm2():
     model, params = models.load_pretrained(os.environ["SMOLLM2"])
     with np.load(TINY.parent / "smollm2_logits.npz") as expected:
         logits = np.asarray(model.logits(params, expected["input_ids"]))[0]
@@ -50,6 +50,16 @@ def test_logits_of_smollm2():
             np.take_along_axis(logits, expected["top20_ids"], -1), expected["top20_logits"], atol=2e-3
         )
         np.testing.assert_allclose(jax.nn.logsumexp(logits, axis=-1), expected["logsumexp"], atol=2e-3)
+        prompt, whole = (
+            expected["input_ids"],
+            expected["greedy_24"],
+        )  # transformers' prompt and 18 tokens, the last of which ends
+    new = whole[prompt.shape[1] :]
+    tokens, mask, _ = models.generate(
+        model, params, prompt, np.ones(prompt.shape, bool), max_new_tokens=24, key=jax.random.key(0), temperature=0.0,
+        eos_id=int(new[-1]), pad_id=int(new[-1]),
+    )  # fmt: skip
+    np.testing.assert_array_equal(tokens[0][mask[0]], new)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

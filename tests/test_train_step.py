@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs import base
 from kd_jax import data, models, sharding
 from kd_jax.objectives import make_terms
 from kd_jax.train_step import init_state, make_train_step
@@ -30,6 +31,24 @@ TERMS = make_terms(
 TX = optax.sgd(0.1)  # the update is the gradient: what Adam would hide shows
 
 
+SCORED = make_terms(
+    {
+        "policy": TERM
+        | {"kind": "policy_gradient", "policy": base.policy(whiten="all", discount=0.9), "rows": "student"},
+        "single_step": TERM | {"divergence": {"name": "reverse_kl"}, "rows": "student", "importance": True},
+        "skewed": TERM
+        | {
+            "assistant": {"name": "arithmetic_mixture"},
+            "pair": ("teacher", "assistant"),
+            "rows": "teacher",
+            "weight": {"name": "distillm2_skew", "reference_steps": 1, "low": 0.0},
+        },
+        "text": TERM | {"kind": "hard_labels", "rows": "text"},
+    },
+    teacher_share=0.2,
+)
+
+
 def batch(seed=0):
     random = np.random.default_rng(seed)
     lengths = random.integers(2, L + 1, B)
@@ -38,19 +57,25 @@ def batch(seed=0):
     return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], mask=mask, loss_mask=mask & (np.arange(L) > 0))
 
 
-def run(mesh=None, microbatches=1, steps=3, first=None):
+def drawn_batch(seed=0):
+    random = np.random.default_rng(seed)
+    origin = np.array([1, 2, 1, 2, 3, 2, 1, 3])
+    return batch(seed) | {"origin": origin, "log_probs": -random.uniform(1, 5, (B, L)).astype(np.float32)}
+
+
+def run(mesh=None, microbatches=1, steps=3, first=None, terms=TERMS, make_batch=batch):
     mesh = mesh or sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     place = lambda tree: sharding.tree_shardings(mesh, tree)
     key = jax.random.key(0)
     params, teacher_params = STUDENT.init(key, place), TEACHER.init(jax.random.key(1), place)
-    state = init_state(params, TX, TERMS, key)
+    state = init_state(params, TX, terms, key)
     state = jax.device_put(state, place(state))
     step = jax.jit(
-        make_train_step(STUDENT, TEACHER, TERMS, TX, vocab_size=V, microbatches=microbatches, chunk=2, mesh=mesh)
+        make_train_step(STUDENT, TEACHER, terms, TX, vocab_size=V, microbatches=microbatches, chunk=2, mesh=mesh)
     )
     losses = []
     for i in range(steps):
-        state, metrics = step(state, teacher_params, sharding.put_batch(mesh, first or batch(i)))
+        state, metrics = step(state, teacher_params, sharding.put_batch(mesh, first or make_batch(i)))
         losses.append(float(metrics["loss"][0]))
     return np.array(losses), jax.device_get(state.params)
 
@@ -73,6 +98,15 @@ def test_any_mesh_gives_the_same_numbers(sizes, reference):
 
 def test_microbatches_give_the_same_numbers(reference):
     same(run(microbatches=4), reference)
+
+
+def test_scored_terms_give_the_same_numbers_in_microbatches_and_on_a_mesh():
+    drawn = dict(terms=SCORED, make_batch=drawn_batch)
+    one = run(**drawn)
+    assert np.all(np.isfinite(one[0])) and len(set(one[0])) == 3
+    same(run(microbatches=4, **drawn), one)
+    same(run(sharding.make_mesh(8, 1, 1), **drawn), one)
+    same(run(sharding.make_mesh(2, 2, 2), microbatches=2, **drawn), one)
 
 
 def test_microbatches_on_a_mesh(reference):
