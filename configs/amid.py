@@ -2,6 +2,9 @@
 (0.2, 0.7), the gradient through r as well (https://arxiv.org/abs/2510.15982, 2025; alpha from -5 to 1 in the paper).
 
     python -m kd_jax.main --config=configs/amid.py --workdir=runs/amid
+
+pair takes any two of teacher, student and assistant; assistant.alpha and weight take schedules, such as
+--config.objective.terms.distil.assistant.alpha="linear_schedule(init_value=-5.0, end_value=1.0, transition_steps=1000)".
 """
 
 from ml_collections import ConfigDict

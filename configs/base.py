@@ -84,8 +84,8 @@ def get_config() -> ConfigDict:
 
     config.text = ConfigDict()  # a second stream, for terms with rows="text": every token of it counts
     config.text.name = ""  # a dataset as in data; empty: there is none
-    config.text.options = ConfigDict()  # keywords of that builder
-    config.text.split = config.data.get_ref("train_split")  # of that dataset; as data.train_split unless set
+    config.text.options = ConfigDict()  # keywords of that builder; empty: data's, if it is the same dataset
+    config.text.split = config.data.get_oneway_ref("train_split")  # of that dataset; as data.train_split unless set
     config.text.batch_size = 8  # rows an update beside the first stream's, each data.max_length tokens
 
     config.mesh = ConfigDict()
@@ -155,7 +155,7 @@ def hard_labels(**changes: Any) -> ConfigDict:
 
 def cosine(config: ConfigDict, peak: float, final: float = 1e-7) -> ConfigDict:
     """A cosine from `peak` to `final` over the run, as in the papers; it follows config.steps when that changes."""
-    steps = config.get_ref("steps")
+    steps = config.get_oneway_ref("steps")
     return ConfigDict(
         {"name": "cosine_decay_schedule", "init_value": peak, "decay_steps": steps, "alpha": final / peak}
     )

@@ -5,7 +5,8 @@ for, else on the data's; language modelling on a second stream (Ko et al., https
 
 Of the paper: skew 0.1, a buffer of 1000 rows, prefixes.increase and prefixes.tolerance 0.1; skew reverse KL is as good for all
 but the smallest student: --config.objective.terms.distil.divergence.name="skew_reverse_kl(skew=0.1)". prefixes.as_published
-selects the scheduler of its code. It evaluates once an epoch: eval_every.
+selects the scheduler of its code. It evaluates once an epoch: eval_every. The paper's second stream is OpenWebText, here it is the
+task's own training text, prompts and all; plain text of yours: --config.text.name=text --config.text.options.path=FILE.
 """
 
 from ml_collections import ConfigDict
@@ -26,8 +27,7 @@ def get_config(setting: str = "docstrings") -> ConfigDict:
             "as_published": False,
         }
     )
-    config.text.name = config.data.get_ref("name")
-    config.text.options = config.data.options
+    config.text.name = config.data.get_oneway_ref("name")
     return base.set_terms(
         config,
         distil=base.term(divergence={"name": "skew_forward_kl", "skew": 0.1}),

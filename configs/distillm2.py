@@ -1,46 +1,46 @@
 """DistiLLM-2: skew KL on the teacher's responses and skew reverse KL on the student's, to the same prompts and drawn anew every
-epoch; the skew by its curriculum, the student's share beta growing from 0.5 to 1 (Ko et al.,
+epoch; the skew by its curriculum, the student's share beta 0.5 for half of the run and then growing to 1 (Ko et al.,
 https://arxiv.org/abs/2503.07067, 2025).
 
     python -m kd_jax.main --config=configs/distillm2.py --workdir=runs/distillm2
 
 Of the paper: base skew 0.1 and at least 0.01, temperature 0.8 and top-p 0.95, means over each response. Its code has both skews
 constant and weights 1 and 1: give the terms weight=0.1 and weight=0.9, coefficient=1, and reverse.stop_gradient=True.
-Here a phase is 8 batches of prompts, 16 steps; prefixes.every=0 makes it an epoch.
+Here a phase is 8 batches of prompts, 16 steps, in which the curriculum takes its mean; prefixes.every=0 makes it an epoch, whose
+steps the two weight.reference_steps then have to be told.
 """
 
-from ml_collections import ConfigDict, FieldReference
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from configs import base, settings
 
 
 def get_config(setting: str = "docstrings") -> ConfigDict:
     config = settings.get(setting)
-    phase = FieldReference(8)
-    config.prefixes = ConfigDict({"name": "paired", "every": phase, "epochs": 1})
+    config.prefixes = ConfigDict({"name": "paired", "every": 8, "epochs": 1})
     config.sampling.temperature = 0.8
     config.sampling.top_p = 0.95
-    mixture = {"name": "arithmetic_mixture"}
-    skew = {"name": "distillm2_skew", "base": 0.1, "low": 0.01, "reference_steps": 2 * phase, "per_row": False}
-    half = config.get_ref("steps") // 2  # beta is at its least until then
-    share = {"name": "linear_schedule", "transition_begin": half, "transition_steps": half}
+
+    def term(rows: str, share: float, **changes: Any) -> ConfigDict:
+        """A term on the rows of one author, whose share beta or 1 - beta, halved, goes from 0.25 to `share`."""
+        phase = 2 * config.prefixes.get_oneway_ref("every")  # two batches of rows to one of prompts
+        half = config.get_oneway_ref("steps") // 2  # beta is at its least until then
+        return base.term(
+            assistant={"name": "arithmetic_mixture"},
+            weight={
+                "name": "distillm2_skew", "base": 0.1, "low": 0.01, "reference_steps": phase, "per_row": False, "rows": rows
+            },
+            coefficient={
+                "name": "linear_schedule", "transition_begin": half, "transition_steps": half, "init_value": 0.25,
+                "end_value": share,
+            },
+            rows=rows, average="sequence", **changes,
+        )  # fmt: skip
+
     return base.set_terms(
         config,
-        forward=base.term(
-            assistant=mixture,
-            pair=("teacher", "assistant"),
-            rows="teacher",
-            weight=skew | {"rows": "teacher"},
-            coefficient=share | {"init_value": 0.25, "end_value": 0.0},
-            average="sequence",
-        ),
-        reverse=base.term(
-            divergence={"name": "forward_kl"},
-            assistant=mixture,
-            pair=("student", "assistant"),
-            rows="student",
-            weight=skew | {"rows": "student"},
-            coefficient=share | {"init_value": 0.25, "end_value": 0.5},
-            average="sequence",
-        ),
+        forward=term("teacher", 0.0, pair=("teacher", "assistant")),
+        reverse=term("student", 0.5, pair=("student", "assistant")),
     )

@@ -16,7 +16,7 @@ def get_config(setting: str = "docstrings") -> ConfigDict:
         "name": "linear_schedule",
         "init_value": 0.0,
         "end_value": 1.0,
-        "transition_steps": config.get_ref("steps"),
+        "transition_steps": config.get_oneway_ref("steps"),
     }
     config.prefixes = ConfigDict({"name": "mixture", "fraction": rising})
     return base.set_terms(config, distil=base.term(average="sequence"))

@@ -7,7 +7,8 @@ https://arxiv.org/abs/2306.08543, 2024).
 Of the paper: sampling.teacher_share 0.2, policy.clip 0.2, 256 rows drawn at a time and gone over 4 times (here 4 batches).
 Its code differs: policy.discount=0.95, policy.include_current=True, policy.whiten=all,
 policy.reward_scale=0.5, policy.reward_limit=100, and single_step.importance=False, by the author's intention.
-The second stream is the functions' whole text, its hard labels 0.5 and KL(p || q) 0.5, as in the code.
+The second stream has its hard labels and KL(p || q) at 0.5 each, as in the code; the paper's is OpenWebText, here it is the task's
+own training text, prompts and all. Plain text of yours: --config.text.name=text --config.text.options.path=FILE.
 """
 
 from ml_collections import ConfigDict
@@ -19,8 +20,7 @@ def get_config(setting: str = "docstrings") -> ConfigDict:
     config = settings.get(setting)
     config.prefixes = ConfigDict({"name": "student", "every": 4, "epochs": 4})
     config.sampling.teacher_share = 0.2
-    config.text.name = config.data.get_ref("name")
-    config.text.options = config.data.options
+    config.text.name = config.data.get_oneway_ref("name")
     return base.set_terms(
         config,
         policy=base.term(kind="policy_gradient", rows="student"),

@@ -11,7 +11,14 @@ from configs import base, settings
 
 def get_config(setting: str = "docstrings") -> ConfigDict:
     config = settings.get(setting)
-    t = {"name": "taid", "start": 0.4, "end": 1.0, "alpha": 5e-4, "beta": 0.99, "total_steps": config.get_ref("steps")}
+    t = {
+        "name": "taid",
+        "start": 0.4,
+        "end": 1.0,
+        "alpha": 5e-4,
+        "beta": 0.99,
+        "total_steps": config.get_oneway_ref("steps"),
+    }
     distil = base.term(
         assistant={"name": "geometric_mixture"}, pair=("assistant", "student"), stop_gradient=True, weight=t
     )

@@ -129,9 +129,8 @@ def _tokenize(config: Any, tokenizer: data.Tokenizer, source: Any, loss_on: str)
 def load_text(config: Any, tokenizer: data.Tokenizer) -> data.Rows:
     """The second stream: rows end to end, of which every token counts."""
     options, length = config.text, config.data.max_length
-    source: Any = data.load(
-        options.name, split=options.split, data_dir=config.data.data_dir or None, **dict(options.options)
-    )
+    keywords = options.options or (config.data.options if options.name == config.data.name else {})
+    source: Any = data.load(options.name, split=options.split, data_dir=config.data.data_dir or None, **dict(keywords))
     if options.name == "text":
         return data.pack(source, tokenizer, max_length=length)[0]
     return data.join(_tokenize(config, tokenizer, source, "all")[0], max_length=length)

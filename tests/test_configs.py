@@ -105,3 +105,10 @@ def test_the_readme_lists_every_divergence_and_assistant():
             keywords = [f"`{p.name}`" for p in parameters if p.kind == p.KEYWORD_ONLY]
             assert (name, ", ".join(keywords)) in listed
     assert len(listed) == len(divergences.__all__) + len(assistants.__all__)
+
+
+def test_what_follows_another_key_does_not_change_it():
+    config = smoke("minillm", "")
+    config.update(text=dict(name="text", split="validation"), learning_rate=dict(decay_steps=7))
+    assert (config.data.name, config.data.train_split, config.steps) == ("docstrings", "train", 2)
+    assert smoke("minillm", "", data__name="dolly").text.name == "dolly"
