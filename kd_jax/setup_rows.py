@@ -166,6 +166,7 @@ def load_responses(
             f"none of the teacher's {len(rows)} responses ended within sampling.max_new_tokens={sampler.max_new_tokens}, and one "
             f"that has not is left out; raise it."
         )
+    metrics.tqdm.write(f"the teacher's responses: {path}")
     written: Any = data.load(
         "jsonl", split="train", data_dir=options.data_dir or None, path=str(path), context_field="context",
         validation_fraction=0.0,
