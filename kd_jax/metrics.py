@@ -78,7 +78,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(workdir: str) -> list[Path]:
-    """Draws the curves of metrics.jsonl: losses.png (training) and evaluation.png (held-out rows).
+    """Draws the curves of metrics.jsonl: losses.png (training), evaluation.png (held-out rows) and sampling.png (what was drawn).
+
+    Weights and coefficients are drawn where they change.
 
     Returns:
       The files written.
@@ -87,9 +89,10 @@ def plot(workdir: str) -> list[Path]:
 
     lines = read(workdir)
     written = []
-    for split, file in (("train", "losses.png"), ("eval", "evaluation.png")):
+    for split, file in (("train", "losses.png"), ("eval", "evaluation.png"), ("samples", "sampling.png")):
         rows = [line for line in lines if line["split"] == split]
-        names = [n for n in dict.fromkeys(k for row in rows for k in row) if n not in ("step", "split") and _plotted(n)]
+        names = dict.fromkeys(name for row in rows for name in row if name not in ("step", "split"))
+        names = [n for n in names if not _is_setting(n) or len({row[n] for row in rows if n in row}) > 1]
         if not names:
             continue
         columns = min(3, len(names))
@@ -97,8 +100,8 @@ def plot(workdir: str) -> list[Path]:
         figure = matplotlib.figure.Figure(figsize=(4.2 * columns, 3.0 * height), layout="constrained")
         for name, axes in zip(names, np.ravel(figure.subplots(height, columns, squeeze=False)), strict=False):
             points = [(row["step"], row[name]) for row in rows if name in row]
-            axes.plot(*zip(*points, strict=True), linewidth=0.6 if split == "train" else 1.2, alpha=0.5, color="C0")
-            steps, smooth = _smooth(points) if split == "train" else zip(*points, strict=True)
+            axes.plot(*zip(*points, strict=True), linewidth=1.2 if split == "eval" else 0.6, alpha=0.5, color="C0")
+            steps, smooth = zip(*points, strict=True) if split == "eval" else _smooth(points)
             axes.plot(steps, smooth, color="C0", marker="o" if split == "eval" else None, markersize=3)
             axes.set(title=name.replace("_", " "), xlabel="step", yscale="log" if name == "perplexity" else "linear")
             axes.grid(alpha=0.3)
@@ -109,8 +112,8 @@ def plot(workdir: str) -> list[Path]:
     return written
 
 
-def _plotted(name: str) -> bool:
-    return not name.endswith("/coefficient")
+def _is_setting(name: str) -> bool:
+    return name.endswith(("/coefficient", "/weight"))
 
 
 def _smooth(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kd_jax import checkpoint, data, metrics, models, train
-from tests.runs import METHODS, configured, last_state, smoke
+from tests.runs import METHODS, ON_POLICY, configured, last_state, smoke
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -134,7 +134,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(method, stop_at, tmp_path, data_dir, 
     (_, expected), (_, found) = last_state(tmp_path / "whole"), last_state(tmp_path / "parts")
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert resumed == whole
+    assert resumed == whole and (tmp_path / "parts" / "sampling.png").exists() == (method in ON_POLICY)
     assert training(tmp_path / "parts") == training(tmp_path / "whole")
 
 
