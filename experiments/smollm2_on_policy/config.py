@@ -1,4 +1,4 @@
-"""On-policy distillation of SmolLM2-135M-Instruct: the exact KL(q || p) on what the student writes, from a student that forward KL made."""
+"""SmolLM2-135M-Instruct, on policy: the exact KL(q || p) on what the student writes, from a student that forward KL made."""
 
 from ml_collections import ConfigDict
 
