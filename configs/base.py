@@ -104,7 +104,7 @@ def get_config() -> ConfigDict:
 
 def term(**changes: Any) -> ConfigDict:
     """One summand of the objective; a changed key must be one of these."""
-    values = {
+    values: dict[str, Any] = {
         "kind": "divergence",  # divergence; hard_labels: -log q(the row's token); policy_gradient of KL(q || p), see policy
         "divergence": {"name": "forward_kl"},  # spec: kd_jax.divergences
         "assistant": {"name": "none"},  # spec: kd_jax.assistants, or none
@@ -120,15 +120,16 @@ def term(**changes: Any) -> ConfigDict:
     if unknown := changes.keys() - values.keys():
         raise KeyError(f"a term has no key {sorted(unknown)}; it has {', '.join(values)}.")
     values |= changes
-    values |= {key: number(values[key]) for key in ("weight", "coefficient")}
-    assistant: Any = values["assistant"]
-    values["assistant"] = {key: number(value) for key, value in dict(assistant).items()}
+    values |= {key: replaceable(values[key]) for key in ("weight", "coefficient")}
+    values["assistant"] = {
+        key: value if key == "name" else replaceable(value) for key, value in dict(values["assistant"]).items()
+    }
     return ConfigDict(values)
 
 
-def number(value: Any) -> Any:
-    """A number in whose place a flag may put a schedule: --config....weight="linear_schedule(init_value=0.0, ...)"."""
-    return FieldReference(value, field_type=object) if isinstance(value, int | float) else value
+def replaceable(value: Any) -> FieldReference:
+    """A number or a schedule, each of which a flag may put in the other's place: --config....weight=0.1, or a schedule's call."""
+    return FieldReference(ConfigDict(value) if isinstance(value, dict) else value, field_type=object)
 
 
 def policy(**changes: Any) -> ConfigDict:

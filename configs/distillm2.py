@@ -5,9 +5,9 @@ https://arxiv.org/abs/2503.07067, 2025).
     python -m kd_jax.main --config=configs/distillm2.py --workdir=runs/distillm2
 
 Of the paper: base skew 0.1 and at least 0.01, temperature 0.8 and top-p 0.95, means over each response. Its code has both skews
-constant and weights 1 and 1: give the terms weight=0.1 and weight=0.9, coefficient=1, and reverse.stop_gradient=True.
-Here a phase is 8 batches of prompts, 16 steps, in which the curriculum takes its mean; prefixes.every=0 makes it an epoch, whose
-steps the two weight.reference_steps then have to be told.
+constant and coefficients 1 and 1: give the terms weight=0.1 and weight=0.9, coefficient=1.0, and reverse.stop_gradient=True.
+Here a phase is 8 batches of prompts, 16 steps, in which the curriculum takes its mean: weight.reference_steps follows
+prefixes.every and prefixes.epochs. With prefixes.every=0, an epoch, or "paired(...)" as prefixes.name, give both terms theirs.
 """
 
 from typing import Any
@@ -25,7 +25,8 @@ def get_config(setting: str = "docstrings") -> ConfigDict:
 
     def term(rows: str, share: float, **changes: Any) -> ConfigDict:
         """A term on the rows of one author, whose share beta or 1 - beta, halved, goes from 0.25 to `share`."""
-        phase = 2 * config.prefixes.get_oneway_ref("every")  # two batches of rows to one of prompts
+        every, epochs = (config.prefixes.get_oneway_ref(key) for key in ("every", "epochs"))
+        phase = 2 * every * epochs  # two batches of rows to one of prompts
         half = config.get_oneway_ref("steps") // 2  # beta is at its least until then
         return base.term(
             assistant={"name": "arithmetic_mixture"},

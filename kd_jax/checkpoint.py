@@ -1,5 +1,6 @@
 """Checkpoints: the state and the data's position, saved together, asynchronously, whole or not at all."""
 
+import copy
 import json
 from typing import Any
 
@@ -37,7 +38,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any) -
       state: a pytree of arrays, random keys included.
       iterator: with `get_state() -> dict` that JSON can hold.
     """
-    data = iterator.get_state()
+    data = copy.deepcopy(iterator.get_state())  # written by a thread, while the iterator goes on
     manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(_raw(state)), data=ocp.args.JsonSave(data)))
 
 

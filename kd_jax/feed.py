@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import rollouts
+from kd_jax import data, rollouts
 from kd_jax.objectives import ORIGINS
 from kd_jax.prefixes import Source
 from kd_jax.rollouts import Rows, Sampler
@@ -164,7 +164,7 @@ class Feed:
         """Prompts for a batch of rows an author, each as often as it is answered; those that are over wait."""
         count = self._batch_size // self._repeats
         while len(self._waiting) < count:
-            self._waiting += _prompts(next(self._batches))
+            self._waiting = self._waiting + _prompts(next(self._batches))
         some, self._waiting = self._waiting[:count], self._waiting[count:]
         return [prompt for prompt in some for _ in range(self._repeats)]
 
@@ -203,7 +203,7 @@ class Feed:
 
 
 def _prompts(batch: Batch) -> list[list[int]]:
-    """The prompts of a batch, of all processes' rows: what is before the first token that counts."""
+    """The prompts of a batch, of all processes' rows."""
     tokens, counted = batch["tokens"], batch["loss_mask"]
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -213,7 +213,7 @@ def _prompts(batch: Batch) -> list[list[int]]:
             np.asarray(multihost_utils.process_allgather(array)).swapaxes(0, 1).reshape(-1, array.shape[1])
             for array in (tokens, counted)
         )
-    return [row[: mask.argmax() + 1].tolist() for row, mask in zip(tokens, counted, strict=True)]
+    return [data.prompt_of(*row) for row in zip(tokens, counted, strict=True)]
 
 
 def _encode(array: np.ndarray) -> dict[str, Any]:

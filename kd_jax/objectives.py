@@ -129,7 +129,9 @@ class Term:
         return self.signals is not None or getattr(self.weight, "needs_scores", False)
 
 
-def make_terms(specs: Any, temperature: float = 1.0, teacher_share: float = 0.0) -> tuple[Term, ...]:
+def make_terms(
+    specs: Any, temperature: float = 1.0, teacher_share: float = 0.0, max_new_tokens: int | None = None
+) -> tuple[Term, ...]:  # fmt: skip
     """The terms that a config describes, checked before anything is computed.
 
     Args:
@@ -137,6 +139,7 @@ def make_terms(specs: Any, temperature: float = 1.0, teacher_share: float = 0.0)
         left out.
       temperature: what the logits were divided by. Hard labels undo it: they are about q at temperature 1.
       teacher_share: of the mixture that the student's rows are drawn from: 0 where the student draws alone.
+      max_new_tokens: of a response that is drawn; None: as many as a row has room for.
 
     Returns:
       The terms, in the order of the config.
@@ -146,7 +149,7 @@ def make_terms(specs: Any, temperature: float = 1.0, teacher_share: float = 0.0)
     """
     if not temperature > 0:
         raise ValueError(f"objective.temperature={temperature} must be above 0.")
-    make = partial(_make_term, temperature=temperature, teacher_share=teacher_share)
+    make = partial(_make_term, temperature=temperature, teacher_share=teacher_share, max_new_tokens=max_new_tokens)
     terms = tuple(make(name, spec) for name, spec in specs.items() if spec is not None)
     if not terms:
         raise ValueError("objective.terms is empty; give it at least one term, such as configs/forward_kl.py does.")
@@ -189,7 +192,7 @@ def row_means(scores: Scores) -> dict[str, Array]:
     return {"log_p": mean(scores.log_p), "log_q": mean(scores.log_q), "counted": count > 0}
 
 
-def _make_term(name: str, spec: Any, temperature: float, teacher_share: float) -> Term:
+def _make_term(name: str, spec: Any, temperature: float, teacher_share: float, max_new_tokens: int | None) -> Term:
     try:
         for key, known in (("rows", ROWS), ("average", AVERAGES), ("kind", KINDS)):
             if spec[key] not in known:
@@ -198,15 +201,14 @@ def _make_term(name: str, spec: Any, temperature: float, teacher_share: float) -
         if kind == "hard_labels":
             loss = _hard_labels(temperature)
         elif kind == "policy_gradient":
-            loss, signals = _policy_gradient(spec["policy"], teacher_share)
+            loss, signals = _policy_gradient(spec["policy"], teacher_share, max_new_tokens)
         else:
             loss, numbers = _divergence_loss(spec)
         if spec["importance"]:
             if kind != "divergence":
                 raise ValueError(f"importance=True goes with kind='divergence'; kind={kind!r} has none or its own.")
             loss, signals = _weighted(loss), lambda scores: (policy_gradient.importance_now(scores, teacher_share),)
-        if _names_one(spec["assistant"]) and isinstance(spec["weight"], int | float):
-            resolve.check_fraction("weight", spec["weight"])
+        _check_assistant(spec)
         weight, coefficient = _schedule(spec["weight"], of_rows=spec["rows"]), _schedule(spec["coefficient"])
     except ValueError as error:
         raise ValueError(f"objective.terms.{name}: {error}") from error
@@ -228,6 +230,22 @@ def _schedule(spec: Any, of_rows: str = "") -> Any:
 def _names_one(spec: Any) -> bool:
     """Whether a spec of an assistant is one; {"name": "none"} is what a flag can change, and None what it cannot."""
     return spec is not None and spec != "none" and (isinstance(spec, str) or spec["name"] != "none")
+
+
+def _check_assistant(spec: Any) -> None:
+    """Nothing of an assistant where there is none."""
+    if not _names_one(spec["assistant"]):
+        for key in ("weight", "stop_gradient"):
+            if spec[key] != 0:
+                raise ValueError(f"{key}={_plain(spec[key])!r} is about an assistant, and there is none; leave it out.")
+    elif spec["kind"] != "divergence":
+        raise ValueError(f"kind={spec['kind']!r} has no use for an assistant; give it assistant.name='none'.")
+    elif isinstance(spec["weight"], int | float):
+        resolve.check_fraction("weight", spec["weight"])
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if hasattr(value, "keys") else value
 
 
 def _divergence_loss(spec: Any) -> tuple[Callable[..., Array], tuple[Any, ...]]:
@@ -258,35 +276,16 @@ def _weighted(loss: Callable[..., Array]) -> Callable[..., Array]:
     return lambda log_p, log_q, target, weight, *rest: rest[-1] * loss(log_p, log_q, target, weight, *rest[:-1])
 
 
-def _policy_gradient(spec: Any, teacher_share: float) -> tuple[Callable[..., Array], Callable[[Scores], Any]]:
+def _policy_gradient(
+    spec: Any, teacher_share: float, max_new_tokens: int | None
+) -> tuple[Callable[..., Array], Callable[[Scores], Any]]:
     """The clipped surrogate of the drawn tokens, and the constants that it needs of each."""
-    options = dict(spec)
-    number = lambda name, low, high=float("inf"): resolve.check_number(f"policy.{name}", options[name], low, high)
-    discount, clip = number("discount", 0, 1), number("clip", 0)
-    scale, limit = number("reward_scale", 1e-6), number("reward_limit", 0) or float("inf")
-    for name, known in (("baseline", ("none", "kl")), ("whiten", ("none", "counted", "all"))):
-        if options[name] not in known:
-            raise ValueError(f"policy.{name}={options[name]!r} is not one of {', '.join(known)}.")
-    alone = discount == 0 and options["include_current"] and not options["length_normalised"]
-    if options["baseline"] == "kl" and not (alone and limit == float("inf") and options["whiten"] == "none"):
-        raise ValueError(
-            "policy.baseline='kl' is the mean of a token's own reward: it goes with discount=0, include_current=True, "
-            "length_normalised=False, reward_limit=0 and whiten='none'."
-        )
-
-    def signals(scores: Scores) -> tuple[Array, ...]:
-        advantage = policy_gradient.returns(
-            policy_gradient.rewards(scores, scale, limit), scores.counted, discount=discount,
-            include_current=options["include_current"], length_normalised=options["length_normalised"],
-        )  # fmt: skip
-        if options["whiten"] != "none":
-            slots = policy_gradient.response_slots(scores.counted)
-            advantage = policy_gradient.whiten(advantage, slots if options["whiten"] == "all" else scores.counted)
-        return advantage, scores.drawn_log_q, policy_gradient.importance(scores, teacher_share)
+    signals = policy_gradient.make_signals(spec, teacher_share, max_new_tokens)
+    baseline, scale, clip = spec["baseline"], spec["reward_scale"], spec["clip"]
 
     def loss(log_p: Array, log_q: Array, target: Array, weight: Any, *signals: Array) -> Array:
         advantage, drawn_log_q, importance = signals
-        if options["baseline"] == "kl":  # the reward's exact mean is -KL(q || p): what is left varies less
+        if baseline == "kl":  # the reward's exact mean is -KL(q || p): what is left varies less
             advantage = advantage + jax.lax.stop_gradient(divergences.reverse_kl(log_p, log_q)) / scale
         return policy_gradient.clipped_surrogate(
             -cross_entropy(log_q, target), drawn_log_q, advantage, importance, clip

@@ -4,11 +4,14 @@ A token that the student drew is rewarded with log p - log q. All of it is arith
 of tokens that were drawn; the distributions over the vocabulary come in only where `objectives` says so.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from kd_jax.resolve import check_number
 
 
 class Scores(NamedTuple):
@@ -87,9 +90,10 @@ def importance_now(scores: Scores, teacher_share: float) -> Float[Array, "B L"]:
     return jnp.exp(scores.log_q - scores.drawn_log_q) * importance(scores, teacher_share)
 
 
-def response_slots(counted: Bool[Array, "B L"]) -> Bool[Array, "B L"]:
-    """Where a response of any length could have had a token: from a row's first that counts to the row's end."""
-    return jnp.cumsum(counted, axis=1) > 0
+def response_slots(counted: Bool[Array, "B L"], most: int | None) -> Bool[Array, "B L"]:
+    """Where a response of at most `most` tokens could have had one: from a row's first that counts."""
+    place = jnp.cumsum(jnp.cumsum(counted, axis=1) > 0, axis=1)
+    return (place > 0) & (place <= (counted.shape[1] if most is None else most))
 
 
 def clipped_surrogate(
@@ -116,3 +120,43 @@ def clipped_surrogate(
     if clip == 0:
         return -ratio * advantage
     return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
+
+
+def make_signals(
+    options: Mapping[str, Any], teacher_share: float, max_new_tokens: int | None
+) -> Callable[[Scores], tuple[Array, Array, Array]]:
+    """From scores to what the surrogate takes of each token: advantage, log q when it was drawn, importance weight.
+
+    Args:
+      options: as `configs.base.policy` declares them.
+      teacher_share: of the mixture that the tokens were drawn from.
+      max_new_tokens: of a response; None: as many as a row has room for.
+
+    Raises:
+      ValueError: an option out of its range, or a baseline that is not the rewards' mean.
+    """
+    options = dict(options)
+    number = lambda name, low, high=float("inf"): check_number(f"policy.{name}", options[name], low, high)
+    discount, limit = number("discount", 0, 1), number("reward_limit", 0) or float("inf")
+    scale, _ = number("reward_scale", 1e-6), number("clip", 0)
+    for name, known in (("baseline", ("none", "kl")), ("whiten", ("none", "counted", "all"))):
+        if options[name] not in known:
+            raise ValueError(f"policy.{name}={options[name]!r} is not one of {', '.join(known)}.")
+    alone = discount == 0 and options["include_current"] and not options["length_normalised"]
+    if options["baseline"] == "kl" and not (alone and limit == float("inf") and options["whiten"] == "none"):
+        raise ValueError(
+            "policy.baseline='kl' is the mean of a token's own reward: it goes with discount=0, include_current=True, "
+            "length_normalised=False, reward_limit=0 and whiten='none'."
+        )
+
+    def signals(scores: Scores) -> tuple[Array, Array, Array]:
+        advantage = returns(
+            rewards(scores, scale, limit), scores.counted, discount=discount,
+            include_current=options["include_current"], length_normalised=options["length_normalised"],
+        )  # fmt: skip
+        if options["whiten"] != "none":
+            slots = response_slots(scores.counted, max_new_tokens)
+            advantage = whiten(advantage, slots if options["whiten"] == "all" else scores.counted)
+        return advantage, scores.drawn_log_q, importance(scores, teacher_share)
+
+    return signals

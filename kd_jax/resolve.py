@@ -107,6 +107,8 @@ def look_up(
     Raises:
       ValueError: for an unknown name or keyword, or a missing keyword.
     """
+    if not isinstance(spec, str) and not hasattr(spec, "keys"):
+        raise ValueError(f"{spec!r} is no spec: a name, a call such as name(keyword=1.0), or a mapping with a name.")
     keywords = {} if isinstance(spec, str) else dict(spec)
     name = spec if isinstance(spec, str) else keywords.pop("name", None)
     if isinstance(name, str) and "(" in name:

@@ -4,7 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from kd_jax import evaluate, metrics, models
+from kd_jax import data, evaluate, metrics, models
 
 
 def finish(run: Any, params: Any, workdir: str) -> dict[str, dict[str, float]]:
@@ -50,7 +50,7 @@ def _samples(run: Any, params: Any, count: int = 5) -> str:
         dict(zip(batch, row, strict=True)) for batch in run.eval_batches() for row in zip(*batch.values(), strict=True)
     )
     chosen = list(itertools.islice((row for row in rows if row["loss_mask"].any()), count))
-    prompts = [row["tokens"][: row["loss_mask"].argmax() + 1].tolist() for row in chosen]
+    prompts = [data.prompt_of(row["tokens"], row["loss_mask"]) for row in chosen]
     texts = {"reference": [run.tokenizer.decode(row["targets"][row["loss_mask"]].tolist()) for row in chosen]}
     who = {"student": (run.models.student, params)}
     if run.models.teacher is not None:

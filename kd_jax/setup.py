@@ -47,6 +47,7 @@ def check_numbers(config: Any) -> None:
       ValueError: one that is out of range, with its key.
     """
     least = {
+        "seed": 0,
         "steps": 1,
         "eval_every": 1,
         "checkpoint_every": 1,
@@ -59,6 +60,8 @@ def check_numbers(config: Any) -> None:
         "sampling.max_new_tokens": 1,
         "sampling.rollouts_per_prompt": 1,
         "sampling.show_every": 0,
+        "sampling.temperature": 0,
+        "sampling.top_k": 0,
         "text.batch_size": 1,
     }
     for name, low in least.items():

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kd_jax import data, metrics, prefixes, resolve, rollouts
@@ -49,6 +50,13 @@ def _check_term(config: Any, source: Source, term: Term) -> None:
             f"objective.terms.{term.name}.rows={term.rows!r} counts no row: prefixes.name={_name(config.prefixes)!r} gives "
             f"rows of {', '.join(source.origins)}, and text.name={config.text.name!r}."
         )
+    if term.weight.init() == ():  # or it keeps itself in range
+        weights = jax.vmap(lambda step: term.weight((), step=step))(jnp.arange(config.steps))
+        if not -1e-6 <= weights.min() <= weights.max() <= 1 + 1e-6:
+            raise ValueError(
+                f"objective.terms.{term.name}.weight goes from {weights.min():g} to {weights.max():g} in {config.steps} steps; it "
+                f"has to stay between 0 and 1."
+            )
     if term.signals is None:
         return
     if term.rows != "student" and (term.rows != "all" or source.origins != ("student",)):
@@ -85,9 +93,11 @@ def _check_sampling(config: Any, source: Source) -> None:
     ):
         if options.batch_size % max(1, number):
             raise ValueError(f"data.batch_size={options.batch_size} does not divide into {what}={number}.")
-    resolve.check_number("sampling.temperature", sampling.temperature, low=0.0)
+    if sampling.rollouts_per_prompt > 1 and sampling.temperature == 0:
+        raise ValueError(
+            f"sampling.rollouts_per_prompt={sampling.rollouts_per_prompt} at sampling.temperature=0 are all the same."
+        )
     resolve.check_number("sampling.top_p", sampling.top_p, 1e-6, 1.0)
-    resolve.check_number("sampling.top_k", sampling.top_k, low=0)
     share = resolve.check_fraction("sampling.teacher_share", sampling.teacher_share)
     if share and not config.teacher.path:
         raise ValueError(f"sampling.teacher_share={share}, but teacher.path is empty; name its folder.")
@@ -109,12 +119,17 @@ def load_rows(config: Any, tokenizer: data.Tokenizer, split: str, limit: int = 0
         source = [source[i] for i in range(limit)]
     if options.name == "text":
         return data.pack(source, tokenizer, max_length=options.max_length)
-    tokenized, counts = _tokenize(config, tokenizer, source, options.loss_on if training else "response")
-    if options.packing != "none" and training:
-        combine = data.pack_rows if options.packing == "rows" else data.join
-        tokenized = combine(tokenized, max_length=options.max_length)
-        counts |= {"packed into": len(tokenized)}
-    return tokenized, counts
+    return _training_rows(config, tokenizer, source) if training else _tokenize(config, tokenizer, source, "response")
+
+
+def _training_rows(config: Any, tokenizer: data.Tokenizer, source: Any) -> tuple[Any, dict[str, int]]:
+    options = config.data
+    tokenized, counts = _tokenize(config, tokenizer, source, options.loss_on)
+    if options.packing == "none":
+        return tokenized, counts
+    combine = data.pack_rows if options.packing == "rows" else data.join
+    packed = combine(tokenized, max_length=options.max_length)
+    return packed, counts | {"packed into": len(packed)}
 
 
 def _tokenize(config: Any, tokenizer: data.Tokenizer, source: Any, loss_on: str) -> tuple[data.Rows, dict[str, int]]:
@@ -138,7 +153,7 @@ def load_text(config: Any, tokenizer: data.Tokenizer) -> data.Rows:
 
 def load_responses(
     config: Any, source: prefixes.teacher, tokenizer: data.Tokenizer, loaded: Models, mesh: Any
-) -> tuple[data.Rows, dict[str, int]]:
+) -> tuple[Any, dict[str, int]]:
     """The dataset's prompts with the teacher's responses, which are drawn first if they are not on disk."""
     options = config.data
     split: Any = data.load(
@@ -149,7 +164,8 @@ def load_responses(
     prompts = [row["prompt"] + "\0" + row["context"] for row in rows]
     settings = {key: config.sampling[key] for key in ("max_new_tokens", "temperature", "top_p", "top_k")}
     settings |= {key: options[key] for key in ("template", "max_prompt_length", "long_prompts", "batch_size")}
-    settings |= {"seed": source.seed, "teacher": str(loaded.teacher.config)}
+    settings |= {"seed": source.seed, "teacher": str(loaded.teacher.config), "dtype": config.teacher.dtype}
+    settings["first prompt"] = data.make_render(options.template, tokenizer)(rows[0]["prompt"], rows[0]["context"])
     made_from = rollouts.fingerprint(loaded.teacher_params, [settings, prompts])
     folder = Path(options.data_dir or data.DEFAULT_DIR).expanduser() / "kd_jax_responses" / made_from
     encode = partial(
@@ -171,7 +187,7 @@ def load_responses(
         "jsonl", split="train", data_dir=options.data_dir or None, path=str(path), context_field="context",
         validation_fraction=0.0,
     )  # fmt: skip
-    tokenized, counts = _tokenize(config, tokenizer, written, "response")
+    tokenized, counts = _training_rows(config, tokenizer, written)
     return tokenized, {"prompts": len(rows)} | counts
 
 
@@ -192,7 +208,9 @@ def batch_options(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def make_feed(config: Any, source: Source, tokenizer: data.Tokenizer, loaded: Models, mesh: Any, rows: Any) -> Feed:
+def make_feed(
+    config: Any, source: Source, tokenizer: data.Tokenizer, loaded: Models, mesh: Any, rows: Any, text: data.Rows | None
+) -> Feed:
     """What serves a run's batches.
 
     Args:
@@ -202,12 +220,20 @@ def make_feed(config: Any, source: Source, tokenizer: data.Tokenizer, loaded: Mo
       loaded: the models; the student's parameters come with each step.
       mesh: where batches and models are.
       rows: of `load_rows` or `load_responses`.
+      text: of `load_text`; None where there is no second stream.
+
+    Raises:
+      ValueError: rows whose prompts are to be answered and that have none.
     """
+    if source.authors and np.any(rows.prompt_lengths == 0):
+        raise ValueError(
+            f"{np.sum(rows.prompt_lengths == 0)} of the {len(rows)} rows of data.name={config.data.name!r} have an empty prompt, "
+            f"which prefixes.name={_name(config.prefixes)!r} cannot have answered; take them out or choose another template."
+        )
     options = batch_options(config, tokenizer)
     share, repeats = config.sampling.teacher_share, config.sampling.rollouts_per_prompt
     text_batches = None
-    if config.text.name:
-        text = load_text(config, tokenizer)
+    if text is not None:
         text_batches = iter(data.batches(text, batch_size=config.text.batch_size, **options))
     mixture = (loaded.teacher, loaded.teacher_params, share) if share else None
     authors = {

@@ -1,4 +1,4 @@
-"""From a config to a trained student: `build` assembles a run and runs nothing, `train` is the loop."""
+"""From a config to a trained student: `build` assembles a run and trains nothing, `train` is the loop."""
 
 import dataclasses
 import math
@@ -19,6 +19,7 @@ from kd_jax.setup_rows import (
     batch_options,
     load_responses,
     load_rows,
+    load_text,
     make_feed,
     make_sampler,
     make_source,
@@ -85,6 +86,8 @@ class Run:
 def build(config: Any) -> Run:
     """Assembles a run, and finds whatever is wrong with the config before anything is trained or written.
 
+    With the source `prefixes.teacher` the teacher writes its responses here, last of all, or they are found on disk.
+
     Args:
       config: an ml_collections.ConfigDict with the keys of `configs/base.py`.
 
@@ -92,9 +95,16 @@ def build(config: Any) -> Run:
       ValueError: whatever is wrong, in a paragraph that names the value and what would be right.
     """
     check_numbers(config)
-    terms = make_terms(config.objective.terms, config.objective.temperature, config.sampling.teacher_share)
+    sampling = config.sampling
+    terms = make_terms(
+        config.objective.terms, config.objective.temperature, sampling.teacher_share, sampling.max_new_tokens
+    )
     source = make_source(config, terms)
     learning_rate = resolve.build(config.learning_rate, schedules)
+    if schedules.as_stateful(learning_rate).init() != ():
+        raise ValueError(
+            f"learning_rate={config.learning_rate.name!r} follows the loss; a learning rate follows the step."
+        )
     tx = resolve.build(config.optimizer, optax, learning_rate=learning_rate)
     if config.clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(resolve.check_number("clip_norm", config.clip_norm, 0.0)), tx)
@@ -112,11 +122,7 @@ def build(config: Any) -> Run:
     eval_rows, counts[config.data.eval_split] = load_rows(
         config, tokenizer, config.data.eval_split, config.data.eval_rows
     )
-    if isinstance(source, prefixes.teacher):
-        train_rows, counts[config.data.train_split] = load_responses(config, source, tokenizer, loaded, mesh)
-    else:
-        train_rows, counts[config.data.train_split] = load_rows(config, tokenizer, config.data.train_split)
-
+    text_rows = load_text(config, tokenizer) if config.text.name else None
     step = make_train_step(
         loaded.student, loaded.teacher, terms, tx, vocab_size=tokenizer.vocab_size,
         temperature=config.objective.temperature, microbatches=config.microbatches, chunk=config.loss.chunk or None,
@@ -135,11 +141,16 @@ def build(config: Any) -> Run:
         eval_rows, batch_size=config.data.eval_batch_size, shuffle=False, num_epochs=1,
         **batch_options(config, tokenizer),
     )  # fmt: skip
+    # Last, since it may take long: what a teacher has written stays, whatever else is wrong.
+    if isinstance(source, prefixes.teacher):
+        train_rows, counts[config.data.train_split] = load_responses(config, source, tokenizer, loaded, mesh)
+    else:
+        train_rows, counts[config.data.train_split] = load_rows(config, tokenizer, config.data.train_split)
     return Run(
         config=config, mesh=mesh, tokenizer=tokenizer, models=loaded, terms=terms, learning_rate=learning_rate,
         init_state=fresh_state, abstract_state=sharding.with_shardings(abstract_state, placed),
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(placed, None)),
-        feed=make_feed(config, source, tokenizer, loaded, mesh, train_rows),
+        feed=make_feed(config, source, tokenizer, loaded, mesh, train_rows, text_rows),
         eval_batches=lambda: iter(held_out), counts=counts,
     )  # fmt: skip
 

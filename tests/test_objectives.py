@@ -12,6 +12,7 @@ TERM = dict(
     kind="divergence", divergence={"name": "forward_kl"}, assistant=None, pair=("teacher", "student"),
     stop_gradient=False, weight=0.0, coefficient=1.0, rows="all", average="token", importance=False,
 )  # fmt: skip
+MIX = {"assistant": {"name": "geometric_mixture"}, "pair": ("teacher", "assistant")}
 SKEW = {"name": "distillm2_skew", "reference_steps": 1}
 MASK = np.array([[True, True, False, False], [True, False, False, False], [False, False, False, False]])
 
@@ -66,9 +67,16 @@ def test_the_pair_and_the_stopped_gradient():
         ({"pair": ("teacher", "assistant")}, "no assistant"),
         ({"assistant": {"name": "geometric_mixture"}}, "an assistant is given"),
         ({"pair": ("teacher", "pupil")}, "pupil"),
-        ({"weight": {"name": "taid", "total_steps": 0}}, "total_steps"),
+        (MIX | {"weight": {"name": "taid", "total_steps": 0}}, "total_steps"),
+        (MIX | {"weight": 1.5}, "1.5"),
+        ({"weight": 0.5}, "weight=0.5 is about an assistant, and there is none"),
+        ({"weight": SKEW}, "about an assistant"),
+        ({"stop_gradient": True}, "stop_gradient=True is about an assistant"),
+        (MIX | {"kind": "hard_labels"}, "no use for an assistant"),
+        ({"divergence": None}, "None is no spec"),
+        ({"coefficient": [1.0]}, "[1.0] is no spec"),
         ({"kind": "hard_labels", "importance": True}, "importance=True goes with kind='divergence'"),
-        ({"weight": SKEW, "rows": "student"}, "rows='teacher', not where rows='student'"),
+        (MIX | {"weight": SKEW, "rows": "student"}, "rows='teacher', not where rows='student'"),
         ({"coefficient": SKEW, "rows": "teacher"}, "not in this place"),
         (
             {"assistant": {"name": "geometric_mixture"}, "pair": ("teacher", "assistant"), "stop_gradient": True},

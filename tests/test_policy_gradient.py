@@ -37,16 +37,17 @@ def test_whitening():
     assert found.mean() == pytest.approx(0, abs=1e-6) and found.std(ddof=1) == pytest.approx(1, rel=1e-5)
 
 
-def test_whitening_over_all_leaves_out_prompts_and_rows_of_others():
+def test_whitening_over_all_is_over_what_a_response_could_have_been():
+    """Neither prompts nor rows of others nor what lies beyond the longest response."""
     policy = {"whiten": "all", "include_current": True, "discount": 0.0, "length_normalised": False}
     specs = {"it": TERM | {"kind": "policy_gradient", "policy": base.policy(**policy), "rows": "student"}}
-    (term,) = make_terms(specs)
+    (term,) = make_terms(specs, max_new_tokens=3)
     zero = jnp.zeros(COUNTED.shape)
     scores = lambda rows: policy_gradient.Scores(
         jnp.asarray(REWARDS)[rows], zero[rows], zero[rows], jnp.asarray(COUNTED)[rows]
     )
     advantage = np.asarray(term.signals(scores(slice(None)))[0])
-    slots = np.array([[False] + [True] * 4, [True] * 5, [False] * 5])  # what follows a response's end counts
+    slots = np.array([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], bool)  # what follows a response's end counts
     values = REWARDS[slots]
     np.testing.assert_allclose(advantage[COUNTED], ((REWARDS - values.mean()) / values.std(ddof=1))[COUNTED], rtol=1e-5)
     np.testing.assert_allclose(advantage[:2], term.signals(scores(slice(2)))[0], rtol=1e-6)

@@ -18,6 +18,7 @@ from tests.runs import ON_POLICY, smoke
 pytestmark = pytest.mark.usefixtures("one_device")
 DATA, TEACHER, STUDENT = (ORIGINS.index(name) for name in ("data", "teacher", "student"))
 B, L = 4, 9
+RISING = "linear_schedule(init_value=0.0, end_value=2.0, transition_steps=20)"
 
 
 class Rows:
@@ -97,6 +98,17 @@ def test_a_restart_anywhere_changes_nothing(source):
         for one, other in zip(whole, first + steps(after, stop, 16, losses), strict=True):
             for name in one:
                 np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_a_state_that_was_taken_stays_as_it_is():
+    """A checkpoint is written while the feed goes on."""
+    for source, options in ((prefixes.student(every=2), {}), (prefixes.mixture(1.0), {"rollouts_per_prompt": 4})):
+        it = feed(source, **options)
+        steps(it, 0, 1)
+        taken = it.get_state()
+        kept = json.dumps(taken)
+        steps(it, 1, 6)
+        assert json.dumps(taken) == kept
 
 
 def test_a_pool_is_drawn_at_once_and_every_row_is_used_once_an_epoch():
@@ -237,8 +249,13 @@ def test_a_teachers_responses_are_written_once_and_go_on_where_they_stopped(data
     assert json.loads((whole.parent / "settings.json").read_text())["max_new_tokens"] == 12
     batch = run.feed.next(0, None)
     assert np.all(batch["origin"] == TEACHER)
-    train.build(config)
+    config.data.packing, config.data.loss_on = "rows", "all"
+    packed = train.build(config)
     assert len(calls) == 6, "the next run uses them again"
+    batch = packed.feed.next(0, None)
+    assert (
+        packed.counts["train"]["packed into"] and batch["mask"].dtype == np.int32 and np.all(batch["loss_mask"][:, 0])
+    )
     whole.unlink()
     train.build(config)
     assert [json.loads(line) for line in whole.read_text().splitlines()] == rows, "drawn in one go they are the same"
@@ -263,12 +280,25 @@ def test_a_teachers_responses_are_written_once_and_go_on_where_they_stopped(data
         ("minillm", {"sampling__teacher_share": 1.0}, "a share below 1"),
         ("gkd", {"sampling__teacher_share": 0.2, "sampling__temperature": 0.0}, "a share below 1"),
         ("forward_kl", {"sampling__rollouts_per_prompt": 2}, "it writes nothing"),
+        ("gkd", {"prefixes__fraction": 1.0, "objective__terms__distil__rows": "data"}, "rows='data' counts no row"),
+        ("gkd", {"sampling__rollouts_per_prompt": 2, "sampling__temperature": 0.0}, "are all the same"),
+        ("forward_kl", {"sampling__top_k": -1}, "sampling.top_k=-1 must be at least 0"),
+        ("amid", {"objective__terms__distil__weight": RISING, "steps": 20}, "weight goes from 0 to 1.9 in 20 steps"),
         ("imitkd", {"prefixes__fraction__end_value": 1.5, "steps": 20}, "fraction must lie between 0 and 1, but is 1."),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(method, changes, message, data_dir):
     with pytest.raises(ValueError, match=message):
         train.build(smoke(method, data_dir, **changes))
+
+
+def test_what_has_no_prompt_cannot_be_answered(tmp_path):
+    rows = [{"prompt": "" if i % 9 == 0 else f"Say {i}. ", "response": f"{i}"} for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = smoke("gkd", tmp_path, data__name="jsonl")
+    config.data.options = dict(path=str(tmp_path / "rows.jsonl"), validation_fraction=0.1)
+    with pytest.raises(ValueError, match=r"of the \d+ rows of data.name='jsonl' have an empty prompt"):
+        train.build(config)
 
 
 def test_any_term_goes_with_any_source_by_flags_alone(data_dir):

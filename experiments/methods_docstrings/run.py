@@ -20,7 +20,7 @@ import numpy as np
 from rouge_score import rouge_scorer
 
 from configs.table import METHODS
-from kd_jax import evaluate, metrics, rollouts, train
+from kd_jax import data, evaluate, metrics, rollouts, train
 
 PROMPTS = 128  # of the held-out rows: what the student answers
 PHASE = 16  # steps: minillm and distillm2 draw for so many at a time
@@ -47,7 +47,7 @@ def measure(run: train.Run, params, who: str = "student") -> dict[str, float]:
         dict(zip(batch, row, strict=True)) for batch in run.eval_batches() for row in zip(*batch.values(), strict=True)
     ]
     rows = [row for row in rows if row["loss_mask"].any()][:PROMPTS]
-    prompts = [row["tokens"][: row["loss_mask"].argmax() + 1].tolist() for row in rows]
+    prompts = [data.prompt_of(row["tokens"], row["loss_mask"]) for row in rows]
     references = [run.tokenizer.decode(row["targets"][row["loss_mask"]].tolist()) for row in rows]
     # Not the config's own: distillm2's temperature and top-p would be measured with it.
     sampler = rollouts.Sampler(run.mesh, run.tokenizer, run.config.data.max_length, run.config.sampling.max_new_tokens)

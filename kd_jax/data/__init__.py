@@ -1,7 +1,7 @@
 """Text in, batches of tokens out: datasets, prompts, the tokenizer, and the pipeline from one to the other."""
 
 from kd_jax.data.builder import DEFAULT_DIR, load
-from kd_jax.data.pipeline import batches, encode_prompts, pack, tokenize
+from kd_jax.data.pipeline import batches, encode_prompts, pack, prompt_of, tokenize
 from kd_jax.data.prompts import TEMPLATES, make_render
 from kd_jax.data.rows import Packed, Rows, join, pack_rows
 from kd_jax.data.tokenizer import Tokenizer
@@ -19,5 +19,6 @@ __all__ = [
     "make_render",
     "pack",
     "pack_rows",
+    "prompt_of",
     "tokenize",
 ]

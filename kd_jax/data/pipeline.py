@@ -7,7 +7,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from kd_jax.data import prompts
 from kd_jax.data.rows import Packed, Rows, from_pieces
@@ -198,6 +198,11 @@ def batches(
     num_batches = num_rows // batch_size if num_epochs is None else -(-num_rows // batch_size)
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     return grain.MapDataset.range(num_batches).map(make_batch).to_iter_dataset(ahead)
+
+
+def prompt_of(tokens: Int[np.ndarray, " L"], loss_mask: Bool[np.ndarray, " L"]) -> list[int]:
+    """The ids of the prompt of a batch's row: what is before the first token that counts."""
+    return tokens[: loss_mask.argmax() + 1].tolist()
 
 
 def _pad(
