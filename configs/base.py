@@ -103,7 +103,10 @@ def get_config() -> ConfigDict:
 
 
 def term(**changes: Any) -> ConfigDict:
-    """One summand of the objective; a changed key must be one of these."""
+    """One summand of the objective; a changed key must be one of these.
+
+    Of kind divergence alone are divergence, pair, assistant, weight, stop_gradient and importance, of policy_gradient policy.
+    """
     values: dict[str, Any] = {
         "kind": "divergence",  # divergence; hard_labels: -log q(the row's token); policy_gradient of KL(q || p), see policy
         "divergence": {"name": "forward_kl"},  # spec: kd_jax.divergences
@@ -120,16 +123,14 @@ def term(**changes: Any) -> ConfigDict:
     if unknown := changes.keys() - values.keys():
         raise KeyError(f"a term has no key {sorted(unknown)}; it has {', '.join(values)}.")
     values |= changes
-    values |= {key: replaceable(values[key]) for key in ("weight", "coefficient")}
-    values["assistant"] = {
-        key: value if key == "name" else replaceable(value) for key, value in dict(values["assistant"]).items()
-    }
+    values |= {key: number(values[key]) for key in ("weight", "coefficient")}
+    values["assistant"] = {key: number(value) for key, value in dict(values["assistant"]).items()}
     return ConfigDict(values)
 
 
-def replaceable(value: Any) -> FieldReference:
-    """A number or a schedule, each of which a flag may put in the other's place: --config....weight=0.1, or a schedule's call."""
-    return FieldReference(ConfigDict(value) if isinstance(value, dict) else value, field_type=object)
+def number(value: Any) -> Any:
+    """A number in whose place a flag may put a schedule's call, and a config a schedule's ConfigDict; all else as it is."""
+    return FieldReference(value, field_type=object) if isinstance(value, int | float) else value
 
 
 def policy(**changes: Any) -> ConfigDict:

@@ -5,9 +5,11 @@ https://arxiv.org/abs/2503.07067, 2025).
     python -m kd_jax.main --config=configs/distillm2.py --workdir=runs/distillm2
 
 Of the paper: base skew 0.1 and at least 0.01, temperature 0.8 and top-p 0.95, means over each response. Its code has both skews
-constant and coefficients 1 and 1: give the terms weight=0.1 and weight=0.9, coefficient=1.0, and reverse.stop_gradient=True.
-Here a phase is 8 batches of prompts, 16 steps, in which the curriculum takes its mean: weight.reference_steps follows
-prefixes.every and prefixes.epochs. With prefixes.every=0, an epoch, or "paired(...)" as prefixes.name, give both terms theirs.
+constant and coefficients 1 and 1: --config.objective.terms.forward.weight.name="constant_schedule(value=0.1)", reverse's at 0.9,
+both coefficient.name="constant_schedule(value=1.0)", and --config.objective.terms.reverse.stop_gradient.
+Here a phase is 8 batches of prompts, 16 steps, in which the curriculum takes its mean: reference_steps follows prefixes.every and
+prefixes.epochs. With every=0, an epoch, or "paired(...)" as prefixes.name, name the steps of a phase yourself:
+--config.objective.terms.forward.weight.reference_steps=N, and reverse's.
 """
 
 from typing import Any

@@ -14,6 +14,6 @@ from configs import base, settings
 
 def get_config(setting: str = "docstrings") -> ConfigDict:
     config = settings.get(setting)
-    config.prefixes = ConfigDict({"name": "mixture", "fraction": base.replaceable(0.5)})
+    config.prefixes = ConfigDict({"name": "mixture", "fraction": base.number(0.5)})
     distil = base.term(divergence={"name": "jensen_shannon", "weight": 0.5}, average="sequence")
     return base.set_terms(config, distil=distil)

@@ -18,5 +18,5 @@ def get_config(setting: str = "docstrings") -> ConfigDict:
         "end_value": 1.0,
         "transition_steps": config.get_oneway_ref("steps"),
     }
-    config.prefixes = ConfigDict({"name": "mixture", "fraction": base.replaceable(rising)})
+    config.prefixes = ConfigDict({"name": "mixture", "fraction": rising})
     return base.set_terms(config, distil=base.term(average="sequence"))

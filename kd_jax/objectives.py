@@ -235,17 +235,14 @@ def _names_one(spec: Any) -> bool:
 def _check_assistant(spec: Any) -> None:
     """Nothing of an assistant where there is none."""
     if not _names_one(spec["assistant"]):
-        for key in ("weight", "stop_gradient"):
-            if spec[key] != 0:
-                raise ValueError(f"{key}={_plain(spec[key])!r} is about an assistant, and there is none; leave it out.")
+        if spec["weight"] != 0 or spec["stop_gradient"]:
+            raise ValueError("there is no assistant: set weight=0.0 and stop_gradient=False, which are about it.")
     elif spec["kind"] != "divergence":
-        raise ValueError(f"kind={spec['kind']!r} has no use for an assistant; give it assistant.name='none'.")
+        raise ValueError(
+            f"kind={spec['kind']!r} has no use for an assistant: set assistant.name='none', weight=0.0, stop_gradient=False."
+        )
     elif isinstance(spec["weight"], int | float):
         resolve.check_fraction("weight", spec["weight"])
-
-
-def _plain(value: Any) -> Any:
-    return dict(value) if hasattr(value, "keys") else value
 
 
 def _divergence_loss(spec: Any) -> tuple[Callable[..., Array], tuple[Any, ...]]:

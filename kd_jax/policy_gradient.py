@@ -138,7 +138,8 @@ def make_signals(
     options = dict(options)
     number = lambda name, low, high=float("inf"): check_number(f"policy.{name}", options[name], low, high)
     discount, limit = number("discount", 0, 1), number("reward_limit", 0) or float("inf")
-    scale, _ = number("reward_scale", 1e-6), number("clip", 0)
+    scale = number("reward_scale", 1e-6)
+    number("clip", 0)  # the surrogate's
     for name, known in (("baseline", ("none", "kl")), ("whiten", ("none", "counted", "all"))):
         if options[name] not in known:
             raise ValueError(f"policy.{name}={options[name]!r} is not one of {', '.join(known)}.")

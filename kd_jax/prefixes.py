@@ -165,7 +165,10 @@ class mixture(_Plain):
     def __init__(self, fraction: Any = 0.5):
         if isinstance(fraction, int | float):
             check_fraction("fraction", fraction)
-            self.origins = ("student",) if fraction == 1 else self.origins if fraction else ("data",)
+            if fraction == 1:
+                self.origins = ("student",)
+            if fraction == 0:
+                self.origins, self.authors = ("data",), ()
         else:
             fraction = build(fraction, schedules)
         self.fraction: Any = schedules.as_stateful(fraction)

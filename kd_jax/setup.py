@@ -65,7 +65,7 @@ def check_numbers(config: Any) -> None:
         "text.batch_size": 1,
     }
     for name, low in least.items():
-        if (value := operator.attrgetter(name)(config)) < low:
+        if not (value := operator.attrgetter(name)(config)) >= low:  # nan is not
             raise ValueError(f"{name}={value} must be at least {low}.")
     for who in ("teacher", "student"):
         if config[who].dtype not in ("float32", "bfloat16", "float16"):

@@ -114,12 +114,17 @@ def load_rows(config: Any, tokenizer: data.Tokenizer, split: str, limit: int = 0
     Held-out rows are scored on their responses, whatever the training is on, and never packed.
     """
     options, training = config.data, split == config.data.train_split
-    source: Any = data.load(options.name, split=split, data_dir=options.data_dir or None, **dict(options.options))
+    source = _source(config, split)
     if limit and limit < len(source):
         source = [source[i] for i in range(limit)]
     if options.name == "text":
         return data.pack(source, tokenizer, max_length=options.max_length)
     return _training_rows(config, tokenizer, source) if training else _tokenize(config, tokenizer, source, "response")
+
+
+def _source(config: Any, split: str) -> Any:
+    options = config.data
+    return data.load(options.name, split=split, data_dir=options.data_dir or None, **dict(options.options))
 
 
 def _training_rows(config: Any, tokenizer: data.Tokenizer, source: Any) -> tuple[Any, dict[str, int]]:
@@ -156,22 +161,20 @@ def load_responses(
 ) -> tuple[Any, dict[str, int]]:
     """The dataset's prompts with the teacher's responses, which are drawn first if they are not on disk."""
     options = config.data
-    split: Any = data.load(
-        options.name, split=options.train_split, data_dir=options.data_dir or None, **dict(options.options)
-    )
+    split = _source(config, options.train_split)
     rows = [split[i] for i in range(min(source.num_rows or len(split), len(split)))]
     sampler = make_sampler(config, tokenizer, mesh)
     prompts = [row["prompt"] + "\0" + row["context"] for row in rows]
-    settings = {key: config.sampling[key] for key in ("max_new_tokens", "temperature", "top_p", "top_k")}
-    settings |= {key: options[key] for key in ("template", "max_prompt_length", "long_prompts", "batch_size")}
-    settings |= {"seed": source.seed, "teacher": str(loaded.teacher.config), "dtype": config.teacher.dtype}
-    settings["first prompt"] = data.make_render(options.template, tokenizer)(rows[0]["prompt"], rows[0]["context"])
-    made_from = rollouts.fingerprint(loaded.teacher_params, [settings, prompts])
-    folder = Path(options.data_dir or data.DEFAULT_DIR).expanduser() / "kd_jax_responses" / made_from
     encode = partial(
         data.encode_prompts, tokenizer=tokenizer, template=options.template, max_length=options.max_prompt_length,
         cut=options.long_prompts == "cut",
     )  # fmt: skip
+    settings = {key: config.sampling[key] for key in ("max_new_tokens", "temperature", "top_p", "top_k")}
+    settings |= {key: options[key] for key in ("template", "max_prompt_length", "long_prompts", "batch_size")}
+    settings |= {"seed": source.seed, "teacher": str(loaded.teacher.config), "dtype": config.teacher.dtype}
+    settings["first prompts"] = encode(rows[:8])  # as template and tokenizer make them
+    made_from = rollouts.fingerprint(loaded.teacher_params, [settings, prompts])
+    folder = Path(options.data_dir or data.DEFAULT_DIR).expanduser() / "kd_jax_responses" / made_from
     path = rollouts.write_responses(
         folder, rows, encode, sampler, loaded.teacher, loaded.teacher_params, batch_size=options.batch_size,
         seed=source.seed, settings=settings | {"path": config.teacher.path, "data": options.name, "rows": len(rows)},
