@@ -2,6 +2,9 @@
 https://arxiv.org/abs/2505.04560, 2025).
 
     python -m kd_jax.main --config=configs/abkd.py --workdir=runs/abkd
+
+Ran in docstrings and smoke. From one fine-tuned student, 116,000 tokens of docstrings, three seeds: KL(p || q) 2.26 -> 2.69,
+KL(q || p) 2.62 -> 2.37, the latter on its own text 2.35 -> 2.34, ROUGE-L 7.6 -> 9.6 (experiments/methods_docstrings).
 """
 
 from ml_collections import ConfigDict

@@ -3,6 +3,9 @@ https://arxiv.org/abs/2404.02657, 2025). The published code leaves the token tha
 --config.objective.terms.distil.divergence.include_crossing=False.
 
     python -m kd_jax.main --config=configs/akl.py --workdir=runs/akl
+
+Ran in docstrings and smoke. From one fine-tuned student, 116,000 tokens of docstrings, three seeds: KL(p || q) 2.26 -> 2.17,
+KL(q || p) 2.62 -> 2.11, the latter on its own text 2.35 -> 2.03, ROUGE-L 7.6 -> 7.8 (experiments/methods_docstrings).
 """
 
 from ml_collections import ConfigDict

@@ -5,6 +5,9 @@
 
 pair takes any two of teacher, student and assistant; assistant.alpha and weight take schedules, such as
 --config.objective.terms.distil.assistant.alpha="linear_schedule(init_value=-5.0, end_value=1.0, transition_steps=1000)".
+
+Ran in docstrings and smoke. From one fine-tuned student, 116,000 tokens of docstrings, three seeds: KL(p || q) 2.26 -> 3.30,
+KL(q || p) 2.62 -> 2.74, the latter on its own text 2.35 -> 2.67, ROUGE-L 7.6 -> 10.4 (experiments/methods_docstrings).
 """
 
 from ml_collections import ConfigDict

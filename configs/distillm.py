@@ -7,6 +7,9 @@ Of the paper: skew 0.1, a buffer of 1000 rows, prefixes.increase and prefixes.to
 but the smallest student: --config.objective.terms.distil.divergence.name="skew_reverse_kl(skew=0.1)". prefixes.as_published
 selects the scheduler of its code. It evaluates once an epoch: eval_every. The paper's second stream is OpenWebText, here it is the
 task's own training text, prompts and all; plain text of yours: --config.text.name=text --config.text.options.path=FILE.
+
+Ran in docstrings and smoke. From one fine-tuned student, 116,000 tokens of docstrings, three seeds: KL(p || q) 2.26 -> 2.40,
+KL(q || p) 2.62 -> 2.72, the latter on its own text 2.35 -> 2.66, ROUGE-L 7.6 -> 5.7 (experiments/methods_docstrings).
 """
 
 from ml_collections import ConfigDict

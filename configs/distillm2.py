@@ -10,6 +10,9 @@ both coefficient.name="constant_schedule(value=1.0)", and --config.objective.ter
 Here a phase is 8 batches of prompts, 16 steps, in which the curriculum takes its mean: reference_steps follows prefixes.every and
 prefixes.epochs. With every=0, an epoch, or "paired(...)" as prefixes.name, name the steps of a phase yourself:
 --config.objective.terms.forward.weight.reference_steps=N, and reverse's.
+
+Ran in docstrings and smoke. From one fine-tuned student, 116,000 tokens of docstrings, three seeds: KL(p || q) 2.26 -> 2.24,
+KL(q || p) 2.62 -> 2.19, the latter on its own text 2.35 -> 2.00, ROUGE-L 7.6 -> 8.9 (experiments/methods_docstrings).
 """
 
 from typing import Any

@@ -5,6 +5,9 @@ beta = 0.5 on the teacher, averaged over each sequence (Agarwal et al., https://
 
 prefixes.fraction is the paper's lambda (0, 0.5, 1), divergence.weight its beta (0.1, 0.5, 0.9). beta -> 0 and -> 1 are
 forward_kl and reverse_kl, which the paper uses as well: --config.objective.terms.distil.divergence.name="reverse_kl()".
+
+Ran in docstrings and smoke. From one fine-tuned student, 116,000 tokens of docstrings, three seeds: KL(p || q) 2.26 -> 2.21,
+KL(q || p) 2.62 -> 2.15, the latter on its own text 2.35 -> 2.01, ROUGE-L 7.6 -> 8.3 (experiments/methods_docstrings).
 """
 
 from ml_collections import ConfigDict

@@ -9,6 +9,9 @@ Its code differs: policy.discount=0.95, policy.include_current=True, policy.whit
 policy.reward_scale=0.5, policy.reward_limit=100, and single_step.importance=False, by the author's intention.
 The second stream has its hard labels and KL(p || q) at 0.5 each, as in the code; the paper's is OpenWebText, here it is the task's
 own training text, prompts and all. Plain text of yours: --config.text.name=text --config.text.options.path=FILE.
+
+Ran in docstrings and smoke. From one fine-tuned student, 116,000 tokens of docstrings, three seeds: KL(p || q) 2.26 -> 2.32,
+KL(q || p) 2.62 -> 2.45, the latter on its own text 2.35 -> 2.36, ROUGE-L 7.6 -> 5.9 (experiments/methods_docstrings).
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,12 @@ baseline of the policy gradient (Lu and Thinking Machines Lab, "On-Policy Distil
 
     python -m kd_jax.main --config=configs/opd.py --workdir=runs/opd
 
-The gradient's expectation is that of KL(q || p) over the whole vocabulary, which one has exactly, and with no variance, with
+The gradient's expectation is that of KL(q || p) over the whole vocabulary, which one has exactly, token by token, with
 --config.objective.terms.distil.kind=divergence.
+
+Ran in docstrings, smoke and, by its exact gradient, dolly_smollm2 (experiments/smollm2_on_policy). From one fine-tuned student,
+116,000 tokens of docstrings, three seeds: KL(p || q) 2.26 -> 2.41, KL(q || p) 2.62 -> 2.40, the latter on its own text 2.35 ->
+2.26, ROUGE-L 7.6 -> 7.5 (experiments/methods_docstrings).
 """
 
 from ml_collections import ConfigDict

@@ -2,6 +2,9 @@
 https://arxiv.org/abs/2501.16937, 2025; its scripts' start is 0.4 for Phi-3 and 0.2 for Llama-2).
 
     python -m kd_jax.main --config=configs/taid.py --workdir=runs/taid
+
+Ran in docstrings and smoke. From one fine-tuned student, 116,000 tokens of docstrings, three seeds: KL(p || q) 2.26 -> 2.08,
+KL(q || p) 2.62 -> 2.30, the latter on its own text 2.35 -> 2.13, ROUGE-L 7.6 -> 7.4 (experiments/methods_docstrings).
 """
 
 from ml_collections import ConfigDict

@@ -2,6 +2,9 @@
 https://arxiv.org/abs/2307.15190, 2023).
 
     python -m kd_jax.main --config=configs/total_variation.py --workdir=runs/total_variation
+
+Ran in docstrings and smoke. From one fine-tuned student, 116,000 tokens of docstrings, three seeds: KL(p || q) 2.26 -> 2.30,
+KL(q || p) 2.62 -> 2.16, the latter on its own text 2.35 -> 2.03, ROUGE-L 7.6 -> 8.8 (experiments/methods_docstrings).
 """
 
 from ml_collections import ConfigDict
