@@ -29,7 +29,7 @@ class Sampler:
       tokenizer: its end token ends a response.
       max_length: tokens of a model's input; a row has at most one more.
       max_new_tokens: of a response.
-      temperature, top_p, top_k: as in `models.generate`.
+      temperature, top_p, top_k, no_repeat_ngram_size: as in `models.generate`.
     """
 
     mesh: jax.sharding.Mesh
@@ -39,6 +39,7 @@ class Sampler:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    no_repeat_ngram_size: int = 0
 
     def rows(
         self, model: models.Model, params: Any, prompts: Sequence[Sequence[int]], key: jax.Array, origin: str,
@@ -61,8 +62,8 @@ class Sampler:
         drawn = models.generate(
             model, params, *(sharding.put_whole(self.mesh, array) for array in (tokens, mask)),
             max_new_tokens=self.max_new_tokens, key=key, temperature=self.temperature, top_p=self.top_p,
-            top_k=self.top_k, mixture=mixture, vocab_size=self.tokenizer.vocab_size, eos_id=self.tokenizer.eos_id,
-            pad_id=pad,
+            top_k=self.top_k, no_repeat_ngram_size=self.no_repeat_ngram_size, mixture=mixture,
+            vocab_size=self.tokenizer.vocab_size, eos_id=self.tokenizer.eos_id, pad_id=pad,
         )  # fmt: skip
         tokens, mask, log_probs = map(sharding.fetch_whole, drawn)
         count = len(prompts)

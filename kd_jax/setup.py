@@ -135,7 +135,7 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
         path = folder(config.teacher.path)
         _check_vocabulary(config.teacher.path, models.load_config(path), tokenizer, "teacher")
         if config.tokenizer.path:
-            _check_same_tokenizer(path, tokenizer, "teacher")
+            check_same_tokenizer(path, tokenizer, "teacher")
         teacher, teacher_params = models.load_pretrained(path, dtype=config.teacher.dtype, shardings=place)
         teacher = dataclasses.replace(teacher, attention=config.attention)
 
@@ -159,7 +159,7 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
             raise ValueError("student.init='pretrained' needs student.path, the folder of the student to start from.")
         path = folder(config.student.path)
         _check_vocabulary(config.student.path, models.load_config(path), tokenizer, "student")
-        _check_same_tokenizer(path, tokenizer, "student")
+        check_same_tokenizer(path, tokenizer, "student")
         student = models.from_config(models.load_config(path), **how)
         # Read when the state is made, so that nothing but the state holds the initial parameters.
         load = lambda key: models.load_pretrained(path, dtype=jnp.float32, shardings=place)[1]
@@ -180,7 +180,7 @@ def _check_vocabulary(path: str, config: models.ModelConfig, tokenizer: data.Tok
         )
 
 
-def _check_same_tokenizer(path: Path, tokenizer: data.Tokenizer, who: str) -> None:
+def check_same_tokenizer(path: Path, tokenizer: data.Tokenizer, who: str) -> None:
     if not (path / "tokenizer.json").exists():
         raise ValueError(f"{path} has no tokenizer.json, so its vocabulary cannot be compared with the run's; add it.")
     own = data.Tokenizer.load(path)

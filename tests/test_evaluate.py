@@ -1,12 +1,23 @@
 """The numbers on held-out rows, against full logits in NumPy."""
 
+import json
+import re
+
 import jax
 import numpy as np
+import pytest
 import scipy.special
 import scipy.stats
 
 from kd_jax import evaluate, sharding
+from kd_jax.evaluate import __main__ as command
 from tests.test_train_step import STUDENT, TEACHER, V, batch
+
+
+def calibration_error(q, target, bins=15):
+    confidence, right = q.max(-1), q.argmax(-1) == target
+    inside = [(confidence >= i / bins) & (confidence < (i + 1) / bins) for i in range(bins)]
+    return sum(i.mean() * abs(confidence[i].mean() - right[i].mean()) for i in inside if i.any())
 
 
 def test_the_numbers_are_those_of_full_logits():
@@ -29,7 +40,12 @@ def test_the_numbers_are_those_of_full_logits():
         cross_entropy=cross_entropy,
         forward_kl=scipy.stats.entropy(p, q, axis=-1).mean(),
         reverse_kl=scipy.stats.entropy(q, p, axis=-1).mean(),
+        total_variation=np.abs(p - q).sum(axis=-1).mean() / 2,
         top1_agreement=(p.argmax(-1) == q.argmax(-1)).mean(),
+        entropy=scipy.stats.entropy(q, axis=-1).mean(),
+        confidence=q.max(-1).mean(),
+        accuracy=(q.argmax(-1) == target).mean(),
+        calibration_error=calibration_error(q, target),
         perplexity=np.exp(cross_entropy),
     )
     assert found.keys() == expected.keys()
@@ -37,5 +53,63 @@ def test_the_numbers_are_those_of_full_logits():
         np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
 
     alone = evaluate.evaluate(STUDENT, params, None, None, batches, mesh, vocab_size=V)
-    assert alone.keys() == {"cross_entropy", "perplexity"}
+    assert alone.keys() == expected.keys() - {"forward_kl", "reverse_kl", "total_variation", "top1_agreement"}
     np.testing.assert_allclose(alone["cross_entropy"], cross_entropy, rtol=1e-5)
+
+
+def test_scores_of_texts():
+    references = ["The cat sat on the mat.", "A cat was sitting there."]
+    assert evaluate.rouge_l("the cats sat on the mats", references) == 100, "stemmed, and the best of both"
+    # Longest common subsequence 2 of 3 and 6 words: precision 2/3, recall 1/3.
+    assert evaluate.rouge_l("cat loves mat", references[:1]) == pytest.approx(100 * 4 / 9)
+    assert evaluate.rouge_l("", references) == 0
+    assert evaluate.exact_match("the CAT sat, on the mat", references) == 100
+    assert evaluate.exact_match("the cat sat on", references) == 0
+    for text, right in (("So 3 + 4 = 7.", 1), ("7.0", 1), ("$1,007", 0), ("none", 0), ("-7", 0), ("7 of 10", 0)):
+        assert evaluate.number_match(text, ["... #### 7"]) == 100 * right, text
+
+
+def arguments(tmp_path, **changes):
+    rows = [{"question": f"def f{i}(x):\n    return x + {i}\n", "answers": [f"Add {i}.", "Adds."]} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        "model": "package:docstrings_teacher", "teacher": "package:docstrings_teacher", "data": tmp_path / "rows.jsonl",
+        "out": tmp_path / "out", "prompt_field": "question", "reference_field": "answers", "max_prompt_length": 32,
+        "max_new_tokens": 8, "batch_size": 8, "seeds": "1,2",
+    }  # fmt: skip
+    return command.arguments([f"--{name}={value}" for name, value in (options | changes).items()])
+
+
+def test_the_command_leaves_a_table_and_every_text(tmp_path):
+    found = command.run(arguments(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [1] * 6 + [2] * 6 and lines[0]["references"] == ["Add 0.", "Adds."]
+    for line in lines:
+        assert line["rouge_l"] == evaluate.rouge_l(line["response"], line["references"])
+    by_seed = [np.mean([line["rouge_l"] for line in lines[i : i + 6]]) for i in (0, 6)]
+    np.testing.assert_allclose(found["seeds"]["rouge_l"], (np.mean(by_seed), np.std(by_seed, ddof=1)), rtol=1e-6)
+    assert found["given"]["reverse_kl"] == pytest.approx(0, abs=1e-5) and found["given"]["top1_agreement"] == 1
+    results = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert len(results) == 3 and json.loads(results[-1])["rows"] == 6
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "rouge_l" in table and "exposure bias" in table and "calibration_error" in table
+    with pytest.raises(ValueError, match="has something in it"):
+        command.run(arguments(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 3}, "a multiple of the 8 devices"),
+        ({"max_new_tokens": 500}, "more than the 256 positions"),
+        ({"seeds": "1;2"}, "whole numbers with commas"),
+        ({"reference_field": "answer"}, "'answer' is missing"),
+        ({"data": "/nowhere.jsonl"}, "no file --data=/nowhere.jsonl"),
+        ({"data": "dollie"}, "did you mean 'dolly'"),
+        ({"model": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_bad_arguments_are_named_and_nothing_is_written(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        command.run(arguments(tmp_path, **changes))
+    assert not (tmp_path / "out").exists()

@@ -10,8 +10,9 @@ LAYERS = [
     {"main"},
     {"train"},
     {"setup_rows", "results"},
+    {"evaluate"},
     {"setup"},
-    {"train_step", "feed", "evaluate", "checkpoint", "metrics", "speed"},
+    {"train_step", "feed", "checkpoint", "metrics", "speed"},
     {"prefixes", "rollouts", "compare"},
     {"models", "data", "sharding"},
     {"objectives", "head_loss"},
@@ -20,8 +21,6 @@ LAYERS = [
     {"logspace"},
     {"resolve"},
 ]
-# Within a layer only these may import each other: evaluate prints through metrics' averages.
-SIDEWAYS = {("evaluate", "metrics")}
 MATHEMATICAL = {"objectives", "policy_gradient", "head_loss", "divergences", "assistants", "schedules", "logspace"}
 HOMES = {
     "flax": {"models", "train_step"},
@@ -58,7 +57,7 @@ def test_imports_point_down(path):
         top, *rest = name.split(".")
         if top == "kd_jax" and rest and rest[0] != here:
             below = set().union(*LAYERS[level + 1 :])
-            assert rest[0] in below or (here, rest[0]) in SIDEWAYS, f"{path} imports {name}"
+            assert rest[0] in below, f"{path} imports {name}"
             assert not (here in {"models", "data"} and rest[0] in MATHEMATICAL), f"{path} imports {name}"
         assert here in HOMES.get(top, {here}), f"{path} imports {top}"
         assert top not in ("tensorflow", "torch", "transformers", "configs"), f"{path} imports {top}"

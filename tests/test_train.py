@@ -77,7 +77,7 @@ def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_di
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3]
     assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 2, 3]
     assert set(result) == {"teacher", "before", "after"}
-    assert set(result["after"]) == {"cross_entropy", "forward_kl", "reverse_kl", "top1_agreement", "perplexity"}
+    assert {"cross_entropy", "forward_kl", "reverse_kl", "top1_agreement", "perplexity"} < set(result["after"])
     for name in ("losses.png", "evaluation.png", "samples.md", "table.md", "config.json", "tensorboard"):
         assert (folder / name).exists(), name
     assert list((folder / "profile").rglob("*.xplane.pb"))

@@ -52,21 +52,17 @@ def measure(run: train.Run, params, who: str = "student") -> dict[str, float]:
     # Not the config's own: distillm2's temperature and top-p would be measured with it.
     sampler = rollouts.Sampler(run.mesh, run.tokenizer, run.config.data.max_length, run.config.sampling.max_new_tokens)
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    totals, scores, reports = None, [], []
+    values, scores, reports = [], [], []
     for start in range(0, PROMPTS, 32):
         key = jax.random.fold_in(jax.random.key(1), start)
         drawn = sampler.rows(model, params, prompts[start : start + 32], key, "student")
         reports.append(sampler.report(drawn))
         for reference, (_, text) in zip(references[start:], sampler.text(drawn), strict=False):
             scores.append(100 * scorer.score(reference, text)["rougeL"].fmeasure)
-        batch = rollouts.as_batch(drawn)
-        batch = {name: batch[name] for name in ("tokens", "targets", "mask", "loss_mask")}
-        sums = evaluate.token_sums(
-            model, params, run.models.teacher, run.models.teacher_params, run.put(batch),
-            vocab_size=run.tokenizer.vocab_size, mesh=run.mesh,
-        )  # fmt: skip
-        totals = sums if totals is None else jax.tree.map(jax.numpy.add, totals, sums)
-    own = metrics.averages(totals)
+        both = model, params, run.models.teacher, run.models.teacher_params
+        own = evaluate.own_batches(drawn, 32)
+        values.append(evaluate.collect(*both, own, run.mesh, vocab_size=run.tokenizer.vocab_size))
+    own = evaluate.summary({name: np.concatenate([part[name] for part in values]) for name in values[0]})
     found = {
         "rouge_l": statistics.mean(scores),
         "own_forward_kl": own["forward_kl"],

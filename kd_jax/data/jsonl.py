@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 def source(
@@ -45,8 +46,8 @@ def source(
     return fingerprint, {"train": lambda: rows(False), "validation": lambda: rows(True)}
 
 
-def read(path: Path, fields: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Rows of a file, each field a string; errors name the file and the line."""
+def read(path: Path, fields: dict[str, str], several: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+    """Rows of a file, each field a string, or of `several` a string or a list of them; errors name the file and the line."""
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -57,8 +58,10 @@ def read(path: Path, fields: dict[str, str]) -> Iterator[dict[str, str]]:
                 raise ValueError(f"{path}:{number}: not JSON ({error}).") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: a JSON object is expected, not {type(row).__name__}.")
-            for field in fields.values():
-                if not isinstance(row.get(field), str):
+            for ours, field in fields.items():
+                value = row.get(field)
+                many = ours in several and isinstance(value, list) and value and all(isinstance(v, str) for v in value)
+                if not isinstance(value, str) and not many:
                     what = f"is {row[field]!r}, not a string" if field in row else "is missing"
                     raise ValueError(f"{path}:{number}: the field {field!r} {what}; the row has {', '.join(row)}.")
             yield {ours: row[theirs] for ours, theirs in fields.items()}

@@ -1,0 +1,215 @@
+"""python -m kd_jax.evaluate --model=FOLDER --data=NAME-OR-FILE --out=DIR [--teacher=FOLDER] ...
+
+Leaves in DIR table.md, results.jsonl (a line a generation seed, and one of all) and generations.jsonl (every text).
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kd_jax import data, metrics, models, rollouts, setup, sharding
+from kd_jax.data import jsonl
+from kd_jax.evaluate import texts, tokens
+from kd_jax.evaluate.tables import by_place, over_seeds, table
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m kd_jax.evaluate",
+        description="A model's texts against references, and its distributions against a teacher's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--model", required=True, help="a Hugging Face folder, a work directory of a finished run, or package:NAME")
+    add("--teacher", default="", help="the same, to compare with; empty: nothing is compared")
+    add("--data", required=True, help="a dataset's name (docstrings, dolly) or a file of JSON lines")
+    add("--out", required=True, help="a new folder for the results")
+    add("--split", default="test", help="of a named dataset")
+    add("--data_dir", default="", help="where built datasets are; empty: tensorflow_datasets' default")
+    add("--rows", type=int, default=0, help="the first so many; 0: all")
+    add("--prompt_field", default="prompt", help="of a file")
+    add("--context_field", default="", help="of a file; empty: there is none")
+    add("--reference_field", default="response", help="of a file: a text, or a list of texts that are all good answers")
+    add("--template", default="plain", choices=data.TEMPLATES, help="how prompts are written")
+    add("--max_prompt_length", type=int, default=256, help="tokens; longer prompts are cut to their first so many")
+    add("--max_new_tokens", type=int, default=256, help="of a response")
+    add("--temperature", type=float, default=1.0, help="0: the likeliest token")
+    add("--top_p", type=float, default=1.0)
+    add("--top_k", type=int, default=0)
+    add("--no_repeat_ngram_size", type=int, default=0, help="MiniLLM's and DistiLLM's evaluation has 6")
+    add("--seeds", default="10,20,30,40,50", help="of generation, the papers' five; empty: nothing is generated")
+    add("--numbers", action="store_true", help="count the answers whose last number is the reference's, as for GSM8K")
+    add("--batch_size", type=int, default=32)
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--fsdp", type=int, default=1, help="devices that divide the parameters")
+    add("--tensor", type=int, default=1, help="devices that divide each matrix")
+    return parser.parse_args(argv)
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """A model and its teacher, or None, on a mesh."""
+
+    mesh: jax.sharding.Mesh
+    tokenizer: data.Tokenizer
+    model: models.Model
+    params: Any
+    teacher: models.Model | None
+    teacher_params: Any
+
+    def collect(self, batches: Any) -> dict[str, np.ndarray]:
+        """`tokens.collect` of both."""
+        both = self.model, self.params, self.teacher, self.teacher_params
+        return tokens.collect(*both, batches, self.mesh, vocab_size=self.tokenizer.vocab_size)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluates, writes the results, and returns what stands in the last line of results.jsonl.
+
+    Raises:
+      ValueError: whatever is wrong, before anything is computed or written.
+    """
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out={out} has something in it; choose a new folder.")
+    seeds = _seeds(args.seeds)
+    of = load(args)
+    rows = read_rows(args)
+    examples = texts.read_examples(
+        rows, of.tokenizer, template=args.template, max_prompt_length=args.max_prompt_length, cut=True
+    )
+    given = of.collect(given_batches(args, of.tokenizer, rows))
+    lines, written, own = [], [], []
+    for seed in seeds:
+        drawn, answers, line = respond(args, of, examples, seed)
+        own.append(of.collect(texts.own_batches(drawn, args.batch_size)))
+        lines.append(line | {f"{name}, own text": value for name, value in tokens.summary(own[-1]).items()})
+        written += answers
+    found: dict[str, Any] = {"rows": len(examples), "given": tokens.summary(given), "seeds": over_seeds(lines)}
+    if of.teacher is not None:
+        found["by_place"] = {"given": by_place(given)} | ({"own": by_place(_joined(own))} if own else {})
+    found["arguments"] = vars(args)
+    if jax.process_index() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, entries in (("generations", written), ("results", [*lines, found])):
+            content = "".join(json.dumps(entry) + "\n" for entry in entries)
+            (out / f"{name}.jsonl").write_text(content, encoding="utf-8")
+        (out / "table.md").write_text(table(found) + "\n", encoding="utf-8")
+    return found
+
+
+def load(args: argparse.Namespace) -> Models:
+    """The models that the arguments name, on the mesh, checked against each other and the lengths."""
+    mesh = sharding.make_mesh(-1, args.fsdp, args.tensor)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if args.batch_size < 1 or args.batch_size % ways:
+        raise ValueError(
+            f"--batch_size={args.batch_size} must be a multiple of the {ways} devices that divide a batch."
+        )
+    folder, place = model_folder(args.model), partial(sharding.tree_shardings, mesh)
+    tokenizer = data.Tokenizer.load(folder)
+    model, params = models.load_pretrained(folder, dtype=args.dtype, shardings=place)
+    teacher, teacher_params = None, None
+    if args.teacher:
+        folder = model_folder(args.teacher)
+        setup.check_same_tokenizer(folder, tokenizer, "teacher")
+        teacher, teacher_params = models.load_pretrained(folder, dtype=args.dtype, shardings=place)
+    room = min(m.config.max_positions for m in (model, teacher) if m is not None)
+    if args.max_prompt_length + args.max_new_tokens > room:
+        raise ValueError(
+            f"--max_prompt_length={args.max_prompt_length} and --max_new_tokens={args.max_new_tokens} are more than the {room} "
+            f"positions that the models have; lower one of them."
+        )
+    return Models(mesh, tokenizer, model, params, teacher, teacher_params)
+
+
+def model_folder(path: str) -> Path:
+    """A work directory's student, or the folder itself."""
+    folder = setup.folder(path)
+    return folder / "student" if (folder / "student" / "config.json").exists() else folder
+
+
+def read_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows with prompt, context and references, of a file or of a dataset by name."""
+    if args.data.endswith((".jsonl", ".jsonl.gz", ".json")):
+        path = Path(args.data).expanduser()
+        if not path.is_file():
+            raise ValueError(f"there is no file --data={path}.")
+        fields = {"prompt": args.prompt_field, "references": args.reference_field}
+        fields |= {"context": args.context_field} if args.context_field else {}
+        rows = [{"context": ""} | row for row in jsonl.read(path, fields, several=("references",))]
+        rows = [row | {"references": [r] if isinstance(r := row["references"], str) else r} for row in rows]
+    else:
+        source = data.load(args.data, split=args.split, data_dir=args.data_dir or None)
+        rows = [row | {"references": [row["response"]]} for row in source]
+    return rows[: args.rows] if args.rows else rows
+
+
+def given_batches(args: argparse.Namespace, tokenizer: data.Tokenizer, rows: list[dict[str, Any]]) -> Any:
+    """Prompts with their first references, in the rows' order."""
+    length = args.max_prompt_length + args.max_new_tokens
+    responses = [row | {"response": row["references"][0]} for row in rows]
+    given, _ = data.tokenize(
+        responses, tokenizer, template=args.template, max_length=length, max_prompt_length=args.max_prompt_length,
+        long_prompts="cut",
+    )  # fmt: skip
+    batches = data.batches(
+        given, batch_size=args.batch_size, max_length=length, seed=0, shuffle=False, num_epochs=1,
+        pad_id=tokenizer.pad_id, process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    return metrics.tqdm(batches, desc="given text", unit="batch", total=-(-len(given) // args.batch_size))
+
+
+def respond(
+    args: argparse.Namespace, of: Models, examples: list[texts.Example], seed: int
+) -> tuple[rollouts.Rows, list[dict[str, Any]], dict[str, float]]:
+    """The model's responses with one seed: as rows, as texts with their scores, and the scores' means."""
+    sampler = rollouts.Sampler(
+        of.mesh, of.tokenizer, args.max_prompt_length + args.max_new_tokens, args.max_new_tokens, args.temperature,
+        args.top_p, args.top_k, args.no_repeat_ngram_size,
+    )  # fmt: skip
+    drawn = texts.respond(
+        sampler, of.model, of.params, [example.prompt for example in examples], batch_size=args.batch_size, seed=seed,
+        progress=lambda it: metrics.tqdm(it, desc=f"seed {seed}", unit="batch"),
+    )  # fmt: skip
+    answers = sampler.text(drawn)
+    scores = texts.score([response for _, response in answers], examples, args.numbers)
+    written = [
+        {"seed": seed, "prompt": prompt, "references": example.references, "response": response} | its_scores
+        for example, (prompt, response), its_scores in zip(examples, answers, scores, strict=True)
+    ]
+    means = {name: statistics.mean(its_scores[name] for its_scores in scores) for name in scores[0]}
+    return drawn, written, {"seed": seed} | means | sampler.report(drawn)
+
+
+def main() -> None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/kd_jax/xla"))
+    args = arguments()
+    try:
+        print(table(run(args)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"kd_jax.evaluate: {error}")
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",") if seed.strip()]
+    except ValueError:
+        raise ValueError(f"--seeds={text!r} must be whole numbers with commas between.") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""An evaluation's numbers over seeds, along a response, and as Markdown."""
+
+import statistics
+from typing import Any
+
+import numpy as np
+
+from kd_jax import metrics
+
+BUCKETS = (0, 4, 16, 64, 256)  # the first places of the parts of a response by which exposure bias is shown
+
+
+def over_seeds(lines: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of each number over the seeds."""
+    columns = {name: [line[name] for line in lines] for name in (lines[0] if lines else ()) if name != "seed"}
+    return {n: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for n, v in columns.items()}
+
+
+def by_place(values: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
+    """Means over the places in a response up to 4, 16, 64, ...; None where there is no token."""
+    bucket = np.searchsorted(BUCKETS, values["place"], side="right")
+    inside = [bucket == i for i in range(1, len(BUCKETS) + 1)]
+    chosen = ("forward_kl", "reverse_kl", "total_variation")
+    return {name: [float(values[name][i].mean()) if i.any() else None for i in inside] for name in chosen}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: what the model writes, its distributions on given and own text, and how they differ along a response."""
+    seeds = found["seeds"]
+    own = {name.removesuffix(", own text") for name in seeds if name.endswith(", own text")}
+    parts = []
+    if seeds:
+        shown = [[name, f"{m:.4f} ± {d:.4f}"] for name, (m, d) in seeds.items() if not name.endswith(", own text")]
+        parts.append(metrics.table([["what it writes", f"{found['rows']} prompts"], *shown]))
+    rows = [["tokens", "given text", *(("own text",) if own else ())]]
+    for name, value in found["given"].items():
+        mean, deviation = seeds.get(f"{name}, own text", (0.0, 0.0))
+        rows.append([name, f"{value:.4f}", *((f"{mean:.4f} ± {deviation:.4f}",) if own else ())])
+    parts.append(metrics.table(rows))
+    if len(places := found.get("by_place", {})) == 2:
+        number = lambda value: "" if value is None else f"{value:.4f}"
+        rows = [["KL(q, p) by place", "given text", "own text", "exposure bias"]]
+        for begin, end, given, its_own in zip(
+            BUCKETS, (*BUCKETS[1:], "..."), *(p["reverse_kl"] for p in places.values()), strict=True
+        ):
+            bias = None if given is None or its_own is None else its_own - given
+            if given is not None or its_own is not None:
+                rows.append([f"{begin + 1} to {end}", number(given), number(its_own), number(bias)])
+        parts.append(metrics.table(rows))
+    return "\n\n".join(parts)

@@ -1,0 +1,108 @@
+"""What a model writes to prompts, and how good it is."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd_jax import data, models, rollouts
+from kd_jax.evaluate.scores import exact_match, number_match, rouge_l
+from kd_jax.evaluate.tokens import NEEDED
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt's ids, and the texts that are good answers to it."""
+
+    prompt: list[int]
+    references: tuple[str, ...]
+
+
+def read_examples(
+    rows: Sequence[Mapping[str, Any]], tokenizer: data.Tokenizer, *, template: str, max_prompt_length: int, cut: bool
+) -> list[Example]:
+    """Rows with prompt, context and references as examples; a prompt that is too long is cut or its row left out.
+
+    Raises:
+      ValueError: where none is left.
+    """
+    encoded = data.encode_prompts(
+        [{"prompt": row["prompt"], "context": row["context"]} for row in rows], tokenizer=tokenizer, template=template,
+        max_length=max_prompt_length, cut=cut,
+    )  # fmt: skip
+    found = [Example(ids, tuple(row["references"])) for row, ids in zip(rows, encoded, strict=True) if ids]
+    if not found:
+        raise ValueError(f"none of the {len(rows)} rows has a prompt of 1 to {max_prompt_length} tokens.")
+    return found
+
+
+def respond(
+    sampler: rollouts.Sampler, model: models.Model, params: Any, prompts: Sequence[Sequence[int]], *, batch_size: int,
+    seed: int, progress: Callable[..., Any] = iter,
+) -> rollouts.Rows:  # fmt: skip
+    """One response to each prompt, in batches of one size.
+
+    Args:
+      sampler: how they are drawn.
+      model: who writes.
+      params: its parameters.
+      prompts: ids, at least one of them each.
+      batch_size: prompts answered at a time.
+      seed: of the draws.
+      progress: iterable -> the same with a progress bar.
+    """
+    parts = []
+    for start in progress(range(0, len(prompts), batch_size)):
+        some = list(prompts[start : start + batch_size])
+        filled = some + [some[-1]] * (batch_size - len(some))  # one shape
+        drawn = sampler.rows(model, params, filled, rollouts.draw_key(seed, start), "student")
+        parts.append(rollouts.take(drawn, slice(len(some))))
+    return rollouts.concatenate(parts)
+
+
+def score(texts: Sequence[str], examples: Sequence[Example], numbers: bool = False) -> list[dict[str, float]]:
+    """rouge_l and exact_match of each text against its example's references, in [0, 100]; `numbers`: number_match too."""
+    measures = {"rouge_l": rouge_l, "exact_match": exact_match} | ({"number_match": number_match} if numbers else {})
+    return [
+        {name: measure(text, example.references) for name, measure in measures.items()}
+        for text, example in zip(texts, examples, strict=True)
+    ]
+
+
+def own_batches(rows: rollouts.Rows, batch_size: int) -> Iterable[dict[str, np.ndarray]]:
+    """What a model wrote as this process's batches of one size; what fills up the last one counts nowhere."""
+    whole, share = rollouts.as_batch(rows), batch_size // jax.process_count()
+    for start in range(0, len(rows["lengths"]), batch_size):
+        part = {name: whole[name][start : start + batch_size] for name in NEEDED}
+        short, own = (
+            batch_size - len(part["tokens"]),
+            slice(jax.process_index() * share, (jax.process_index() + 1) * share),
+        )
+        yield {name: np.pad(array, ((0, short), (0, 0)))[own] for name, array in part.items()}
+
+
+def sample(
+    model: Any, params: Any, tokenizer: Any, prompts: list[list[int]], *, max_new_tokens: int, seed: int
+) -> list[str]:
+    """One response per prompt, drawn at temperature 1, as text.
+
+    Args:
+      model: a `models.Model`.
+      params: its parameters.
+      tokenizer: decodes, and names the end and padding ids.
+      prompts: token ids.
+      max_new_tokens: where a response that has not ended is cut.
+      seed: of the draw.
+    """
+    tokens, mask = models.left_pad(prompts, tokenizer.pad_id, model.config.max_positions - max_new_tokens)
+    drawn, drawn_mask, _ = models.generate(
+        model, params, jnp.array(tokens), jnp.array(mask), max_new_tokens=max_new_tokens, key=jax.random.key(seed),
+        vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+    )  # fmt: skip
+    return [
+        tokenizer.decode([int(t) for t in row[keep]])
+        for row, keep in zip(np.array(drawn), np.array(drawn_mask), strict=True)
+    ]

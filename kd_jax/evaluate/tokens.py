@@ -1,0 +1,104 @@
+"""How near a student's next-token distributions are to its teacher's and to the text, token by token."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from kd_jax.compare import compare
+from kd_jax.divergences import forward_kl, reverse_kl, total_variation
+from kd_jax.objectives import cross_entropy
+from kd_jax.sharding import fetch_whole, put_batch
+
+ALONE = ("cross_entropy", "entropy", "confidence", "accuracy")
+WITH_TEACHER = ("forward_kl", "reverse_kl", "total_variation", "top1_agreement")
+NEEDED = ("tokens", "targets", "mask", "loss_mask")
+BINS = 15  # of confidence, for the calibration error
+
+
+@functools.partial(jax.jit, static_argnames=("student", "teacher", "vocab_size", "chunk", "mesh"))
+def token_values(
+    student: Any, params: Any, teacher: Any, teacher_params: Any, batch: dict[str, Array], *, vocab_size: int,
+    chunk: int | None = None, mesh: Any = None,
+) -> dict[str, Array]:  # fmt: skip
+    """What is measured at each token that counts, at temperature 1, and 0 at the others.
+
+    Args:
+      student: with `hidden` and `stored_head`.
+      params: the student's.
+      teacher: the same, or None: then only what needs none is measured.
+      teacher_params: the teacher's.
+      batch: as in `make_train_step`.
+      vocab_size: ids that have a meaning.
+      chunk: as in `token_sum`.
+      mesh: as in `token_sum`.
+
+    Returns:
+      name -> [B, L]: cross_entropy (-log q of the text's token), entropy of q, confidence (q of its likeliest token) and
+      accuracy (whether that is the text's); with a teacher forward_kl, KL(p || q), reverse_kl, KL(q || p), total_variation,
+      and top1_agreement, whether both models' likeliest token is the same. Nats, or shares.
+    """
+
+    def values(log_p: Array | None, log_q: Array, target: Array) -> Array:
+        best, plogp = jnp.argmax(log_q, axis=-1), jnp.where(log_q > -jnp.inf, jnp.exp(log_q) * log_q, 0)
+        columns = [cross_entropy(log_q, target), -plogp.sum(axis=-1), jnp.exp(log_q.max(axis=-1)), best == target]
+        if log_p is not None:
+            columns += [forward_kl(log_p, log_q), reverse_kl(log_p, log_q), total_variation(log_p, log_q)]
+            columns += [jnp.argmax(log_p, axis=-1) == best]
+        return jnp.stack([column.astype(log_q.dtype) for column in columns], axis=-1)
+
+    names = (*ALONE, *(() if teacher is None else WITH_TEACHER))
+    weight = jnp.repeat(batch["loss_mask"][..., None].astype(jnp.float32), len(names), axis=-1)
+    _, found = compare(
+        values, student, params, teacher, teacher_params, batch, weight, batch["targets"], chunk=chunk,
+        vocab_size=vocab_size, mesh=mesh,
+    )  # fmt: skip
+    return {name: found[..., i] for i, name in enumerate(names)}
+
+
+def collect(
+    student: Any, params: Any, teacher: Any, teacher_params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Any,
+    *, vocab_size: int, chunk: int | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """`token_values` of all counted tokens of the batches, as every process can hold them.
+
+    Args:
+      batches: numpy batches, this process's rows of each.
+      mesh: where they go.
+      (others): as in `token_values`.
+
+    Returns:
+      name -> [N]; and "place", a token's place among those that count in its row: in a response, from 0.
+    """
+    parts = []
+    for batch in batches:
+        placed = put_batch(mesh, {name: batch[name] for name in NEEDED})
+        values = token_values(
+            student, params, teacher, teacher_params, placed, vocab_size=vocab_size, chunk=chunk, mesh=mesh
+        )
+        counted = fetch_whole(placed["loss_mask"])
+        values = {name: fetch_whole(values[name])[counted] for name in (*ALONE, *WITH_TEACHER) if name in values}
+        parts.append(values | {"place": (np.cumsum(counted, axis=1) - 1)[counted]})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def summary(values: dict[str, np.ndarray]) -> dict[str, float]:
+    """Means of what `collect` gives, the perplexity, and the expected calibration error, over 15 bins of confidence.
+
+    References:
+      Guo et al., "On Calibration of Modern Neural Networks", https://arxiv.org/abs/1706.04599, 2017, eq. 5.
+    """
+    means = {name: float(value.mean(dtype=np.float64)) for name, value in values.items() if name != "place"}
+    bins = np.minimum((values["confidence"] * BINS).astype(int), BINS - 1)
+    gaps = np.bincount(bins, weights=values["confidence"] - values["accuracy"], minlength=BINS)
+    calibration = float(np.abs(gaps).sum() / len(bins))
+    return means | {"perplexity": float(np.exp(means["cross_entropy"])), "calibration_error": calibration}
+
+
+def evaluate(*models: Any, **options: Any) -> dict[str, float]:
+    """`summary` of what `collect` gives for the same arguments."""
+    return summary(collect(*models, **options))
