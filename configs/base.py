@@ -98,6 +98,7 @@ def get_config() -> ConfigDict:
     config.keep_checkpoints = 2  # the newest so many
     config.profile_steps = ()  # (first, last): these are traced into the work directory's profile, for xprof
     config.log_every = 10  # steps between readings of the metrics, every step is written
+    config.eval_prompts = 0  # held-out prompts answered at each evaluation: ROUGE-L, KLs on the student's own text
     config.sample_tokens = 64  # longest sample shown at the end
     return lock(config)
 

@@ -50,6 +50,7 @@ def check_numbers(config: Any) -> None:
         "seed": 0,
         "steps": 1,
         "eval_every": 1,
+        "eval_prompts": 0,
         "checkpoint_every": 1,
         "log_every": 1,
         "keep_checkpoints": 1,

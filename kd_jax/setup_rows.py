@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax import data, metrics, prefixes, resolve, rollouts
+from kd_jax import data, evaluate, metrics, prefixes, resolve, rollouts
 from kd_jax.feed import Author, Feed
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
@@ -80,11 +80,7 @@ def _check_sampling(config: Any, source: Source) -> None:
             f"prefixes.name={name!r} answers prompts: it needs a dataset with prompts (data.name={options.name!r}), "
             f"data.packing='none' (it is {options.packing!r}) and data.loss_on='response' (it is {options.loss_on!r})."
         )
-    if options.max_prompt_length + sampling.max_new_tokens > options.max_length + 1:
-        raise ValueError(
-            f"data.max_prompt_length={options.max_prompt_length} and sampling.max_new_tokens={sampling.max_new_tokens} do not "
-            f"fit into data.max_length={options.max_length} and one; lower one of them."
-        )
+    _check_room(config)
     if not config.teacher.path and "teacher" in source.origins:
         raise ValueError(f"prefixes.name={name!r} has the teacher write, but teacher.path is empty; name its folder.")
     for what, number in (
@@ -105,6 +101,15 @@ def _check_sampling(config: Any, source: Source) -> None:
         raise ValueError(
             f"sampling.teacher_share={share} needs a student that draws too: a share below 1 and a sampling.temperature above "
             f"0 (it is {sampling.temperature})."
+        )
+
+
+def _check_room(config: Any) -> None:
+    options, new = config.data, config.sampling.max_new_tokens
+    if options.max_prompt_length + new > options.max_length + 1:
+        raise ValueError(
+            f"data.max_prompt_length={options.max_prompt_length} and sampling.max_new_tokens={new} do not fit into "
+            f"data.max_length={options.max_length} and one; lower one of them."
         )
 
 
@@ -143,6 +148,28 @@ def _tokenize(config: Any, tokenizer: data.Tokenizer, source: Any, loss_on: str)
         source, tokenizer, template=options.template, max_length=options.max_length,
         max_prompt_length=options.max_prompt_length, long_prompts=options.long_prompts,
         long_responses=options.long_responses, loss_on=loss_on,
+    )  # fmt: skip
+
+
+def load_examples(config: Any, tokenizer: data.Tokenizer) -> list[evaluate.Example]:
+    """The held-out prompts that are answered at each evaluation, with their references.
+
+    Raises:
+      ValueError: a dataset without prompts, or prompts and responses that do not fit together.
+    """
+    options = config.data
+    if not config.eval_prompts:
+        return []
+    if options.name == "text":
+        raise ValueError(
+            f"eval_prompts={config.eval_prompts}, but the rows of data.name='text' have no prompts; set it to 0."
+        )
+    _check_room(config)
+    source = _source(config, options.eval_split)
+    rows = [source[i] for i in range(min(config.eval_prompts, len(source)))]
+    return evaluate.read_examples(
+        [row | {"references": [row["response"]]} for row in rows], tokenizer, template=options.template,
+        max_prompt_length=options.max_prompt_length, cut=options.long_prompts == "cut",
     )  # fmt: skip
 
 

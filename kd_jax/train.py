@@ -11,12 +11,13 @@ import jax
 import numpy as np
 import optax
 
-from kd_jax import checkpoint, data, evaluate, metrics, prefixes, resolve, results, schedules, sharding, speed
+from kd_jax import checkpoint, data, evaluate, metrics, prefixes, resolve, results, rollouts, schedules, sharding, speed
 from kd_jax.feed import Feed
 from kd_jax.objectives import Term, make_terms
 from kd_jax.setup import Models, check_mesh, check_numbers, load_models, load_tokenizer
 from kd_jax.setup_rows import (
     batch_options,
+    load_examples,
     load_responses,
     load_rows,
     load_text,
@@ -44,6 +45,7 @@ class Run:
       train_step: (state, teacher_params, batch) -> (state, metrics), jitted; the state is donated.
       feed: of the training batches; its position can be saved.
       eval_batches: makes an iterator that goes once over the held-out rows.
+      examples: held-out prompts that are answered at each evaluation.
       counts: what became of the rows of each split.
     """
 
@@ -58,6 +60,7 @@ class Run:
     train_step: Callable[..., Any]
     feed: Feed
     eval_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+    examples: list[evaluate.Example]
     counts: dict[str, Any]
 
     def batch(self, step: int, params: Any) -> dict[str, jax.Array]:
@@ -69,18 +72,24 @@ class Run:
         return sharding.put_batch(self.mesh, batch)
 
     def evaluate(self, params: Any) -> dict[str, float]:
-        """The student with these parameters on the held-out rows, see `evaluate.token_sums`."""
+        """The student with these parameters on the held-out rows: `evaluate.summary`, and `evaluate.assess` of its texts."""
         return self._evaluate(self.models.student, params, self.models.teacher, self.models.teacher_params)
 
     def evaluate_teacher(self) -> dict[str, float]:
-        """The teacher's cross-entropy and perplexity on the held-out rows."""
+        """The teacher on the held-out rows, where it is compared with nothing."""
         return self._evaluate(self.models.teacher, self.models.teacher_params, None, None)
 
-    def _evaluate(self, student: Any, params: Any, teacher: Any, teacher_params: Any) -> dict[str, float]:
-        return evaluate.evaluate(
-            student, params, teacher, teacher_params, self.eval_batches(), self.mesh,
-            vocab_size=self.tokenizer.vocab_size, chunk=self.config.loss.chunk or None,
-        )  # fmt: skip
+    def _evaluate(self, *both: Any) -> dict[str, float]:
+        options, chunk = self.config.data, self.config.loss.chunk or None
+        values = evaluate.evaluate(
+            *both, self.eval_batches(), self.mesh, vocab_size=self.tokenizer.vocab_size, chunk=chunk
+        )
+        if not self.examples:
+            return values
+        # At temperature 1 whatever training draws at, so that runs can be compared.
+        sampler = rollouts.Sampler(self.mesh, self.tokenizer, options.max_length, self.config.sampling.max_new_tokens)
+        size, seed = options.eval_batch_size, self.config.seed
+        return values | evaluate.assess(sampler, both, self.examples, batch_size=size, seed=seed, chunk=chunk)[0]
 
 
 def build(config: Any) -> Run:
@@ -122,6 +131,7 @@ def build(config: Any) -> Run:
     eval_rows, counts[config.data.eval_split] = load_rows(
         config, tokenizer, config.data.eval_split, config.data.eval_rows
     )
+    examples = load_examples(config, tokenizer)
     text_rows = load_text(config, tokenizer) if config.text.name else None
     step = make_train_step(
         loaded.student, loaded.teacher, terms, tx, vocab_size=tokenizer.vocab_size,
@@ -151,7 +161,7 @@ def build(config: Any) -> Run:
         init_state=fresh_state, abstract_state=sharding.with_shardings(abstract_state, placed),
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(placed, None)),
         feed=make_feed(config, source, tokenizer, loaded, mesh, train_rows, text_rows),
-        eval_batches=lambda: iter(held_out), counts=counts,
+        eval_batches=lambda: iter(held_out), examples=examples, counts=counts,
     )  # fmt: skip
 
 

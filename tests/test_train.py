@@ -70,14 +70,16 @@ def test_every_method_brings_the_student_nearer_to_the_teacher(method, data_dir,
 
 
 def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_dir, capsys):
-    config = smoke("forward_kl", data_dir, steps=3, eval_every=2, checkpoint_every=2, log_every=2, profile_steps=(2, 3))
+    options = dict(steps=3, eval_every=2, checkpoint_every=2, log_every=2)
+    config = smoke("forward_kl", data_dir, profile_steps=(2, 3), eval_prompts=5, **options)
     result = train.train(config, str(tmp_path / "run"), quiet=True)
     folder = tmp_path / "run"
     lines = metrics.read(folder)
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3]
     assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 2, 3]
     assert set(result) == {"teacher", "before", "after"}
-    assert {"cross_entropy", "forward_kl", "reverse_kl", "top1_agreement", "perplexity"} < set(result["after"])
+    assert {"forward_kl", "top1_agreement", "perplexity", "rouge_l", "own_reverse_kl"} < set(result["after"])
+    assert {"rouge_l", "own_entropy"} < set(result["teacher"]) and "own_forward_kl" not in result["teacher"]
     for name in ("losses.png", "evaluation.png", "samples.md", "table.md", "config.json", "tensorboard"):
         assert (folder / name).exists(), name
     assert list((folder / "profile").rglob("*.xplane.pb"))
@@ -97,7 +99,7 @@ def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_di
     assert train.train(config, str(folder), quiet=True) == result  # nothing is left to do: the same table again
     assert len(metrics.read(folder)) == len(lines)
 
-    other = smoke("forward_kl", data_dir, steps=3, eval_every=2, checkpoint_every=2, log_every=2, seed=7)
+    other = smoke("forward_kl", data_dir, eval_prompts=5, seed=7, **options)
     with pytest.raises(ValueError, match="belongs to another config") as error:
         train.train(other, str(folder), quiet=True)
     assert "seed: 0 there, 7 now" in str(error.value)
@@ -171,6 +173,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(method, stop_at, tmp_path, data_dir, 
         (dict(student__remat="everything"), "everything_saveable"),
         (dict(profile_steps=(2, 9)), "profile_steps=(2, 9)"),
         (dict(data__packing="row"), "none, rows, stream"),
+        (dict(eval_prompts=4, sampling__max_new_tokens=40), "do not fit into data.max_length=48"),
         (dict(loss__chunk=-5), "loss.chunk=-5 must be at least 0"),
         (dict(teacher__dtype="float3"), "teacher.dtype='float3'"),
         (dict(attention="flash"), "plain, xla, cudnn"),

@@ -6,7 +6,6 @@ Leaves in DIR table.md, results.jsonl (a line a generation seed, and one of all)
 import argparse
 import dataclasses
 import json
-import statistics
 import sys
 from functools import partial
 from pathlib import Path
@@ -65,10 +64,10 @@ class Models:
     teacher: models.Model | None
     teacher_params: Any
 
-    def collect(self, batches: Any) -> dict[str, np.ndarray]:
-        """`tokens.collect` of both."""
-        both = self.model, self.params, self.teacher, self.teacher_params
-        return tokens.collect(*both, batches, self.mesh, vocab_size=self.tokenizer.vocab_size)
+    @property
+    def both(self) -> tuple[models.Model, Any, models.Model | None, Any]:
+        """As `texts.assess` takes them."""
+        return self.model, self.params, self.teacher, self.teacher_params
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,13 +85,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     examples = texts.read_examples(
         rows, of.tokenizer, template=args.template, max_prompt_length=args.max_prompt_length, cut=True
     )
-    given = of.collect(given_batches(args, of.tokenizer, rows))
+    given = tokens.collect(
+        *of.both, given_batches(args, of.tokenizer, rows), of.mesh, vocab_size=of.tokenizer.vocab_size
+    )
     lines, written, own = [], [], []
     for seed in seeds:
-        drawn, answers, line = respond(args, of, examples, seed)
-        own.append(of.collect(texts.own_batches(drawn, args.batch_size)))
-        lines.append(line | {f"{name}, own text": value for name, value in tokens.summary(own[-1]).items()})
-        written += answers
+        line, its_texts, its_tokens = texts.assess(
+            make_sampler(args, of), of.both, examples, batch_size=args.batch_size, seed=seed, numbers=args.numbers,
+            progress=lambda it, seed=seed: metrics.tqdm(it, desc=f"seed {seed}", unit="batch"),
+        )  # fmt: skip
+        lines.append({"seed": seed} | line)
+        written += its_texts
+        own.append(its_tokens)
     found: dict[str, Any] = {"rows": len(examples), "given": tokens.summary(given), "seeds": over_seeds(lines)}
     if of.teacher is not None:
         found["by_place"] = {"given": by_place(given)} | ({"own": by_place(_joined(own))} if own else {})
@@ -168,26 +172,12 @@ def given_batches(args: argparse.Namespace, tokenizer: data.Tokenizer, rows: lis
     return metrics.tqdm(batches, desc="given text", unit="batch", total=-(-len(given) // args.batch_size))
 
 
-def respond(
-    args: argparse.Namespace, of: Models, examples: list[texts.Example], seed: int
-) -> tuple[rollouts.Rows, list[dict[str, Any]], dict[str, float]]:
-    """The model's responses with one seed: as rows, as texts with their scores, and the scores' means."""
-    sampler = rollouts.Sampler(
+def make_sampler(args: argparse.Namespace, of: Models) -> rollouts.Sampler:
+    """How the arguments say that responses are drawn."""
+    return rollouts.Sampler(
         of.mesh, of.tokenizer, args.max_prompt_length + args.max_new_tokens, args.max_new_tokens, args.temperature,
         args.top_p, args.top_k, args.no_repeat_ngram_size,
     )  # fmt: skip
-    drawn = texts.respond(
-        sampler, of.model, of.params, [example.prompt for example in examples], batch_size=args.batch_size, seed=seed,
-        progress=lambda it: metrics.tqdm(it, desc=f"seed {seed}", unit="batch"),
-    )  # fmt: skip
-    answers = sampler.text(drawn)
-    scores = texts.score([response for _, response in answers], examples, args.numbers)
-    written = [
-        {"seed": seed, "prompt": prompt, "references": example.references, "response": response} | its_scores
-        for example, (prompt, response), its_scores in zip(examples, answers, scores, strict=True)
-    ]
-    means = {name: statistics.mean(its_scores[name] for its_scores in scores) for name in scores[0]}
-    return drawn, written, {"seed": seed} | means | sampler.report(drawn)
 
 
 def main() -> None:

@@ -27,14 +27,14 @@ def by_place(values: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
 def table(found: dict[str, Any]) -> str:
     """Markdown: what the model writes, its distributions on given and own text, and how they differ along a response."""
     seeds = found["seeds"]
-    own = {name.removesuffix(", own text") for name in seeds if name.endswith(", own text")}
+    own = any(name.startswith("own_") for name in seeds)
     parts = []
     if seeds:
-        shown = [[name, f"{m:.4f} ± {d:.4f}"] for name, (m, d) in seeds.items() if not name.endswith(", own text")]
+        shown = [[name, f"{m:.4f} ± {d:.4f}"] for name, (m, d) in seeds.items() if not name.startswith("own_")]
         parts.append(metrics.table([["what it writes", f"{found['rows']} prompts"], *shown]))
     rows = [["tokens", "given text", *(("own text",) if own else ())]]
     for name, value in found["given"].items():
-        mean, deviation = seeds.get(f"{name}, own text", (0.0, 0.0))
+        mean, deviation = seeds.get(f"own_{name}", (0.0, 0.0))
         rows.append([name, f"{value:.4f}", *((f"{mean:.4f} ± {deviation:.4f}",) if own else ())])
     parts.append(metrics.table(rows))
     if len(places := found.get("by_place", {})) == 2:

@@ -1,6 +1,7 @@
 """What a model writes to prompts, and how good it is."""
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from kd_jax import data, models, rollouts
 from kd_jax.evaluate.scores import exact_match, number_match, rouge_l
-from kd_jax.evaluate.tokens import NEEDED
+from kd_jax.evaluate.tokens import NEEDED, collect, summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,39 @@ def score(texts: Sequence[str], examples: Sequence[Example], numbers: bool = Fal
         {name: measure(text, example.references) for name, measure in measures.items()}
         for text, example in zip(texts, examples, strict=True)
     ]
+
+
+def assess(
+    sampler: rollouts.Sampler, both: tuple[models.Model, Any, models.Model | None, Any], examples: Sequence[Example], *,
+    batch_size: int, seed: int, numbers: bool = False, progress: Callable[..., Any] = iter, **options: Any,
+) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, np.ndarray]]:  # fmt: skip
+    """A model answers prompts, and is measured on what it writes.
+
+    Args:
+      sampler: how responses are drawn.
+      both: the model, its parameters, the teacher or None, and the teacher's.
+      examples: prompts and references.
+      batch_size, seed, progress: as in `respond`.
+      numbers: as in `score`.
+      **options: of `tokens.collect`.
+
+    Returns:
+      The means: scores, what `Sampler.report` says, and "own_" with each name of `tokens.summary`; each text with its scores;
+      and `tokens.collect` of the texts.
+    """
+    prompts = [example.prompt for example in examples]
+    drawn = respond(sampler, *both[:2], prompts, batch_size=batch_size, seed=seed, progress=progress)
+    answers = sampler.text(drawn)
+    scores = score([response for _, response in answers], examples, numbers)
+    written = [
+        {"seed": seed, "prompt": prompt, "references": example.references, "response": response} | its_scores
+        for example, (prompt, response), its_scores in zip(examples, answers, scores, strict=True)
+    ]
+    own = collect(
+        *both, own_batches(drawn, batch_size), sampler.mesh, vocab_size=sampler.tokenizer.vocab_size, **options
+    )
+    means = {name: statistics.mean(its_scores[name] for its_scores in scores) for name in scores[0]}
+    return means | sampler.report(drawn) | {f"own_{n}": v for n, v in summary(own).items()}, written, own
 
 
 def own_batches(rows: rollouts.Rows, batch_size: int) -> Iterable[dict[str, np.ndarray]]:
