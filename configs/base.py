@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     config.tokenizer.path = ""  # a folder with tokenizer.json; empty: the teacher's, or else the student's
 
     config.data = ConfigDict()
-    config.data.name = "docstrings"  # docstrings, dolly, jsonl, text
+    config.data.name = "docstrings"  # docstrings, dolly, gsm8k, jsonl, text
     config.data.options = ConfigDict()  # keywords of that builder, such as path
     config.data.data_dir = ""  # where built datasets are kept; empty: tensorflow_datasets' default
     config.data.train_split = "train"  # split to train on

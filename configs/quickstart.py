@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 from configs import forward_kl
 
 
-def get_config() -> ConfigDict:
-    config = forward_kl.get_config("docstrings")
+def get_config(setting: str = "docstrings") -> ConfigDict:
+    config = forward_kl.get_config(setting)
     config.steps = 300
     config.data.eval_rows = 256
     return config

@@ -34,7 +34,7 @@ def docstrings(config: ConfigDict) -> None:
 
 
 def smoke(config: ConfigDict) -> None:
-    """Seconds: a few rows of two small packages, a student of a few thousand parameters. For tests."""
+    """Seconds: a few rows of two small packages, a student of 70 thousand parameters. For tests."""
     docstrings(config)
     config.steps = 2
     config.student.config = ConfigDict(

@@ -3,12 +3,14 @@
 import os
 import re
 import sys
+from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from kd_jax import train
+from kd_jax.resolve import nearest
 
 # Configs lock the keys that they declare, so that a typo is an error; only specs ({"name": ..., ...}) take new ones.
 _CONFIG = config_flags.DEFINE_config_file(
@@ -39,6 +41,10 @@ def parse(argv: list[str]) -> list[str]:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         while cause := error.__cause__ or error.__context__:  # what the config file said, under what absl made of it
             error = cause
+        if missing := re.search(r"No such file or directory: '(.*\.py)", str(error)):
+            path = Path(missing[1])
+            hint = nearest(path.stem, [file.stem for file in path.parent.glob("*.py")])
+            sys.exit(f"kd_jax: there is no config file {path}{hint}.")
         # A locked ConfigDict shows all its fields before it says which one was meant.
         sys.exit(
             "kd_jax: "

@@ -102,7 +102,9 @@ def plot(workdir: str) -> list[Path]:
             points = [(row["step"], row[name]) for row in rows if name in row]
             axes.plot(*zip(*points, strict=True), linewidth=1.2 if split == "eval" else 0.6, alpha=0.5, color="C0")
             steps, smooth = zip(*points, strict=True) if split == "eval" else _smooth(points)
-            axes.plot(steps, smooth, color="C0", marker="o" if split == "eval" else None, markersize=3)
+            axes.plot(
+                steps, smooth, color="C0", marker="o" if split == "eval" or len(points) < 20 else None, markersize=3
+            )
             axes.set(title=name.replace("_", " "), xlabel="step", yscale="log" if name == "perplexity" else "linear")
             axes.grid(alpha=0.3)
         for axes in figure.axes[len(names) :]:

@@ -128,7 +128,9 @@ def look_up(
     unknown = [keyword for keyword in keywords if keyword not in options]
     if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters):
         where = f"in the spec {_show(spec)}{nearest(unknown[0], options)}"
-        raise ValueError(f"unknown keyword {unknown[0]!r} {where}; {name} takes {', '.join(options) or 'no keywords'}.")
+        takes = f"{name} takes {', '.join(options) or 'no keywords'}"
+        hint = "" if isinstance(spec, str) else f"; the name as a call, '{name}()', leaves out what stands beside it"
+        raise ValueError(f"unknown keyword {unknown[0]!r} {where}; {takes}{hint}.")
     missing = [o for o, default in options.items() if default is inspect.Parameter.empty and o not in keywords]
     if missing:
         raise ValueError(f"the spec {_show(spec)} lacks {', '.join(missing)}, for which {name} has no default.")

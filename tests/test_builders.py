@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kd_jax import data
-from kd_jax.data import docstrings, dolly, jsonl
+from kd_jax.data import docstrings, dolly, download, gsm8k, jsonl
 
 ADD = '''
 def add(a, b):
@@ -213,7 +213,7 @@ def test_errors_of_files_splits_and_names(tmp_path):
     with pytest.raises(ValueError, match="has no split 'test'; it has train, validation"):
         load(split="test", path=str(empty))
     with pytest.raises(
-        ValueError, match=r"no dataset 'jsnol' \(did you mean 'jsonl'\?\); known: docstrings, dolly, jsonl, text"
+        ValueError, match=r"no dataset 'jsnol' \(did you mean 'jsonl'\?\); known: docstrings, dolly, gsm8k, jsonl, text"
     ):
         load("jsnol")
     with pytest.raises(ValueError, match=r"no option 'prompt_feild' \(did you mean 'prompt_field'\?\)"):
@@ -279,7 +279,7 @@ def test_dolly_is_downloaded_once_and_only_the_known_file(tmp_path, monkeypatch,
     with pytest.raises(ValueError, match="hashes to"):
         load()
     assert not [path for path in (tmp_path / ".cache").rglob("*") if path.is_file()]
-    monkeypatch.setattr(dolly, "SHA256", dolly._sha256(file))
+    monkeypatch.setattr(dolly, "SHA256", download.sha256_of(file))
     assert load()[0]["prompt"] == "i"
     file.unlink()
     assert load()[0]["prompt"] == "i"
@@ -287,6 +287,29 @@ def test_dolly_is_downloaded_once_and_only_the_known_file(tmp_path, monkeypatch,
     cached.write_text("{}")
     with pytest.raises(ValueError, match="delete it to download it again"):
         load()
+
+
+def test_gsm8k_splits_and_downloads(tmp_path, monkeypatch, server):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, count in (("train", 300), ("test", 7)):
+        rows = [{"question": f"{name} {i}?", "answer": f"So\n#### {i}"} for i in range(count)]
+        write_lines(tmp_path / "web" / f"{name}.jsonl", rows)
+    load = lambda folder, **options: {
+        s: {row["prompt"] for row in data.load("gsm8k", split=s, data_dir=str(tmp_path / folder), **options)}
+        for s in ("train", "validation", "test")
+    }
+    local = load("local", path=str(tmp_path / "web"))
+    assert (
+        len(local["train"] | local["validation"]) == 300
+        and 1 <= len(local["validation"]) <= 25
+        and len(local["test"]) == 7
+    )
+    monkeypatch.setattr(gsm8k, "URL", server + "/{}.jsonl")
+    with pytest.raises(ValueError, match="hashes to"):
+        load("web")
+    known = {name: download.sha256_of(tmp_path / "web" / f"{name}.jsonl") for name in gsm8k.SHA256}
+    monkeypatch.setattr(gsm8k, "SHA256", known)
+    assert load("web") == local
 
 
 def test_two_processes_may_build_at_once(tmp_path, monkeypatch):

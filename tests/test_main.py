@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
         (["--config=configs/forward_kl.py:smoke", "--config.objective.temprature=2"], "temperature"),
         (["--config=configs/forward_kl.py:smoke", "--config.steps=many"], "many"),
         (["--config=configs/forward_kl.py:smok"], "smoke"),
-        (["--config=configs/forward_lk.py"], "forward_lk.py"),
+        (["--config=configs/forward_lk.py"], "no config file configs/forward_lk.py (did you mean 'forward_kl'?)"),
         (["--config=configs/forward_kl.py:smoke", "--config.mesh.data=3"], "multiply to 1"),
         ([], "config"),
     ],

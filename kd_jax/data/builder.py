@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from kd_jax.data import docstrings, dolly, jsonl, text
+from kd_jax.data import docstrings, dolly, gsm8k, jsonl, text
 from kd_jax.resolve import nearest
 
 Row = Mapping[str, str]
@@ -18,6 +18,7 @@ FIELDS = ("name", "prompt", "context", "response")
 SOURCES: dict[str, Callable[..., tuple[str, Mapping[str, Callable[[], Iterable[Row]]]]]] = {
     "docstrings": docstrings.source,
     "dolly": dolly.source,
+    "gsm8k": gsm8k.source,
     "jsonl": jsonl.source,
     "text": text.source,
 }
@@ -83,7 +84,7 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
     dataset nor an outdated one is read.
 
     Args:
-      name: docstrings, dolly, jsonl or text.
+      name: docstrings, dolly, gsm8k, jsonl or text.
       split: train, validation or test, as far as the dataset has them.
       data_dir: where built datasets are kept; None: tensorflow_datasets' default.
       **options: keywords of that dataset's `source`.

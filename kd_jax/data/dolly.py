@@ -1,12 +1,9 @@
 """databricks-dolly-15k: 15,011 instructions and responses (CC BY-SA 3.0), the papers' training set."""
 
-import hashlib
-import os
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from kd_jax.data import jsonl
+from kd_jax.data import download, jsonl
 
 # A revision, whose bytes cannot change, and what they hash to.
 URL = (
@@ -28,42 +25,10 @@ def source(path: str = "") -> tuple[str, dict[str, Callable[[], Iterable[dict[st
       ValueError: a file that does not exist, or a download with another checksum.
       ConnectionError: no download.
     """
-    file = Path(path).expanduser() if path else _download()
+    file = Path(path).expanduser() if path else download.fetch(URL, SHA256)
 
     def rows(low: float, high: float) -> Iterator[dict[str, str]]:
         return (row for row in jsonl.read(file, FIELDS) if low <= jsonl.fraction(row["prompt"]) < high)
 
     bounds = {"train": (0.06, 1.0), "validation": (0.0, 0.03), "test": (0.03, 0.06)}
     return jsonl.digest([file], "dolly"), {split: lambda b=b: rows(*b) for split, b in bounds.items()}
-
-
-def _download() -> Path:
-    target = Path("~/.cache/kd_jax/databricks-dolly-15k.jsonl").expanduser()
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(
-            f".{os.getpid()}"
-        )  # renamed when it is whole and right, so that two may download at once
-        try:
-            urllib.request.urlretrieve(URL, partial)
-            found = _sha256(partial)
-            if found != SHA256:
-                raise ValueError(
-                    f"dolly: the file from {URL} hashes to {found}, not to {SHA256}; it was cut off or replaced."
-                )
-            partial.rename(target)
-        except OSError as error:
-            raise ConnectionError(
-                f"dolly: {URL} could not be downloaded ({error}). Download it elsewhere, and name the file in "
-                f"data.options.path."
-            ) from error
-        finally:
-            partial.unlink(missing_ok=True)
-    if _sha256(target) != SHA256:
-        raise ValueError(f"{target} does not hash to {SHA256} (any more); delete it to download it again.")
-    return target
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

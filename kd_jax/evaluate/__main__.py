@@ -29,9 +29,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="a Hugging Face folder, a work directory of a finished run, or package:NAME")
     add("--teacher", default="", help="the same, to compare with; empty: nothing is compared")
-    add("--data", required=True, help="a dataset's name (docstrings, dolly) or a file of JSON lines")
+    add("--data", required=True, help="a dataset's name (docstrings, dolly, gsm8k) or a file of JSON lines")
     add("--out", required=True, help="a new folder for the results")
     add("--split", default="test", help="of a named dataset")
+    add(
+        "--data_path", default="", help="of a named dataset that would otherwise be downloaded: its file or folder here"
+    )
     add("--data_dir", default="", help="where built datasets are; empty: tensorflow_datasets' default")
     add("--rows", type=int, default=0, help="the first so many; 0: all")
     add("--prompt_field", default="prompt", help="of a file")
@@ -152,7 +155,8 @@ def read_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows = [{"context": ""} | row for row in jsonl.read(path, fields, several=("references",))]
         rows = [row | {"references": [r] if isinstance(r := row["references"], str) else r} for row in rows]
     else:
-        source = data.load(args.data, split=args.split, data_dir=args.data_dir or None)
+        options = {"path": args.data_path} if args.data_path else {}
+        source = data.load(args.data, split=args.split, data_dir=args.data_dir or None, **options)
         rows = [row | {"references": [row["response"]]} for row in source]
     return rows[: args.rows] if args.rows else rows
 

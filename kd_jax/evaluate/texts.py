@@ -103,7 +103,8 @@ def assess(
         *both, own_batches(drawn, batch_size), sampler.mesh, vocab_size=sampler.tokenizer.vocab_size, **options
     )
     means = {name: statistics.mean(its_scores[name] for its_scores in scores) for name in scores[0]}
-    return means | sampler.report(drawn) | {f"own_{n}": v for n, v in summary(own).items()}, written, own
+    report = {name: value for name, value in sampler.report(drawn).items() if name != "entropy"}  # own_entropy is exact
+    return means | report | {f"own_{n}": v for n, v in summary(own).items()}, written, own
 
 
 def own_batches(rows: rollouts.Rows, batch_size: int) -> Iterable[dict[str, np.ndarray]]:
