@@ -34,8 +34,10 @@ def table(found: dict[str, Any]) -> str:
         parts.append(metrics.table([["what it writes", f"{found['rows']} prompts"], *shown]))
     rows = [["tokens", "given text", *(("own text",) if own else ())]]
     for name, value in found["given"].items():
-        mean, deviation = seeds.get(f"own_{name}", (0.0, 0.0))
-        rows.append([name, f"{value:.4f}", *((f"{mean:.4f} ± {deviation:.4f}",) if own else ())])
+        mean, deviation = seeds.get(f"own_{name}", (None, None))
+        rows.append(
+            [name, f"{value:.4f}", *(("" if mean is None else f"{mean:.4f} ± {deviation:.4f}",) if own else ())]
+        )
     parts.append(metrics.table(rows))
     if len(places := found.get("by_place", {})) == 2:
         number = lambda value: "" if value is None else f"{value:.4f}"

@@ -13,6 +13,9 @@ from kd_jax import data, models, rollouts
 from kd_jax.evaluate.scores import exact_match, number_match, rouge_l
 from kd_jax.evaluate.tokens import NEEDED, collect, summary
 
+# What is no comparison with a given text: a model's own tokens are drawn from it.
+OF_OWN_TEXT = ("entropy", "forward_kl", "reverse_kl", "total_variation", "top1_agreement")
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -88,8 +91,8 @@ def assess(
       **options: of `tokens.collect`.
 
     Returns:
-      The means: scores, what `Sampler.report` says, and "own_" with each name of `tokens.summary`; each text with its scores;
-      and `tokens.collect` of the texts.
+      The means: scores, what `Sampler.report` says, and "own_" with each name of `OF_OWN_TEXT`; each text with its scores; and
+      `tokens.collect` of the texts.
     """
     prompts = [example.prompt for example in examples]
     drawn = respond(sampler, *both[:2], prompts, batch_size=batch_size, seed=seed, progress=progress)
@@ -104,7 +107,7 @@ def assess(
     )
     means = {name: statistics.mean(its_scores[name] for its_scores in scores) for name in scores[0]}
     report = {name: value for name, value in sampler.report(drawn).items() if name != "entropy"}  # own_entropy is exact
-    return means | report | {f"own_{n}": v for n, v in summary(own).items()}, written, own
+    return means | report | {f"own_{n}": v for n, v in summary(own).items() if n in OF_OWN_TEXT}, written, own
 
 
 def own_batches(rows: rollouts.Rows, batch_size: int) -> Iterable[dict[str, np.ndarray]]:
