@@ -13,10 +13,10 @@ from kd_jax import train
 from kd_jax.resolve import nearest
 
 # Configs lock the keys that they declare, so that a typo is an error; only specs ({"name": ..., ...}) take new ones.
-_CONFIG = config_flags.DEFINE_config_file(
+CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file, and after a colon its setting.", lock_config=False, accept_new_attributes=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where metrics, checkpoints, plots and the student go.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where metrics, checkpoints, plots and the student go.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -24,19 +24,24 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # what orbax and tfds log at every step of theirs would bury the progress bar
     if len(argv) > 1:
         sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --config.steps=100.")
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/kd_jax/xla"))
+    use_cache()
     try:
-        train.train(_CONFIG.value, str(_WORKDIR.value))
+        train.train(CONFIG.value, str(WORKDIR.value))
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"kd_jax: {error}")
+
+
+def use_cache() -> None:
+    """Compiled programs are kept for the next run, unless JAX is told where already."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/kd_jax/xla"))
 
 
 def parse(argv: list[str]) -> list[str]:
     """The flags; whatever is wrong with them is one paragraph, without a traceback."""
     try:
         rest = flags.FLAGS(argv)
-        _CONFIG.value.keys()  # a config file that is not there is found out by the first reading
+        CONFIG.value.keys()  # a config file that is not there is found out by the first reading
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         while cause := error.__cause__ or error.__context__:  # what the config file said, under what absl made of it

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"main"},
+    {"ablate"},
+    {"main", "ablation_plots"},
     {"train"},
     {"setup_rows", "results"},
     {"evaluate"},
@@ -27,7 +28,7 @@ HOMES = {
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},
-    "absl": {"main"},
+    "absl": {"main", "ablate"},
     "ml_collections": {"main"},
 }
 FILES = sorted((ROOT / "kd_jax").rglob("*.py"))

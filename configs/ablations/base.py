@@ -1,0 +1,38 @@
+"""What an ablation is: a config, axes of overrides that are crossed, and seeds."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def ablation(base: ConfigDict, axes: dict[str, tuple[str, tuple[Any, ...]]], **changes: Any) -> ConfigDict:
+    """A config of `python -m kd_jax.ablate`, locked.
+
+    Args:
+      base: of every run.
+      axes: label -> (key of the base, values): runs are the product of all.
+      **changes: of seeds and metrics.
+    """
+    values = {
+        "seeds": (0, 1, 2),  # of each point
+        "metrics": (
+            "forward_kl",
+            "reverse_kl",
+            "own_reverse_kl",
+            "rouge_l",
+        ),  # columns of the table, as in table.md of a run
+    }
+    if unknown := changes.keys() - values.keys():
+        raise KeyError(f"an ablation has no key {sorted(unknown)}; it has {', '.join(values)}.")
+    config = ConfigDict(values | changes)
+    config.axes = tuple((label, key, tuple(points)) for label, (key, points) in axes.items())
+    config.base = base
+    return config.lock()
+
+
+def short(config: ConfigDict) -> ConfigDict:
+    """A base whose runs take a minute on two CPU cores, and answer prompts at the end."""
+    config.steps = min(config.steps, 100)
+    config.eval_every = config.checkpoint_every = max(1, config.steps // 4)
+    config.eval_prompts = 64 if config.steps > 10 else 8
+    return config

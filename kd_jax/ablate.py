@@ -1,0 +1,116 @@
+"""python -m kd_jax.ablate --config=configs/ablations/NAME.py[:SETTING] --workdir=DIR [--shard=I/N] [--config.KEY=VALUE ...]
+
+Runs every point of a grid with every seed, but what is done already, and leaves in DIR a folder for each run, results.jsonl,
+table.md and plots. A run that fails leaves its error and does not stop the others; the next call tries it again.
+"""
+
+import copy
+import itertools
+import json
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+
+from kd_jax import ablation_plots, checkpoint, main, metrics, train
+
+Point = dict[str, Any]  # an axis's label -> its value
+_SHARD = flags.DEFINE_string(
+    "shard", "0/1", "I/N: of all runs every N-th from the I-th on, for N processes beside each other."
+)
+
+
+def run(config: Any, workdir: str, shard: tuple[int, int] = (0, 1)) -> str:
+    """Does what is left to do of an ablation, and returns the table of what is done.
+
+    Args:
+      config: as from `configs.ablations.base.ablation`.
+      workdir: of the ablation; a run's own is a folder in it.
+      shard: (i, n): of all runs, in their order, every n-th from the i-th on.
+
+    Raises:
+      ValueError: an axis whose key the base does not have, a shard out of range, or a directory of another ablation.
+    """
+    part, parts = shard
+    if not 0 <= part < parts:
+        raise ValueError(f"--shard={part}/{parts} must be I/N with 0 <= I < N.")
+    for label, key, values in config.axes:
+        if not values:
+            raise ValueError(f"the axis {label!r} ({key}) has no values.")
+    jobs = [(point, seed) for point in points(config) for seed in config.seeds]
+    configs = [configured(config, point, seed) for point, seed in jobs]  # whatever is wrong with a key is told now
+    resolved = config.to_dict()
+    train.check_workdir(workdir, resolved)
+    checkpoint.write_config(workdir, resolved)
+    folders = [Path(workdir) / name_of(point, seed) for point, seed in jobs]
+    for folder, its_config in list(zip(folders, configs, strict=True))[part::parts]:
+        run_one(its_config, folder)
+    done = [
+        {"point": point, "seed": seed, "folder": folder.name} | json.loads((folder / "result.json").read_text())
+        for (point, seed), folder in zip(jobs, folders, strict=True)
+        if (folder / "result.json").exists()
+    ]
+    failed = [folder.name for folder in folders if (folder / "error.txt").exists()]
+    return ablation_plots.write(config, done, failed, Path(workdir))
+
+
+def points(config: Any) -> list[Point]:
+    """The product of the axes."""
+    labels = [label for label, _, _ in config.axes]
+    return [dict(zip(labels, chosen, strict=True)) for chosen in itertools.product(*(v for _, _, v in config.axes))]
+
+
+def configured(config: Any, point: Point, seed: int) -> Any:
+    """The base with a point's overrides and its seed."""
+    its_own = copy.deepcopy(config.base)
+    for label, key, _ in config.axes:
+        try:
+            its_own.update_from_flattened_dict({key: point[label]})
+        except (KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"the axis {label!r}: {key}={point[label]!r} does not fit the base ({error}).") from error
+    its_own.seed = seed
+    return its_own
+
+
+def name_of(point: Point, seed: int) -> str:
+    """A folder's name: alpha=0.2,beta=0.7,seed=0."""
+    pairs = [*point.items(), ("seed", seed)]
+    return re.sub(r"[^\w=.,()-]+", "", ",".join(f"{label}={value}" for label, value in pairs))
+
+
+def run_one(config: Any, folder: Path) -> None:
+    """One run, unless its result is there; an error goes into its folder."""
+    if (folder / "result.json").exists():
+        return
+    metrics.tqdm.write(f"=== {folder.name}")
+    error = folder / "error.txt"
+    try:
+        result = train.train(config, str(folder / "run"), quiet=True)
+    except Exception:  # whatever it is, the others go on
+        folder.mkdir(parents=True, exist_ok=True)
+        error.write_text(traceback.format_exc())
+        metrics.tqdm.write(f"failed: {traceback.format_exc(limit=0).strip()}")
+        return
+    error.unlink(missing_ok=True)
+    partial = folder / "result.json.partial"
+    partial.write_text(json.dumps(result))
+    partial.replace(folder / "result.json")
+
+
+def _main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.ERROR)
+    main.use_cache()
+    try:
+        part, _, parts = _SHARD.value.partition("/")
+        if not (part.isdigit() and parts.isdigit()):
+            raise ValueError(f"--shard={_SHARD.value!r} must be I/N, such as 0/2.")
+        print(run(main.CONFIG.value, str(main.WORKDIR.value), (int(part), int(parts))))
+    except (ValueError, OSError) as error:
+        sys.exit(f"kd_jax.ablate: {error}")
+
+
+if __name__ == "__main__":
+    app.run(_main, flags_parser=main.parse)
