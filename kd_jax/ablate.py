@@ -35,11 +35,12 @@ def run(config: Any, workdir: str, shard: tuple[int, int] = (0, 1)) -> str:
       ValueError: an axis whose key the base does not have, a shard out of range, or a directory of another ablation.
     """
     part, parts = shard
+    axes = axes_of(config)
     if not 0 <= part < parts:
         raise ValueError(f"--shard={part}/{parts} must be I/N with 0 <= I < N.")
-    for label, key, values in config.axes:
+    for label, values in axes.items():
         if not values:
-            raise ValueError(f"the axis {label!r} ({key}) has no values.")
+            raise ValueError(f"the axis {label!r} has no values.")
     jobs = [(point, seed) for point in points(config) for seed in config.seeds]
     configs = [configured(config, point, seed) for point, seed in jobs]  # whatever is wrong with a key is told now
     resolved = config.to_dict()
@@ -54,23 +55,32 @@ def run(config: Any, workdir: str, shard: tuple[int, int] = (0, 1)) -> str:
         if (folder / "result.json").exists()
     ]
     failed = [folder.name for folder in folders if (folder / "error.txt").exists()]
-    return ablation_plots.write(config, done, failed, Path(workdir))
+    return ablation_plots.write(axes, list(config.metrics), done, failed, Path(workdir))
+
+
+def axes_of(config: Any) -> dict[str, tuple[Any, ...]]:
+    """Label -> values, the bases first if there are several."""
+    bases = {config.label: tuple(config.base)} if config.several else {}
+    return bases | {label: tuple(values) for label, _, values in config.axes}
 
 
 def points(config: Any) -> list[Point]:
     """The product of the axes."""
-    labels = [label for label, _, _ in config.axes]
-    return [dict(zip(labels, chosen, strict=True)) for chosen in itertools.product(*(v for _, _, v in config.axes))]
+    axes = axes_of(config)
+    return [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
 
 
 def configured(config: Any, point: Point, seed: int) -> Any:
     """The base with a point's overrides and its seed."""
-    its_own = copy.deepcopy(config.base)
+    its_own = copy.deepcopy(config.base[point[config.label]] if config.several else config.base)
     for label, key, _ in config.axes:
+        value = point[label]
+        changes = {key: value} if isinstance(key, str) else dict(zip(key, value, strict=True))
         try:
-            its_own.update_from_flattened_dict({key: point[label]})
+            its_own.update_from_flattened_dict(changes)
         except (KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"the axis {label!r}: {key}={point[label]!r} does not fit the base ({error}).") from error
+            text = ", ".join(f"{name}={its!r}" for name, its in changes.items())
+            raise ValueError(f"the axis {label!r}: {text} does not fit the base ({error}).") from error
     its_own.seed = seed
     return its_own
 

@@ -12,16 +12,19 @@ from kd_jax import metrics
 HIGHER = ("rouge_l", "exact_match", "accuracy", "top1_agreement", "finished")  # is better; of all else the lower
 
 
-def write(config: Any, done: list[dict[str, Any]], failed: list[str], folder: Path) -> str:
+def write(
+    axes: dict[str, tuple[Any, ...]], columns: list[str], done: list[dict[str, Any]], failed: list[str], folder: Path
+) -> str:
     """Leaves results.jsonl, table.md, bars.png, curves.png and, of two axes of numbers, heatmap.png; returns the table.
 
     Args:
-      config: of the ablation.
+      axes: label -> values.
+      columns: of the table, names of numbers.
       done: {"point", "seed", "before", "after"} of each finished run.
       failed: names of the runs that failed.
       folder: of the ablation.
     """
-    names = [name for name in config.metrics if any(name in line["after"] for line in done)]
+    names = [name for name in columns if any(name in line["after"] for line in done)]
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in done), encoding="utf-8")
     text = table(done, names)
     if failed:
@@ -30,9 +33,8 @@ def write(config: Any, done: list[dict[str, Any]], failed: list[str], folder: Pa
     if done and names:
         _bars(done, names, folder / "bars.png")
         _curves(done, names, folder)
-        axes = [(label, values) for label, _, values in config.axes]
-        if len(axes) == 2 and all(isinstance(value, int | float) for _, values in axes for value in values):
-            _heatmap(done, names, axes, folder / "heatmap.png")
+        if len(axes) == 2 and all(isinstance(value, int | float) for values in axes.values() for value in values):
+            _heatmap(done, names, list(axes.items()), folder / "heatmap.png")
     return text
 
 

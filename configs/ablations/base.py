@@ -5,13 +5,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 
-def ablation(base: ConfigDict, axes: dict[str, tuple[str, tuple[Any, ...]]], **changes: Any) -> ConfigDict:
+def ablation(
+    base: ConfigDict | dict[str, ConfigDict], axes: dict[str, tuple[Any, tuple[Any, ...]]], **changes: Any
+) -> ConfigDict:
     """A config of `python -m kd_jax.ablate`, locked.
 
     Args:
-      base: of every run.
-      axes: label -> (key of the base, values): runs are the product of all.
-      **changes: of seeds and metrics.
+      base: of every run; or several by name, such as methods, which then are the first axis.
+      axes: label -> (key of the base, values): runs are the product of all. In place of a key there may be a tuple of keys, each
+        value then being a tuple of one value for each: a list of combinations instead of a grid.
+      **changes: of seeds, metrics and the label of several bases.
     """
     values = {
         "seeds": (0, 1, 2),  # of each point
@@ -21,18 +24,20 @@ def ablation(base: ConfigDict, axes: dict[str, tuple[str, tuple[Any, ...]]], **c
             "own_reverse_kl",
             "rouge_l",
         ),  # columns of the table, as in table.md of a run
+        "label": "method",  # how the axis of several bases is called
     }
     if unknown := changes.keys() - values.keys():
         raise KeyError(f"an ablation has no key {sorted(unknown)}; it has {', '.join(values)}.")
     config = ConfigDict(values | changes)
     config.axes = tuple((label, key, tuple(points)) for label, (key, points) in axes.items())
-    config.base = base
+    config.several = isinstance(base, dict)
+    config.base = ConfigDict(base) if isinstance(base, dict) else base
     return config.lock()
 
 
-def short(config: ConfigDict) -> ConfigDict:
+def short(config: ConfigDict, steps: int = 100) -> ConfigDict:
     """A base whose runs take a minute on two CPU cores, and answer prompts at the end."""
-    config.steps = min(config.steps, 100)
+    config.steps = min(config.steps, steps)
     config.eval_every = config.checkpoint_every = max(1, config.steps // 4)
     config.eval_prompts = 64 if config.steps > 10 else 8
     return config

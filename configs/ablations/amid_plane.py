@@ -1,0 +1,18 @@
+"""AMiD's plane: the assistant's alpha (-1 the arithmetic, 1 the geometric mean) against the teacher's weight in it.
+
+python -m kd_jax.ablate --config=configs/ablations/amid_plane.py --workdir=runs/amid_plane
+"""
+
+from ml_collections import ConfigDict
+
+from configs import amid
+from configs.ablations import base
+
+
+def get_config(setting: str = "docstrings") -> ConfigDict:
+    config = base.short(amid.get_config(setting), steps=60)
+    axes = {
+        "alpha": ("objective.terms.distil.assistant.alpha", (-5.0, -3.0, -1.0, 1.0)),
+        "weight": ("objective.terms.distil.weight", (0.1, 0.3, 0.5, 0.9)),
+    }
+    return base.ablation(config, axes, seeds=(0,))

@@ -1,0 +1,24 @@
+"""TAID's t, the teacher's weight in KL(r || q): adaptive as published, and with an alpha that matters in so few steps; linear
+between the same ends; constant; and 1, which is KL(p || q).
+
+python -m kd_jax.ablate --config=configs/ablations/schedules.py --workdir=runs/schedules
+"""
+
+from ml_collections import ConfigDict
+
+from configs import taid
+from configs.ablations import base
+
+
+def get_config(setting: str = "docstrings") -> ConfigDict:
+    config = base.short(taid.get_config(setting))
+    steps = config.steps
+    names = (
+        f"taid(start=0.4, end=1.0, alpha=0.0005, beta=0.99, total_steps={steps})",
+        f"taid(start=0.4, end=1.0, alpha=0.05, beta=0.99, total_steps={steps})",
+        f"linear_schedule(init_value=0.4, end_value=1.0, transition_steps={steps})",
+        f"cosine_decay_schedule(init_value=1.0, decay_steps={steps}, alpha=0.4)",
+        "constant_schedule(value=0.7)",
+        "constant_schedule(value=1.0)",
+    )
+    return base.ablation(config, {"weight": ("objective.terms.distil.weight.name", names)})
