@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from kd_jax import ablation_plots, checkpoint, main, metrics, train
+from kd_jax import checkpoint, comparison, main, metrics, plots, report, train
 
 Point = dict[str, Any]  # an axis's label -> its value
 _SHARD = flags.DEFINE_string(
@@ -35,7 +35,7 @@ def run(config: Any, workdir: str, shard: tuple[int, int] = (0, 1)) -> str:
       ValueError: an axis whose key the base does not have, a shard out of range, or a directory of another ablation.
     """
     part, parts = shard
-    axes = axes_of(config)
+    axes = comparison.axes_of(config)
     if not 0 <= part < parts:
         raise ValueError(f"--shard={part}/{parts} must be I/N with 0 <= I < N.")
     for label, values in axes.items():
@@ -55,18 +55,12 @@ def run(config: Any, workdir: str, shard: tuple[int, int] = (0, 1)) -> str:
         if (folder / "result.json").exists()
     ]
     failed = [folder.name for folder in folders if (folder / "error.txt").exists()]
-    return ablation_plots.write(axes, list(config.metrics), done, failed, Path(workdir))
-
-
-def axes_of(config: Any) -> dict[str, tuple[Any, ...]]:
-    """Label -> values, the bases first if there are several."""
-    bases = {config.label: tuple(config.base)} if config.several else {}
-    return bases | {label: tuple(values) for label, _, values in config.axes}
+    return write(config, done, failed, Path(workdir))
 
 
 def points(config: Any) -> list[Point]:
     """The product of the axes."""
-    axes = axes_of(config)
+    axes = comparison.axes_of(config)
     return [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
 
 
@@ -108,6 +102,21 @@ def run_one(config: Any, folder: Path) -> None:
     partial = folder / "result.json.partial"
     partial.write_text(json.dumps(result))
     partial.replace(folder / "result.json")
+
+
+def write(config: Any, done: list[dict[str, Any]], failed: list[str], folder: Path) -> str:
+    """Leaves results.jsonl, table.md and the charts of the runs that are done; returns the table."""
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in done), encoding="utf-8")
+    text = comparison.table(done, config.metrics)
+    if failed:
+        text += "\n\nFailed, with the reason in error.txt of their folders: " + "; ".join(failed)
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    workdirs = [folder / line["folder"] / "run" for line in done]
+    for chart in comparison.charts(comparison.axes_of(config), config.metrics, done, workdirs):
+        plots.save(chart, folder)
+    report.write_environment(folder)
+    report.write([folder])
+    return text
 
 
 def _main(argv: list[str]) -> None:

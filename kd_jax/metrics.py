@@ -1,12 +1,10 @@
-"""What a run shows: metrics.jsonl, TensorBoard, a progress bar, tables, and plots of the curves."""
+"""What a run shows: metrics.jsonl, TensorBoard, a progress bar, and tables."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -75,52 +73,3 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
     rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
     return "\n".join([line(rows[0]), rule, *(line(row) for row in rows[1:])])
-
-
-def plot(workdir: str) -> list[Path]:
-    """Draws the curves of metrics.jsonl: losses.png (training), evaluation.png (held-out rows) and sampling.png (what was drawn).
-
-    Weights and coefficients are drawn where they change.
-
-    Returns:
-      The files written.
-    """
-    import matplotlib.figure  # slow to import, and only needed once
-
-    lines = read(workdir)
-    written = []
-    for split, file in (("train", "losses.png"), ("eval", "evaluation.png"), ("samples", "sampling.png")):
-        rows = [line for line in lines if line["split"] == split]
-        names = dict.fromkeys(name for row in rows for name in row if name not in ("step", "split"))
-        names = [n for n in names if not _is_setting(n) or len({row[n] for row in rows if n in row}) > 1]
-        if not names:
-            continue
-        columns = min(3, len(names))
-        height = math.ceil(len(names) / columns)
-        figure = matplotlib.figure.Figure(figsize=(4.2 * columns, 3.0 * height), layout="constrained")
-        for name, axes in zip(names, np.ravel(figure.subplots(height, columns, squeeze=False)), strict=False):
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axes.plot(*zip(*points, strict=True), linewidth=1.2 if split == "eval" else 0.6, alpha=0.5, color="C0")
-            steps, smooth = zip(*points, strict=True) if split == "eval" else _smooth(points)
-            axes.plot(
-                steps, smooth, color="C0", marker="o" if split == "eval" or len(points) < 20 else None, markersize=3
-            )
-            axes.set(title=name.replace("_", " "), xlabel="step", yscale="log" if name == "perplexity" else "linear")
-            axes.grid(alpha=0.3)
-        for axes in figure.axes[len(names) :]:
-            axes.set_visible(False)
-        written.append(Path(workdir) / file)
-        figure.savefig(written[-1], dpi=120)
-    return written
-
-
-def _is_setting(name: str) -> bool:
-    return name.endswith(("/coefficient", "/weight"))
-
-
-def _smooth(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    """A running mean over a fiftieth of the curve."""
-    steps, values = zip(*points, strict=True)
-    window = max(1, len(values) // 50)
-    kernel = np.ones(window) / window
-    return list(steps[window - 1 :]), list(np.convolve(values, kernel, mode="valid"))

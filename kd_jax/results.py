@@ -1,14 +1,25 @@
-"""What a finished run leaves: a table, plots, samples side by side, and the student as a Hugging Face folder."""
+"""What a run leaves: texts of before and after, a table, plots, a page, and the student as a Hugging Face folder."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
-from kd_jax import data, evaluate, metrics, models
+import jax
+
+from kd_jax import evaluate, metrics, models, plots, report, rollouts
+
+BEFORE, AFTER = "generations_before.jsonl", "generations.jsonl"
+TITLES = {"before": "student before", "after": "student after"}
 
 
-def finish(run: Any, params: Any, workdir: str) -> dict[str, dict[str, float]]:
-    """Leaves a run's table, plots, samples and student in its work directory, and prints them.
+def begin(run: Any, params: Any, workdir: str) -> None:
+    """Leaves what the student writes before its first step, for `finish` to show beside what it writes after the last."""
+    _write_lines(Path(workdir) / BEFORE, _answers(run, run.models.student, params)[0])
+
+
+def finish(run: Any, params: Any, workdir: str) -> dict[str, Any]:
+    """Leaves a run's table, plots, samples, page and student in its work directory, and prints them.
 
     Args:
       run: a `train.Run`.
@@ -16,52 +27,92 @@ def finish(run: Any, params: Any, workdir: str) -> dict[str, dict[str, float]]:
       workdir: of the run, with its metrics.
 
     Returns:
-      {"teacher": ..., "before": ..., "after": ...}, each what `Run.evaluate` returns.
+      {"teacher": ..., "before": ..., "after": ...}, each what `Run.evaluate` returns; and with a teacher "by_place", where along
+      the response the student is how far from it.
     """
-    lines = [line for line in metrics.read(workdir) if line["split"] == "eval"]
-    result = {"before": lines[0], "after": lines[-1]}
+    folder = Path(workdir)
+    lines = [_numbers(line) for line in metrics.read(workdir) if line["split"] == "eval"]
+    result: dict[str, Any] = {"before": lines[0], "after": lines[-1]}
+    written, own = _answers(run, run.models.student, params)
+    texts = {"before": _read_lines(folder / BEFORE), "after": written}
     if run.models.teacher is not None:
         result = {"teacher": run.evaluate_teacher()} | result
-    folder = Path(workdir)
-    (folder / "table.md").write_text(result_table(result) + "\n")
-    (folder / "samples.md").write_text(_samples(run, params))
-    plots = metrics.plot(workdir)
+        texts = {"teacher": _answers(run, run.models.teacher, run.models.teacher_params, alone=True)[0]} | texts
+        places = {"given": evaluate.by_place(_first_batch(run, params)), "own": evaluate.by_place(own)}
+        result["by_place"] = {"places": evaluate.PLACES, **places}
     export = folder / "student"
     if not export.exists():
         models.save_pretrained(export, run.models.student, params, run.tokenizer)
-    metrics.tqdm.write((folder / "samples.md").read_text())
-    metrics.tqdm.write(result_table(result))
-    metrics.tqdm.write("wrote " + ", ".join(str(path) for path in [*plots, folder / "samples.md", export]))
-    return {who: {k: v for k, v in values.items() if k not in ("step", "split")} for who, values in result.items()}
+    if jax.process_index() == 0:
+        _write(folder, result, texts)
+        metrics.tqdm.write((folder / "samples.md").read_text(encoding="utf-8"))
+        metrics.tqdm.write((folder / "table.md").read_text(encoding="utf-8"))
+        metrics.tqdm.write(f"wrote {folder / 'report.html'} and {export}")
+    return result
 
 
 def result_table(result: dict[str, dict[str, float]]) -> str:
     """teacher / student before / student after, a row a metric."""
-    names = [n for n in result["after"] if n not in ("step", "split")]
-    title = {"before": "student before", "after": "student after"}
-    rows = [["held-out rows", *(title.get(who, who) for who in result)]]
-    for name in names:
-        rows.append([name, *(f"{values[name]:.4f}" if name in values else "" for values in result.values())])
+    shown = {who: values for who, values in result.items() if who in ("teacher", *TITLES)}
+    rows = [["held-out rows", *(TITLES.get(who, who) for who in shown)]]
+    for name in result["after"]:
+        rows.append([name, *(f"{values[name]:.4f}" if name in values else "" for values in shown.values())])
     return metrics.table(rows)
 
 
-def _samples(run: Any, params: Any, count: int = 5) -> str:
-    rows = (
-        dict(zip(batch, row, strict=True)) for batch in run.eval_batches() for row in zip(*batch.values(), strict=True)
-    )
-    chosen = list(itertools.islice((row for row in rows if row["loss_mask"].any()), count))
-    prompts = [data.prompt_of(row["tokens"], row["loss_mask"]) for row in chosen]
-    texts = {"reference": [run.tokenizer.decode(row["targets"][row["loss_mask"]].tolist()) for row in chosen]}
-    who = {"student": (run.models.student, params)}
-    if run.models.teacher is not None:
-        who = {"teacher": (run.models.teacher, run.models.teacher_params)} | who
-    room = max(1, min(run.config.sample_tokens, run.models.max_positions - max(map(len, prompts))))
-    for name, (model, its_params) in who.items():
-        texts[name] = evaluate.sample(
-            model, its_params, run.tokenizer, prompts, max_new_tokens=room, seed=run.config.seed
-        )
+def _write(folder: Path, result: dict[str, Any], texts: dict[str, list[dict[str, Any]]]) -> None:
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(result_table(result) + "\n", encoding="utf-8")
+    rows = []
+    for some in zip(*texts.values(), strict=True):
+        prompt = {name: some[0][name] for name in ("prompt", "references")}
+        its = ({k: v for k, v in line.items() if k not in (*prompt, "seed")} for line in some)
+        rows.append(prompt | dict(zip(texts, its, strict=True)))
+    _write_lines(folder / AFTER, rows)
+    (folder / "samples.md").write_text(_samples(rows[:5], list(texts)), encoding="utf-8")
+    for chart in plots.curves(str(folder)):
+        plots.save(chart, folder)
+    report.write_environment(folder)
+    report.write([folder])
+
+
+def _answers(run: Any, model: models.Model, params: Any, alone: bool = False) -> tuple[list[dict[str, Any]], Any]:
+    """What a model writes to the prompts that are shown, and its numbers at each token, beside the teacher if not alone."""
+    longest = max(len(example.prompt) for example in run.shown)
+    room = max(1, min(run.config.sample_tokens, run.models.max_positions - longest))
+    sampler = rollouts.Sampler(run.mesh, run.tokenizer, run.config.data.max_length, room)
+    teacher: Any = (None, None) if alone else (run.models.teacher, run.models.teacher_params)
+    return evaluate.assess(
+        sampler, (model, params, *teacher), run.shown, batch_size=run.config.data.eval_batch_size, seed=run.config.seed,
+        chunk=run.config.loss.chunk or None,
+    )[1:]  # fmt: skip
+
+
+def _first_batch(run: Any, params: Any) -> Any:
+    """The student's numbers at each token of the first held-out rows, those that are shown."""
+    return evaluate.collect(
+        run.models.student, params, run.models.teacher, run.models.teacher_params,
+        itertools.islice(run.eval_batches(), 1), run.mesh, vocab_size=run.tokenizer.vocab_size,
+        chunk=run.config.loss.chunk or None,
+    )  # fmt: skip
+
+
+def _samples(rows: list[dict[str, Any]], who: list[str]) -> str:
     blocks = []
-    for row, prompt in enumerate(prompts):
-        parts = "\n\n".join(f"**{name}**: {texts[name][row]}" for name in texts)
-        blocks.append(f"### Row {row + 1}\n\n~~~\n{run.tokenizer.decode(prompt)}\n~~~\n\n{parts}\n")
+    for i, row in enumerate(rows, start=1):
+        texts = {"reference": row["references"][0]} | {TITLES.get(name, name): row[name]["response"] for name in who}
+        parts = "\n\n".join(f"**{name}**: {text}" for name, text in texts.items())
+        blocks.append(f"### Row {i}\n\n~~~\n{row['prompt']}\n~~~\n\n{parts}\n")
     return "\n".join(blocks)
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name not in ("step", "split")}
+
+
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,9 +1,11 @@
 """Responses drawn from a model, as rows to train on, and a teacher's as a dataset on disk."""
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +154,8 @@ def write_responses(
     """A model's responses to a dataset's prompts as a file of JSON lines, for the dataset `jsonl`.
 
     What is drawn depends on the row's place and the seed alone: an interrupted call goes on where it was, and the file has
-    its name only when it is complete. All processes call it; the first one looks and writes, so that the folder must be one
-    that all can read.
+    its name only when it is complete. All processes of a run call it; the first one looks and writes, so that the folder must
+    be one that all can read. A second run that wants the same file waits for it.
 
     Args:
       folder: the file is `responses.jsonl` in it.
@@ -170,10 +172,20 @@ def write_responses(
     Returns:
       The file. Its rows have prompt, context and response; responses that have not ended are left out, and so are empty ones.
     """
-    path, partial = folder / "responses.jsonl", folder / "responses.jsonl.partial"
-    first, done = jax.process_index() == 0, 0
+    first = jax.process_index() == 0
     if first:
         folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder) if first else contextlib.nullcontext():
+        return _write(folder, rows, encode, sampler, model, params, batch_size, seed, settings, progress, first)
+
+
+def _write(
+    folder: Path, rows: Any, encode: Any, sampler: Sampler, model: models.Model, params: Any, batch_size: int, seed: int,
+    settings: dict[str, Any], progress: Callable[..., Any], first: bool,
+) -> Path:  # fmt: skip
+    path, partial = folder / "responses.jsonl", folder / "responses.jsonl.partial"
+    done = 0
+    if first:
         done = len(rows) if path.exists() else _complete_batches(partial) * batch_size
     # What the first process has seen holds for all: the draws below are theirs together.
     for start in progress(range(sharding.from_first_process(done), len(rows), batch_size)):
@@ -200,6 +212,14 @@ def write_responses(
         partial.unlink()
     sharding.from_first_process(0)  # nobody reads before it is there
     return path
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process of this machine is here; who dies leaves, too."""
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _complete_batches(partial: Path) -> int:

@@ -46,6 +46,7 @@ class Run:
       feed: of the training batches; its position can be saved.
       eval_batches: makes an iterator that goes once over the held-out rows.
       examples: held-out prompts that are answered at each evaluation.
+      shown: those whose answers are shown, before and after training: as many as are evaluated at a time.
       counts: what became of the rows of each split.
     """
 
@@ -61,6 +62,7 @@ class Run:
     feed: Feed
     eval_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
     examples: list[evaluate.Example]
+    shown: list[evaluate.Example]
     counts: dict[str, Any]
 
     def batch(self, step: int, params: Any) -> dict[str, jax.Array]:
@@ -162,11 +164,12 @@ def build(config: Any) -> Run:
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(placed, None)),
         feed=make_feed(config, source, tokenizer, loaded, mesh, train_rows, text_rows),
         eval_batches=lambda: iter(held_out), examples=examples, counts=counts,
+        shown=evaluate.held_out_examples(eval_rows, tokenizer, config.data.eval_batch_size),
     )  # fmt: skip
 
 
-def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, dict[str, float]]:
-    """Trains, evaluates, and leaves in `workdir` metrics, checkpoints, plots, samples and the student's folder.
+def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
+    """Trains, evaluates, and leaves in `workdir` metrics, checkpoints, a page, plots, samples and the student's folder.
 
     The same call on the same directory goes on where it was stopped, with the numbers of a run that never was.
 
@@ -176,7 +179,7 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, dict[str,
       quiet: no progress bar.
 
     Returns:
-      {"teacher": ..., "before": ..., "after": ...}, each what `Run.evaluate` returns.
+      As `results.finish`: {"teacher": ..., "before": ..., "after": ...}, each what `Run.evaluate` returns.
 
     Raises:
       ValueError: before anything is written, if the config is wrong, or if the directory belongs to another one.
@@ -226,6 +229,7 @@ def _loop(run: Run, state: TrainState, workdir: str, writer: metrics.Writer, man
     config, first = run.config, int(state.step)
     if first == 0:
         _evaluate(run, writer, 0, state)
+        results.begin(run, state.params, workdir)
     profiled = tuple(config.profile_steps) if first < min(config.profile_steps, default=0) else ()
     pending: list[tuple[int, Any]] = []
     needs_teacher = any(term.needs_teacher for term in run.terms)

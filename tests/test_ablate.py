@@ -8,7 +8,7 @@ import pytest
 
 from configs import forward_kl, reverse_kl
 from configs.ablations import base
-from kd_jax import ablate, ablation_plots, setup
+from kd_jax import ablate, comparison, setup
 from kd_jax.objectives import make_terms
 from kd_jax.setup_rows import make_source
 
@@ -60,7 +60,7 @@ def test_the_best_of_each_column_is_marked():
     done = [line("a", 0, 1.0, 3.0), line("a", 1, 2.0, 5.0), line("b", 0, 1.25, 9.0)]
     rows = [
         [cell.strip() for cell in row.split("|")[1:-1]]
-        for row in ablation_plots.table(done, ["forward_kl", "rouge_l"]).splitlines()
+        for row in comparison.table(done, ["forward_kl", "rouge_l"]).splitlines()
     ]
     assert rows[0] == ["divergence", "forward_kl", "rouge_l", "seeds"] and rows[2][:2] == ["(before)", "5.000 ± 0.000"]
     assert rows[3] == ["a", "1.500 ± 0.707", "4.000 ± 1.414", "2"]

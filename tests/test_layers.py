@@ -8,11 +8,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"ablate"},
-    {"main", "ablation_plots"},
+    {"main"},
     {"train"},
     {"setup_rows", "results"},
     {"evaluate"},
-    {"setup"},
+    {"setup", "report"},
+    {"comparison"},
+    {"plots"},
     {"train_step", "feed", "checkpoint", "metrics", "speed"},
     {"prefixes", "rollouts", "compare"},
     {"models", "data", "sharding"},

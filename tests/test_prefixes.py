@@ -1,6 +1,9 @@
 """What each source decides, the rows that come of it, and that a restart changes nothing."""
 
 import json
+import threading
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -259,6 +262,34 @@ def test_a_teachers_responses_are_written_once_and_go_on_where_they_stopped(data
     whole.unlink()
     train.build(config)
     assert [json.loads(line) for line in whole.read_text().splitlines()] == rows, "drawn in one go they are the same"
+
+
+def test_two_runs_that_want_the_same_responses_write_them_once(tmp_path):
+    drawn = []
+
+    class Writer:
+        tokenizer = types.SimpleNamespace(eos_id=0, decode=lambda ids: f"response {ids[0]}")
+
+        def rows(self, model, params, prompts, key, origin):
+            drawn.append(prompts)
+            time.sleep(0.02)
+            return prompts
+
+        def responses(self, prompts):
+            return [[ids[0], 0] for ids in prompts]
+
+    rows = [{"prompt": str(i), "context": ""} for i in range(12)]
+    encode = lambda some: [[int(row["prompt"])] for row in some]
+    write = lambda: rollouts.write_responses(
+        tmp_path, rows, encode, Writer(), None, None, batch_size=4, seed=0, settings={}, progress=iter
+    )
+    threads = [threading.Thread(target=write) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = [json.loads(line)["prompt"] for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+    assert found == [str(i) for i in range(12)] and len(drawn) == 3
 
 
 @pytest.mark.parametrize(

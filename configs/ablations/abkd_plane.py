@@ -10,7 +10,7 @@ from configs.ablations import base
 
 
 def get_config(setting: str = "docstrings") -> ConfigDict:
-    config = base.short(abkd.get_config(setting), steps=60)
+    config = base.short(abkd.get_config(setting), steps=50)
     term = "objective.terms.distil.divergence"
-    values = (0.0, 0.2, 0.5, 0.7, 1.0)
+    values = (0.0, 0.2, 0.7, 1.0)
     return base.ablation(config, {"alpha": (f"{term}.alpha", values), "beta": (f"{term}.beta", values)}, seeds=(0,))

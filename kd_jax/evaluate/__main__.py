@@ -1,6 +1,6 @@
 """python -m kd_jax.evaluate --model=FOLDER --data=NAME-OR-FILE --out=DIR [--teacher=FOLDER] ...
 
-Leaves in DIR table.md, results.jsonl (a line a generation seed, and one of all) and generations.jsonl (every text).
+Leaves in DIR report.html, table.md, results.jsonl (a line a generation seed, and one of all) and generations.jsonl (every text).
 """
 
 import argparse
@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import data, metrics, models, rollouts, setup, sharding
+from kd_jax import data, metrics, models, report, rollouts, setup, sharding
 from kd_jax.data import jsonl
 from kd_jax.evaluate import texts, tokens
-from kd_jax.evaluate.tables import by_place, over_seeds, table
+from kd_jax.evaluate.tables import PLACES, by_place, over_seeds, table
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -102,7 +102,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         own.append(its_tokens)
     found: dict[str, Any] = {"rows": len(examples), "given": tokens.summary(given), "seeds": over_seeds(lines)}
     if of.teacher is not None:
-        found["by_place"] = {"given": by_place(given)} | ({"own": by_place(_joined(own))} if own else {})
+        places = {"given": by_place(given)} | ({"own": by_place(_joined(own))} if own else {})
+        found["by_place"] = {"places": PLACES, **places}
     found["arguments"] = vars(args)
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -110,6 +111,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             content = "".join(json.dumps(entry) + "\n" for entry in entries)
             (out / f"{name}.jsonl").write_text(content, encoding="utf-8")
         (out / "table.md").write_text(table(found) + "\n", encoding="utf-8")
+        report.write_environment(out)
+        report.write([out])
     return found
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from kd_jax import metrics
 
 BUCKETS = (0, 4, 16, 64, 256)  # the first places of the parts of a response by which exposure bias is shown
+PLACES = tuple(f"{a + 1} to {b}" for a, b in zip(BUCKETS, (*BUCKETS[1:], "..."), strict=True))
 
 
 def over_seeds(lines: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
@@ -39,14 +40,14 @@ def table(found: dict[str, Any]) -> str:
             [name, f"{value:.4f}", *(("" if mean is None else f"{mean:.4f} ± {deviation:.4f}",) if own else ())]
         )
     parts.append(metrics.table(rows))
-    if len(places := found.get("by_place", {})) == 2:
+    if "own" in (places := found.get("by_place", {})):
         number = lambda value: "" if value is None else f"{value:.4f}"
         rows = [["KL(q, p) by place", "given text", "own text", "exposure bias"]]
-        for begin, end, given, its_own in zip(
-            BUCKETS, (*BUCKETS[1:], "..."), *(p["reverse_kl"] for p in places.values()), strict=True
+        for place, given, its_own in zip(
+            PLACES, places["given"]["reverse_kl"], places["own"]["reverse_kl"], strict=True
         ):
             bias = None if given is None or its_own is None else its_own - given
             if given is not None or its_own is not None:
-                rows.append([f"{begin + 1} to {end}", number(given), number(its_own), number(bias)])
+                rows.append([place, number(given), number(its_own), number(bias)])
         parts.append(metrics.table(rows))
     return "\n\n".join(parts)

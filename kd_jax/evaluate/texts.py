@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kd_jax import data, models, rollouts
@@ -40,6 +39,15 @@ def read_examples(
     found = [Example(ids, tuple(row["references"])) for row, ids in zip(rows, encoded, strict=True) if ids]
     if not found:
         raise ValueError(f"none of the {len(rows)} rows has a prompt of 1 to {max_prompt_length} tokens.")
+    return found
+
+
+def held_out_examples(rows: data.Rows, tokenizer: data.Tokenizer, count: int) -> list[Example]:
+    """The first rows as prompts, with what follows as the reference; of plain text the prompt is the first token."""
+    found = []
+    for i in range(min(count, len(rows))):
+        begin = max(int(rows.first_counted[i]), 1)
+        found.append(Example(rows[i][:begin].tolist(), (tokenizer.decode(rows[i][begin:].tolist()),)))
     return found
 
 
@@ -91,20 +99,26 @@ def assess(
       **options: of `tokens.collect`.
 
     Returns:
-      The means: scores, what `Sampler.report` says, and "own_" with each name of `OF_OWN_TEXT`; each text with its scores; and
-      `tokens.collect` of the texts.
+      The means: scores, what `Sampler.report` says, and "own_" with each name of `OF_OWN_TEXT`; each text with its scores and,
+      beside a teacher, `pieces` and KL(q || p) at each as `reverse_kl`; and `tokens.collect` of the texts.
     """
     prompts = [example.prompt for example in examples]
     drawn = respond(sampler, *both[:2], prompts, batch_size=batch_size, seed=seed, progress=progress)
     answers = sampler.text(drawn)
     scores = score([response for _, response in answers], examples, numbers)
-    written = [
+    written: list[dict[str, Any]] = [
         {"seed": seed, "prompt": prompt, "references": example.references, "response": response} | its_scores
         for example, (prompt, response), its_scores in zip(examples, answers, scores, strict=True)
     ]
     own = collect(
         *both, own_batches(drawn, batch_size), sampler.mesh, vocab_size=sampler.tokenizer.vocab_size, **options
     )
+    if "reverse_kl" in own:
+        responses = sampler.responses(drawn)
+        at_tokens = np.split(own["reverse_kl"], np.cumsum([len(ids) for ids in responses])[:-1])
+        for line, ids, values in zip(written, responses, at_tokens, strict=True):
+            line["pieces"] = pieces(sampler.tokenizer, ids)
+            line["reverse_kl"] = [round(float(value), 3) for value in values]
     means = {name: statistics.mean(its_scores[name] for its_scores in scores) for name in scores[0]}
     report = {name: value for name, value in sampler.report(drawn).items() if name != "entropy"}  # own_entropy is exact
     return means | report | {f"own_{n}": v for n, v in summary(own).items() if n in OF_OWN_TEXT}, written, own
@@ -122,25 +136,14 @@ def own_batches(rows: rollouts.Rows, batch_size: int) -> Iterable[dict[str, np.n
         yield {name: np.pad(array, ((0, short), (0, 0)))[own] for name, array in part.items()}
 
 
-def sample(
-    model: Any, params: Any, tokenizer: Any, prompts: list[list[int]], *, max_new_tokens: int, seed: int
-) -> list[str]:
-    """One response per prompt, drawn at temperature 1, as text.
-
-    Args:
-      model: a `models.Model`.
-      params: its parameters.
-      tokenizer: decodes, and names the end and padding ids.
-      prompts: token ids.
-      max_new_tokens: where a response that has not ended is cut.
-      seed: of the draw.
-    """
-    tokens, mask = models.left_pad(prompts, tokenizer.pad_id, model.config.max_positions - max_new_tokens)
-    drawn, drawn_mask, _ = models.generate(
-        model, params, jnp.array(tokens), jnp.array(mask), max_new_tokens=max_new_tokens, key=jax.random.key(seed),
-        vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
-    )  # fmt: skip
-    return [
-        tokenizer.decode([int(t) for t in row[keep]])
-        for row, keep in zip(np.array(drawn), np.array(drawn_mask), strict=True)
-    ]
+def pieces(tokenizer: data.Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Each token's share of the text; of a character in several tokens the last one has it."""
+    found, start, done = [], 0, 0  # the text of ids[start:done] is known; decoders look at what is before a token
+    for end in range(1, len(ids) + 1):
+        before, text = tokenizer.decode(list(ids[start:done])), tokenizer.decode(list(ids[start:end]))
+        if text.endswith("\ufffd") and end < len(ids):
+            found.append("")
+        else:
+            found.append(text[len(before) :])
+            start, done = done, end
+    return found

@@ -1,0 +1,192 @@
+"""Several runs compared: means and deviations over seeds as a table, and as charts."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_jax import metrics
+from kd_jax.plots import Chart, style
+
+HIGHER = (
+    "rouge_l",
+    "exact_match",
+    "number_match",
+    "accuracy",
+    "top1_agreement",
+    "finished",
+)  # is better; else the lower
+TITLES = {
+    "forward_kl": "KL(p || q)", "reverse_kl": "KL(q || p)", "own_forward_kl": "KL(p || q), own text",
+    "own_reverse_kl": "KL(q || p), own text", "rouge_l": "ROUGE-L", "cross_entropy": "cross-entropy",
+    "top1_agreement": "top-1 agreement",
+}  # fmt: skip
+Line = Mapping[str, Any]  # {"point": {label: value}, "seed": ..., "before": numbers, "after": numbers} of a run
+
+
+def present(done: Sequence[Line], columns: Sequence[str]) -> list[str]:
+    """Those columns that some run has."""
+    return [name for name in columns if any(name in line["after"] for line in done)]
+
+
+def table(done: Sequence[Line], columns: Sequence[str]) -> str:
+    """Markdown, a row a point: mean ± deviation over the seeds, the best of each column in bold."""
+    groups, names = grouped(done), present(done, columns)
+    if not groups:
+        return "No run is finished."
+    best = {name: winner(groups, name) for name in names}
+    rows = [[", ".join(done[0]["point"]), *names, "seeds"]]
+    before = [[line["before"][name] for line in done if name in line["before"]] for name in names]
+    if any(before):
+        rows.append(["(before)", *map(number, before), ""])
+    for point, lines in groups.items():
+        cells = [number([line["after"][name] for line in lines if name in line["after"]]) for name in names]
+        cells = [f"**{cell}**" if best[name] == point else cell for name, cell in zip(names, cells, strict=True)]
+        rows.append([point, *cells, str(len(lines))])
+    return metrics.table(rows)
+
+
+def grouped(done: Sequence[Line]) -> dict[str, list[Line]]:
+    """The runs of each point, by how it is called."""
+    groups: dict[str, list[Line]] = {}
+    for line in done:
+        groups.setdefault(named(line), []).append(line)
+    return groups
+
+
+def mean(lines: Sequence[Line], name: str) -> tuple[float, float]:
+    """Mean and standard deviation of a number after training; nan where no run has it."""
+    values = [line["after"][name] for line in lines if name in line["after"]]
+    if not values:
+        return float("nan"), 0.0
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def winner(groups: Mapping[str, Sequence[Line]], name: str) -> str:
+    """The point with the best mean."""
+    means = {point: mean(lines, name)[0] for point, lines in groups.items()}
+    there = {point: value for point, value in means.items() if value == value}
+    return (max if name in HIGHER else min)(there, key=there.__getitem__)
+
+
+def number(values: Sequence[float]) -> str:
+    """Mean ± deviation."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
+
+
+def charts(
+    axes: Mapping[str, Sequence[Any]], columns: Sequence[str], done: Sequence[Line], workdirs: Sequence[Path] = ()
+) -> list[Chart]:
+    """Bars; curves over the tokens trained on; and, where there are two axes of numbers, heat maps.
+
+    Args:
+      axes: label -> values.
+      columns: names of numbers.
+      done: the runs that are finished.
+      workdirs: of each of them, for the curves; empty: there are none.
+    """
+    names, groups = present(done, columns), grouped(done)
+    if not names:
+        return []
+    bars = {title(name): _bars(groups, done, name) for name in names}
+    found = [Chart("bars", bars, size=(4.2, 1.2 + 0.3 * len(groups)), columns=2)]
+    runs: dict[str, list[Any]] = {point: [] for point in groups}
+    for line, workdir in zip(done, workdirs, strict=bool(workdirs)):
+        runs[named(line)].append(over_tokens(workdir))
+    if workdirs:
+        legend = tuple((point, *style(i)) for i, point in enumerate(groups)) if len(groups) > 1 else ()
+        found.append(Chart("curves", {title(name): curve(runs, name) for name in names}, legend, columns=2))
+    if len(axes) == 2 and all(isinstance(value, int | float) for values in axes.values() for value in values):
+        panels = {title(name): _heatmap(groups, name, list(axes.items())) for name in names}
+        found.append(Chart("heatmap", panels, columns=2))
+    return found
+
+
+def axes_of(config: Any) -> dict[str, tuple[Any, ...]]:
+    """An ablation's axes, label -> values; the bases are the first if there are several."""
+    bases = {config["label"]: tuple(config["base"])} if config["several"] else {}
+    return bases | {label: tuple(values) for label, _, values in config["axes"]}
+
+
+def named(line: Line) -> str:
+    """How a run's point is called."""
+    return ", ".join(map(str, line["point"].values()))
+
+
+def title(name: str) -> str:
+    """A number's name as a title."""
+    return TITLES.get(name, name.replace("_", " "))
+
+
+def over_tokens(workdir: Path) -> list[tuple[float, dict[str, float]]]:
+    """The evaluations of a run, each with the tokens trained on before it."""
+    tokens, found = 0.0, []
+    for line in sorted(metrics.read(str(workdir)), key=lambda line: line["step"]):
+        if line["split"] == "train":
+            tokens += line["tokens"]
+        elif line["split"] == "eval":
+            found.append((tokens, line))
+    return found
+
+
+def curve(runs: Mapping[str, Sequence[Sequence[tuple[float, Mapping[str, float]]]]], name: str) -> Any:
+    """Draws a number over tokens: for each point the mean of its seeds, and a band of one deviation."""
+
+    from matplotlib.ticker import EngFormatter  # slow to import
+
+    def draw(axes: Any) -> None:
+        for place, its_runs in enumerate(runs.values()):
+            found = [[(tokens, values[name]) for tokens, values in run if name in values] for run in its_runs]
+            shortest = min(map(len, found))
+            array = np.array([run[:shortest] for run in found]).reshape(len(found), shortest, 2)
+            tokens, means = array.mean(axis=0).T
+            deviation = array[..., 1].std(axis=0, ddof=1) if len(found) > 1 else 0
+            colour, line = style(place)
+            axes.plot(tokens, means, color=colour, linestyle=line)
+            axes.fill_between(tokens, means - deviation, means + deviation, color=colour, alpha=0.15)
+        axes.set(xlabel="tokens")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+    return draw
+
+
+def _bars(groups: Mapping[str, Sequence[Line]], done: Sequence[Line], name: str) -> Any:
+    def draw(axes: Any) -> None:
+        means, deviations = zip(*(mean(lines, name) for lines in groups.values()), strict=True)
+        best = winner(groups, name)
+        colours = ["C2" if point == best else "C0" for point in groups]
+        axes.barh(list(groups), means, xerr=deviations, color=colours, alpha=0.8, height=0.7)
+        before = [line["before"][name] for line in done if name in line["before"]]
+        if before:
+            axes.axvline(statistics.mean(before), color="C1", linestyle="--", label="before")
+            axes.legend(fontsize=8)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", labelsize=8)
+
+    return draw
+
+
+def _heatmap(groups: Mapping[str, Sequence[Line]], name: str, axes: list[tuple[str, Any]]) -> Any:
+    (row_label, rows), (column_label, columns) = axes
+    grid = np.array([[mean(groups.get(f"{row}, {column}", ()), name)[0] for column in columns] for row in rows])
+
+    def draw(panel: Any) -> None:
+        panel.grid(visible=False)
+        image = panel.imshow(grid, cmap="viridis" if name in HIGHER else "viridis_r", origin="lower", aspect="auto")
+        low, high = image.get_clim()
+        for i, j in np.argwhere(~np.isnan(grid)):
+            bright = image.cmap((grid[i, j] - low) / max(high - low, 1e-12))[1] > 0.6
+            colour = "black" if bright else "white"
+            panel.text(j, i, f"{grid[i, j]:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        panel.set(xlabel=column_label, ylabel=row_label)
+        panel.set_xticks(range(len(columns)), columns)
+        panel.set_yticks(range(len(rows)), rows)
+        panel.figure.colorbar(image, ax=panel, shrink=0.8)
+
+    return draw

@@ -1,0 +1,151 @@
+"""Charts as a list of panels, which become one PNG file, or an SVG drawing each in a page."""
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_jax import metrics
+
+SPLITS = {"train": "losses", "eval": "evaluation", "samples": "sampling"}  # of metrics.jsonl -> the chart's name
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Panels that belong together.
+
+    Attributes:
+      name: of the file.
+      panels: title -> what draws on a pair of matplotlib axes.
+      legend: (label, colour, line style) of what all panels show; empty where there is but one thing.
+      size: of a panel, width and height in inches.
+      columns: panels beside each other in a file.
+    """
+
+    name: str
+    panels: dict[str, Callable[[Any], None]]
+    legend: tuple[tuple[str, str, str], ...] = ()
+    size: tuple[float, float] = (4.2, 3.0)
+    columns: int = 3
+
+
+def style(place: int) -> tuple[str, str]:
+    """Colour and line style of the so manieth of several things."""
+    return f"C{place % 10}", ("-", "--", ":", "-.")[place // 10 % 4]
+
+
+def css(colour: str) -> str:
+    """A colour as pages call it."""
+    import matplotlib.colors  # slow to import
+
+    return matplotlib.colors.to_hex(colour)
+
+
+def save(chart: Chart, folder: Path) -> Path:
+    """All panels and the legend as a PNG file."""
+    import matplotlib.figure  # slow to import, and not always needed
+    import matplotlib.lines
+
+    columns = min(chart.columns, len(chart.panels))
+    rows = math.ceil(len(chart.panels) / columns)
+    handles = [
+        matplotlib.lines.Line2D([], [], color=colour, ls=line, label=label) for label, colour, line in chart.legend
+    ]
+    lines_of_legend = math.ceil(len(handles) / 3)
+    size = chart.size[0] * columns, chart.size[1] * rows + 0.2 * lines_of_legend
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    axes = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for one, (title, draw) in zip(axes, chart.panels.items(), strict=False):
+        _draw(one, title, draw)
+    for one in axes[len(chart.panels) :]:
+        one.set_visible(False)
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
+    path = folder / f"{chart.name}.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def svg(chart: Chart) -> list[str]:
+    """Each panel as an SVG element, whose text stays text."""
+    import matplotlib
+    import matplotlib.figure
+
+    drawn = []
+    for title, draw in chart.panels.items():
+        figure = matplotlib.figure.Figure(figsize=chart.size, layout="constrained")
+        _draw(figure.subplots(), title, draw)
+        buffer = io.StringIO()
+        with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
+            figure.savefig(
+                buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), transparent=True
+            )
+        text = buffer.getvalue()
+        drawn.append(text[text.index("<svg") :])
+    return drawn
+
+
+def _draw(axes: Any, title: str, draw: Callable[[Any], None]) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.tick_params(labelsize=8)
+    draw(axes)
+
+
+def curves(workdir: str) -> list[Chart]:
+    """The curves of a run's metrics.jsonl: losses (training), evaluation (held-out rows) and sampling (what was drawn).
+
+    Weights and coefficients are drawn where they change.
+    """
+    lines, charts = metrics.read(workdir), []
+    for split, name in SPLITS.items():
+        rows = [line for line in lines if line["split"] == split]
+        names = dict.fromkeys(name for row in rows for name in row if name not in ("step", "split"))
+        kept = [n for n in names if not _is_setting(n) or len({row[n] for row in rows if n in row}) > 1]
+        points = {n: [(row["step"], row[n]) for row in rows if n in row] for n in kept}
+        panels = {n.replace("_", " "): _curve(n, points[n], smoothed=split != "eval") for n in kept}
+        if panels:
+            charts.append(Chart(name, panels))
+    return charts
+
+
+def _curve(name: str, points: Sequence[tuple[int, float]], smoothed: bool) -> Callable[[Any], None]:
+    def draw(axes: Any) -> None:
+        axes.plot(*zip(*points, strict=True), linewidth=0.6 if smoothed else 1.2, alpha=0.5, color="C0")
+        steps, values = _smooth(points) if smoothed else zip(*points, strict=True)
+        axes.plot(steps, values, color="C0", marker="o" if not smoothed or len(points) < 20 else None, markersize=3)
+        axes.set(xlabel="step", yscale="log" if name == "perplexity" else "linear")
+
+    return draw
+
+
+def _is_setting(name: str) -> bool:
+    return name.endswith(("/coefficient", "/weight"))
+
+
+def _smooth(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    """A running mean over a fiftieth of the curve."""
+    steps, values = zip(*points, strict=True)
+    window = max(1, len(values) // 50)
+    kernel = np.ones(window) / window
+    return list(steps[window - 1 :]), list(np.convolve(values, kernel, mode="valid"))
+
+
+def by_place(places: Sequence[str], found: dict[str, Sequence[float | None]]) -> Chart:
+    """A divergence along the response, on the given and on the student's own text."""
+
+    shown = [i for i in range(len(places)) if any(values[i] is not None for values in found.values())]
+
+    def draw(axes: Any) -> None:
+        for place, values in enumerate(found.values()):
+            numbers = [math.nan if values[i] is None else values[i] for i in shown]
+            axes.plot(numbers, color=f"C{place}", marker="o", markersize=4)
+        axes.set_xticks(range(len(shown)), [places[i] for i in shown])
+        axes.set(xlabel="place in the response", ylabel="nats", ylim=(0, 1.05 * axes.get_ylim()[1]))
+
+    legend = tuple((name, f"C{i}", "-") for i, name in enumerate(found))
+    return Chart("along_the_response", {"KL(q || p) along the response": draw}, legend)

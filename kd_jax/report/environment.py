@@ -1,0 +1,46 @@
+"""Where something was computed."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers", "numpy")
+
+
+def write_environment(folder: Path) -> None:
+    """Leaves environment.json: command, commit, devices, and versions."""
+    (folder / "environment.json").write_text(json.dumps(_environment(), indent=2) + "\n", encoding="utf-8")
+
+
+def _environment() -> dict[str, Any]:
+    kinds = [device.device_kind for device in jax.devices()]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join(sys.argv),
+        "commit": _commit(),
+        "devices": ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)),
+        "processes": jax.process_count(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "python": platform.python_version(),
+    } | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _commit() -> str:
+    """Of the checkout that runs; "unknown" where it is none."""
+    here = Path(__file__).parent
+    try:
+        told = [
+            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return told[0].strip() + (", changed" if told[1].strip() else "")

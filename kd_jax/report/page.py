@@ -1,0 +1,95 @@
+"""Sections as one HTML file without anything to load."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+import numpy as np
+
+from kd_jax import comparison, plots
+from kd_jax.report import sections
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def write(folders: Sequence[Path | str], out: Path | str = "") -> Path:
+    """Writes the page of one folder, or of several with a comparison of them first.
+
+    Args:
+      folders: each of a finished run, an evaluation or an ablation.
+      out: the file; empty: report.html in the folder, where there is but one.
+
+    Returns:
+      The file.
+
+    Raises:
+      ValueError: a folder in which none of the three is finished, or several and no `out`.
+    """
+    if not out and len(folders) != 1:
+        raise ValueError("of several folders one page can only be made with --out=FILE.html.")
+    found = [sections.read(Path(folder)) for folder in folders]
+    path = Path(out) if out else Path(folders[0]) / "report.html"
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "rows": _rows, "svg": _svg, "css": plots.css, "words": _words, "authors": _authors,
+        "coloured": _coloured,
+    }  # fmt: skip
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    generations = found[0].generations
+    if len(found) > 1:
+        generations = sections.merged([(one.name, one.generations) for one in found])[: sections.MOST]
+    values = [value for its in generations for text in its.texts for _, value in text.pieces]
+    text = template.render(
+        title=", ".join(one.name for one in found), sections=found, comparisons=_comparisons(found),
+        generations=generations, all_generations=max(one.all_generations for one in found),
+        most=max(1.0, float(np.quantile(values, 0.95))) if values else 1.0,
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def _comparisons(found: Sequence[sections.Section]) -> list[tuple[str, str, list[plots.Chart]]]:
+    """Of several runs, and of several evaluations: a title, a table, and charts."""
+    made = []
+    for kind in ("run", "evaluation"):
+        ours = [one for one in found if one.kind == kind]
+        if len(ours) > 1:
+            lines = [line for one in ours for line in one.lines]
+            workdirs = [folder for one in ours for folder in one.workdirs]
+            charts = comparison.charts({}, sections.COLUMNS, lines, workdirs)
+            made.append((f"{len(ours)} {kind}s", comparison.table(lines, sections.COLUMNS), charts))
+    return made
+
+
+def _rows(markdown: str) -> list[list[list[str]]]:
+    """The tables of a Markdown text as rows of cells, without the line below the head; what is between them is left out."""
+    tables: list[list[list[str]]] = [[]]
+    for line in markdown.splitlines():
+        if not line.startswith("|"):
+            tables += [[]] if tables[-1] else []
+        elif not line.startswith("|-"):
+            tables[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+    return [table for table in tables if table]
+
+
+def _svg(chart: plots.Chart) -> list[Any]:
+    return [markupsafe.Markup(drawn) for drawn in plots.svg(chart)]  # ours, with its text escaped by matplotlib
+
+
+def _authors(generations: Sequence[sections.Generation]) -> list[str]:
+    return list(dict.fromkeys(text.who for its in generations for text in its.texts))
+
+
+def _coloured(generations: Sequence[sections.Generation]) -> bool:
+    return any(text.pieces for its in generations for text in its.texts)
+
+
+def _words(text: str) -> int:
+    return len(text.split())

@@ -1,0 +1,230 @@
+"""A folder that a run, an evaluation or an ablation left, as what the page shows of it."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kd_jax import comparison, plots
+
+COLUMNS = ("forward_kl", "reverse_kl", "own_reverse_kl", "cross_entropy", "rouge_l", "top1_agreement", "number_match")
+AUTHORS = {"teacher": "teacher", "before": "student before", "after": "student after"}
+MOST = 200  # generations on a page
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What someone wrote to a prompt: `pieces` are the tokens' shares of it and KL(q || p) at each, or empty."""
+
+    who: str
+    text: str
+    rouge_l: float
+    pieces: tuple[tuple[str, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A prompt, its references, and what was written to it."""
+
+    prompt: str
+    references: tuple[str, ...]
+    texts: tuple[Text, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A folder on the page.
+
+    Attributes:
+      name: of the folder.
+      kind: run, evaluation or ablation.
+      verdict: what came out, in sentences.
+      cards: (title, (who, number) each) of the numbers that matter most.
+      tables: Markdown.
+      charts: of it.
+      generations: what was written; `all_generations` counts those that are not on the page, too.
+      config: as JSON.
+      environment: name -> value.
+      lines: of `comparison`, with which it is compared to others of its kind.
+      workdirs: of the lines, where they are runs.
+    """
+
+    name: str
+    kind: str
+    verdict: tuple[str, ...]
+    cards: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    tables: tuple[str, ...]
+    charts: tuple[plots.Chart, ...]
+    generations: tuple[Generation, ...]
+    all_generations: int
+    config: str
+    environment: dict[str, Any]
+    lines: tuple[dict[str, Any], ...]
+    workdirs: tuple[Path, ...]
+
+
+def read(folder: Path) -> Section:
+    """The section of a folder.
+
+    Raises:
+      ValueError: a folder that does not exist, or in which none of the three is finished.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}.")
+    if (folder / "config.json").exists() and "axes" in json.loads((folder / "config.json").read_text()):
+        return _ablation(folder)
+    if (folder / "result.json").exists():
+        return _run(folder)
+    if (folder / "results.jsonl").exists():
+        return _evaluation(folder)
+    raise ValueError(
+        f"{folder} has no result.json of a finished run, results.jsonl of an evaluation, or config.json of an ablation."
+    )
+
+
+def _section(folder: Path, kind: str, config: Any, **parts: Any) -> Section:
+    environment = folder / "environment.json"
+    defaults: dict[str, Any] = dict(cards=(), generations=(), all_generations=0, workdirs=())
+    return Section(
+        name=folder.resolve().name, kind=kind, config=json.dumps(config, indent=2),
+        environment=json.loads(environment.read_text()) if environment.exists() else {},
+        tables=tuple(path.read_text() for path in [folder / "table.md"] if path.exists()), **defaults | parts,
+    )  # fmt: skip
+
+
+def _run(folder: Path) -> Section:
+    config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
+    teacher, before, after = result.get("teacher", {}), result["before"], result["after"]
+    tokens = comparison.over_tokens(folder)[-1][0]
+    verdict = [f"{config['steps']:,} steps, {tokens:,.0f} tokens that the loss counted."]
+    cards = []
+    for name in comparison.present([result], COLUMNS):
+        numbers = [(who, f"{result[key][name]:.3f}") for key, who in AUTHORS.items() if name in result.get(key, {})]
+        cards.append((comparison.title(name), tuple(numbers)))
+        # A divergence from the teacher is 0 for the teacher itself.
+        goal = 0.0 if name in ("forward_kl", "reverse_kl", "own_reverse_kl") else teacher.get(name)
+        if goal is not None and name in before and abs(before[name] - goal) > 1e-9:
+            share = (before[name] - after[name]) / (before[name] - goal)
+            way = f"{share:.0%} of the way" if share >= 0.005 else "no nearer"
+            verdict.append(
+                f"{comparison.title(name)} went from {before[name]:.3f} to {after[name]:.3f}, {way} to the teacher's {goal:.3f}."
+            )
+    charts = plots.curves(str(folder))
+    if "by_place" in result:
+        places, given, own = (result["by_place"][key] for key in ("places", "given", "own"))
+        charts.insert(0, _by_place(places, given, own))
+    lines = _lines_of(folder / "generations.jsonl")
+    generations = [
+        Generation(
+            line["prompt"], tuple(line["references"]), tuple(_text(AUTHORS[k], line[k]) for k in AUTHORS if k in line)
+        )
+        for line in lines
+    ]
+    return _section(
+        folder, "run", config, verdict=tuple(verdict), cards=tuple(cards), charts=tuple(charts),
+        generations=tuple(generations[:MOST]), all_generations=len(generations),
+        lines=({"point": {"run": folder.resolve().name}, "seed": config["seed"], "before": before, "after": after},),
+        workdirs=(folder,),
+    )  # fmt: skip
+
+
+def _evaluation(folder: Path) -> Section:
+    *seeds, found = _lines_of(folder / "results.jsonl")
+    given, over = found["given"], found["seeds"]
+    cards, verdict = [], [f"{found['rows']:,} prompts, {len(seeds)} generation seeds."]
+    for name in (n for n in COLUMNS if n in over or n in given):
+        mean, deviation = over.get(name) or (given[name], None)
+        spread = "" if deviation is None else f" ± {deviation:.3f}"
+        cards.append((comparison.title(name), (("model", f"{mean:.3f}{spread}"),)))
+    charts: list[plots.Chart] = []
+    if "own" in (places := found.get("by_place", {})):
+        bias = over["own_reverse_kl"][0] - given["reverse_kl"]
+        verdict.append(
+            f"KL(q || p) is {given['reverse_kl']:.3f} on the given and {over['own_reverse_kl'][0]:.3f} on the model's own text: "
+            f"an exposure bias of {bias:+.3f} nats a token."
+        )
+        charts.append(_by_place(places["places"], places["given"], places["own"]))
+    lines = _lines_of(folder / "generations.jsonl")
+    by_prompt: dict[str, Generation] = {}
+    for line in lines:
+        before = by_prompt.get(line["prompt"], Generation(line["prompt"], tuple(line["references"]), ()))
+        written = (*before.texts, _text(f"seed {line['seed']}", line))
+        by_prompt[line["prompt"]] = dataclasses.replace(before, texts=written)
+    name = folder.resolve().name
+    compared = [{"point": {"evaluation": name}, "seed": s["seed"], "before": {}, "after": given | s} for s in seeds]
+    alone = [{"point": {"evaluation": name}, "seed": 0, "before": {}, "after": given}]
+    return _section(
+        folder, "evaluation", found["arguments"], verdict=tuple(verdict), cards=tuple(cards), charts=tuple(charts),
+        generations=tuple(by_prompt.values())[:MOST], all_generations=len(by_prompt), lines=tuple(compared or alone),
+    )  # fmt: skip
+
+
+def _ablation(folder: Path) -> Section:
+    config = json.loads((folder / "config.json").read_text())
+    lines, columns = _lines_of(folder / "results.jsonl"), config["metrics"]
+    groups = comparison.grouped(lines)
+    verdict = [f"{len(lines)} runs of {len(groups)} points are finished."]
+    for name in comparison.present(lines, columns) if len(groups) > 1 else ():
+        best = comparison.winner(groups, name)
+        mean, deviation = comparison.mean(groups[best], name)
+        rest = {point: its for point, its in groups.items() if point != best}
+        second = comparison.winner(rest, name)
+        gap = abs(comparison.mean(rest[second], name)[0] - mean)
+        spread = max(deviation, comparison.mean(rest[second], name)[1])
+        few = min(len(groups[best]), len(rest[second])) < 2
+        sure = (
+            "with one seed" if few else "more than their deviations" if gap > spread else "less than their deviations"
+        )
+        verdict.append(
+            f"{comparison.title(name)}: {best} is best with {mean:.3f}, {gap:.3f} ahead of {second}, {sure}."
+        )
+    runs = tuple(folder / line["folder"] / "run" for line in lines)
+    workdirs = runs if all((run / "metrics.jsonl").exists() for run in runs) else ()
+    charts = comparison.charts(comparison.axes_of(config), columns, lines, workdirs)
+    generations: list[Generation] = []
+    if workdirs:
+        found = [
+            (comparison.named(line), _lines_of(run / "generations.jsonl"))
+            for line, run in zip(lines, runs, strict=True)
+        ]
+        first = {comparison.named(line): line["seed"] for line in reversed(lines)}
+        found = [(who, its) for (who, its), line in zip(found, lines, strict=True) if line["seed"] == first[who]]
+        generations = merged([
+            (who, tuple(
+                Generation(line["prompt"], tuple(line["references"]), (_text("", line["after"]),)) for line in its
+            )) for who, its in found
+        ])  # fmt: skip
+    return _section(
+        folder, "ablation", config, verdict=tuple(verdict), charts=tuple(charts), lines=tuple(lines), workdirs=workdirs,
+        generations=tuple(generations[:MOST]), all_generations=len(generations),
+    )  # fmt: skip
+
+
+def merged(several: Sequence[tuple[str, Sequence[Generation]]]) -> list[Generation]:
+    """What several wrote to the same prompts, side by side; a text that all have, such as the teacher's, once."""
+    by_prompt: dict[str, Generation] = {}
+    for name, generations in several:
+        for its in generations:
+            known = by_prompt.get(its.prompt, Generation(its.prompt, its.references, ()))
+            there = {text.text for text in known.texts if text.who == "teacher"}
+            new = (
+                text if text.who == "teacher" else dataclasses.replace(text, who=f"{name}: {text.who}".rstrip(": "))
+                for text in its.texts
+                if not (text.who == "teacher" and text.text in there)
+            )
+            by_prompt[its.prompt] = dataclasses.replace(known, texts=(*known.texts, *new))
+    return list(by_prompt.values())
+
+
+def _by_place(places: Sequence[str], given: dict[str, Any], own: dict[str, Any]) -> plots.Chart:
+    return plots.by_place(places, {"given text": given["reverse_kl"], "own text": own["reverse_kl"]})
+
+
+def _text(who: str, line: dict[str, Any]) -> Text:
+    pieces = tuple(zip(line.get("pieces", ()), line.get("reverse_kl", ()), strict=True))
+    return Text(who, line["response"], line["rouge_l"], pieces)
+
+
+def _lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

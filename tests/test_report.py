@@ -1,0 +1,176 @@
+"""The page of a run, an evaluation, an ablation and several: whole, self-contained, and in a browser as meant."""
+
+import html.parser
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from configs import forward_kl
+from kd_jax import report, train
+from kd_jax.evaluate import __main__ as command
+
+CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+RESPONSES = ("Adds <b>one</b>.", "Adds two to what it is given, and returns it.", "Nothing.")
+
+
+class Page(html.parser.HTMLParser):
+    """What a page loads, and whether its elements are closed."""
+
+    VOID = ("meta", "link", "br", "input", "use", "path", "rect", "img")
+
+    def __init__(self, text):
+        super().__init__()
+        self.loads, self.open = [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.loads += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def write(folder, name, content):
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = content if isinstance(content, list) else [content]
+    (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def a_run(folder, after=2.0, seed=0):
+    """What a run leaves, with numbers and texts of our own."""
+    numbers = lambda kl, rouge: {"forward_kl": kl, "cross_entropy": kl + 1, "rouge_l": rouge}
+    before, last = numbers(4.0, 1.0), numbers(after, 8.0)
+    write(folder, "config.json", {"steps": 2, "seed": seed})
+    write(
+        folder,
+        "metrics.jsonl",
+        [
+            {"step": 0, "split": "eval", **before},
+            *({"step": step, "split": "train", "loss": 3.0, "tokens": 50.0} for step in (1, 2)),
+            {"step": 2, "split": "eval", **last},
+        ],
+    )
+    places = {"places": ["1 to 4", "5 to 16"], **{who: {"reverse_kl": [1.0, None]} for who in ("given", "own")}}
+    teacher = {"cross_entropy": 1.0, "rouge_l": 15.0}
+    write(folder, "result.json", {"teacher": teacher, "before": before, "after": last, "by_place": places})
+    text = lambda i: {"response": RESPONSES[i], "rouge_l": 40.0 * i}
+    coloured = lambda i: text(i) | {"pieces": [RESPONSES[i][:3], RESPONSES[i][3:]], "reverse_kl": [0.25, 3.5]}
+    lines = [
+        {
+            "prompt": f"def f{i}(x):",
+            "references": ["Adds."],
+            "teacher": text(i),
+            "before": text(2),
+            "after": coloured(i),
+        }
+        for i in range(2)
+    ]
+    write(folder, "generations.jsonl", lines)
+    return folder
+
+
+def test_a_page_says_what_came_out(tmp_path):
+    path = report.write([a_run(tmp_path / "run")])
+    text = path.read_text()
+    assert path == tmp_path / "run" / "report.html"
+    page = Page(text)
+    assert not page.open and all(link.startswith(("#", "data:")) for link in page.loads)
+    assert not re.search(r"https?://(?!www\.w3\.org)", text)
+    assert "KL(p || q) went from 4.000 to 2.000, 50% of the way to the teacher&#39;s 0.000." in text
+    assert "cross-entropy went from 5.000 to 3.000, 50% of the way to the teacher&#39;s 1.000." in text
+    assert "Adds &lt;b&gt;one&lt;/b&gt;." in text and "<b>one</b>" not in text
+    assert text.count("data-kl=") == 4 and 'title="3.5 nats"' in text and text.count("<svg") >= 5
+
+
+def test_several_runs_are_compared_on_one_page(tmp_path):
+    first, second = a_run(tmp_path / "first"), a_run(tmp_path / "second", after=1.5)
+    with pytest.raises(ValueError, match="--out=FILE"):
+        report.write([first, second])
+    text = report.write([first, second], tmp_path / "both.html").read_text()
+    assert not Page(text).open
+    assert "<td><b>1.500</b></td>" in text and "<td>2.000</td>" in text and "2 runs" in text
+    assert text.count("<article") == 2 and "<option>second: student after</option>" in text
+    assert text.count("<option>teacher</option>") == 1, "what both have is shown once"
+
+
+def test_what_is_no_finished_folder_is_told(tmp_path):
+    with pytest.raises(ValueError, match="there is no folder"):
+        report.write([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="has no result.json of a finished run"):
+        report.write([tmp_path])
+
+
+def test_a_run_leaves_its_page(tmp_path, data_dir, one_device):
+    config = forward_kl.get_config("smoke")
+    config.data.data_dir, config.mesh.data = str(data_dir), 1
+    train.train(config, str(tmp_path / "run"), quiet=True)
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "2 steps" in text and text.count("<article") == config.data.eval_batch_size and "data-kl" in text
+    assert "student before" in text and "commit" in text and "docstrings_teacher" in text
+
+
+def test_an_evaluation_leaves_its_page(tmp_path):
+    rows = [{"prompt": f"def f{i}(x):\n    return x + {i}\n", "response": f"Add {i}."} for i in range(3)]
+    write(tmp_path, "rows.jsonl", rows)
+    options = {
+        "model": "package:docstrings_teacher", "teacher": "package:docstrings_teacher", "data": tmp_path / "rows.jsonl",
+        "out": tmp_path / "out", "max_prompt_length": 32, "max_new_tokens": 8, "batch_size": 8, "seeds": "1,2",
+    }  # fmt: skip
+    command.run(command.arguments([f"--{name}={value}" for name, value in options.items()]))
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "3 prompts, 2 generation seeds." in text and "an exposure bias of" in text
+    assert text.count("<article") == 3 and "<option>seed 2</option>" in text
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.chrome.service import Service
+
+    if not CHROMIUM or not DRIVER:
+        pytest.skip("Chromium and its driver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run"):
+        options.add_argument(f"--{flag}")
+    with webdriver.Chrome(options=options, service=Service(DRIVER)) as found:
+        yield found
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_in_a_browser(tmp_path, browser, width):
+    path = report.write([a_run(tmp_path / "run")])
+    size = dict(width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(Path(path).as_uri())
+    script = browser.execute_script
+    assert browser.get_log("browser") == [], "nothing fails to load, and no script fails"
+    assert script("return document.documentElement.scrollWidth") <= width, "it does not scroll sideways"
+    assert script("return performance.getEntriesByType('resource').length") == 0
+    sizes = script("return [...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().width)")
+    assert len(sizes) >= 5 and min(sizes) > 280
+
+    def shown(**fields):
+        script(
+            "for (const e of document.querySelectorAll('#filter [name]')) e.value = arguments[0][e.name] ?? '';"
+            "document.getElementById('filter').dispatchEvent(new Event('input'))",
+            fields,
+        )
+        prompts = "[...document.querySelectorAll('article')].filter(a => !a.hidden).map(a => a.querySelector('pre').textContent)"
+        found = script(f"return {prompts}")
+        assert script("return document.getElementById('shown').textContent") == str(len(found))
+        return [prompt[4:6] for prompt in found]
+
+    assert shown() == ["f0", "f1"]
+    assert shown(who="student after", lowest="30") == ["f1"]
+    assert shown(who="student after", longest="3") == ["f0"]
+    assert shown(words="TWO TO") == ["f1"] and shown(words="nothing of the kind") == []
+    assert shown(order="score", who="teacher") == ["f1", "f0"] and shown(order="-score", who="teacher") == ["f0", "f1"]
