@@ -97,6 +97,20 @@ def test_the_command_leaves_a_table_and_every_text(tmp_path):
         command.run(arguments(tmp_path))
 
 
+def test_an_evaluation_set_by_name_with_several_references(tmp_path):
+    rows = [
+        {"prompt": f"### Instruction:\nCount to {i}.\n\n### Response:\n", "output": ["1", "One."]} for i in range(3)
+    ]
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data": "super_natural", "data_path": tmp_path / "valid.jsonl", "seeds": "1", "rows": 2, "teacher": ""}
+    assert command.run(arguments(tmp_path, **changes))["rows"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
+    assert [line["references"] for line in lines] == [["1", "One."]] * 2
+    assert lines[0]["prompt"] == rows[0]["prompt"]
+    with pytest.raises(ValueError, match="--template=alpaca, but the prompts of --data=super_natural have Alpaca's"):
+        command.run(arguments(tmp_path, **changes, template="alpaca", out=tmp_path / "other"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

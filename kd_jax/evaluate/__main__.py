@@ -29,12 +29,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="a Hugging Face folder, a work directory of a finished run, or package:NAME")
     add("--teacher", default="", help="the same, to compare with; empty: nothing is compared")
-    add("--data", required=True, help="a dataset's name (docstrings, dolly, gsm8k) or a file of JSON lines")
+    add(
+        "--data",
+        required=True,
+        help=f"a file of JSON lines, or a dataset's name: docstrings, dolly, gsm8k, {', '.join(data.EVALUATION)}",
+    )
     add("--out", required=True, help="a new folder for the results")
     add("--split", default="test", help="of a named dataset")
     add(
         "--data_path", default="", help="of a named dataset that would otherwise be downloaded: its file or folder here"
     )
+    add("--data_sha256", default="", help="of that file, or of the download, where kd_jax does not know it")
     add("--data_dir", default="", help="where built datasets are; empty: tensorflow_datasets' default")
     add("--rows", type=int, default=0, help="the first so many; 0: all")
     add("--prompt_field", default="prompt", help="of a file")
@@ -152,12 +157,16 @@ def read_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise ValueError(f"there is no file --data={path}.")
         fields = {"prompt": args.prompt_field, "references": args.reference_field}
         fields |= {"context": args.context_field} if args.context_field else {}
-        rows = [{"context": ""} | row for row in jsonl.read(path, fields, several=("references",))]
-        rows = [row | {"references": [r] if isinstance(r := row["references"], str) else r} for row in rows]
+        rows = list(jsonl.read_references(path, fields))
     else:
-        options = {"path": args.data_path} if args.data_path else {}
-        source = data.load(args.data, split=args.split, data_dir=args.data_dir or None, **options)
-        rows = [row | {"references": [row["response"]]} for row in source]
+        if args.data in data.EVALUATION and args.template != "plain":
+            raise ValueError(
+                f"--template={args.template}, but the prompts of --data={args.data} have Alpaca's already: leave it at plain, or "
+                f"name a file in --data and its fields instruction and input in --prompt_field and --context_field."
+            )
+        options = {"path": args.data_path, "sha256": args.data_sha256}
+        options = {name: value for name, value in options.items() if value}
+        rows = data.load_references(args.data, split=args.split, data_dir=args.data_dir or None, **options)
     return rows[: args.rows] if args.rows else rows
 
 
