@@ -16,7 +16,7 @@ import numpy as np
 
 from kd_jax import data, metrics, models, rollouts, setup, sharding
 from kd_jax.data import jsonl
-from kd_jax.evaluate import texts, tokens
+from kd_jax.evaluate import harness, texts, tokens
 from kd_jax.evaluate.tables import by_place, over_seeds, table
 
 
@@ -54,6 +54,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no_repeat_ngram_size", type=int, default=0, help="MiniLLM's and DistiLLM's evaluation has 6")
     add("--seeds", default="10,20,30,40,50", help="of generation, the papers' five; empty: nothing is generated")
     add("--numbers", action="store_true", help="count the answers whose last number is the reference's, as for GSM8K")
+    add("--lm_eval", default="", help="tasks of EleutherAI's lm-eval, with commas between; pip install 'lm-eval[hf]'")
+    add("--lm_eval_path", default="", help="a folder with lm-eval tasks of your own")
+    add("--lm_eval_limit", type=int, default=0, help="the first so many prompts of each of these tasks; 0: all")
     add("--batch_size", type=int, default=32)
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add("--fsdp", type=int, default=1, help="devices that divide the parameters")
@@ -88,11 +91,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out={out} has something in it; choose a new folder.")
     seeds = _seeds(args.seeds)
+    lm_eval = None
+    if args.lm_eval:
+        options = {"batch_size": args.batch_size, "limit": args.lm_eval_limit or None}
+        lm_eval = harness.make(args.lm_eval, args.lm_eval_path, dtype=args.dtype, **options)
     of = load(args)
     rows = read_rows(args)
     examples = texts.read_examples(
         rows, of.tokenizer, template=args.template, max_prompt_length=args.max_prompt_length, cut=True
     )
+    # First, since a task may have to be downloaded, and that may fail.
+    tasks = lm_eval(model_folder(args.model)) if lm_eval is not None and jax.process_index() == 0 else []
     given = tokens.collect(
         *of.both, given_batches(args, of.tokenizer, rows), of.mesh, vocab_size=of.tokenizer.vocab_size
     )
@@ -108,6 +117,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": len(examples), "given": tokens.summary(given), "seeds": over_seeds(lines)}
     if of.teacher is not None:
         found["by_place"] = {"given": by_place(given)} | ({"own": by_place(_joined(own))} if own else {})
+    found |= {"lm_eval": tasks} if tasks else {}
     found["arguments"] = vars(args)
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
