@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kd_jax import data
-from kd_jax.data import docstrings, dolly, download, gsm8k, jsonl
+from kd_jax.data import docstrings, dolly, download, gsm8k, instructions, jsonl
 
 ADD = '''
 def add(a, b):
@@ -310,6 +310,73 @@ def test_gsm8k_splits_and_downloads(tmp_path, monkeypatch, server):
     known = {name: download.sha256_of(tmp_path / "web" / f"{name}.jsonl") for name in gsm8k.SHA256}
     monkeypatch.setattr(gsm8k, "SHA256", known)
     assert load("web") == local
+
+
+TEMPLATED = "### Instruction:\nSing.\n\n### Response:\n"
+
+
+def test_an_unknown_checksum_is_trusted_once_and_checked_from_then_on(tmp_path, monkeypatch, server, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(instructions, "URL", server + "/{}")
+    file = tmp_path / "web" / instructions.FILES["vicuna"]
+    file.parent.mkdir(parents=True)
+    write_lines(file, [{"prompt": TEMPLATED, "output": "La."}, {"prompt": TEMPLATED, "output": ["La.", "Lala."]}])
+    load = lambda **options: data.load_references("vicuna", split="test", **options)
+    with pytest.raises(ValueError, match=f"hashes to {download.sha256_of(file)}, not to {'0' * 64}"):
+        load(sha256="0" * 64)
+    assert not [path for path in (tmp_path / ".cache").rglob("*") if path.is_file()]
+    rows = load()
+    assert [row["references"] for row in rows] == [["La."], ["La.", "Lala."]]
+    assert {row["prompt"] + row["context"] for row in rows} == {TEMPLATED}
+    said = capsys.readouterr().err
+    assert f"{server}/{instructions.FILES['vicuna']}" in said and download.sha256_of(file) in said
+    (record,) = (tmp_path / ".cache").rglob("*.sha256")
+    assert record.read_text() == f"{download.sha256_of(file)}  {record.stem}\n"
+    write_lines(file, [{"prompt": "another", "output": "one"}])
+    assert load() == rows and capsys.readouterr().err == ""
+    cached = record.with_suffix("")
+    cached.unlink()
+    with pytest.raises(ValueError, match=rf"{record} has of an earlier one: delete it to trust the new one"):
+        load()
+    assert not cached.exists()
+    record.unlink()
+    assert load()[0]["prompt"] == "another"
+    cached.write_text("{}")
+    with pytest.raises(ValueError, match="delete it to download it again"):
+        load()
+    assert load(sha256=download.sha256_of(file))[0]["prompt"] == "another"
+
+
+@pytest.mark.parametrize("name", data.EVALUATION)
+def test_evaluation_sets_from_a_file_here(tmp_path, name):
+    path = write_lines(tmp_path / "valid.jsonl", [{"prompt": TEMPLATED, "output": ["La.", "Lala."], "topic": 1}])
+    load = lambda split="test", **options: data.load_references(name, split=split, **{"path": path} | options)
+    assert load() == [{"prompt": TEMPLATED, "context": "", "references": ["La.", "Lala."]}]
+    assert load(sha256=download.sha256_of(Path(path))) == load()
+    assert data.make_render("plain", None)(TEMPLATED, "") == TEMPLATED
+    for changes, message in (
+        ({"split": "train"}, f"{name} has no split 'train'; it has test"),
+        ({"path": str(tmp_path / "nowhere.jsonl")}, "there is no file .*nowhere"),
+        ({"sha256": "12"}, "sha256='12' is no SHA-256: it has 64 digits"),
+        ({"sha256": "f" * 64}, f"valid.jsonl hashes to .*, not to {'f' * 64}"),
+        ({"file": path}, "has no option 'file'; it has path, sha256"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(**changes)
+    with pytest.raises(
+        ValueError, match=rf"{name} is there to evaluate on, by python -m kd_jax.evaluate --data={name}"
+    ):
+        data.load(name, split="train", path=path)
+
+
+def test_any_dataset_has_references(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", "response": "b"}])
+    (row,) = data.load_references("jsonl", split="train", data_dir=str(tmp_path), path=path)
+    assert (row["prompt"], row["context"], row["references"]) == ("a", "", ["b"])
+    with pytest.raises(
+        ValueError, match=r"'self_instuct' \(did you mean 'self_instruct'\?\); known: docstrings, .*vicuna"
+    ):
+        data.load_references("self_instuct", split="test")
 
 
 def test_two_processes_may_build_at_once(tmp_path, monkeypatch):

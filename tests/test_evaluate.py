@@ -2,6 +2,9 @@
 
 import json
 import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,8 +12,9 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from kd_jax import evaluate, sharding
+from kd_jax import evaluate, setup, sharding
 from kd_jax.evaluate import __main__ as command
+from kd_jax.evaluate import harness
 from tests.test_train_step import STUDENT, TEACHER, V, batch
 
 
@@ -95,6 +99,95 @@ def test_the_command_leaves_a_table_and_every_text(tmp_path):
     assert "rouge_l" in table and "exposure bias" in table and "calibration_error" in table
     with pytest.raises(ValueError, match="has something in it"):
         command.run(arguments(tmp_path))
+
+
+def test_an_evaluation_set_by_name_with_several_references(tmp_path):
+    rows = [
+        {"prompt": f"### Instruction:\nCount to {i}.\n\n### Response:\n", "output": ["1", "One."]} for i in range(3)
+    ]
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data": "super_natural", "data_path": tmp_path / "valid.jsonl", "seeds": "1", "rows": 2, "teacher": ""}
+    assert command.run(arguments(tmp_path, **changes))["rows"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
+    assert [line["references"] for line in lines] == [["1", "One."]] * 2
+    assert lines[0]["prompt"] == rows[0]["prompt"]
+    with pytest.raises(ValueError, match="--template=alpaca, but the prompts of --data=super_natural have Alpaca's"):
+        command.run(arguments(tmp_path, **changes, template="alpaca", out=tmp_path / "other"))
+
+
+@pytest.fixture
+def lm_eval(monkeypatch):
+    """A module in lm-eval's place: what it was called with, for the folder and the tasks that are handed on."""
+    calls = []
+
+    class TaskManager:
+        def __init__(self, include_path=None):
+            self.all_tasks = ["arc_easy", "arc_challenge", "hellaswag", *(["own"] if include_path else [])]
+
+        def match_tasks(self, tasks):
+            return [name for name in self.all_tasks for task in tasks if Path(name).match(task)]
+
+    def simple_evaluate(**keywords):
+        calls.append(keywords)
+        values = {"alias": "it", "acc,none": 0.25, "acc_stderr,none": 0.125, "em,strict": 1, "em_stderr,strict": "N/A"}
+        tasks = keywords["tasks"]
+        samples = {task: {"original": 20, "effective": 4} for task in tasks}
+        return {"results": {t: values for t in tasks}, "n-shot": dict.fromkeys(tasks, 0), "n-samples": samples}
+
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=TaskManager))
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False)))
+    return calls
+
+
+def test_lm_eval_is_given_the_folder_and_its_scores_stand_beside_ours(tmp_path, lm_eval):
+    student = tmp_path / "run" / "student"
+    student.parent.mkdir()
+    student.symlink_to(setup.folder("package:docstrings_teacher"))
+    options = {
+        "lm_eval": "hellaswag, arc_*,hellaswag",
+        "lm_eval_limit": 4,
+        "dtype": "bfloat16",
+        "seeds": "",
+        "teacher": "",
+    }
+    found = command.run(arguments(tmp_path, model=tmp_path / "run", **options))
+    (call,) = lm_eval
+    assert call["model"] == "hf" and call["model_args"] == {"pretrained": str(student), "dtype": "bfloat16"}
+    assert call["device"] == "cpu"
+    assert call["tasks"] == ["hellaswag", "arc_easy", "arc_challenge"] and (call["limit"], call["batch_size"]) == (4, 8)
+    assert found["lm_eval"][:2] == [
+        {"task": "hellaswag", "metric": "acc", "value": 0.25, "error": 0.125, "shots": 0, "prompts": 4},
+        {"task": "hellaswag", "metric": "em (strict)", "value": 1, "error": None, "shots": 0, "prompts": 4},
+    ]
+    last = (tmp_path / "out" / "results.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["lm_eval"] == found["lm_eval"]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert re.search(r"arc_easy +\| +acc +\| +0 +\| +4 +\| 0\.2500 ± 0\.1250", table)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lm_eval": "helaswag"}, "lm-eval has no task 'helaswag' (did you mean 'hellaswag'?)"),
+        ({"lm_eval": "own"}, "lm-eval has no task 'own'"),
+        ({"lm_eval": ","}, "--lm_eval=',' names no task"),
+        ({"lm_eval": "own", "lm_eval_path": "/nowhere"}, "no folder --lm_eval_path=/nowhere"),
+    ],
+)
+def test_tasks_that_lm_eval_does_not_have_are_told_before_anything_is_read(tmp_path, lm_eval, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        command.run(arguments(tmp_path, model="/nowhere", **changes))
+    harness.make("own", str(tmp_path))
+    assert not lm_eval
+
+
+@pytest.mark.parametrize("name", ["lm_eval", "lm_eval.models.huggingface"])
+def test_where_lm_eval_is_not_installed_it_is_told_before_anything_is_read(tmp_path, monkeypatch, lm_eval, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=r"--lm_eval=arc_easy needs lm-eval .* pip install 'lm-eval\[hf\]'"):
+        command.run(arguments(tmp_path, model="/nowhere", lm_eval="arc_easy"))
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_imports_point_down(path):
             assert rest[0] in below, f"{path} imports {name}"
             assert not (here in {"models", "data"} and rest[0] in MATHEMATICAL), f"{path} imports {name}"
         assert here in HOMES.get(top, {here}), f"{path} imports {top}"
-        assert top not in ("tensorflow", "torch", "transformers", "configs"), f"{path} imports {top}"
+        assert top not in ("tensorflow", "torch", "transformers", "lm_eval", "configs"), f"{path} imports {top}"
 
 
 def test_configs_import_only_ml_collections_and_each_other():

@@ -27,6 +27,7 @@ def test_plain():
     assert render("def f(): ...", "") == "def f(): ...\n"
     assert render("Sum up.", "It rains.") == "Sum up.\n\nIt rains.\n"
     assert render("", "") == ""
+    assert render("### Response:\n", "") == "### Response:\n"
 
 
 def test_alpaca_is_the_papers_template():

@@ -1,6 +1,6 @@
 """Text in, batches of tokens out: datasets, prompts, the tokenizer, and the pipeline from one to the other."""
 
-from kd_jax.data.builder import DEFAULT_DIR, load
+from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, load, load_references
 from kd_jax.data.pipeline import batches, encode_prompts, pack, prompt_of, tokenize
 from kd_jax.data.prompts import TEMPLATES, make_render
 from kd_jax.data.rows import Packed, Rows, join, pack_rows
@@ -8,6 +8,7 @@ from kd_jax.data.tokenizer import Tokenizer
 
 __all__ = [
     "DEFAULT_DIR",
+    "EVALUATION",
     "TEMPLATES",
     "Packed",
     "Rows",
@@ -16,6 +17,7 @@ __all__ = [
     "encode_prompts",
     "join",
     "load",
+    "load_references",
     "make_render",
     "pack",
     "pack_rows",

@@ -4,11 +4,12 @@ import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from kd_jax.data import docstrings, dolly, gsm8k, jsonl, text
+from kd_jax.data import docstrings, dolly, gsm8k, instructions, jsonl, text
 from kd_jax.resolve import nearest
 
 Row = Mapping[str, str]
@@ -21,6 +22,10 @@ SOURCES: dict[str, Callable[..., tuple[str, Mapping[str, Callable[[], Iterable[R
     "gsm8k": gsm8k.source,
     "jsonl": jsonl.source,
     "text": text.source,
+}
+# The same, but to evaluate on only: rows of prompt, context and references, which are read as they are, and not built.
+EVALUATION: dict[str, Callable[..., tuple[str, Mapping[str, Callable[[], Iterable[dict[str, Any]]]]]]] = {
+    name: partial(instructions.source, name) for name in instructions.FILES
 }
 
 
@@ -95,20 +100,12 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
     Raises:
       ValueError: an unknown name, option or split, an empty split, or a row that cannot be read.
     """
-    if name not in SOURCES:
-        raise ValueError(f"there is no dataset {name!r}{nearest(name, SOURCES)}; known: {', '.join(SOURCES)}.")
-    known = inspect.signature(SOURCES[name]).parameters
-    for option in options:
-        if option not in known:
-            raise ValueError(
-                f"the dataset {name} has no option {option!r}{nearest(option, known)}; it has {', '.join(known)}."
-            )
-    missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
-    if missing:
-        raise ValueError(f"the dataset {name} needs data.options.{missing[0]}.")
-    fingerprint, splits = SOURCES[name](**options)
-    if split not in splits:
-        raise ValueError(f"the dataset {name} has no split {split!r}; it has {', '.join(splits)}.")
+    if name in EVALUATION:
+        raise ValueError(
+            f"the dataset {name} is there to evaluate on, by python -m kd_jax.evaluate --data={name}; to train or to validate "
+            f"on there are {', '.join(SOURCES)}."
+        )
+    fingerprint, splits = _open(name, SOURCES, split, options)
     # pyrefly: ignore[unexpected-keyword]  # tfds hides that its BuilderConfig is a dataclass
     config = RowsConfig(name=f"{name}-{fingerprint}", splits=splits)
     builder = KdJaxRows(data_dir=data_dir, config=config, file_format="array_record")
@@ -124,3 +121,38 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
     if not sizes.get(split):
         raise ValueError(f"the split {split!r} of {name} is empty; rows of each split: {sizes}.")
     return _Decoded(builder.as_data_source(split=split))
+
+
+def load_references(name: str, *, split: str, data_dir: str | None = None, **options: Any) -> list[dict[str, Any]]:
+    """The rows of a split to evaluate on, each with prompt, context and references, a list of texts that are good answers.
+
+    Args:
+      name: dolly_eval, self_instruct, vicuna, super_natural, unnatural, or what `load` knows, with a row's one response.
+      split, data_dir, **options: as in `load`.
+    """
+    if name in SOURCES:
+        return [
+            row | {"references": [row["response"]]} for row in load(name, split=split, data_dir=data_dir, **options)
+        ]
+    return list(_open(name, SOURCES | EVALUATION, split, options)[1][split]())
+
+
+def _open(
+    name: str, sources: Mapping[str, Any], split: str, options: Mapping[str, Any]
+) -> tuple[str, Mapping[str, Any]]:
+    """Fingerprint and splits of a dataset, its name, options and split checked."""
+    if name not in sources:
+        raise ValueError(f"there is no dataset {name!r}{nearest(name, sources)}; known: {', '.join(sources)}.")
+    known = inspect.signature(sources[name]).parameters
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"the dataset {name} has no option {option!r}{nearest(option, known)}; it has {', '.join(known)}."
+            )
+    missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
+    if missing:
+        raise ValueError(f"the dataset {name} needs data.options.{missing[0]}.")
+    fingerprint, splits = sources[name](**options)
+    if split not in splits:
+        raise ValueError(f"the dataset {name} has no split {split!r}; it has {', '.join(splits)}.")
+    return fingerprint, splits

@@ -67,6 +67,13 @@ def read(path: Path, fields: dict[str, str], several: tuple[str, ...] = ()) -> I
             yield {ours: row[theirs] for ours, theirs in fields.items()}
 
 
+def read_references(path: Path, fields: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Rows of a file with their context and a list of references, whose field is a text or a list of texts."""
+    for row in read(path, fields, several=("references",)):
+        references = row["references"]
+        yield {"context": "", **row, "references": [references] if isinstance(references, str) else references}
+
+
 def digest(files: list[Path], settings: str) -> str:
     """A fingerprint of files' contents and of what is read from them."""
     total = hashlib.sha256(settings.encode())

@@ -40,18 +40,20 @@ def adds_special_tokens(name: str) -> bool:
 
 
 def plain(prompt: str, context: str) -> str:
-    r"""The prompt, a blank line and the context if there is one, and the end of the line.
+    r"""The prompt, a blank line and the context if there is one, and the end of the line, if it is not there yet.
 
     Example:
       >>> plain("def f(): return 1", "")
       'def f(): return 1\n'
+      >>> plain("### Response:\n", "")
+      '### Response:\n'
       >>> plain("Sum up.", "It rains.")
       'Sum up.\n\nIt rains.\n'
       >>> plain("", "")
       ''
     """
     text = "\n\n".join(part for part in (prompt, context) if part)
-    return f"{text}\n" if text else ""
+    return f"{text}\n" if text and not text.endswith("\n") else text
 
 
 def alpaca(prompt: str, context: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from kd_jax import data, metrics, models, report, rollouts, setup, sharding
 from kd_jax.data import jsonl
-from kd_jax.evaluate import texts, tokens
+from kd_jax.evaluate import harness, texts, tokens
 from kd_jax.evaluate.tables import PLACES, by_place, over_seeds, table
 
 
@@ -29,12 +29,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="a Hugging Face folder, a work directory of a finished run, or package:NAME")
     add("--teacher", default="", help="the same, to compare with; empty: nothing is compared")
-    add("--data", required=True, help="a dataset's name (docstrings, dolly, gsm8k) or a file of JSON lines")
+    add(
+        "--data",
+        required=True,
+        help=f"a file of JSON lines, or a dataset's name: docstrings, dolly, gsm8k, {', '.join(data.EVALUATION)}",
+    )
     add("--out", required=True, help="a new folder for the results")
     add("--split", default="test", help="of a named dataset")
     add(
         "--data_path", default="", help="of a named dataset that would otherwise be downloaded: its file or folder here"
     )
+    add("--data_sha256", default="", help="of that file, or of the download, where kd_jax does not know it")
     add("--data_dir", default="", help="where built datasets are; empty: tensorflow_datasets' default")
     add("--rows", type=int, default=0, help="the first so many; 0: all")
     add("--prompt_field", default="prompt", help="of a file")
@@ -49,6 +54,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no_repeat_ngram_size", type=int, default=0, help="MiniLLM's and DistiLLM's evaluation has 6")
     add("--seeds", default="10,20,30,40,50", help="of generation, the papers' five; empty: nothing is generated")
     add("--numbers", action="store_true", help="count the answers whose last number is the reference's, as for GSM8K")
+    add("--lm_eval", default="", help="tasks of EleutherAI's lm-eval, with commas between; pip install 'lm-eval[hf]'")
+    add("--lm_eval_path", default="", help="a folder with lm-eval tasks of your own")
+    add("--lm_eval_limit", type=int, default=0, help="the first so many prompts of each of these tasks; 0: all")
     add("--batch_size", type=int, default=32)
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add("--fsdp", type=int, default=1, help="devices that divide the parameters")
@@ -83,11 +91,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out={out} has something in it; choose a new folder.")
     seeds = _seeds(args.seeds)
+    lm_eval = None
+    if args.lm_eval:
+        options = {"batch_size": args.batch_size, "limit": args.lm_eval_limit or None}
+        lm_eval = harness.make(args.lm_eval, args.lm_eval_path, dtype=args.dtype, **options)
     of = load(args)
     rows = read_rows(args)
     examples = texts.read_examples(
         rows, of.tokenizer, template=args.template, max_prompt_length=args.max_prompt_length, cut=True
     )
+    # First, since a task may have to be downloaded, and that may fail.
+    tasks = lm_eval(model_folder(args.model)) if lm_eval is not None and jax.process_index() == 0 else []
     given = tokens.collect(
         *of.both, given_batches(args, of.tokenizer, rows), of.mesh, vocab_size=of.tokenizer.vocab_size
     )
@@ -104,6 +118,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if of.teacher is not None:
         places = {"given": by_place(given)} | ({"own": by_place(_joined(own))} if own else {})
         found["by_place"] = {"places": PLACES, **places}
+    found |= {"lm_eval": tasks} if tasks else {}
     found["arguments"] = vars(args)
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -155,12 +170,16 @@ def read_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise ValueError(f"there is no file --data={path}.")
         fields = {"prompt": args.prompt_field, "references": args.reference_field}
         fields |= {"context": args.context_field} if args.context_field else {}
-        rows = [{"context": ""} | row for row in jsonl.read(path, fields, several=("references",))]
-        rows = [row | {"references": [r] if isinstance(r := row["references"], str) else r} for row in rows]
+        rows = list(jsonl.read_references(path, fields))
     else:
-        options = {"path": args.data_path} if args.data_path else {}
-        source = data.load(args.data, split=args.split, data_dir=args.data_dir or None, **options)
-        rows = [row | {"references": [row["response"]]} for row in source]
+        if args.data in data.EVALUATION and args.template != "plain":
+            raise ValueError(
+                f"--template={args.template}, but the prompts of --data={args.data} have Alpaca's already: leave it at plain, or "
+                f"name a file in --data and its fields instruction and input in --prompt_field and --context_field."
+            )
+        options = {"path": args.data_path, "sha256": args.data_sha256}
+        options = {name: value for name, value in options.items() if value}
+        rows = data.load_references(args.data, split=args.split, data_dir=args.data_dir or None, **options)
     return rows[: args.rows] if args.rows else rows
 
 

@@ -26,7 +26,8 @@ def by_place(values: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: what the model writes, its distributions on given and own text, and how they differ along a response."""
+    """Markdown: what the model writes, its distributions on given and own text, how they differ along a response,
+    and its scores on lm-eval's tasks."""
     seeds = found["seeds"]
     own = any(name.startswith("own_") for name in seeds)
     parts = []
@@ -49,5 +50,12 @@ def table(found: dict[str, Any]) -> str:
             bias = None if given is None or its_own is None else its_own - given
             if given is not None or its_own is not None:
                 rows.append([place, number(given), number(its_own), number(bias)])
+        parts.append(metrics.table(rows))
+    if scores := found.get("lm_eval"):
+        rows = [["lm-eval", "metric", "shots", "prompts", "score"]]
+        for s in scores:
+            error = "" if s["error"] is None else f" ± {s['error']:.4f}"
+            counts = ("" if s[name] is None else str(s[name]) for name in ("shots", "prompts"))
+            rows.append([s["task"], s["metric"], *counts, f"{s['value']:.4f}{error}"])
         parts.append(metrics.table(rows))
     return "\n\n".join(parts)
