@@ -17,6 +17,9 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file, and after a colon its setting.", lock_config=False, accept_new_attributes=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where metrics, checkpoints, plots and the student go.")
+_PROCESSES = flags.DEFINE_string(
+    "processes", "", "The same command runs on several hosts: auto (a TPU pod, or SLURM), or ADDRESS:PORT,COUNT,INDEX."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -26,6 +29,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --config.steps=100.")
     use_cache()
     try:
+        join(_PROCESSES.value)
         train.train(CONFIG.value, str(WORKDIR.value))
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"kd_jax: {error}")
@@ -35,6 +39,27 @@ def use_cache() -> None:
     """Compiled programs are kept for the next run, unless JAX is told where already."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/kd_jax/xla"))
+
+
+def join(processes: str) -> None:
+    """Meets the other processes of the run, before anything touches a device.
+
+    Args:
+      processes: empty: there are none; auto: a TPU pod's and SLURM's find each other; or ADDRESS:PORT,COUNT,INDEX, the address
+        that of the process 0.
+
+    Raises:
+      ValueError: something else.
+    """
+    if not processes:
+        return
+    parts = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", processes)
+    if processes == "auto":
+        jax.distributed.initialize()
+    elif parts and int(parts[3]) < int(parts[2]):
+        jax.distributed.initialize(parts[1], int(parts[2]), int(parts[3]))
+    else:
+        raise ValueError(f"--processes={processes!r} must be auto, or ADDRESS:PORT,COUNT,INDEX with INDEX below COUNT.")
 
 
 def parse(argv: list[str]) -> list[str]:

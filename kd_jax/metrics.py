@@ -20,8 +20,17 @@ class Writer:
     One JSON object a line: {"step": ..., "split": "train", "eval" or "speed", name: value, ...}.
     """
 
-    def __init__(self, workdir: str, first_step: int):
-        """Opens the files, dropping lines of steps after `first_step`: the run continues from there."""
+    def __init__(self, workdir: str, first_step: int, silent: bool = False):
+        """Opens the files, dropping lines of steps after `first_step`: the run continues from there.
+
+        Args:
+          workdir: of the run.
+          first_step: that is there already.
+          silent: nothing is written: another process does.
+        """
+        self._silent = silent
+        if silent:
+            return
         folder = Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
@@ -34,6 +43,8 @@ class Writer:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        if self._silent:
+            return
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -43,8 +54,9 @@ class Writer:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._file.close()
-        self._board.close()
+        if not self._silent:
+            self._file.close()
+            self._board.close()
 
 
 def read(workdir: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from kd_jax import evaluate, metrics, models, plots, report, rollouts
+from kd_jax import evaluate, metrics, models, plots, report, rollouts, sharding
 
 BEFORE, AFTER = "generations_before.jsonl", "generations.jsonl"
 TITLES = {"before": "student before", "after": "student after"}
@@ -15,7 +15,9 @@ TITLES = {"before": "student before", "after": "student after"}
 
 def begin(run: Any, params: Any, workdir: str) -> None:
     """Leaves what the student writes before its first step, for `finish` to show beside what it writes after the last."""
-    _write_lines(Path(workdir) / BEFORE, _answers(run, run.models.student, params)[0])
+    written = _answers(run, run.models.student, params)[0]
+    if jax.process_index() == 0:
+        _write_lines(Path(workdir) / BEFORE, written)
 
 
 def finish(run: Any, params: Any, workdir: str) -> dict[str, Any]:
@@ -28,22 +30,25 @@ def finish(run: Any, params: Any, workdir: str) -> dict[str, Any]:
 
     Returns:
       {"teacher": ..., "before": ..., "after": ...}, each what `Run.evaluate` returns; and with a teacher "by_place", where along
-      the response the student is how far from it.
+      the response the student is how far from it. Of several processes only the first has "before" and "after".
     """
-    folder = Path(workdir)
-    lines = [_numbers(line) for line in metrics.read(workdir) if line["split"] == "eval"]
-    result: dict[str, Any] = {"before": lines[0], "after": lines[-1]}
+    folder, first, result = Path(workdir), jax.process_index() == 0, {}
+    if first:
+        lines = [_numbers(line) for line in metrics.read(workdir) if line["split"] == "eval"]
+        result = {"before": lines[0], "after": lines[-1]}
     written, own = _answers(run, run.models.student, params)
-    texts = {"before": _read_lines(folder / BEFORE), "after": written}
+    texts = {"before": _read_lines(folder / BEFORE) if first else [], "after": written}
     if run.models.teacher is not None:
         result = {"teacher": run.evaluate_teacher()} | result
         texts = {"teacher": _answers(run, run.models.teacher, run.models.teacher_params, alone=True)[0]} | texts
         places = {"given": evaluate.by_place(_first_batch(run, params)), "own": evaluate.by_place(own)}
         result["by_place"] = {"places": evaluate.PLACES, **places}
-    export = folder / "student"
-    if not export.exists():
-        models.save_pretrained(export, run.models.student, params, run.tokenizer)
-    if jax.process_index() == 0:
+    if jax.process_count() > 1:
+        params = jax.tree.map(sharding.fetch_whole, params)  # the student, whole on each host: it is the smaller model
+    if first:
+        export = folder / "student"
+        if not export.exists():
+            models.save_pretrained(export, run.models.student, params, run.tokenizer)
         _write(folder, result, texts)
         metrics.tqdm.write((folder / "samples.md").read_text(encoding="utf-8"))
         metrics.tqdm.write((folder / "table.md").read_text(encoding="utf-8"))

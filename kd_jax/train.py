@@ -195,7 +195,7 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
         if state is None:
             state = checkpoint.restore(manager, run.abstract_state, run.feed)
         metrics.tqdm.write(environment(run, state))
-        with metrics.Writer(workdir, int(state.step)) as writer:
+        with metrics.Writer(workdir, int(state.step), silent=jax.process_index() > 0) as writer:
             state = _loop(run, state, workdir, writer, manager, quiet)
     return results.finish(run, state.params, workdir)
 
