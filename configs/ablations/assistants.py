@@ -10,7 +10,7 @@ from configs.ablations import base
 
 
 def get_config(setting: str = "docstrings") -> ConfigDict:
-    config = base.short(forward_kl.get_config(setting))
+    config = base.short(forward_kl.get_config(setting), steps=60)
     config.objective.terms.distil.pair = ("teacher", "assistant")
     config.objective.terms.distil.assistant.name = "arithmetic_mixture"
     names = ("alpha_mixture(alpha=-3)", "arithmetic_mixture()", "geometric_mixture()", "alpha_mixture(alpha=3)")

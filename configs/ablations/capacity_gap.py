@@ -19,7 +19,7 @@ def get_config(setting: str = "docstrings") -> ConfigDict:
     if setting in SIZES:
         return _teacher(*SIZES[setting])
     methods = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "taid": taid}
-    bases = {name: base.short(method.get_config(setting)) for name, method in methods.items()}
+    bases = {name: base.short(method.get_config(setting), steps=60) for name, method in methods.items()}
     for config in bases.values():
         config.student.config.update(hidden_size=min(48, config.student.config.hidden_size))
         config.student.config.update(intermediate_size=2 * config.student.config.hidden_size)

@@ -11,7 +11,7 @@ from configs.ablations import base
 
 
 def get_config(setting: str = "docstrings") -> ConfigDict:
-    config = base.short(taid.get_config(setting))
+    config = base.short(taid.get_config(setting), steps=60)
     steps = config.steps
     names = (
         f"taid(start=0.4, end=1.0, alpha=0.0005, beta=0.99, total_steps={steps})",
