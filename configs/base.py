@@ -1,7 +1,8 @@
 """Every key of a config, its default, and what it means. A method's file sets the objective, a setting models and data.
 
-A *spec* is {"name": ..., keyword: number, ...}: a function of the module named beside it, with its keywords. Specs take new
-keywords, also from the command line (--config.objective.terms.distil.divergence.skew=0.2); all else is locked.
+A *spec* is {"name": ..., keyword: number, ...}: a function of the module named beside it, or of your own as
+"module:function", with its keywords. Specs take new keywords, also from the command line
+(--config.objective.terms.distil.divergence.skew=0.2); all else is locked.
 """
 
 from typing import Any

@@ -252,8 +252,13 @@ def _divergence_loss(spec: Any) -> tuple[Callable[..., Array], tuple[Any, ...]]:
         function, keywords = resolve.look_up(spec["assistant"], assistants, positional=True)
         scheduled = {k: _schedule(v) for k, v in keywords.items() if not isinstance(v, int | float)}
         first = {k: float(schedule(schedule.init(), step=0)) for k, schedule in scheduled.items()}
-        assistant = resolve.bind({"name": function.__name__} | keywords | first, assistants)
-    inner = token_loss(resolve.bind(spec["divergence"], divergences), assistant, spec["pair"], spec["stop_gradient"])
+        assistant = resolve.close(function, **keywords | first)
+    divergence, vector = resolve.bind(spec["divergence"], divergences), jax.ShapeDtypeStruct((2,), jnp.float32)
+    if (shape := jax.eval_shape(divergence, vector, vector).shape) != ():
+        raise ValueError(
+            f"divergence: of two vectors it gives a value of shape {shape}; it has to reduce the last axis."
+        )
+    inner = token_loss(divergence, assistant, spec["pair"], spec["stop_gradient"])
 
     def loss(log_p: Any, log_q: Array, target: Any, weight: Any, *numbers: Array) -> Array:
         return inner(log_p, log_q, weight, **dict(zip(scheduled, numbers, strict=True)))

@@ -7,12 +7,16 @@ A spec is a name, or a mapping with the name under ``"name"`` and keyword argume
 The name may be a call, ``"alpha_beta(alpha=0.2, beta=0.7)"``: then what stands beside it does not count, so that a flag
 can put one function in the place of another that has other keywords.
 
-A module is its own registry: the names it offers are its ``__all__``, or its public callables if it has none.
+A module is its own registry: the names it offers are its ``__all__``, or its public callables if it has none. A name
+of another module says which, as an entry point does: ``"package.module:function"``, also as a call. Of a notebook, or of
+the script that runs, that module is ``__main__``: ``"__main__:mine(scale=2.0)"``. A name and not the function itself,
+because a config is data: it is written beside the checkpoints, and read where a run goes on.
 """
 
 import ast
 import difflib
 import functools
+import importlib
 import inspect
 import math
 import numbers
@@ -52,6 +56,11 @@ def bind(spec: Spec, module: ModuleType, **defaults: Any) -> Callable[..., Any]:
       {'skew': 0.2}
     """
     function, keywords = look_up(spec, module, positional=True, **defaults)
+    return close(function, **keywords)
+
+
+def close(function: Callable[..., Any], **keywords: Any) -> Callable[..., Any]:
+    """``functools.partial``, traced once as `bind` does."""
     bound = functools.partial(function, **keywords)
     shapes = [
         jax.ShapeDtypeStruct((2,) if parameter.startswith("log_") else (), jnp.float32)
@@ -111,8 +120,10 @@ def look_up(
         raise ValueError(f"{spec!r} is no spec: a name, a call such as name(keyword=1.0), or a mapping with a name.")
     keywords = {} if isinstance(spec, str) else dict(spec)
     name = spec if isinstance(spec, str) else keywords.pop("name", None)
-    if isinstance(name, str) and "(" in name:
-        name, keywords = _parse_call(name)
+    if isinstance(name, str):
+        module, name = _home(name, module)
+        if "(" in name:
+            name, keywords = _parse_call(name)
     known = names(module)
     if name not in known:
         what = "no name" if name is None else f"unknown name {name!r}"
@@ -165,6 +176,17 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     lower = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(str(name).lower(), lower, n=1)
     return f" (did you mean {lower[close[0]]!r}?)" if close else ""
+
+
+def _home(name: str, module: ModuleType) -> tuple[ModuleType, str]:
+    """The module that ``package.module:name`` says, or else the given one, and the name in it."""
+    path, colon, rest = name.partition(":")
+    if not colon or "(" in path:  # a colon in a call's keywords says nothing
+        return module, name
+    try:
+        return importlib.import_module(path), rest
+    except (ImportError, TypeError, ValueError) as error:  # the latter two: relative and empty names
+        raise ValueError(f"the module {path!r} of the name {name!r} cannot be imported: {error}.") from error
 
 
 def _parse_call(text: str) -> tuple[str, dict[str, Any]]:

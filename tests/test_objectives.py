@@ -56,6 +56,31 @@ def test_the_pair_and_the_stopped_gradient():
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
+def unreduced(log_p, log_q):
+    return log_p - log_q
+
+
+def gap(log_p, log_q, *, power=1.0):
+    return ((log_p - log_q) ** 2).sum(axis=-1) ** power
+
+
+def nearer(log_p, log_q, weight, *, sharpness):
+    return jax.nn.log_softmax(sharpness * (weight * log_p + (1 - weight) * log_q))
+
+
+def test_a_divergence_and_an_assistant_of_another_module():
+    log_p, log_q = jax.nn.log_softmax(jnp.array([[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]))
+    sharpness = {"name": "linear_schedule", "init_value": 1.0, "end_value": 2.0, "transition_steps": 1}
+    change = {
+        "divergence": {"name": f"{__name__}:gap", "power": 2.0},
+        "assistant": {"name": f"{__name__}:nearer", "sharpness": sharpness},
+        "pair": ("assistant", "student"),
+    }
+    (term,) = make_terms({"distil": TERM | change})
+    expected = gap(nearer(log_p, log_q, 0.3, sharpness=1.5), log_q, power=2.0)
+    np.testing.assert_allclose(term.loss(log_p, log_q, None, 0.3, jnp.array(1.5)), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -64,6 +89,8 @@ def test_the_pair_and_the_stopped_gradient():
         ({"rows": "techer"}, "rows='techer'"),
         ({"average": "mean"}, "average='mean'"),
         ({"kind": "ce"}, "kind='ce'"),
+        ({"divergence": f"{__name__}:unreduced"}, "a value of shape (2,); it has to reduce the last axis"),
+        ({"divergence": "nowhere:mine"}, "cannot be imported"),
         ({"pair": ("teacher", "assistant")}, "no assistant"),
         ({"assistant": {"name": "geometric_mixture"}}, "an assistant is given"),
         ({"pair": ("teacher", "pupil")}, "pupil"),

@@ -1,5 +1,8 @@
 """Specs: what they give, and what each kind of error says."""
 
+import sys
+import types
+
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -28,6 +31,29 @@ def test_every_name_with_defaults_binds():
         resolve.bind({"name": name, **numbers}, divergences)
     assert resolve.bind({"name": "skew_forward_kl"}, divergences, skew=0.3).keywords == {"skew": 0.3}
     assert resolve.bind({"name": "skew_forward_kl", "skew": 0.2}, divergences, skew=0.3).keywords == {"skew": 0.2}
+
+
+def largest_gap(log_p, log_q, *, scale=1.0):
+    """A divergence of this file."""
+    return scale * jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)).max(axis=-1)
+
+
+def test_a_name_may_say_its_module(monkeypatch):
+    here = f"{__name__}:largest_gap"
+    for spec in ({"name": here, "scale": 2.0}, f"{here}(scale=2.0)", {"name": f"{here}(scale=2.0)", "skew": 0.1}):
+        bound = resolve.bind(spec, divergences)
+        assert bound.func is largest_gap and bound.keywords == {"scale": 2.0}
+    assert resolve.bind("optax:kl_divergence", divergences).func is optax.kl_divergence
+    assert (
+        resolve.build(
+            {"name": "optax:linear_schedule(init_value=0.0, end_value=1.0, transition_steps=2)"}, divergences
+        )(1)
+        == 0.5
+    )
+    main = types.ModuleType("__main__")
+    main.mine = largest_gap
+    monkeypatch.setitem(sys.modules, "__main__", main)  # a notebook
+    assert resolve.bind("__main__:mine", divergences).func is largest_gap
 
 
 def test_build():
@@ -62,6 +88,18 @@ def test_build_from_a_module_without_all():
         ({"name": "alpha_beta", "alpha": 0.1}, ["lacks beta", "alpha_beta"]),
         ({"name": "jensen_shannon", "weight": 1.5}, ["weight", "1.5", "between 0 and 1"]),
         ({"name": "alpha_beta", "alpha": 0.1, "beta": float("nan")}, ["beta", "nan"]),
+        (
+            "nowhere.at_all:mine",
+            ["'nowhere.at_all'", "nowhere.at_all:mine", "cannot be imported", "No module named 'nowhere'"],
+        ),
+        (":mine", ["''", "cannot be imported"]),
+        (".mine:mine", ["'.mine'", "cannot be imported"]),
+        ("kd_jax.divergences:foward_kl", ["'foward_kl'", "did you mean 'forward_kl'", "kd_jax.divergences has"]),
+        (
+            {"name": f"{__name__}:largest_gap", "scal": 1.0},
+            ["'scal'", "did you mean 'scale'", "largest_gap takes scale"],
+        ),
+        ({"name": f"{__name__}:largest_gaps"}, ["'largest_gaps'", "did you mean 'largest_gap'", __name__]),
         ({"name": "check_number"}, ["unknown name 'check_number'"]),  # imported there, and not in __all__
     ],
     ids=lambda x: str(x)[:50],
