@@ -114,9 +114,10 @@ def adaptive_kl(
 ) -> PerToken:
     """``h KL(p || q) + (1 - h) KL(q || p)``, ``h`` the share of ``sum |p - q|`` in the teacher's head.
 
-    The head is the smallest set of the teacher's top tokens whose mass reaches ``head_mass``. Forward KL
-    learns the head first and reverse KL the tail, so each token gets more of what it is behind on. ``h`` is a
-    constant to the gradient. Tokens of equal probability are in the head or out of it together.
+    The head is the smallest set of the teacher's top tokens whose mass reaches ``head_mass``; tokens of equal
+    probability are in it or out of it together. The paper's reason: forward KL learns the head first and reverse
+    KL the tail; notebooks/02_head_and_tail measures where that holds. ``h`` is a constant to the gradient, so a
+    minimum of the value need not be a point of rest.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
@@ -297,11 +298,11 @@ def alpha_divergence(log_p: LogProbs, log_q: LogProbs, *, alpha: Number) -> PerT
 def alpha_beta(log_p: LogProbs, log_q: LogProbs, *, alpha: Number, beta: Number) -> PerToken:
     """``-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]``, a = alpha, b = beta, and its limits.
 
-    Two dials: the smaller alpha, the more a token counts by how far the two are apart on it; the larger beta,
-    the more by how sure the student is of it. (1, 0) is forward KL, (0, 1) reverse KL, ``a + b = 1`` the
-    alpha-divergences, (0, 0) half the squared difference of the logarithms. Continuous in both, where the
-    published code is not: the limits carry ``1/b^2`` at ``a = 0``, ``1/a^2`` at ``b = 0`` and at ``a + b =
-    0``.
+    Two dials: the smaller alpha, for most pairs, the more a token counts by how far the two are apart on it; the
+    larger beta, the more by how sure the student is of it (notebooks/01_divergences). (1, 0) is forward KL, (0, 1)
+    reverse KL, ``a + b = 1`` the alpha-divergences, (0, 0) half the squared difference of the logarithms.
+    Continuous in both, where the published code is not: the limits carry ``1/b^2`` at ``a = 0``, ``1/a^2`` at
+    ``b = 0`` and at ``a + b = 0``.
 
     An entry where one of the two has no mass adds a finite amount only if ``a + b`` and that one's exponent
     are positive.
