@@ -100,6 +100,27 @@ def test_several_runs_are_compared_on_one_page(tmp_path):
     assert text.count("<option>teacher</option>") == 1, "what both have is shown once"
 
 
+def test_an_ablation_says_what_leads_and_by_how_much(tmp_path):
+    axes = [["alpha", "key", [0.0, 0.5]], ["beta", "key", [1.0]]]
+    config = {"axes": axes, "several": False, "label": "method", "base": {}, "metrics": ["forward_kl", "rouge_l"]}
+    write(tmp_path / "plane", "config.json", config)
+    write(tmp_path / "plane", "results.jsonl", [])
+    assert "0 runs" in report.write([tmp_path / "plane"]).read_text()
+    lines = []
+    for alpha, after in ((0.0, (2.0, 2.5)), (0.5, (1.0, 1.5))):
+        for seed in (0, 1):
+            run = a_run(tmp_path / "plane" / f"{alpha},{seed}" / "run", after[seed], seed)
+            result = json.loads((run / "result.json").read_text())
+            lines.append({"point": {"alpha": alpha, "beta": 1.0}, "seed": seed, "folder": run.parent.name} | result)
+    write(tmp_path / "plane", "results.jsonl", lines)
+    text = report.write([tmp_path / "plane"]).read_text()
+    assert "KL(p || q): 0.5, 1.0 is best with 1.250, 1.000 ahead of 0.0, 1.0, more than their deviations." in text
+    assert "less than their deviations" in text, "ROUGE-L is the same everywhere"
+    assert "<h3>heatmap</h3>" in text and text.count("<svg") == 6, "bars, curves and heat maps of two numbers"
+    assert text.count("<article") == 2 and text.count("<option>0.5, 1.0</option>") == 1
+    assert text.count('data-who="teacher"') == 2
+
+
 def test_what_is_no_finished_folder_is_told(tmp_path):
     with pytest.raises(ValueError, match="there is no folder"):
         report.write([tmp_path / "nowhere"])

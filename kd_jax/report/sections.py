@@ -114,13 +114,7 @@ def _run(folder: Path) -> Section:
     if "by_place" in result:
         places, given, own = (result["by_place"][key] for key in ("places", "given", "own"))
         charts.insert(0, _by_place(places, given, own))
-    lines = _lines_of(folder / "generations.jsonl")
-    generations = [
-        Generation(
-            line["prompt"], tuple(line["references"]), tuple(_text(AUTHORS[k], line[k]) for k in AUTHORS if k in line)
-        )
-        for line in lines
-    ]
+    generations = _generations(folder, AUTHORS)
     return _section(
         folder, "run", config, verdict=tuple(verdict), cards=tuple(cards), charts=tuple(charts),
         generations=tuple(generations[:MOST]), all_generations=len(generations),
@@ -165,40 +159,33 @@ def _ablation(folder: Path) -> Section:
     lines, columns = _lines_of(folder / "results.jsonl"), config["metrics"]
     groups = comparison.grouped(lines)
     verdict = [f"{len(lines)} runs of {len(groups)} points are finished."]
-    for name in comparison.present(lines, columns) if len(groups) > 1 else ():
-        best = comparison.winner(groups, name)
-        mean, deviation = comparison.mean(groups[best], name)
-        rest = {point: its for point, its in groups.items() if point != best}
-        second = comparison.winner(rest, name)
-        gap = abs(comparison.mean(rest[second], name)[0] - mean)
-        spread = max(deviation, comparison.mean(rest[second], name)[1])
-        few = min(len(groups[best]), len(rest[second])) < 2
-        sure = (
-            "with one seed" if few else "more than their deviations" if gap > spread else "less than their deviations"
-        )
-        verdict.append(
-            f"{comparison.title(name)}: {best} is best with {mean:.3f}, {gap:.3f} ahead of {second}, {sure}."
-        )
+    for name in comparison.present(lines, columns):
+        verdict += _lead(name, {point: its for point, its in groups.items() if comparison.present(its, [name])})
     runs = tuple(folder / line["folder"] / "run" for line in lines)
     workdirs = runs if all((run / "metrics.jsonl").exists() for run in runs) else ()
     charts = comparison.charts(comparison.axes_of(config), columns, lines, workdirs)
-    generations: list[Generation] = []
-    if workdirs:
-        found = [
-            (comparison.named(line), _lines_of(run / "generations.jsonl"))
-            for line, run in zip(lines, runs, strict=True)
-        ]
-        first = {comparison.named(line): line["seed"] for line in reversed(lines)}
-        found = [(who, its) for (who, its), line in zip(found, lines, strict=True) if line["seed"] == first[who]]
-        generations = merged([
-            (who, tuple(
-                Generation(line["prompt"], tuple(line["references"]), (_text("", line["after"]),)) for line in its
-            )) for who, its in found
-        ])  # fmt: skip
+    first_seeds: dict[str, Path] = {}
+    for line, run in zip(lines, runs, strict=True):
+        first_seeds.setdefault(comparison.named(line), run)
+    written = [(point, _generations(run, {"teacher": "teacher", "after": ""})) for point, run in first_seeds.items()]
+    generations = merged(written)
     return _section(
         folder, "ablation", config, verdict=tuple(verdict), charts=tuple(charts), lines=tuple(lines), workdirs=workdirs,
         generations=tuple(generations[:MOST]), all_generations=len(generations),
     )  # fmt: skip
+
+
+def _lead(name: str, groups: dict[str, list[comparison.Line]]) -> list[str]:
+    """A sentence on which point is best, and whether that is more than chance; of one point alone nothing can be said."""
+    if len(groups) < 2:
+        return []
+    best = comparison.winner(groups, name)
+    second = comparison.winner({point: its for point, its in groups.items() if point != best}, name)
+    (mean, deviation), (other, its_deviation) = (comparison.mean(groups[point], name) for point in (best, second))
+    gap = abs(other - mean)
+    sure = "more" if gap > max(deviation, its_deviation) else "less"
+    sure = f"{sure} than their deviations" if min(len(groups[best]), len(groups[second])) > 1 else "with one seed"
+    return [f"{comparison.title(name)}: {best} is best with {mean:.3f}, {gap:.3f} ahead of {second}, {sure}."]
 
 
 def merged(several: Sequence[tuple[str, Sequence[Generation]]]) -> list[Generation]:
@@ -219,6 +206,18 @@ def merged(several: Sequence[tuple[str, Sequence[Generation]]]) -> list[Generati
 
 def _by_place(places: Sequence[str], given: dict[str, Any], own: dict[str, Any]) -> plots.Chart:
     return plots.by_place(places, {"given text": given["reverse_kl"], "own text": own["reverse_kl"]})
+
+
+def _generations(workdir: Path, authors: dict[str, str]) -> list[Generation]:
+    """What stands in a run's generations.jsonl, by some of its authors."""
+    return [
+        Generation(
+            line["prompt"],
+            tuple(line["references"]),
+            tuple(_text(who, line[key]) for key, who in authors.items() if key in line),
+        )
+        for line in _lines_of(workdir / "generations.jsonl")
+    ]
 
 
 def _text(who: str, line: dict[str, Any]) -> Text:
