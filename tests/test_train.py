@@ -77,14 +77,23 @@ def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_di
     lines = metrics.read(folder)
     assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3]
     assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 2, 3]
-    assert set(result) == {"teacher", "before", "after"}
+    assert set(result) == {"teacher", "before", "after", "by_place"}
     assert {"forward_kl", "top1_agreement", "perplexity", "rouge_l", "own_reverse_kl"} < set(result["after"])
     assert {"rouge_l", "own_entropy"} < set(result["teacher"]) and "own_forward_kl" not in result["teacher"]
-    for name in ("losses.png", "evaluation.png", "samples.md", "table.md", "config.json", "tensorboard"):
+    for name in (
+        "losses.png",
+        "evaluation.png",
+        "samples.md",
+        "table.md",
+        "config.json",
+        "tensorboard",
+        "report.html",
+        "result.json",
+    ):
         assert (folder / name).exists(), name
     assert list((folder / "profile").rglob("*.xplane.pb"))
     assert all(line["tokens_per_second"] > 0 for line in lines if line["split"] == "speed")
-    assert (folder / "samples.md").read_text().count("**student**") == 5
+    assert (folder / "samples.md").read_text().count("**student after**") == 5
     printed = capsys.readouterr().out
     assert "student after" in printed and "parameters" in printed
 
@@ -109,8 +118,8 @@ class Stopped(Exception):
     pass
 
 
-STOPPED = [("taid", 3), ("sft", 1), ("distillm", 3)]
-SLOWER = ("minillm", "distillm2", "seqkd", "gkd", "imitkd", "opd")
+STOPPED = [("sft", 1), ("distillm", 3)]
+SLOWER = ("taid", "minillm", "distillm2", "seqkd", "gkd", "imitkd", "opd")
 STOPPED += [pytest.param(method, 3, marks=pytest.mark.slow) for method in SLOWER]
 
 
@@ -243,6 +252,7 @@ def tiny_folder(path, family, layers):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["dolly_smollm2", "dolly_gpt2"])
 def test_the_dolly_settings_run_with_folders_of_their_families(setting, tmp_path, data_dir):
     rows = [{"instruction": f"Name {i}", "context": "", "response": f"It is {i}."} for i in range(300)]
