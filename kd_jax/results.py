@@ -37,7 +37,9 @@ def finish(run: Any, params: Any, workdir: str) -> dict[str, Any]:
         lines = [_numbers(line) for line in metrics.read(workdir) if line["split"] == "eval"]
         result = {"before": lines[0], "after": lines[-1]}
     written, own = _answers(run, run.models.student, params)
-    texts = {"before": _read_lines(folder / BEFORE) if first else [], "after": written}
+    texts = {"after": written}
+    if first and (folder / BEFORE).exists():  # not in a run that an older version began
+        texts = {"before": _read_lines(folder / BEFORE)} | texts
     if run.models.teacher is not None:
         result = {"teacher": run.evaluate_teacher()} | result
         texts = {"teacher": _answers(run, run.models.teacher, run.models.teacher_params, alone=True)[0]} | texts
