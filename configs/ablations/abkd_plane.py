@@ -1,4 +1,5 @@
-"""ABKD's plane: the alpha-beta divergence where its two numbers go, from the limits to beyond the paper's (0.2, 0.7).
+"""ABKD's plane: the alpha-beta divergence where its two numbers go, forward KL at (1, 0), reverse KL at (0, 1), the paper's
+choice at (0.2, 0.7), and beyond.
 
 python -m kd_jax.ablate --config=configs/ablations/abkd_plane.py --workdir=runs/abkd_plane
 """
@@ -12,5 +13,5 @@ from configs.ablations import base
 def get_config(setting: str = "docstrings") -> ConfigDict:
     config = base.short(abkd.get_config(setting), steps=50)
     term = "objective.terms.distil.divergence"
-    values = (0.0, 0.2, 0.7, 1.0)
-    return base.ablation(config, {"alpha": (f"{term}.alpha", values), "beta": (f"{term}.beta", values)}, seeds=(0,))
+    axes = {"alpha": (f"{term}.alpha", (0.0, 0.2, 1.0)), "beta": (f"{term}.beta", (0.0, 0.7, 1.0))}
+    return base.ablation(config, axes, seeds=(0,))

@@ -12,7 +12,7 @@ from configs.ablations import base
 def get_config(setting: str = "docstrings") -> ConfigDict:
     config = base.short(amid.get_config(setting), steps=50)
     axes = {
-        "alpha": ("objective.terms.distil.assistant.alpha", (-5.0, -3.0, -1.0, 1.0)),
+        "alpha": ("objective.terms.distil.assistant.alpha", (-3.0, -1.0, 1.0)),
         "weight": ("objective.terms.distil.weight", (0.1, 0.5, 0.9)),
     }
     return base.ablation(config, axes, seeds=(0,))
