@@ -7,6 +7,7 @@ table.md and plots. A run that fails leaves its error and does not stop the othe
 import copy
 import itertools
 import json
+import os
 import re
 import sys
 import traceback
@@ -43,10 +44,12 @@ def run(config: Any, workdir: str, shard: tuple[int, int] = (0, 1)) -> str:
             raise ValueError(f"the axis {label!r} has no values.")
     jobs = [(point, seed) for point in points(config) for seed in config.seeds]
     configs = [configured(config, point, seed) for point, seed in jobs]  # whatever is wrong with a key is told now
+    folders = [Path(workdir) / name_of(point, seed) for point, seed in jobs]
+    if twice := [folder.name for folder in folders if folders.count(folder) > 1]:
+        raise ValueError(f"two runs would have the folder {twice[0]!r}: a value or a seed is there twice, or nearly.")
     resolved = config.to_dict()
     train.check_workdir(workdir, resolved)
     checkpoint.write_config(workdir, resolved)
-    folders = [Path(workdir) / name_of(point, seed) for point, seed in jobs]
     for folder, its_config in list(zip(folders, configs, strict=True))[part::parts]:
         run_one(its_config, folder)
     done = [
@@ -66,9 +69,14 @@ def points(config: Any) -> list[Point]:
 
 def configured(config: Any, point: Point, seed: int) -> Any:
     """The base with a point's overrides and its seed."""
-    its_own = copy.deepcopy(config.base[point[config.label]] if config.several else config.base)
+    bases = [point[label] for label, key, _ in config.axes if not key]
+    its_own = copy.deepcopy(config.base[bases[0]] if bases else config.base)
     for label, key, _ in config.axes:
+        if not key:
+            continue
         value = point[label]
+        if not isinstance(key, str) and len(key) != len(value):
+            raise ValueError(f"the axis {label!r}: {value!r} must have a value for each of {', '.join(key)}.")
         changes = {key: value} if isinstance(key, str) else dict(zip(key, value, strict=True))
         try:
             its_own.update_from_flattened_dict(changes)
@@ -106,7 +114,9 @@ def run_one(config: Any, folder: Path) -> None:
 
 def write(config: Any, done: list[dict[str, Any]], failed: list[str], folder: Path) -> str:
     """Leaves results.jsonl, table.md and the charts of the runs that are done; returns the table."""
-    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in done), encoding="utf-8")
+    partial = folder / f"results.jsonl.{os.getpid()}"  # shards may end together
+    partial.write_text("".join(json.dumps(line) + "\n" for line in done), encoding="utf-8")
+    partial.replace(folder / "results.jsonl")
     text = comparison.table(done, config.metrics)
     if failed:
         text += "\n\nFailed, with the reason in error.txt of their folders: " + "; ".join(failed)
@@ -123,6 +133,10 @@ def _main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     main.use_cache()
     try:
+        if main.PROCESSES.value:
+            raise ValueError("--processes is for one run on several hosts; an ablation is divided by --shard.")
+        if len(argv) > 1:
+            raise ValueError(f"{argv[1]!r} is no flag; options look like --config.base.steps=100.")
         part, _, parts = _SHARD.value.partition("/")
         if not (part.isdigit() and parts.isdigit()):
             raise ValueError(f"--shard={_SHARD.value!r} must be I/N, such as 0/2.")

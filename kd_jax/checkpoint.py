@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from typing import Any
 
 import jax
@@ -80,14 +81,14 @@ def config_difference(workdir: str, config: dict[str, Any]) -> list[str] | None:
 
 def foreign_files(workdir: Any) -> list[str]:
     """What is in a work directory without a config that no run of ours can have left there."""
-    return [path.name for path in epath.Path(workdir).iterdir() if path.name != PARTIAL]
+    return [path.name for path in epath.Path(workdir).iterdir() if not path.name.startswith(PARTIAL)]
 
 
 def write_config(workdir: str, config: dict[str, Any]) -> None:
     """Writes the resolved config beside the checkpoints, whole or not at all."""
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / PARTIAL
+    partial = folder / f"{PARTIAL}.{os.getpid()}"
     partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     partial.replace(folder / "config.json")
 

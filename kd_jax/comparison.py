@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax import metrics
-from kd_jax.plots import Chart, style
+from kd_jax.plots import Chart, style, text
 
 HIGHER = (
     "rouge_l",
@@ -61,22 +61,27 @@ def mean(lines: Sequence[Line], name: str) -> tuple[float, float]:
     values = [line["after"][name] for line in lines if name in line["after"]]
     if not values:
         return float("nan"), 0.0
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.mean(values), _deviation(values) if len(values) > 1 else 0.0
 
 
 def winner(groups: Mapping[str, Sequence[Line]], name: str) -> str:
     """The point with the best mean."""
     means = {point: mean(lines, name)[0] for point, lines in groups.items()}
     there = {point: value for point, value in means.items() if value == value}
-    return (max if name in HIGHER else min)(there, key=there.__getitem__)
+    return (max if name in HIGHER else min)(there, key=there.__getitem__, default="")
 
 
 def number(values: Sequence[float]) -> str:
     """Mean ± deviation."""
     if not values:
         return ""
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    deviation = f" ± {_deviation(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{deviation}"
+
+
+def _deviation(values: Sequence[float]) -> float:
+    with np.errstate(invalid="ignore"):  # of a perplexity of inf it is nan
+        return float(np.std(values, ddof=1))
 
 
 def charts(
@@ -108,9 +113,8 @@ def charts(
 
 
 def axes_of(config: Any) -> dict[str, tuple[Any, ...]]:
-    """An ablation's axes, label -> values; the bases are the first if there are several."""
-    bases = {config["label"]: tuple(config["base"])} if config["several"] else {}
-    return bases | {label: tuple(values) for label, _, values in config["axes"]}
+    """An ablation's axes, label -> values."""
+    return {label: tuple(values) for label, _, values in config["axes"]}
 
 
 def named(line: Line) -> str:
@@ -160,7 +164,7 @@ def _bars(groups: Mapping[str, Sequence[Line]], done: Sequence[Line], name: str)
         means, deviations = zip(*(mean(lines, name) for lines in groups.values()), strict=True)
         best = winner(groups, name)
         colours = ["C2" if point == best else "C0" for point in groups]
-        axes.barh(list(groups), means, xerr=deviations, color=colours, alpha=0.8, height=0.7)
+        axes.barh(list(map(text, groups)), means, xerr=deviations, color=colours, alpha=0.8, height=0.7)
         before = [line["before"][name] for line in done if name in line["before"]]
         if before:
             axes.axvline(statistics.mean(before), color="C1", linestyle="--", label="before")

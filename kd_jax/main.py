@@ -17,7 +17,7 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file, and after a colon its setting.", lock_config=False, accept_new_attributes=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where metrics, checkpoints, plots and the student go.")
-_PROCESSES = flags.DEFINE_string(
+PROCESSES = flags.DEFINE_string(
     "processes", "", "The same command runs on several hosts: auto (a TPU pod, or SLURM), or ADDRESS:PORT,COUNT,INDEX."
 )
 flags.mark_flags_as_required(["config", "workdir"])
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --config.steps=100.")
     use_cache()
     try:
-        join(_PROCESSES.value)
+        join(PROCESSES.value)
         train.train(CONFIG.value, str(WORKDIR.value))
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"kd_jax: {error}")

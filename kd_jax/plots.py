@@ -38,6 +38,11 @@ def style(place: int) -> tuple[str, str]:
     return f"C{place % 10}", ("-", "--", ":", "-.")[place // 10 % 4]
 
 
+def text(label: str) -> str:
+    """A label that matplotlib does not take for mathematics, whatever is in it."""
+    return label.replace("$", r"\$")
+
+
 def css(colour: str) -> str:
     """A colour as pages call it."""
     import matplotlib.colors  # slow to import
@@ -53,7 +58,8 @@ def save(chart: Chart, folder: Path) -> Path:
     columns = min(chart.columns, len(chart.panels))
     rows = math.ceil(len(chart.panels) / columns)
     handles = [
-        matplotlib.lines.Line2D([], [], color=colour, ls=line, label=label) for label, colour, line in chart.legend
+        matplotlib.lines.Line2D([], [], color=colour, ls=line, label=text(label))
+        for label, colour, line in chart.legend
     ]
     lines_of_legend = math.ceil(len(handles) / 3)
     size = chart.size[0] * columns, chart.size[1] * rows + 0.2 * lines_of_legend
@@ -84,13 +90,13 @@ def svg(chart: Chart) -> list[str]:
             figure.savefig(
                 buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), transparent=True
             )
-        text = buffer.getvalue()
-        drawn.append(text[text.index("<svg") :])
+        whole = buffer.getvalue()
+        drawn.append(whole[whole.index("<svg") :])
     return drawn
 
 
 def _draw(axes: Any, title: str, draw: Callable[[Any], None]) -> None:
-    axes.set_title(title, fontsize=10)
+    axes.set_title(text(title), fontsize=10)
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=8)
     draw(axes)

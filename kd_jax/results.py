@@ -10,7 +10,6 @@ import jax
 from kd_jax import evaluate, metrics, models, plots, report, rollouts, sharding
 
 BEFORE, AFTER = "generations_before.jsonl", "generations.jsonl"
-TITLES = {"before": "student before", "after": "student after"}
 
 
 def begin(run: Any, params: Any, workdir: str) -> None:
@@ -60,8 +59,8 @@ def finish(run: Any, params: Any, workdir: str) -> dict[str, Any]:
 
 def result_table(result: dict[str, dict[str, float]]) -> str:
     """teacher / student before / student after, a row a metric."""
-    shown = {who: values for who, values in result.items() if who in ("teacher", *TITLES)}
-    rows = [["held-out rows", *(TITLES.get(who, who) for who in shown)]]
+    shown = {who: values for who, values in result.items() if who in report.AUTHORS}
+    rows = [["held-out rows", *(report.AUTHORS[who] for who in shown)]]
     for name in result["after"]:
         rows.append([name, *(f"{values[name]:.4f}" if name in values else "" for values in shown.values())])
     return metrics.table(rows)
@@ -107,7 +106,7 @@ def _first_batch(run: Any, params: Any) -> Any:
 def _samples(rows: list[dict[str, Any]], who: list[str]) -> str:
     blocks = []
     for i, row in enumerate(rows, start=1):
-        texts = {"reference": row["references"][0]} | {TITLES.get(name, name): row[name]["response"] for name in who}
+        texts = {"reference": row["references"][0]} | {report.AUTHORS[name]: row[name]["response"] for name in who}
         parts = "\n\n".join(f"**{name}**: {text}" for name, text in texts.items())
         blocks.append(f"### Row {i}\n\n~~~\n{row['prompt']}\n~~~\n\n{parts}\n")
     return "\n".join(blocks)

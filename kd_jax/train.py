@@ -190,7 +190,8 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
     run = build(config)
     # A new run reads its student before it writes anything; a resumed one has no use for an initial state.
     state = None if checkpoint.has_steps(workdir) else run.init_state()
-    checkpoint.write_config(workdir, resolved)
+    if jax.process_index() == 0:
+        checkpoint.write_config(workdir, resolved)
     with checkpoint.open_manager(workdir, config.keep_checkpoints) as manager:
         if state is None:
             state = checkpoint.restore(manager, run.abstract_state, run.feed)

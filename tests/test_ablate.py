@@ -72,6 +72,12 @@ def test_what_does_not_fit_is_told_before_anything_runs(tmp_path, data_dir):
         ablate.run(small(data_dir, skew=("objective.terms.distil.skew", (1,))), str(tmp_path / "run"))
     with pytest.raises(ValueError, match="the axis 'alpha' has no values"):
         ablate.run(small(data_dir, alpha=(f"{TERM}.alpha", ())), str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="must have a value for each of a, b"):
+        ablate.run(small(data_dir, pair=(("a", "b"), ((1, 2, 3),))), str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="two runs would have the folder 'path=xy,seed=0'"):
+        ablate.run(small(data_dir, path=("teacher.path", ("x/y", "xy"))), str(tmp_path / "run"))
+    with pytest.raises(KeyError, match="an axis is called 'method'"):
+        base.ablation({"a": small(data_dir).base}, {"method": ("steps", (1,))})
     with pytest.raises(ValueError, match="0 <= I < N"):
         ablate.run(small(data_dir), str(tmp_path / "run"), shard=(2, 2))
     assert not (tmp_path / "run").exists()
@@ -95,11 +101,11 @@ def test_every_point_of_the_ablations_fits_its_base(name):
 
 
 def test_a_list_of_combinations_and_several_bases(data_dir):
-    bases = {"forward": forward_kl.get_config("smoke"), "reverse": reverse_kl.get_config("smoke")}
+    bases = {"z": forward_kl.get_config("smoke"), "a": reverse_kl.get_config("smoke")}
     axes = {"rate, steps": (("learning_rate.init_value", "steps"), ((1e-3, 2), (2e-3, 3)))}
     config = base.ablation(bases, axes, label="direction")
     found = [(point, ablate.configured(config, point, seed=0)) for point in ablate.points(config)]
-    assert [point["direction"] for point, _ in found] == ["forward", "forward", "reverse", "reverse"]
+    assert [point["direction"] for point, _ in found] == ["z", "z", "a", "a"], "in their own order"
     assert [c.objective.terms.distil.divergence.name for _, c in found[1:3]] == ["forward_kl", "reverse_kl"]
     assert [(c.learning_rate.init_value, c.steps, c.learning_rate.decay_steps) for _, c in found[:2]] == [
         (1e-3, 2, 2), (2e-3, 3, 3),

@@ -12,9 +12,10 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from kd_jax import evaluate, setup, sharding
+from kd_jax import data, evaluate, setup, sharding
 from kd_jax.evaluate import __main__ as command
 from kd_jax.evaluate import harness
+from kd_jax.evaluate.texts import pieces
 from tests.test_train_step import STUDENT, TEACHER, V, batch
 
 
@@ -71,6 +72,16 @@ def test_scores_of_texts():
     assert evaluate.exact_match("the cat sat on", references) == 0
     for text, right in (("So 3 + 4 = 7.", 1), ("7.0", 1), ("$1,007", 0), ("none", 0), ("-7", 0), ("7 of 10", 0)):
         assert evaluate.number_match(text, ["... #### 7"]) == 100 * right, text
+
+
+def test_the_pieces_of_a_text_are_the_text():
+    tokenizer = data.Tokenizer.load(setup.folder("package:docstrings_teacher"))
+    for text in ("Return the sum.", "Résumé — 你好 🤖", ""):
+        ids = tokenizer.encode_batch([text])[0]
+        found = pieces(tokenizer, ids)
+        assert len(found) == len(ids) and "".join(found) == tokenizer.decode(ids)
+    rows = np.random.default_rng(0).integers(0, tokenizer.vocab_size, (50, 20)).tolist()
+    assert all("".join(pieces(tokenizer, ids)) == tokenizer.decode(ids) for ids in rows)
 
 
 def arguments(tmp_path, **changes):

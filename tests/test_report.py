@@ -2,15 +2,18 @@
 
 import html.parser
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 
 from configs import forward_kl
-from kd_jax import report, train
+from kd_jax import comparison, plots, report, train
 from kd_jax.evaluate import __main__ as command
+from kd_jax.report.sections import Generation, Text, merged
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 RESPONSES = ("Adds <b>one</b>.", "Adds two to what it is given, and returns it.", "Nothing.")
@@ -91,6 +94,9 @@ def test_a_page_says_what_came_out(tmp_path):
 
 def test_several_runs_are_compared_on_one_page(tmp_path):
     first, second = a_run(tmp_path / "first"), a_run(tmp_path / "second", after=1.5)
+    third = a_run(tmp_path / "elsewhere" / "first")
+    text = report.write([first, third], tmp_path / "named.html").read_text()
+    assert "<td>elsewhere/first</td>" in text, "two folders of one name are two runs"
     with pytest.raises(ValueError, match="--out=FILE"):
         report.write([first, second])
     text = report.write([first, second], tmp_path / "both.html").read_text()
@@ -102,7 +108,7 @@ def test_several_runs_are_compared_on_one_page(tmp_path):
 
 def test_an_ablation_says_what_leads_and_by_how_much(tmp_path):
     axes = [["alpha", "key", [0.0, 0.5]], ["beta", "key", [1.0]]]
-    config = {"axes": axes, "several": False, "label": "method", "base": {}, "metrics": ["forward_kl", "rouge_l"]}
+    config = {"axes": axes, "base": {}, "metrics": ["forward_kl", "rouge_l"]}
     write(tmp_path / "plane", "config.json", config)
     write(tmp_path / "plane", "results.jsonl", [])
     assert "0 runs" in report.write([tmp_path / "plane"]).read_text()
@@ -126,6 +132,35 @@ def test_what_is_no_finished_folder_is_told(tmp_path):
         report.write([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match="has no result.json of a finished run"):
         report.write([tmp_path])
+    write(tmp_path, "results.jsonl", [{"point": {}, "seed": 0}])
+    with pytest.raises(ValueError, match="has no result.json of a finished run"):
+        report.write([tmp_path])  # an ablation's results without its config
+
+
+def test_odd_numbers_and_names_stop_no_page(tmp_path):
+    lines = [
+        {"point": {"name": name}, "seed": seed, "before": {}, "after": {"forward_kl": value, "rouge_l": math.nan}}
+        for name, value in (("$\\frac$", 1.0), ("$", math.inf))
+        for seed in (0, 1)
+    ]
+    table = comparison.table(lines, ["forward_kl", "rouge_l"])
+    assert "**1.000 ± 0.000**" in table and "inf ± nan" in table
+    (bars,) = comparison.charts({}, ["forward_kl"], lines[:2])
+    assert "$\\frac$" in plots.svg(bars)[0] and plots.save(bars, tmp_path).exists()
+
+
+def test_rows_with_one_prompt_stay_apart():
+    row = lambda reference, *texts: Generation("def", (reference,), tuple(Text(*text, 0.0) for text in texts))
+    found = merged([
+        ("a", [row("one", ("teacher", "t"), ("student", "x")), row("two", ("student", "y")), row("two", ("student", "y2"))]),
+        ("b", [row("one", ("teacher", "t"), ("student", "z")), row("two", ("teacher", "u"))]),
+        ("c", [row("two", ("teacher", "v"))]),
+    ])  # fmt: skip
+    assert [[(text.who, text.text) for text in its.texts] for its in found] == [
+        [("teacher", "t"), ("a: student", "x"), ("b: student", "z")],
+        [("a: student", "y"), ("b: teacher", "u"), ("c: teacher", "v")],
+        [("a: student", "y2")],
+    ]
 
 
 def test_a_run_leaves_its_page(tmp_path, data_dir, one_device):
@@ -134,7 +169,7 @@ def test_a_run_leaves_its_page(tmp_path, data_dir, one_device):
     train.train(config, str(tmp_path / "run"), quiet=True)
     text = (tmp_path / "run" / "report.html").read_text()
     assert "2 steps" in text and text.count("<article") == config.data.eval_batch_size and "data-kl" in text
-    assert "student before" in text and "commit" in text and "docstrings_teacher" in text
+    assert "student before" in text and jax.__version__ in text and "docstrings_teacher" in text
 
 
 def test_an_evaluation_leaves_its_page(tmp_path):

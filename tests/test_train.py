@@ -107,6 +107,15 @@ def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_di
 
     assert train.train(config, str(folder), quiet=True) == result  # nothing is left to do: the same table again
     assert len(metrics.read(folder)) == len(lines)
+    rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+    assert len(rows) == config.data.eval_batch_size and set(rows[0]) == {
+        "prompt", "references", "teacher", "before", "after"
+    }  # fmt: skip
+    assert [row["before"]["response"] for row in rows] != [row["after"]["response"] for row in rows]
+    (folder / "generations_before.jsonl").unlink()  # an older version wrote none
+    train.train(config, str(folder), quiet=True)
+    rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+    assert set(rows[0]) == {"prompt", "references", "teacher", "after"}
 
     other = smoke("forward_kl", data_dir, eval_prompts=5, seed=7, **options)
     with pytest.raises(ValueError, match="belongs to another config") as error:

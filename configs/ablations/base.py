@@ -14,7 +14,7 @@ def ablation(
       base: of every run; or several by name, such as methods, which then are the first axis.
       axes: label -> (key of the base, values): runs are the product of all. In place of a key there may be a tuple of keys, each
         value then being a tuple of one value for each: a list of combinations instead of a grid.
-      **changes: of seeds, metrics and the label of several bases.
+      **changes: of seeds and metrics; label: of the axis of several bases.
     """
     values = {
         "seeds": (0, 1, 2),  # of each point
@@ -24,14 +24,18 @@ def ablation(
             "own_reverse_kl",
             "rouge_l",
         ),  # columns of the table, as in table.md of a run
-        "label": "method",  # how the axis of several bases is called
     }
-    if unknown := changes.keys() - values.keys():
-        raise KeyError(f"an ablation has no key {sorted(unknown)}; it has {', '.join(values)}.")
+    if unknown := changes.keys() - values.keys() - {"label"}:
+        raise KeyError(f"an ablation has no key {sorted(unknown)}; it has {', '.join(values)}, label.")
+    label = changes.pop("label", "method")
     config = ConfigDict(values | changes)
-    config.axes = tuple((label, key, tuple(points)) for label, (key, points) in axes.items())
-    config.several = isinstance(base, dict)
-    config.base = ConfigDict(base) if isinstance(base, dict) else base
+    config.axes = tuple((name, key, tuple(points)) for name, (key, points) in axes.items())
+    config.base = base
+    if isinstance(base, dict):  # an axis without a key chooses among them
+        if label in axes:
+            raise KeyError(f"an axis is called {label!r} as that of the bases is; give them another label.")
+        config.axes = ((label, "", tuple(base)), *config.axes)
+        config.base = ConfigDict(base)
     return config.lock()
 
 

@@ -14,7 +14,9 @@ from configs.ablations import base
 
 def get_config(setting: str = "docstrings") -> ConfigDict:
     config = base.short(forward_kl.get_config(setting))
-    rows = config.steps * config.data.batch_size  # as many of the teacher's as are read
+    rows = (
+        config.steps * config.data.batch_size
+    )  # written by the teacher; what has not ended is left out, and the rest read more than once
     axes = {
         "prefixes": (
             "prefixes.name",

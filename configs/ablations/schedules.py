@@ -1,5 +1,5 @@
 """TAID's t, the teacher's weight in KL(r || q): adaptive as published, and with an alpha that matters in so few steps; linear
-between the same ends; constant; and 1, which is KL(p || q).
+between the same ends; falling from 1 to 0.4 by a cosine; constant; and 1, which is KL(p || q).
 
 python -m kd_jax.ablate --config=configs/ablations/schedules.py --workdir=runs/schedules
 """

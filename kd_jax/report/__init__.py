@@ -5,5 +5,6 @@ python -m kd_jax.report DIR [DIR ...] [--out=FILE] makes it again, or puts sever
 
 from kd_jax.report.environment import write_environment
 from kd_jax.report.page import write
+from kd_jax.report.sections import AUTHORS
 
-__all__ = ["write", "write_environment"]
+__all__ = ["AUTHORS", "write", "write_environment"]

@@ -1,16 +1,16 @@
 """Sections as one HTML file without anything to load."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
-import markupsafe
 import numpy as np
 
 from kd_jax import comparison, plots
 from kd_jax.report import sections
 
+MOST = 200  # generations on a page
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -29,27 +29,29 @@ def write(folders: Sequence[Path | str], out: Path | str = "") -> Path:
     """
     if not out and len(folders) != 1:
         raise ValueError("of several folders one page can only be made with --out=FILE.html.")
-    found = [sections.read(Path(folder)) for folder in folders]
+    names = _names([Path(folder).resolve() for folder in folders])
+    found = [sections.read(Path(folder), name) for folder, name in zip(folders, names, strict=True)]
     path = Path(out) if out else Path(folders[0]) / "report.html"
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "rows": _rows, "svg": _svg, "css": plots.css, "words": _words, "authors": _authors,
+        "rows": _rows, "svg": plots.svg, "css": plots.css, "words": _words, "authors": _authors,
         "coloured": _coloured,
     }  # fmt: skip
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    generations = found[0].generations
+    generations: Sequence[sections.Generation] = found[0].generations
     if len(found) > 1:
-        generations = sections.merged([(one.name, one.generations) for one in found])[: sections.MOST]
+        generations = sections.merged([(one.name, one.generations) for one in found])
+    count, generations = len(generations), generations[:MOST]
     values = [value for its in generations for text in its.texts for _, value in text.pieces]
     text = template.render(
         title=", ".join(one.name for one in found), sections=found, comparisons=_comparisons(found),
-        generations=generations, all_generations=max(one.all_generations for one in found),
+        generations=generations, all_generations=count,
         most=max(1.0, float(np.quantile(values, 0.95))) if values else 1.0,
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}")  # two shards may end together
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
     return path
@@ -79,8 +81,15 @@ def _rows(markdown: str) -> list[list[list[str]]]:
     return [table for table in tables if table]
 
 
-def _svg(chart: plots.Chart) -> list[Any]:
-    return [markupsafe.Markup(drawn) for drawn in plots.svg(chart)]  # ours, with its text escaped by matplotlib
+def _names(folders: Sequence[Path]) -> list[str]:
+    """What the folders are called: their last part, or where two have the same, all that differs."""
+    last = [folder.name for folder in folders]
+    if len(set(last)) == len(last):
+        return last
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"a folder is there twice: {', '.join(map(str, folders))}.")
+    common = os.path.commonpath(folders)
+    return [str(folder.relative_to(common)) for folder in folders]
 
 
 def _authors(generations: Sequence[sections.Generation]) -> list[str]:

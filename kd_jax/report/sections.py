@@ -9,8 +9,7 @@ from typing import Any
 from kd_jax import comparison, plots
 
 COLUMNS = ("forward_kl", "reverse_kl", "own_reverse_kl", "cross_entropy", "rouge_l", "top1_agreement", "number_match")
-AUTHORS = {"teacher": "teacher", "before": "student before", "after": "student after"}
-MOST = 200  # generations on a page
+AUTHORS = {"teacher": "teacher", "before": "student before", "after": "student after"}  # of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Section:
       cards: (title, (who, number) each) of the numbers that matter most.
       tables: Markdown.
       charts: of it.
-      generations: what was written; `all_generations` counts those that are not on the page, too.
+      generations: what was written.
       config: as JSON.
       environment: name -> value.
       lines: of `comparison`, with which it is compared to others of its kind.
@@ -57,15 +56,14 @@ class Section:
     tables: tuple[str, ...]
     charts: tuple[plots.Chart, ...]
     generations: tuple[Generation, ...]
-    all_generations: int
     config: str
     environment: dict[str, Any]
     lines: tuple[dict[str, Any], ...]
     workdirs: tuple[Path, ...]
 
 
-def read(folder: Path) -> Section:
-    """The section of a folder.
+def read(folder: Path, name: str) -> Section:
+    """The section of a folder, and what it is called.
 
     Raises:
       ValueError: a folder that does not exist, or in which none of the three is finished.
@@ -73,42 +71,43 @@ def read(folder: Path) -> Section:
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}.")
     if (folder / "config.json").exists() and "axes" in json.loads((folder / "config.json").read_text()):
-        return _ablation(folder)
+        return _ablation(folder, name)
     if (folder / "result.json").exists():
-        return _run(folder)
-    if (folder / "results.jsonl").exists():
-        return _evaluation(folder)
+        return _run(folder, name)
+    if "given" in (_lines_of(folder / "results.jsonl") or [{}])[-1]:
+        return _evaluation(folder, name)
     raise ValueError(
         f"{folder} has no result.json of a finished run, results.jsonl of an evaluation, or config.json of an ablation."
     )
 
 
-def _section(folder: Path, kind: str, config: Any, **parts: Any) -> Section:
+def _section(folder: Path, name: str, kind: str, config: Any, **parts: Any) -> Section:
     environment = folder / "environment.json"
-    defaults: dict[str, Any] = dict(cards=(), generations=(), all_generations=0, workdirs=())
+    defaults: dict[str, Any] = dict(cards=(), generations=(), workdirs=())
     return Section(
-        name=folder.resolve().name, kind=kind, config=json.dumps(config, indent=2),
+        name=name, kind=kind, config=json.dumps(config, indent=2),
         environment=json.loads(environment.read_text()) if environment.exists() else {},
         tables=tuple(path.read_text() for path in [folder / "table.md"] if path.exists()), **defaults | parts,
     )  # fmt: skip
 
 
-def _run(folder: Path) -> Section:
+def _run(folder: Path, name: str) -> Section:
     config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
     teacher, before, after = result.get("teacher", {}), result["before"], result["after"]
     tokens = comparison.over_tokens(folder)[-1][0]
     verdict = [f"{config['steps']:,} steps, {tokens:,.0f} tokens that the loss counted."]
     cards = []
-    for name in comparison.present([result], COLUMNS):
-        numbers = [(who, f"{result[key][name]:.3f}") for key, who in AUTHORS.items() if name in result.get(key, {})]
-        cards.append((comparison.title(name), tuple(numbers)))
+    for metric in comparison.present([result], COLUMNS):
+        numbers = [(who, f"{result[key][metric]:.3f}") for key, who in AUTHORS.items() if metric in result.get(key, {})]
+        cards.append((comparison.title(metric), tuple(numbers)))
         # A divergence from the teacher is 0 for the teacher itself.
-        goal = 0.0 if name in ("forward_kl", "reverse_kl", "own_reverse_kl") else teacher.get(name)
-        if goal is not None and name in before and abs(before[name] - goal) > 1e-9:
-            share = (before[name] - after[name]) / (before[name] - goal)
+        goal = 0.0 if metric in ("forward_kl", "reverse_kl", "own_reverse_kl") else teacher.get(metric)
+        if goal is not None and metric in before and abs(before[metric] - goal) > 1e-9:
+            share = (before[metric] - after[metric]) / (before[metric] - goal)
             way = f"{share:.0%} of the way" if share >= 0.005 else "no nearer"
             verdict.append(
-                f"{comparison.title(name)} went from {before[name]:.3f} to {after[name]:.3f}, {way} to the teacher's {goal:.3f}."
+                f"{comparison.title(metric)} went from {before[metric]:.3f} to {after[metric]:.3f}, {way} to the teacher's "
+                f"{goal:.3f}."
             )
     charts = plots.curves(str(folder))
     if "by_place" in result:
@@ -116,21 +115,21 @@ def _run(folder: Path) -> Section:
         charts.insert(0, _by_place(places, given, own))
     generations = _generations(folder, AUTHORS)
     return _section(
-        folder, "run", config, verdict=tuple(verdict), cards=tuple(cards), charts=tuple(charts),
-        generations=tuple(generations[:MOST]), all_generations=len(generations),
-        lines=({"point": {"run": folder.resolve().name}, "seed": config["seed"], "before": before, "after": after},),
+        folder, name, "run", config, verdict=tuple(verdict), cards=tuple(cards), charts=tuple(charts),
+        generations=tuple(generations),
+        lines=({"point": {"run": name}, "seed": config["seed"], "before": before, "after": after},),
         workdirs=(folder,),
     )  # fmt: skip
 
 
-def _evaluation(folder: Path) -> Section:
+def _evaluation(folder: Path, name: str) -> Section:
     *seeds, found = _lines_of(folder / "results.jsonl")
     given, over = found["given"], found["seeds"]
     cards, verdict = [], [f"{found['rows']:,} prompts, {len(seeds)} generation seeds."]
-    for name in (n for n in COLUMNS if n in over or n in given):
-        mean, deviation = over.get(name) or (given[name], None)
+    for metric in (n for n in COLUMNS if n in over or n in given):
+        mean, deviation = over.get(metric) or (given[metric], None)
         spread = "" if deviation is None else f" ± {deviation:.3f}"
-        cards.append((comparison.title(name), (("model", f"{mean:.3f}{spread}"),)))
+        cards.append((comparison.title(metric), (("model", f"{mean:.3f}{spread}"),)))
     charts: list[plots.Chart] = []
     if "own" in (places := found.get("by_place", {})):
         bias = over["own_reverse_kl"][0] - given["reverse_kl"]
@@ -139,28 +138,28 @@ def _evaluation(folder: Path) -> Section:
             f"an exposure bias of {bias:+.3f} nats a token."
         )
         charts.append(_by_place(places["places"], places["given"], places["own"]))
-    lines = _lines_of(folder / "generations.jsonl")
-    by_prompt: dict[str, Generation] = {}
-    for line in lines:
-        before = by_prompt.get(line["prompt"], Generation(line["prompt"], tuple(line["references"]), ()))
-        written = (*before.texts, _text(f"seed {line['seed']}", line))
-        by_prompt[line["prompt"]] = dataclasses.replace(before, texts=written)
-    name = folder.resolve().name
+    rows: list[Generation] = []
+    for place, line in enumerate(_lines_of(folder / "generations.jsonl")):
+        if place < found["rows"]:  # the seeds follow each other, each with all rows
+            rows.append(Generation(line["prompt"], tuple(line["references"]), ()))
+        row = rows[place % found["rows"]]
+        written = (*row.texts, _text(f"seed {line['seed']}", line))
+        rows[place % found["rows"]] = dataclasses.replace(row, texts=written)
     compared = [{"point": {"evaluation": name}, "seed": s["seed"], "before": {}, "after": given | s} for s in seeds]
     alone = [{"point": {"evaluation": name}, "seed": 0, "before": {}, "after": given}]
     return _section(
-        folder, "evaluation", found["arguments"], verdict=tuple(verdict), cards=tuple(cards), charts=tuple(charts),
-        generations=tuple(by_prompt.values())[:MOST], all_generations=len(by_prompt), lines=tuple(compared or alone),
+        folder, name, "evaluation", found["arguments"], verdict=tuple(verdict), cards=tuple(cards), charts=tuple(charts),
+        generations=tuple(rows), lines=tuple(compared or alone),
     )  # fmt: skip
 
 
-def _ablation(folder: Path) -> Section:
+def _ablation(folder: Path, name: str) -> Section:
     config = json.loads((folder / "config.json").read_text())
     lines, columns = _lines_of(folder / "results.jsonl"), config["metrics"]
     groups = comparison.grouped(lines)
     verdict = [f"{len(lines)} runs of {len(groups)} points are finished."]
-    for name in comparison.present(lines, columns):
-        verdict += _lead(name, {point: its for point, its in groups.items() if comparison.present(its, [name])})
+    for metric in comparison.present(lines, columns):
+        verdict += _lead(metric, {point: its for point, its in groups.items() if comparison.present(its, [metric])})
     runs = tuple(folder / line["folder"] / "run" for line in lines)
     workdirs = runs if all((run / "metrics.jsonl").exists() for run in runs) else ()
     charts = comparison.charts(comparison.axes_of(config), columns, lines, workdirs)
@@ -170,8 +169,8 @@ def _ablation(folder: Path) -> Section:
     written = [(point, _generations(run, {"teacher": "teacher", "after": ""})) for point, run in first_seeds.items()]
     generations = merged(written)
     return _section(
-        folder, "ablation", config, verdict=tuple(verdict), charts=tuple(charts), lines=tuple(lines), workdirs=workdirs,
-        generations=tuple(generations[:MOST]), all_generations=len(generations),
+        folder, name, "ablation", config, verdict=tuple(verdict), charts=tuple(charts), lines=tuple(lines), workdirs=workdirs,
+        generations=tuple(generations),
     )  # fmt: skip
 
 
@@ -181,6 +180,8 @@ def _lead(name: str, groups: dict[str, list[comparison.Line]]) -> list[str]:
         return []
     best = comparison.winner(groups, name)
     second = comparison.winner({point: its for point, its in groups.items() if point != best}, name)
+    if not best or not second:
+        return []  # not a number
     (mean, deviation), (other, its_deviation) = (comparison.mean(groups[point], name) for point in (best, second))
     gap = abs(other - mean)
     sure = "more" if gap > max(deviation, its_deviation) else "less"
@@ -189,19 +190,26 @@ def _lead(name: str, groups: dict[str, list[comparison.Line]]) -> list[str]:
 
 
 def merged(several: Sequence[tuple[str, Sequence[Generation]]]) -> list[Generation]:
-    """What several wrote to the same prompts, side by side; a text that all have, such as the teacher's, once."""
-    by_prompt: dict[str, Generation] = {}
+    """What several wrote to the same prompts, side by side; what a teacher wrote once, where it is the same in all."""
+    rows: dict[tuple[Any, ...], list[tuple[str, Text]]] = {}
     for name, generations in several:
+        seen: dict[tuple[Any, ...], int] = {}
         for its in generations:
-            known = by_prompt.get(its.prompt, Generation(its.prompt, its.references, ()))
-            there = {text.text for text in known.texts if text.who == "teacher"}
-            new = (
-                text if text.who == "teacher" else dataclasses.replace(text, who=f"{name}: {text.who}".rstrip(": "))
-                for text in its.texts
-                if not (text.who == "teacher" and text.text in there)
-            )
-            by_prompt[its.prompt] = dataclasses.replace(known, texts=(*known.texts, *new))
-    return list(by_prompt.values())
+            row = (its.prompt, its.references)
+            seen[row] = seen.get(row, 0) + 1  # a dataset may have a row twice
+            rows.setdefault((*row, seen[row]), []).extend((name, text) for text in its.texts)
+    return [Generation(row[0], row[1], tuple(_side_by_side(texts))) for row, texts in rows.items()]
+
+
+def _side_by_side(texts: Sequence[tuple[str, Text]]) -> list[Text]:
+    teachers = {text.text: text for _, text in texts if text.who == "teacher"}
+    alone = len(teachers) == 1
+    named = (
+        dataclasses.replace(text, who=f"{name}: {text.who}".rstrip(": "))
+        for name, text in texts
+        if not (alone and text.who == "teacher")
+    )
+    return [*(teachers.values() if alone else ()), *named]
 
 
 def _by_place(places: Sequence[str], given: dict[str, Any], own: dict[str, Any]) -> plots.Chart:
