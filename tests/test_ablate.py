@@ -24,6 +24,7 @@ def small(data_dir, **axes):
     return base.ablation(config, axes, seeds=(0, 1), metrics=("forward_kl", "rouge_l"))
 
 
+@pytest.mark.slow
 def test_an_ablation_goes_on_where_it_stopped(tmp_path, data_dir, monkeypatch):
     config, calls, real = small(data_dir), [], ablate.train.train
 

@@ -127,8 +127,8 @@ class Stopped(Exception):
     pass
 
 
-STOPPED = [("sft", 1), ("distillm", 3)]
-SLOWER = ("taid", "minillm", "distillm2", "seqkd", "gkd", "imitkd", "opd")
+STOPPED = [("sft", 1)]
+SLOWER = ("taid", "distillm", "minillm", "distillm2", "seqkd", "gkd", "imitkd", "opd")
 STOPPED += [pytest.param(method, 3, marks=pytest.mark.slow) for method in SLOWER]
 
 
