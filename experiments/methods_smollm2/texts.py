@@ -2,8 +2,9 @@
 
 python experiments/methods_smollm2/texts.py runs/methods_smollm2 FOLDER-OF-SETS [ROWS-OF-EACH [SEEDS]]
 
-The folder has MiniLLM's dolly, self-inst, vicuna and sinst as NAME.jsonl. Results go to texts.jsonl in the folder of the ablation;
-what is there is not done again.
+The folder has MiniLLM's dolly, self-inst, vicuna and sinst as NAME.jsonl. Their instructions are asked in the models' own
+chat template, as in training, and not in Alpaca's, which stands in the files' prompts. Results go to texts_ROWS.jsonl in the
+folder of the ablation; what is there is not done again.
 """
 
 import json
@@ -16,26 +17,27 @@ from kd_jax.evaluate import __main__ as command
 SETS = ("dolly", "self-inst", "vicuna", "sinst")
 OPTIONS = {
     "batch_size": 32, "max_prompt_length": 160, "max_new_tokens": 48, "no_repeat_ngram_size": 6,
-    "reference_field": "output",
+    "prompt_field": "instruction", "context_field": "input", "reference_field": "output", "template": "chat",
 }  # fmt: skip
 
 
-def main(ablation: str, folder: str, count: str = "8", seeds: str = "10") -> None:
+def main(ablation: str, folder: str, count: str = "16", seeds: str = "10") -> None:
     out = Path(ablation)
     mixed = out / f"sets_{count}.jsonl"
-    rows = [line for name in SETS for line in (Path(folder) / f"{name}.jsonl").read_text().splitlines()[: int(count)]]
-    mixed.write_text("\n".join(rows) + "\n")
+    lines_of = {name: (Path(folder) / f"{name}.jsonl").read_text().splitlines()[: int(count)] for name in SETS}
+    rows = [{"input": "", **json.loads(line)} for some in lines_of.values() for line in some]
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in rows))
     students = {"(start)": Path("runs/smollm2_start"), "(teacher)": Path("runs/smollm2_teacher")}
     students |= {
         path.parent.name.removeprefix("method=").split(",")[0]: path.parent / "run"
         for path in sorted(out.glob("*/result.json"))
     }
-    file = out / "texts.jsonl"
+    file = out / f"texts_{count}.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {line["student"] for line in lines}
     for name, student in students.items():
         if name not in done:
-            target = out / "texts" / name
+            target = out / f"texts_{count}" / name
             options = OPTIONS | {"model": student, "data": mixed, "seeds": seeds, "out": target}
             command.run(command.arguments([f"--{key}={value}" for key, value in options.items()]))
             lines.append({"student": name} | _by_set(target / "generations.jsonl", int(count)))
