@@ -7,9 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"ablate"},
+    {"ablate", "replay"},
     {"main"},
     {"train"},
+    {"loop"},
+    {"nonfinite"},
     {"setup_rows", "results"},
     {"evaluate"},
     {"setup", "report"},
@@ -17,11 +19,11 @@ LAYERS = [
     {"plots"},
     {"train_step", "feed", "checkpoint", "metrics", "speed"},
     {"prefixes", "rollouts", "compare"},
-    {"models", "data", "sharding"},
+    {"models", "data", "sharding", "directory"},
     {"objectives", "head_loss"},
     {"policy_gradient"},
     {"divergences", "assistants", "schedules"},
-    {"logspace"},
+    {"logspace", "checksum"},
     {"resolve"},
 ]
 MATHEMATICAL = {"objectives", "policy_gradient", "head_loss", "divergences", "assistants", "schedules", "logspace"}
@@ -31,7 +33,7 @@ HOMES = {
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},
     "absl": {"main", "ablate"},
-    "ml_collections": {"main"},
+    "ml_collections": {"main", "replay"},
 }
 FILES = sorted((ROOT / "kd_jax").rglob("*.py"))
 
