@@ -1,8 +1,10 @@
 """Checkpoints: the state and the data's position, saved together, asynchronously, whole or not at all, and checked when read."""
 
+import contextlib
 import copy
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -41,12 +43,39 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any) -
       step: updates made.
       state: a pytree of arrays, random keys included.
       iterator: with `get_state() -> dict` that JSON can hold.
+
+    Raises:
+      OSError: the one before could not be written.
     """
     raw = _raw(state)
     position = copy.deepcopy(iterator.get_state())  # written by a thread, while the iterator goes on
     content = {"position": position, "checksums": _named(checksums(raw))}
     data = content | {"sha256": _digest(content)}
-    manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(raw), data=ocp.args.JsonSave(data)))
+    with _errors_of_writing(manager):
+        manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(raw), data=ocp.args.JsonSave(data)))
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Returns when what `save` has started is written.
+
+    Raises:
+      OSError: it could not be.
+    """
+    with _errors_of_writing(manager):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _errors_of_writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of a thread, and of whatever type its storage has for a full disk
+        good = [int(path.name) for path in epath.Path(manager.directory).iterdir() if path.name.isdigit()]
+        last = f"the last good one is of step {max(good)}" if good else "there is none yet"
+        raise OSError(
+            f"a checkpoint could not be written to {manager.directory}; {last}. Make room, or whatever else is in the way, and "
+            f"call again: {' '.join(str(error).split())[-300:]}"
+        ) from error
 
 
 def restore(manager: ocp.CheckpointManager, state: Any, iterator: Any) -> tuple[Any, list[str]]:

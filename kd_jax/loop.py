@@ -44,6 +44,7 @@ def run_steps(
       The state after the last step, which is saved.
 
     Raises:
+      OSError: a checkpoint could not be written.
       FloatingPointError: a loss or a gradient that is not finite, after more than `max_skipped` others in a row.
       Stopped: SIGTERM, or a preemption notice on any host; the state is saved.
     """
@@ -84,11 +85,11 @@ def run_steps(
             if saving:
                 checkpoint.save(manager, step, state, run.feed)
             if stopping and step < config.steps:
-                manager.wait_until_finished()
+                checkpoint.wait(manager)
                 raise Stopped(step)
             if evaluating or saving:
                 clock.restart()
-    manager.wait_until_finished()
+    checkpoint.wait(manager)
     return state
 
 

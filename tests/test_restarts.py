@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -199,6 +200,36 @@ def test_without_a_good_checkpoint_nothing_is_changed(whole, tmp_path, assembled
         checkpoint.restore(manager, assembled.abstract_state, assembled.feed)
     assert all(f"checkpoint {step}" in str(error.value) for step in (2, 4, 5))
     assert checkpoint_steps(tmp_path / "run") == [2, 4, 5]
+
+
+# --- full
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2.5 MB, and how to make it larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = lambda *options: subprocess.run(["mount", *options, str(folder)], capture_output=True).returncode
+    if mount("-t", "tmpfs", "-o", "size=2500k", "tmpfs"):
+        pytest.skip("only root can mount a small disk")
+    yield folder, lambda: mount("-o", "remount,size=50m")
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@NOISE
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # orbax writes in a thread
+def test_a_full_disk_stops_the_run_and_loses_nothing(whole, small_disk, data_dir):
+    folder, enlarge = small_disk
+    config = smoke("sft", data_dir, **WHOLE | dict(checkpoint_every=1, keep_checkpoints=5))
+    with pytest.raises(OSError, match="No space left on device") as error:
+        train.train(config, str(folder / "run"), quiet=True)
+    steps = checkpoint_steps(folder / "run")
+    assert 0 < len(steps) < 5 and f"the last good one is of step {steps[-1]}." in str(error.value)
+    assert enlarge() == 0
+    train.train(config, str(folder / "run"), quiet=True)
+    assert_same_run(whole, folder / "run")
 
 
 # --- two at once
