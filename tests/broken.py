@@ -8,5 +8,5 @@ TOKEN = -1  # none; a test sets it before anything is traced
 
 
 def fragile(log_p, log_q):
-    """Forward KL, and NaN where the teacher's likeliest token is TOKEN."""
-    return jnp.where(jnp.argmax(log_p, axis=-1) == TOKEN, jnp.nan, forward_kl(log_p, log_q))
+    """Forward KL, and NaN where the teacher's likeliest token is TOKEN, value and gradient."""
+    return forward_kl(log_p, log_q) * jnp.where(jnp.argmax(log_p, axis=-1) == TOKEN, jnp.nan, 1.0)
