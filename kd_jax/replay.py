@@ -1,11 +1,12 @@
 """python -m kd_jax.replay --workdir=DIR [--step=N]
 
 Shows again a step whose loss or gradient was not finite: the run's own step, on the batch and from the state that it stopped with.
-With JAX_DEBUG_NANS=True in the environment JAX stops at the operation that made the first NaN, and says where it is.
+With JAX_DEBUG_NANS=1 JAX_DISABLE_JIT=1 in the environment JAX stops at the line that made the first NaN.
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -41,7 +42,10 @@ def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
     state, sums = run.train_step(state, run.models.teacher_params, run.put(batch))
     print(f"step {step} of {workdir}")
     values = metrics.averages(jax.device_get(sums))
-    print(metrics.table([["", "value"], *([name, f"{value:g}"] for name, value in values.items())]))
+    print(metrics.table([["", "value"], *([k, f"{v:g}"] for k, v in values.items() if k != "skipped")]))
+    if math.isfinite(values["loss"] + values["gradient_norm"]):
+        print("Here and now loss and gradient are finite: other code, other models, or another machine.")
+        return []
     found = nonfinite.diagnose(run, state, batch)
     print(nonfinite.said(found, len(batch["tokens"])))
     for line in found[:8]:
