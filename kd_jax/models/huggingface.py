@@ -68,7 +68,7 @@ def load_pretrained(
     """A Hugging Face folder as a model and its parameters.
 
     Tensors are read and placed one at a time, with `shardings` only the slices that this process's devices
-    hold, so that a model that fits no single device or host can still be loaded.
+    hold, each once, so that a model that fits no single device or host can still be loaded.
 
     Args:
       path: a folder with config.json and model.safetensors, or model.safetensors.index.json and its files.
@@ -100,7 +100,14 @@ def load_pretrained(
 
             if sharding is None:
                 return jnp.array(slice_of((slice(None),) * len(leaf.shape)))
-            return jax.make_array_from_callback(leaf.shape, sharding, slice_of)
+            read: dict[str, np.ndarray] = {}  # several devices may hold the same slice, and JAX asks for each
+
+            def once(index: Any) -> np.ndarray:
+                if (key := str(index)) not in read:
+                    read[key] = slice_of(index)
+                return read[key]
+
+            return jax.make_array_from_callback(leaf.shape, sharding, once)
 
         trees = (abstract,) if placed is None else (abstract, placed)
         return model, jax.tree.map_with_path(place, *trees)
