@@ -119,9 +119,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
-    """One global array from each process's rows of it."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    """One global array from each process's rows of it.
+
+    Where a process's devices need rows of others, since `tensor` is wider than what it has, all rows go to all.
+    """
+    sharding, ways = batch_sharding(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = {index[0].start for index in sharding.addressable_devices_indices_map((ways,)).values()}
+    if len(parts) * jax.process_count() == ways:
+        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    whole = {name: np.concatenate(multihost_utils.process_allgather(array)) for name, array in batch.items()}
+    return {name: put_whole(mesh, array) for name, array in whole.items()}
 
 
 def put_whole(mesh: Mesh, array: Any) -> jax.Array:
@@ -131,7 +138,7 @@ def put_whole(mesh: Mesh, array: Any) -> jax.Array:
 
 def fetch_whole(array: jax.Array) -> np.ndarray:
     """A global array as every process can hold it."""
-    if array.is_fully_addressable:
+    if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def load_pretrained(
     """A Hugging Face folder as a model and its parameters.
 
     Tensors are read and placed one at a time, with `shardings` only the slices that this process's devices
-    hold, so that a model that fits no single device or host can still be loaded.
+    hold, each once, so that a model that fits no single device or host can still be loaded.
 
     Args:
       path: a folder with config.json and model.safetensors, or model.safetensors.index.json and its files.
@@ -109,11 +110,23 @@ def load_pretrained(
             if sharding is None:
                 array = jnp.array(slice_of((slice(None),) * len(leaf.shape)))
             else:
-                array = jax.make_array_from_callback(leaf.shape, sharding, slice_of)
+                array = jax.make_array_from_callback(leaf.shape, sharding, _once(slice_of))
             return int8.quantise(array) if small else array
 
         trees = (abstract,) if placed is None else (abstract, placed)
         return model, jax.tree.map_with_path(place, *trees)
+
+
+def _once(slice_of: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
+    """The same, each slice read once: several devices may hold it, and JAX asks for each."""
+    read: dict[str, np.ndarray] = {}
+
+    def slice_read(index: Any) -> np.ndarray:
+        if (key := str(index)) not in read:
+            read[key] = slice_of(index)
+        return read[key]
+
+    return slice_read
 
 
 def _names_on_disk(reader: Reader, config: ModelConfig, layout: dict[str, Tensor]) -> dict[str, str]:
