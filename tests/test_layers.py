@@ -7,17 +7,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"ablate"},
+    {"ablate", "cache_teacher"},
     {"main"},
     {"train"},
     {"setup_rows", "results"},
+    {"setup_cache"},
     {"evaluate"},
     {"setup", "report"},
     {"comparison"},
     {"plots"},
     {"train_step", "feed", "checkpoint", "metrics", "speed"},
-    {"prefixes", "rollouts", "compare"},
+    {"teacher_cache_read"},
+    {"prefixes", "rollouts", "compare", "teacher_cache_files"},
     {"models", "data", "sharding"},
+    {"teacher_cache"},
     {"objectives", "head_loss"},
     {"policy_gradient"},
     {"divergences", "assistants", "schedules"},
@@ -30,7 +33,7 @@ HOMES = {
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},
-    "absl": {"main", "ablate"},
+    "absl": {"main", "ablate", "cache_teacher"},
     "ml_collections": {"main"},
 }
 FILES = sorted((ROOT / "kd_jax").rglob("*.py"))
