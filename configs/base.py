@@ -98,6 +98,7 @@ def get_config() -> ConfigDict:
     config.eval_every = 200  # steps
     config.checkpoint_every = 200  # steps
     config.keep_checkpoints = 2  # the newest so many
+    config.max_skipped = 0  # steps in a row that are left out, their loss or gradient not finite, before the run stops
     config.profile_steps = ()  # (first, last): these are traced into the work directory's profile, for xprof
     config.log_every = 10  # steps between readings of the metrics, every step is written
     config.eval_prompts = 0  # held-out prompts answered at each evaluation: ROUGE-L, KLs on the student's own text

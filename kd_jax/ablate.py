@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from kd_jax import checkpoint, comparison, main, metrics, plots, report, train
+from kd_jax import comparison, directory, main, metrics, plots, report, train
 
 Point = dict[str, Any]  # an axis's label -> its value
 _SHARD = flags.DEFINE_string(
@@ -48,8 +48,8 @@ def run(config: Any, workdir: str, shard: tuple[int, int] = (0, 1)) -> str:
     if twice := [folder.name for folder in folders if folders.count(folder) > 1]:
         raise ValueError(f"two runs would have the folder {twice[0]!r}: a value or a seed is there twice, or nearly.")
     resolved = config.to_dict()
-    train.check_workdir(workdir, resolved)
-    checkpoint.write_config(workdir, resolved)
+    directory.check(workdir, resolved)
+    directory.write_config(workdir, resolved)
     for folder, its_config in list(zip(folders, configs, strict=True))[part::parts]:
         run_one(its_config, folder)
     done = [

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 from jaxtyping import Array
 
 from kd_jax import data, main, metrics, rollouts, sharding
@@ -156,10 +157,11 @@ def _begin(folder: Path, manifest: files.Manifest, tokenizer: data.Tokenizer, lo
 
 def _share(folder: Path, manifest: files.Manifest) -> list[tuple[str, int | None, list[int]]]:
     """This process's parts, one in each round that all processes work through together, and the sizes of all of the round's."""
-    every = [(split, part) for split, part in files.all_parts(manifest)]
-    missing = set(files.missing_parts(folder, manifest))
-    # What the first process sees holds for all.
-    missing = [part for part in every if sharding.from_first_process(int(part in missing))]
+    every, missing = files.all_parts(manifest), set(files.missing_parts(folder, manifest))
+    wanted = np.array([part in missing for part in every])
+    if jax.process_count() > 1:  # what the first process sees holds for all
+        wanted = np.asarray(multihost_utils.broadcast_one_to_all(wanted))
+    missing = [part for part, is_wanted in zip(every, wanted, strict=True) if is_wanted]
     count, index, jobs = jax.process_count(), jax.process_index(), []
     for split, about in manifest["splits"].items():
         sizes = files.part_sizes(about["rows"], manifest["part_rows"])
@@ -206,7 +208,7 @@ def _make_read(teacher: Any, manifest: files.Manifest, mesh: jax.sharding.Mesh) 
     def read(params: Any, batch: dict[str, Array], split: str) -> dict[str, Array]:
         hidden = teacher.hidden(sharding.for_lookup(mesh, params), batch["tokens"], batch["mask"])
         if kind == "hidden":
-            return {"teacher_hidden": hidden.astype(jnp.bfloat16)}
+            return {"teacher_hidden": jax.lax.bitcast_convert_type(hidden.astype(jnp.bfloat16), jnp.uint16)}
         temperature = manifest["splits"][split]["temperature"]
         key = jax.random.fold_in(jax.random.key(manifest["seed"]), list(manifest["splits"]).index(split))
         keys = jax.vmap(partial(jax.random.fold_in, key))(batch["index"])

@@ -1,15 +1,20 @@
-"""Checkpoints: the state and the data's position, saved together, asynchronously, whole or not at all."""
+"""Checkpoints: the state and the data's position, saved together, asynchronously, whole or not at all, and checked when read."""
 
+import contextlib
 import copy
+import hashlib
 import json
-import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-PARTIAL = "config.json.partial"
+from kd_jax import sharding
+from kd_jax.checksum import checksums
+
+DAMAGED = "damaged"
 
 
 def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
@@ -17,7 +22,7 @@ def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
 
     Args:
       workdir: checkpoints go to its folder `checkpoints`; a folder of a step exists only when it is complete.
-      keep: how many of the newest are kept.
+      keep: how many of the newest are kept; an older one goes when its successor is complete.
     """
     folder = epath.Path(workdir).absolute() / "checkpoints"
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
@@ -38,65 +43,124 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any) -
       step: updates made.
       state: a pytree of arrays, random keys included.
       iterator: with `get_state() -> dict` that JSON can hold.
+
+    Raises:
+      OSError: the one before could not be written.
     """
-    data = copy.deepcopy(iterator.get_state())  # written by a thread, while the iterator goes on
-    manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(_raw(state)), data=ocp.args.JsonSave(data)))
+    raw = _raw(state)
+    position = copy.deepcopy(iterator.get_state())  # written by a thread, while the iterator goes on
+    content = {"position": position, "checksums": _named(checksums(raw))}
+    data = content | {"sha256": _digest(content)}
+    with _errors_of_writing(manager):
+        manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(raw), data=ocp.args.JsonSave(data)))
 
 
-def restore(manager: ocp.CheckpointManager, state: Any, iterator: Any) -> Any:
-    """The newest checkpoint's state, its arrays placed as `state` says, with `iterator` set to where it was.
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Returns when what `save` has started is written.
+
+    Raises:
+      OSError: it could not be.
+    """
+    with _errors_of_writing(manager):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _errors_of_writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of a thread, and of whatever type its storage has for a full disk
+        good = [int(path.name) for path in epath.Path(manager.directory).iterdir() if path.name.isdigit()]
+        last = f"the last good one is of step {max(good)}" if good else "there is none yet"
+        raise OSError(
+            f"a checkpoint could not be written to {manager.directory}; {last}. Make room, or whatever else is in the way, and "
+            f"call again: {' '.join(str(error).split())[-300:]}"
+        ) from error
+
+
+def restore(manager: ocp.CheckpointManager, state: Any, iterator: Any) -> tuple[Any, list[str]]:
+    """The newest good checkpoint's state, its arrays placed as `state` says, with `iterator` set to where it was.
+
+    A checkpoint is good if it can be read and every array has the bits that were saved. One that is not is passed over and put
+    aside, as `damaged-STEP`, for nothing to be saved over it.
 
     Args:
       manager: as from `open_manager`; it must have a step.
       state: a tree like the saved one, of ShapeDtypeStructs with shardings.
       iterator: as in `save`; changed.
-    """
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(_raw_shapes(state)), data=ocp.args.JsonRestore())
-    saved = manager.restore(manager.latest_step(), args=args)
-    iterator.set_state(saved["data"])
-    return _keys_like(state, saved["state"])
-
-
-def config_difference(workdir: str, config: dict[str, Any]) -> list[str] | None:
-    """What differs between a config and the one that a work directory was started with.
-
-    Args:
-      workdir: of the run.
-      config: nested dicts of what JSON can hold.
 
     Returns:
-      None where the directory has no config yet; else a line per difference, [] where they agree.
+      The state, and what was wrong with each newer checkpoint.
+
+    Raises:
+      ValueError: there is none that is good; each is named, and all are left as they are.
     """
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        return None
-    old, new = _flat(json.loads(path.read_text())), _flat(json.loads(json.dumps(config)))
-    absent = "(absent)"
-    return [
-        f"{key}: {old.get(key, absent)!r} there, {new.get(key, absent)!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, absent) != new.get(key, absent)
-    ]
+    wrong: dict[int, str] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        found, problem = _read(manager, step, state)
+        # All processes go back together, to a checkpoint that each can read.
+        if sharding.least_of_processes(int(not problem)):
+            _put_aside(manager, list(wrong))
+            iterator.set_state(found["position"])
+            return found["state"], list(wrong.values())
+        wrong[step] = (
+            f"checkpoint {step} in {manager.directory} is damaged: {problem or 'another process cannot read it'}"
+        )
+    raise ValueError("no checkpoint can be read, and nothing was changed.\n  " + "\n  ".join(wrong.values()))
 
 
-def foreign_files(workdir: Any) -> list[str]:
-    """What is in a work directory without a config that no run of ours can have left there."""
-    return [path.name for path in epath.Path(workdir).iterdir() if not path.name.startswith(PARTIAL)]
+def save_state(folder: Any, state: Any) -> None:
+    """A state alone, into a folder that does not exist yet."""
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(epath.Path(folder).absolute(), _raw(state))
 
 
-def write_config(workdir: str, config: dict[str, Any]) -> None:
-    """Writes the resolved config beside the checkpoints, whole or not at all."""
-    folder = epath.Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{PARTIAL}.{os.getpid()}"
-    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    partial.replace(folder / "config.json")
+def restore_state(folder: Any, state: Any) -> Any:
+    """What `save_state` wrote, placed as `state` says."""
+    with ocp.StandardCheckpointer() as reader:
+        return _keys_like(state, reader.restore(epath.Path(folder).absolute(), _raw_shapes(state)))
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
+def _read(manager: ocp.CheckpointManager, step: int, state: Any) -> tuple[dict[str, Any], str]:
+    """State and position of a step, and what is wrong with it, if something is."""
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(_raw_shapes(state)), data=ocp.args.JsonRestore())
+    try:
+        saved = manager.restore(step, args=args)
+        raw, data = saved["state"], saved["data"]
+        content = {name: data[name] for name in ("position", "checksums")}
+        intact = data["sha256"] == _digest(content)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file ends in whatever its reader came to
+        return {}, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    found = _named(checksums(raw))
+    different = [name for name, number in found.items() if number != content["checksums"].get(name)]
+    if not intact or different:
+        what = f"the bits of {', '.join(different[:3])}" if different else "its data.json"
+        return {}, f"{what} are not those that were saved"
+    return {"state": _keys_like(state, raw), "position": content["position"]}, ""
+
+
+def _put_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
+    """Renames what is damaged: a manager saves nothing at or before its latest step."""
+    if not steps:
+        return
+    if jax.process_index() == 0:
+        for step in steps:
+            folder, count = epath.Path(manager.directory), 0
+            while (target := folder / f"{DAMAGED}-{step}{f'-{count}' if count else ''}").exists():
+                count += 1
+            (folder / str(step)).rename(target)
+    sharding.least_of_processes(1)  # nobody goes on before it is done
+    manager.reload()
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _named(tree: Any) -> dict[str, int]:
+    return {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _is_key(leaf: Any) -> bool:

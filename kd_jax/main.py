@@ -9,7 +9,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kd_jax import train
+from kd_jax import loop, train
 from kd_jax.resolve import nearest
 
 # Configs lock the keys that they declare, so that a typo is an error; only specs ({"name": ..., ...}) take new ones.
@@ -33,6 +33,9 @@ def main(argv: list[str]) -> None:
         train.train(CONFIG.value, str(WORKDIR.value))
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"kd_jax: {error}")
+    except loop.Stopped as stopped:
+        print(f"kd_jax: told to stop; step {stopped.step} is saved, and the same command goes on.", file=sys.stderr)
+        raise
 
 
 def use_cache() -> None:

@@ -19,13 +19,14 @@ def begin(run: Any, params: Any, workdir: str) -> None:
         _write_lines(Path(workdir) / BEFORE, written)
 
 
-def finish(run: Any, params: Any, workdir: str) -> dict[str, Any]:
-    """Leaves a run's table, plots, samples, page and student in its work directory, and prints them.
+def finish(run: Any, params: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
+    """Leaves a run's table, plots, samples, page and student in its work directory, and prints samples and table.
 
     Args:
       run: a `train.Run`.
       params: the student's, trained.
       workdir: of the run, with its metrics.
+      quiet: nothing is printed.
 
     Returns:
       {"teacher": ..., "before": ..., "after": ...}, each what `Run.evaluate` returns; and with a teacher "by_place", where along
@@ -51,9 +52,10 @@ def finish(run: Any, params: Any, workdir: str) -> dict[str, Any]:
         if not export.exists():
             models.save_pretrained(export, run.models.student, params, run.tokenizer)
         _write(folder, result, texts)
-        metrics.tqdm.write((folder / "samples.md").read_text(encoding="utf-8"))
-        metrics.tqdm.write((folder / "table.md").read_text(encoding="utf-8"))
-        metrics.tqdm.write(f"wrote {folder / 'report.html'} and {export}")
+        if not quiet:
+            metrics.tqdm.write((folder / "samples.md").read_text(encoding="utf-8"))
+            metrics.tqdm.write((folder / "table.md").read_text(encoding="utf-8"))
+            metrics.tqdm.write(f"wrote {folder / 'report.html'} and {export}")
     return result
 
 

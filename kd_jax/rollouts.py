@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, UInt32
+from jaxtyping import Int
 
 from kd_jax import data, models, sharding
+from kd_jax.checksum import checksums
 from kd_jax.objectives import ORIGINS
 
 # Rows by name, an entry a row in each array: tokens [M, L + 1], lengths, prompt_lengths and origin [M], log_probs [M, L].
@@ -234,18 +234,7 @@ def _complete_batches(partial: Path) -> int:
 
 def fingerprint(params: Any, settings: Any) -> str:
     """Of a model's parameters, bit for bit and on any mesh, and of whatever else a text is drawn from."""
-    sums = jax.tree.leaves(jax.jit(lambda tree: jax.tree.map(_checksum, tree))(params))
+    sums = jax.tree.leaves(checksums(params))
     total = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     total.update(np.array(sums, np.uint32).tobytes())
     return total.hexdigest()[:12]
-
-
-def _checksum(array: jax.Array) -> UInt32[jax.Array, ""]:
-    """The sum modulo 2^32 of the entries' bits, each times an odd number of its own: no order of summation changes it."""
-    bits = jax.lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
-    strides = np.cumprod((1, *array.shape[:0:-1]), dtype=np.uint64).astype(np.uint32)[::-1]
-    place = sum(
-        jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * stride
-        for axis, stride in enumerate(strides[: array.ndim])
-    )
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)

@@ -63,6 +63,7 @@ def check_numbers(config: Any) -> None:
         "checkpoint_every": 1,
         "log_every": 1,
         "keep_checkpoints": 1,
+        "max_skipped": 0,
         "microbatches": 1,
     }
     least |= {"data.batch_size": 1, "data.eval_batch_size": 1, "data.eval_rows": 0, "sample_tokens": 1, "loss.chunk": 0}

@@ -130,6 +130,11 @@ def from_first_process(number: int) -> int:
     return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def least_of_processes(number: int) -> int:
+    """The least of what the processes say, on every process; all wait for it."""
+    return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).min())
+
+
 def path_name(path: Any) -> str:
     """'layers/0/mlp/up/kernel' for the path of a leaf."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)

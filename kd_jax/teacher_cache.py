@@ -34,8 +34,10 @@ class CachedTeacher:
     tied: bool = False
 
     def hidden(self, batch: Mapping[str, Array]) -> Float[Array, "B L D"] | None:
-        """Its hidden states; None where others are kept."""
-        return batch["teacher_hidden"] if self.kind == "hidden" else None
+        """Its hidden states; None where others are kept. A batch has their bits, which NumPy can hold and save."""
+        if self.kind != "hidden":
+            return None
+        return jax.lax.bitcast_convert_type(batch["teacher_hidden"], jnp.bfloat16)
 
     def stored_head(self, params: Any) -> tuple[Array | None, bool]:
         """As of a `models.Model`; no matrix where there are no hidden states."""

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from safetensors.numpy import save_file
@@ -27,7 +26,7 @@ def fields(manifest: Manifest) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     k, ids = manifest["k"], np.dtype("<u2" if manifest["vocab_size"] <= 2**16 else "<u4")
     number = np.dtype("<f4")
     known: dict[str, dict[str, Any]] = {
-        "hidden": {"teacher_hidden": (np.dtype(jnp.bfloat16), (manifest["hidden_size"],))},
+        "hidden": {"teacher_hidden": (np.dtype("<u2"), (manifest["hidden_size"],))},  # the bits of bfloat16
         "top_k": {"teacher_ids": (ids, (k,)), "teacher_log_probs": (number, (k + 1,))},
         "samples": {
             "teacher_ids": (ids, (k,)), "teacher_weights": (number, (k,)), "teacher_entropy": (number, ()),

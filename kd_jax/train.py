@@ -1,17 +1,30 @@
 """From a config to a trained student: `build` assembles a run and trains nothing, `train` is the loop."""
 
+import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+from etils import epath
 
-from kd_jax import checkpoint, data, evaluate, metrics, prefixes, resolve, results, rollouts, schedules, sharding, speed
+from kd_jax import (
+    checkpoint,
+    data,
+    directory,
+    evaluate,
+    loop,
+    metrics,
+    prefixes,
+    resolve,
+    results,
+    rollouts,
+    schedules,
+    sharding,
+)
 from kd_jax.feed import Feed
 from kd_jax.objectives import Term, make_terms
 from kd_jax.setup import Models, check_mesh, check_numbers, load_models, load_tokenizer
@@ -24,9 +37,7 @@ from kd_jax.setup_rows import (
     load_rows,
     load_text,
     make_feed,
-    make_sampler,
     make_source,
-    show,
 )
 from kd_jax.train_step import TrainState, init_state, make_train_step
 
@@ -141,7 +152,7 @@ def build(config: Any) -> Run:
     step = make_train_step(
         loaded.student, loaded.compared, terms, tx, vocab_size=tokenizer.vocab_size,
         temperature=config.objective.temperature, microbatches=config.microbatches, chunk=config.loss.chunk or None,
-        mesh=mesh,
+        mesh=mesh, max_skipped=config.max_skipped,
     )  # fmt: skip
     key = jax.random.key(config.seed)
     make_state = partial(init_state, tx=tx, terms=terms)
@@ -174,47 +185,45 @@ def build(config: Any) -> Run:
 def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
     """Trains, evaluates, and leaves in `workdir` metrics, checkpoints, a page, plots, samples and the student's folder.
 
-    The same call on the same directory goes on where it was stopped, with the numbers of a run that never was.
+    The same call on the same directory goes on where it was stopped, with the numbers of a run that never was; also on another
+    mesh or another number of hosts, where they are equal to rounding.
 
     Args:
       config: as in `build`.
       workdir: of this run; made if it does not exist.
-      quiet: no progress bar.
+      quiet: nothing is printed but what is wrong.
 
     Returns:
       As `results.finish`: {"teacher": ..., "before": ..., "after": ...}, each what `Run.evaluate` returns.
 
     Raises:
-      ValueError: before anything is written, if the config is wrong, or if the directory belongs to another one.
-      FloatingPointError: the loss is not finite.
+      ValueError: before anything is written, if the config is wrong, or if the directory belongs to another one or is in use;
+        or if all of its checkpoints are damaged.
+      FloatingPointError: a loss or a gradient is not finite.
+      loop.Stopped: SIGTERM or a preemption notice came, and the state is saved.
     """
-    resolved = config.to_dict()
-    check_workdir(workdir, resolved)
-    run = build(config)
-    # A new run reads its student before it writes anything; a resumed one has no use for an initial state.
-    state = None if checkpoint.has_steps(workdir) else run.init_state()
-    if jax.process_index() == 0:
-        checkpoint.write_config(workdir, resolved)
-    with checkpoint.open_manager(workdir, config.keep_checkpoints) as manager:
+    resolved, first = config.to_dict(), jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        if first and epath.Path(workdir).is_dir():
+            stack.enter_context(directory.alone(workdir))  # before anything that takes long
+        directory.check(workdir, resolved)
+        run = build(config)
+        if first and not epath.Path(workdir).is_dir():
+            stack.enter_context(directory.alone(workdir))
+        # A new run reads its student before it writes anything; a resumed one has no use for an initial state.
+        state = None if checkpoint.has_steps(workdir) else run.init_state()
+        if first:
+            directory.write_config(workdir, resolved)
+        manager = stack.enter_context(checkpoint.open_manager(workdir, config.keep_checkpoints))
         if state is None:
-            state = checkpoint.restore(manager, run.abstract_state, run.feed)
-        metrics.tqdm.write(environment(run, state))
-        with metrics.Writer(workdir, int(state.step), silent=jax.process_index() > 0) as writer:
-            state = _loop(run, state, workdir, writer, manager, quiet)
-    return results.finish(run, state.params, workdir)
-
-
-def check_workdir(workdir: str, resolved: dict[str, Any]) -> None:
-    """Refuses a directory of another run, or one with something else in it, and says what differs."""
-    difference = checkpoint.config_difference(workdir, resolved)
-    if difference:
-        raise ValueError(
-            f"the work directory {workdir} belongs to another config. Choose another --workdir, or take these back:\n  "
-            + "\n  ".join(difference)
-        )
-    folder = Path(workdir)
-    if difference is None and folder.exists() and (not folder.is_dir() or checkpoint.foreign_files(folder)):
-        raise ValueError(f"the work directory {workdir} has something else in it; choose an empty or a new one.")
+            state, damaged = checkpoint.restore(manager, run.abstract_state, run.feed)
+            for line in damaged:
+                metrics.tqdm.write(f"{line}; it is put aside, and the run goes on from step {int(state.step)}.")
+        if first and not quiet:
+            metrics.tqdm.write(environment(run, state))
+        with metrics.Writer(workdir, int(state.step), silent=not first) as writer:
+            state = loop.run_steps(run, state, workdir, writer, manager, quiet)
+        return results.finish(run, state.params, workdir, quiet)
 
 
 def environment(run: Run, state: TrainState) -> str:
@@ -229,81 +238,6 @@ def environment(run: Run, state: TrainState) -> str:
         f"{len(jax.devices())} {device.platform} device(s), {jax.process_count()} process(es) | mesh {mesh} | {teacher}, "
         f"student {_count(state.params)} parameters | {rows} | step {int(state.step)} of {run.config.steps}"
     )
-
-
-def _loop(run: Run, state: TrainState, workdir: str, writer: metrics.Writer, manager: Any, quiet: bool) -> TrainState:
-    config, first = run.config, int(state.step)
-    if first == 0:
-        _evaluate(run, writer, 0, state)
-        results.begin(run, state.params, workdir)
-    profiled = tuple(config.profile_steps) if first < min(config.profile_steps, default=0) else ()
-    pending: list[tuple[int, Any]] = []
-    needs_teacher = any(term.needs_teacher for term in run.terms)
-    clock = speed.Clock(run.models.student, run.models.teacher if needs_teacher else None, config.data.max_length)
-    shown = 0
-    with metrics.progress(config.steps, first, quiet) as bar:
-        for step in range(first + 1, config.steps + 1):
-            if step in profiled[:1]:
-                jax.profiler.start_trace(str(Path(workdir) / "profile"))
-            batch = run.batch(step - 1, state.params)
-            state, sums = run.train_step(state, run.models.teacher_params, batch)
-            pending.append((step, sums))
-            shown = _report_samples(run, writer, step, shown)
-            if step in profiled[1:]:
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
-            evaluating = step % config.eval_every == 0 or step == config.steps
-            saving = step % config.checkpoint_every == 0 or step == config.steps
-            # The previous step's numbers are read while this one runs; all of them before anything is saved.
-            keep = 0 if evaluating or saving else 1
-            if len(pending) > config.log_every or keep == 0:
-                ready, pending = pending[: len(pending) - keep], pending[len(pending) - keep :]
-                lap = clock.lap(_write_steps(run, writer, ready))
-                writer.write(ready[-1][0], "speed", lap)
-                bar.set_postfix(
-                    {"loss": f"{float(ready[-1][1]['loss'][0]):.4f}"} | {n: f"{v:,.4g}" for n, v in lap.items()}
-                )
-            bar.update()
-            if evaluating:
-                _evaluate(run, writer, step, state)
-            if saving:
-                checkpoint.save(manager, step, state, run.feed)
-            if evaluating or saving:
-                clock.restart()
-    manager.wait_until_finished()
-    return state
-
-
-def _evaluate(run: Run, writer: metrics.Writer, step: int, state: TrainState) -> None:
-    values = run.evaluate(state.params)
-    run.feed.observe(values["cross_entropy"])
-    writer.write(step, "eval", values)
-
-
-def _report_samples(run: Run, writer: metrics.Writer, step: int, shown: int) -> int:
-    """What is to be said of a step's rows, and some that were drawn in it, `show_every` steps after `shown`, the last that was."""
-    if run.feed.report:
-        writer.write(step, "samples", run.feed.report)
-    every = run.config.sampling.show_every
-    if not every or run.feed.fresh is None or (shown and step < shown + every):
-        return shown
-    metrics.tqdm.write(show(make_sampler(run.config, run.tokenizer, run.mesh), step, run.feed.fresh))
-    return step
-
-
-def _write_steps(run: Run, writer: metrics.Writer, steps: list[tuple[int, Any]]) -> float:
-    tokens = 0.0
-    for step, sums in steps:
-        values = metrics.averages(jax.device_get(sums))
-        if not math.isfinite(values["loss"] + values["gradient_norm"]):
-            raise FloatingPointError(
-                f"at step {step} the loss is {values['loss']} and the gradient's norm {values['gradient_norm']}; the last "
-                f"checkpoint is from before. The loss's terms: "
-                + ", ".join(f"{name}={value:g}" for name, value in values.items() if "/loss" in name)
-            )
-        tokens += values["tokens"]
-        writer.write(step, "train", values | {"learning_rate": float(run.learning_rate(step - 1))})
-    return tokens
 
 
 def _count(params: Any) -> str:

@@ -1,5 +1,6 @@
 """One step of distillation as a pure function: (state, teacher_params, batch) -> (state, metrics)."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ class TrainState:
       opt_state: the optimiser's.
       schedules: for each term, the states of its schedules.
       key: the source of all randomness: step i uses fold_in(key, i).
+      skipped: the number of steps in a row, up to the last one, whose loss or gradient was not finite.
     """
 
     step: Int[Array, ""]
@@ -35,12 +37,13 @@ class TrainState:
     opt_state: Any
     schedules: tuple[tuple[Any, ...], ...]
     key: Array
+    skipped: Int[Array, ""]
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, terms: Sequence[Term], key: Array) -> TrainState:
     """The state before the first step."""
     schedules = tuple(tuple(schedule.init() for schedule in term.schedules) for term in terms)
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), schedules, key)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), schedules, key, jnp.zeros((), jnp.int32))
 
 
 def make_train_step(
@@ -54,11 +57,16 @@ def make_train_step(
     microbatches: int = 1,
     chunk: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    max_skipped: int = 0,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """The step that trains `student` towards `teacher` on a batch.
 
     Averages are over the whole global batch, so that the number of microbatches, of devices and of hosts changes
     nothing but rounding. A batch with nothing to count gives loss 0 and gradient 0.
+
+    A step whose loss or gradient is not finite changes neither parameters nor the states of optimiser and schedules. More of
+    them in a row than `max_skipped`, and the state stays as it was before the one too many, whatever steps follow: what comes
+    to look at the metrics later finds the state that gave them.
 
     Args:
       student: with `hidden(params, tokens, mask)` and `stored_head(params)`.
@@ -70,6 +78,7 @@ def make_train_step(
       microbatches: parts that a batch's rows are worked through in, one after another.
       chunk: as in `token_sum`.
       mesh: where state and batch are; None: on one device.
+      max_skipped: steps in a row that are left out since they are not finite.
 
     Returns:
       (state, teacher_params, batch) -> (state, metrics). batch: tokens, targets [B, L] int32; mask [B, L], bool or the
@@ -184,15 +193,21 @@ def make_train_step(
             )
             for i, (t, states) in enumerate(zip(terms, state.schedules, strict=True))
         )
-        one = jnp.ones(())
-        metrics = {"loss": (loss, one), "gradient_norm": (optax.tree.norm(gradient), one)}
+        one, norm = jnp.ones(()), optax.tree.norm(gradient)
+        metrics = {"loss": (loss, one), "gradient_norm": (norm, one)}
         for i, term in enumerate(terms):
             metrics[f"{term.name}/loss"] = (per_term[0, i], per_term[1, i])
             its_rows = counted[i].any(axis=1).astype(jnp.float32)
             metrics[f"{term.name}/weight"] = ((weights[i] * its_rows).sum(), its_rows.sum())
             metrics[f"{term.name}/coefficient"] = (jnp.asarray(factors[i]), one)
         metrics["tokens"] = ((batch["mask"] != 0).sum(dtype=jnp.float32), one)
-        return TrainState(state.step + 1, params, opt_state, schedules, state.key), metrics
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        skipped = jnp.where(finite & (state.skipped <= max_skipped), 0, state.skipped + ~finite)
+        metrics["skipped"] = (skipped, one)
+        stays = skipped > max_skipped
+        new = dataclasses.replace(state, params=params, opt_state=opt_state, schedules=schedules)
+        new = _where(finite & ~stays, new, state)
+        return dataclasses.replace(new, step=state.step + ~stays, skipped=skipped), metrics
 
     return train_step
 
@@ -200,6 +215,10 @@ def make_train_step(
 def _from_teacher(batch: Batch) -> Batch:
     """What a cached teacher has in a batch."""
     return {name: array for name, array in batch.items() if name.startswith("teacher_")}
+
+
+def _where(condition: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
 def _counted(term: Term, batch: Batch) -> Array:
@@ -214,7 +233,7 @@ def _follow(schedule: Any, state: Any, step: Array, term: Array, means: dict[str
     """A schedule's next state, from the sum and the count of its term's values; where none counts it stays."""
     value, count = term
     new = schedule.update(state, step=step, loss=value / jnp.maximum(count, 1), **means)
-    return jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), new, state)
+    return _where(count > 0, new, state)
 
 
 def _split_rows(parts: Any, count: int) -> Any:

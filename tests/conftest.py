@@ -26,16 +26,18 @@ def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("datasets")
 
 
-@pytest.fixture
-def one_device(monkeypatch):
+@pytest.fixture(scope="module")
+def one_device():
     """Runs use the first of the eight devices, unless they ask for a mesh."""
     import jax
 
     from kd_jax import sharding
 
     make_mesh = sharding.make_mesh
-    monkeypatch.setattr(
-        sharding,
-        "make_mesh",
-        lambda data, fsdp, tensor: make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor]),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sharding,
+            "make_mesh",
+            lambda data, fsdp, tensor: make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor]),
+        )
+        yield

@@ -7,9 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"ablate", "cache_teacher"},
+    {"ablate", "replay", "cache_teacher"},
     {"main"},
     {"train"},
+    {"loop"},
+    {"nonfinite"},
     {"setup_rows", "results"},
     {"setup_cache"},
     {"evaluate"},
@@ -19,12 +21,12 @@ LAYERS = [
     {"train_step", "feed", "checkpoint", "metrics", "speed"},
     {"teacher_cache_read"},
     {"prefixes", "rollouts", "compare", "teacher_cache_files"},
-    {"models", "data", "sharding"},
+    {"models", "data", "sharding", "directory"},
     {"teacher_cache"},
     {"objectives", "head_loss"},
     {"policy_gradient"},
     {"divergences", "assistants", "schedules"},
-    {"logspace"},
+    {"logspace", "checksum"},
     {"resolve"},
 ]
 MATHEMATICAL = {"objectives", "policy_gradient", "head_loss", "divergences", "assistants", "schedules", "logspace"}
@@ -34,7 +36,7 @@ HOMES = {
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},
     "absl": {"main", "ablate", "cache_teacher"},
-    "ml_collections": {"main"},
+    "ml_collections": {"main", "replay"},
 }
 FILES = sorted((ROOT / "kd_jax").rglob("*.py"))
 

@@ -1,0 +1,52 @@
+"""Seconds a step of every method of `config.py:short`, drawing of responses included, compilation left out.
+
+PYTHONPATH=. python experiments/methods_smollm2/step_time.py short[,DOLLY.jsonl.gz] OUT.jsonl
+
+Let nothing run beside it; methods that OUT has already are left out. A method's line has wall and
+CPU seconds of a step, the mean of all but the first of the twelve.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from experiments.methods_smollm2 import config as methods
+from kd_jax import main, train
+
+
+def measure(config) -> dict[str, float]:
+    """Of a run that is not saved: what its steps take."""
+    run = train.build(config)
+    state = run.init_state()
+    wall, cpu = [], []
+    for step in range(config.steps):
+        compiled = sum(compilations)
+        start = time.perf_counter(), time.process_time()
+        batch = run.batch(step, state.params)
+        state, _ = run.train_step(state, run.models.teacher_params, batch)
+        jax.block_until_ready(state)
+        compiled = sum(compilations) - compiled
+        wall.append(time.perf_counter() - start[0] - compiled)
+        cpu.append(time.process_time() - start[1] - compiled)
+    return {"wall": sum(wall[1:]) / len(wall[1:]), "cpu": sum(cpu[1:]) / len(cpu[1:]), "steps": wall}
+
+
+if __name__ == "__main__":
+    compilations: list[float] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compilations.append(seconds) if name.startswith("/jax/core/compile") else None
+    )
+    main.use_cache()
+    ablation = methods.get_config(sys.argv[1])
+    out = Path(sys.argv[2])
+    done = {json.loads(line)["method"] for line in out.read_text().splitlines()} if out.exists() else set()
+    with out.open("a") as file:
+        for name, base in ablation.base.items():
+            if name in done:
+                continue
+            file.write(json.dumps({"method": name} | measure(base)) + "\n")
+            file.flush()
+            jax.clear_caches()

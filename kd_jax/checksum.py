@@ -1,0 +1,43 @@
+"""Checksums of arrays: equal exactly where every bit is, on any mesh and for any number of processes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt32
+
+
+def checksums(tree: Any) -> Any:
+    """One number for each array of a tree, of the same structure.
+
+    Args:
+      tree: of jax.Arrays of numbers or booleans, placed anyhow.
+
+    Returns:
+      Python integers below 2^32.
+
+    Example:
+      >>> checksums({"a": jnp.array([1.0, 2.0]), "b": jnp.array([2.0, 1.0])})
+      {'a': 4286578688, 'b': 4269801472}
+    """
+    return jax.tree.map(int, jax.device_get(jax.jit(lambda tree: jax.tree.map(_checksum, tree))(tree)))
+
+
+def _checksum(array: jax.Array) -> UInt32[jax.Array, ""]:
+    """The sum modulo 2^32 of the entries' bits, each times an odd number of its own: no order of summation changes it."""
+    bits = _bits(array)
+    strides = np.cumprod((1, *bits.shape[:0:-1]), dtype=np.uint64).astype(np.uint32)[::-1]
+    place = sum(
+        jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * stride
+        for axis, stride in enumerate(strides[: bits.ndim])
+    )
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+def _bits(array: jax.Array) -> jax.Array:
+    if array.dtype == bool:
+        return array.astype(jnp.uint32)
+    size = array.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(array, {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32))
+    return bits.astype(jnp.uint32)  # an array of 8 bytes an entry has one more axis, of 2

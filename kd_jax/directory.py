@@ -1,0 +1,108 @@
+"""A work directory: which config it belongs to, and that one run at a time is in it."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+CONFIG, PARTIAL, LOCK = "config.json", "config.json.partial", "lock"
+# What may differ between a run and its resumption: none of it decides the batches or what is made of them.
+FREE = ("mesh.", "keep_checkpoints", "checkpoint_every", "log_every", "profile_steps", "max_skipped")
+
+
+def check(workdir: str, config: dict[str, Any]) -> None:
+    """Refuses a directory of another run, or one with something else in it, and says what differs.
+
+    Args:
+      workdir: of the run; it need not exist.
+      config: nested dicts of what JSON can hold.
+
+    Raises:
+      ValueError: the directory is not this run's.
+    """
+    differences = config_difference(workdir, config)
+    if differences:
+        raise ValueError(
+            f"the work directory {workdir} belongs to another config. Choose another --workdir, or take these back:\n  "
+            + "\n  ".join(differences)
+        )
+    folder = epath.Path(workdir)
+    if differences is None and folder.exists() and (not folder.is_dir() or _foreign_files(folder)):
+        raise ValueError(f"the work directory {workdir} has something else in it; choose an empty or a new one.")
+
+
+def config_difference(workdir: str, config: dict[str, Any]) -> list[str] | None:
+    """What differs between a config and the one that a work directory was started with, but what is in FREE.
+
+    Args:
+      workdir: of the run.
+      config: nested dicts of what JSON can hold.
+
+    Returns:
+      None where the directory has no config yet; else a line per difference, [] where they agree.
+    """
+    path = epath.Path(workdir) / CONFIG
+    if not path.exists():
+        return None
+    old, new = _flat(json.loads(path.read_text())), _flat(json.loads(json.dumps(config)))
+    absent = "(absent)"
+    return [
+        f"{key}: {old.get(key, absent)!r} there, {new.get(key, absent)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if not key.startswith(FREE) and old.get(key, absent) != new.get(key, absent)
+    ]
+
+
+def write_config(workdir: str, config: dict[str, Any]) -> None:
+    """Writes the resolved config, whole or not at all."""
+    folder = epath.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{PARTIAL}.{os.getpid()}"
+    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    partial.replace(folder / CONFIG)
+
+
+@contextlib.contextmanager
+def alone(workdir: str) -> Iterator[None]:
+    """Holds a work directory, which is made if it does not exist; who dies lets it go.
+
+    The lock is the operating system's, on a file: it reaches as far as the file system's locks do, which on NFS and Lustre is
+    all hosts. An object store (gs://, s3://) has none, and there nobody is kept out.
+
+    Raises:
+      ValueError: another run is in it; it is named.
+    """
+    folder = epath.Path(workdir)
+    if "://" in str(workdir):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"the work directory {workdir} is in use by another run ({file.read().strip() or 'just started'}). Wait for it, "
+                f"stop it, or choose another --workdir."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _foreign_files(folder: epath.Path) -> list[str]:
+    """What is in a directory without a config that no run of ours can have left there."""
+    return [path.name for path in folder.iterdir() if not path.name.startswith(PARTIAL) and path.name != LOCK]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}

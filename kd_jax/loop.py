@@ -1,0 +1,147 @@
+"""The training loop: steps, readings, evaluations, checkpoints, and what ends it early."""
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from kd_jax import checkpoint, metrics, nonfinite, results, speed
+from kd_jax.setup_rows import make_sampler, show
+from kd_jax.train_step import TrainState
+
+STOPPED = 75  # the exit code, EX_TEMPFAIL of sysexits.h: nothing is wrong, call again
+Pending = list[tuple[int, Any, Any]]  # step, its metrics on the devices, this process's rows of its batch
+
+
+class Stopped(SystemExit):
+    """SIGTERM came, or a preemption notice, and all is saved: the same call goes on. Uncaught, it ends Python with code 75."""
+
+    def __init__(self, step: int):
+        super().__init__(STOPPED)
+        self.step = step
+
+
+def run_steps(
+    run: Any, state: TrainState, workdir: str, writer: metrics.Writer, manager: Any, quiet: bool
+) -> TrainState:
+    """All steps from `state` on.
+
+    Args:
+      run: a `train.Run`.
+      state: with the number of steps made.
+      workdir: of the run.
+      writer: of its metrics.
+      manager: of its checkpoints.
+      quiet: no progress bar.
+
+    Returns:
+      The state after the last step, which is saved.
+
+    Raises:
+      OSError: a checkpoint could not be written.
+      FloatingPointError: a loss or a gradient that is not finite, after more than `max_skipped` others in a row.
+      Stopped: SIGTERM, or a preemption notice on any host; the state is saved.
+    """
+    config, first = run.config, int(state.step)
+    if first == 0:
+        _evaluate(run, writer, 0, state)
+        results.begin(run, state.params, workdir)
+    profiled = tuple(config.profile_steps) if first < min(config.profile_steps, default=0) else ()
+    pending: Pending = []
+    needs_teacher = any(term.needs_teacher for term in run.terms)
+    clock = speed.Clock(run.models.student, run.models.teacher if needs_teacher else None, config.data.max_length)
+    shown = 0
+    with _notices() as told, metrics.progress(config.steps, first, quiet) as bar:
+        for step in range(first + 1, config.steps + 1):
+            if step in profiled[:1]:
+                jax.profiler.start_trace(str(Path(workdir) / "profile"))
+            rows = run.feed.next(step - 1, state.params)
+            state, sums = run.train_step(state, run.models.teacher_params, run.put(rows))
+            pending.append((step, sums, rows))
+            shown = _report_samples(run, writer, step, shown)
+            if step in profiled[1:]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+            stopping = told(step)
+            evaluating = step % config.eval_every == 0 or step == config.steps
+            saving = step % config.checkpoint_every == 0 or step == config.steps or stopping
+            # The previous step's numbers are read while this one runs; all of them before anything is saved.
+            keep = 0 if evaluating or saving else 1
+            if len(pending) > config.log_every or keep == 0:
+                ready, pending = pending[: len(pending) - keep], pending[len(pending) - keep :]
+                lap = clock.lap(_read(run, writer, ready, state, workdir))
+                writer.write(ready[-1][0], "speed", lap)
+                loss = {"loss": f"{float(ready[-1][1]['loss'][0]):.4f}"}
+                bar.set_postfix(loss | {name: f"{value:,.4g}" for name, value in lap.items()})
+            bar.update()
+            if evaluating:
+                _evaluate(run, writer, step, state)
+            if saving:
+                checkpoint.save(manager, step, state, run.feed)
+            if stopping and step < config.steps:
+                checkpoint.wait(manager)
+                raise Stopped(step)
+            if evaluating or saving:
+                clock.restart()
+    checkpoint.wait(manager)
+    return state
+
+
+@contextlib.contextmanager
+def _notices() -> Iterator[Callable[[int], bool]]:
+    """Whether the run is to stop after a step: since SIGTERM came, or with several processes a notice to any of them.
+
+    JAX's own service agrees on a step between processes; alone, a process needs none.
+    """
+    if jax.distributed.is_initialized():
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # Python delivers no signals there
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield lambda step: told.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _evaluate(run: Any, writer: metrics.Writer, step: int, state: TrainState) -> None:
+    values = run.evaluate(state.params)
+    run.feed.observe(values["cross_entropy"])
+    writer.write(step, "eval", values)
+
+
+def _report_samples(run: Any, writer: metrics.Writer, step: int, shown: int) -> int:
+    """What is to be said of a step's rows, and some that were drawn in it, `show_every` steps after `shown`, the last that was."""
+    if run.feed.report:
+        writer.write(step, "samples", run.feed.report)
+    every = run.config.sampling.show_every
+    if not every or run.feed.fresh is None or (shown and step < shown + every):
+        return shown
+    metrics.tqdm.write(show(make_sampler(run.config, run.tokenizer, run.mesh), step, run.feed.fresh))
+    return step
+
+
+def _read(run: Any, writer: metrics.Writer, steps: Pending, state: TrainState, workdir: str) -> float:
+    """Writes the steps' numbers; the tokens that they saw."""
+    tokens = 0.0
+    for step, sums, rows in steps:
+        values = metrics.averages(jax.device_get(sums))
+        skipped = values.pop("skipped")
+        if skipped > run.config.max_skipped:
+            # The steps after it have left the state as it was before it.
+            nonfinite.stop(run, state, step, rows, values, workdir)
+        tokens += values["tokens"]
+        values |= {"learning_rate": float(run.learning_rate(step - 1))}
+        if skipped:
+            values = {name: value for name, value in values.items() if math.isfinite(value)} | {"skipped": skipped}
+        writer.write(step, "train", values)
+    return tokens

@@ -1,0 +1,116 @@
+"""A step whose loss or gradient is not finite: which rows and terms it is, and all that is needed to see it again."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from kd_jax import checkpoint, metrics, sharding
+
+FOLDER, STATE, BATCH, REPORT = "nonfinite", "state", "batch.npz", "report.json"
+Found = list[dict[str, Any]]
+
+
+def stop(
+    run: Any, state: Any, step: int, rows: dict[str, np.ndarray], values: dict[str, float], workdir: str
+) -> NoReturn:
+    """Saves state and batch for `kd_jax.replay`, and raises.
+
+    Args:
+      run: a `train.Run`.
+      state: that the step was to change, and did not: see `train_step.make_train_step`.
+      step: of the update, counted from 1.
+      rows: this process's rows of its batch.
+      values: its metrics.
+      workdir: of the run.
+
+    Raises:
+      FloatingPointError: always, with the step, its terms and its rows.
+    """
+    batch, folder, first = _whole(rows), Path(workdir) / FOLDER / f"step_{step}", jax.process_index() == 0
+    partial = folder.with_name(f".{folder.name}.partial")  # it appears whole or not at all
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        np.savez(partial / BATCH, allow_pickle=False, **batch)
+    sharding.least_of_processes(1)
+    checkpoint.save_state(partial / STATE, state)
+    found = diagnose(run, state, batch)
+    if first:
+        report = {"step": step, "values": {k: str(v) for k, v in values.items()}, "rows": found}
+        (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier call, which came to the same
+        partial.rename(folder)
+    terms = ", ".join(f"{name}={value:g}" for name, value in values.items() if "/loss" in name)
+    raise FloatingPointError(
+        f"at step {step} the loss is {values['loss']} and the gradient's norm {values['gradient_norm']}. The loss's terms: "
+        f"{terms}. {said(found, len(batch['tokens']))} The step is undone; its batch and the state before it are in {folder}, and "
+        f"python -m kd_jax.replay --workdir={workdir} shows it again. To leave out such steps, up to N in a row, call again with "
+        f"--config.max_skipped=N: the run goes on from its last checkpoint."
+    )
+
+
+def diagnose(run: Any, state: Any, batch: dict[str, np.ndarray]) -> Found:
+    """The rows of a batch that, counted alone, have a loss or a gradient that is not finite.
+
+    The step that was compiled for the run is called once a row, with all other rows masked.
+
+    Args:
+      run: a `train.Run`.
+      state: that no step changes any more, as `stop` has it; given away.
+      batch: global.
+
+    Returns:
+      Of each such row: row, its index; gradient_norm and each term's loss, as text where it is not finite.
+    """
+    found: Found = []
+    size, index = len(batch["tokens"]) // jax.process_count(), jax.process_index()
+    for row in range(len(batch["tokens"])):
+        counted = batch["loss_mask"] & (np.arange(len(batch["tokens"])) == row)[:, None]
+        if not counted.any():
+            continue
+        own = {
+            name: array[index * size : (index + 1) * size] for name, array in (batch | {"loss_mask": counted}).items()
+        }
+        state, sums = run.train_step(state, run.models.teacher_params, run.put(own))
+        values = metrics.averages(jax.device_get(sums))
+        shown = {"gradient_norm": values["gradient_norm"], **{k: v for k, v in values.items() if k.endswith("/loss")}}
+        if not all(map(math.isfinite, shown.values())):
+            found.append({"row": row} | {k: v if math.isfinite(v) else str(v) for k, v in shown.items()})
+    return found
+
+
+def said(found: Found, count: int) -> str:
+    """`diagnose`'s answer as a sentence."""
+    if not found:
+        return "No row alone has a loss or a gradient that is not finite: together they overflow."
+    if len(found) == count:
+        return f"All {count} rows have it, each alone, so that it is in the parameters of one of the models or in the loss itself."
+    which = ", ".join(str(line["row"]) for line in found[:8]) + (", ..." if len(found) > 8 else "")
+    return f"Alone, {len(found)} of the {count} rows have it: {which}."
+
+
+def saved_steps(workdir: str) -> list[int]:
+    """Steps that `stop` has left in a work directory, in order."""
+    names = (path.name.removeprefix("step_") for path in (Path(workdir) / FOLDER).glob("step_*"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def load(workdir: str, step: int, state: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    """State and global batch of a step that `stop` has saved; the state placed as `state`, of ShapeDtypeStructs, says."""
+    folder = Path(workdir) / FOLDER / f"step_{step}"
+    with np.load(folder / BATCH, allow_pickle=False) as arrays:
+        batch = {name: arrays[name] for name in arrays.files}
+    return checkpoint.restore_state(folder / STATE, state), batch
+
+
+def _whole(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The global batch, of each process's rows of it."""
+    if jax.process_count() == 1:
+        return rows
+    return {k: np.asarray(multihost_utils.process_allgather(array, tiled=True)) for k, array in rows.items()}

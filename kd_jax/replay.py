@@ -1,0 +1,72 @@
+"""python -m kd_jax.replay --workdir=DIR [--step=N]
+
+Shows again a step whose loss or gradient was not finite: the run's own step, on the batch and from the state that it stopped with.
+With JAX_DEBUG_NANS=1 JAX_DISABLE_JIT=1 in the environment JAX stops at the line that made the first NaN.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from kd_jax import data, directory, metrics, nonfinite, train
+
+
+def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
+    """Prints what a saved step comes to, term by term and row by row, and returns `nonfinite.diagnose`'s answer.
+
+    Args:
+      workdir: of the run.
+      step: one of those saved; None: the last.
+
+    Raises:
+      ValueError: nothing is saved there.
+    """
+    steps = nonfinite.saved_steps(workdir)
+    if not steps or (step is not None and step not in steps):
+        raise ValueError(
+            f"there is no step {'' if step is None else f'{step} '}to replay in {Path(workdir) / nonfinite.FOLDER}; there are "
+            f"{steps or 'none: a run leaves one when its loss or gradient is not finite'}."
+        )
+    step = steps[-1] if step is None else step
+    config = ConfigDict(json.loads((Path(workdir) / directory.CONFIG).read_text()))
+    config.max_skipped = 0  # whatever it is by now: the saved state is one that no step changes
+    if config.mesh.to_dict() != {"data": -1, "fsdp": 1, "tensor": 1} and jax.device_count() == 1:
+        config.mesh = {"data": 1, "fsdp": 1, "tensor": 1}  # a pod's run, looked at on a laptop
+    run = train.build(config)
+    state, batch = nonfinite.load(workdir, step, run.abstract_state)
+    state, sums = run.train_step(state, run.models.teacher_params, run.put(batch))
+    print(f"step {step} of {workdir}")
+    values = metrics.averages(jax.device_get(sums))
+    print(metrics.table([["", "value"], *([k, f"{v:g}"] for k, v in values.items() if k != "skipped")]))
+    if math.isfinite(values["loss"] + values["gradient_norm"]):
+        print("Here and now loss and gradient are finite: other code, other models, or another machine.")
+        return []
+    found = nonfinite.diagnose(run, state, batch)
+    print(nonfinite.said(found, len(batch["tokens"])))
+    for line in found[:8]:
+        row = line["row"]
+        prompt = data.prompt_of(batch["tokens"][row], batch["loss_mask"][row])
+        answer = batch["targets"][row][batch["loss_mask"][row]]
+        numbers = ", ".join(f"{name}={value}" for name, value in line.items() if name != "row")
+        print(f"--- row {row}: {numbers}\n{run.tokenizer.decode(prompt)}\n>>> {run.tokenizer.decode(answer.tolist())}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m kd_jax.replay", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="of the run that stopped")
+    parser.add_argument("--step", type=int, help="which step, where several were saved; by default the last")
+    args = parser.parse_args()
+    try:
+        replay(args.workdir, args.step)
+    except (ValueError, OSError) as error:
+        sys.exit(f"kd_jax.replay: {error}")
+
+
+if __name__ == "__main__":
+    main()
