@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -187,17 +188,18 @@ class Kept:
 
     def _decode(self, content: bytes, index: int) -> dict[str, np.ndarray]:
         rows, count = self._rows, counted(self._rows, index)
-        size = HEADER.itemsize + sum(
-            count * dtype.itemsize * int(np.prod(shape)) for dtype, shape in self._fields.values()
-        )
-        if len(content) != size:
-            raise ValueError(f"it has {len(content)} bytes in place of {size}")
+        if len(content) < HEADER.itemsize:
+            raise ValueError(f"it has {len(content)} bytes")
         header, start, found = np.frombuffer(content, HEADER, 1)[0], HEADER.itemsize, {}
         expected = row_hash(rows[index], int(rows.first_counted[index]))
         if header["row"] != index or header["tokens"].tobytes() != expected:
-            raise ValueError(f"it is of row {header['row']} with other tokens")
-        for name, (dtype, shape) in self._fields.items():
-            values = np.frombuffer(content, dtype, count * int(np.prod(shape)), start).reshape(count, *shape)
+            raise ValueError(f"it is row {header['row']}'s, with other tokens")
+        shapes = {name: (count, *shape) for name, (_, shape) in self._fields.items()}
+        size = start + sum(math.prod(shapes[name]) * dtype.itemsize for name, (dtype, _) in self._fields.items())
+        if len(content) != size:
+            raise ValueError(f"it has {len(content)} bytes in place of {size}")
+        for name, (dtype, _) in self._fields.items():
+            values = np.frombuffer(content, dtype, math.prod(shapes[name]), start).reshape(shapes[name])
             start, found[name] = start + values.nbytes, values
         if "teacher_ids" in found and found["teacher_ids"].max(initial=0) >= self._cache.manifest["vocab_size"]:
             raise ValueError("it has ids beyond the vocabulary")
