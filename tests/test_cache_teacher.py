@@ -1,6 +1,7 @@
 """Teachers' caches: what is kept is right, is found again or refused, and trains as the teacher itself would."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -80,6 +81,13 @@ def test_the_others_mass_is_summed_and_not_what_is_left_of_one():
     np.testing.assert_allclose(gradient[0], -1, rtol=1e-4)
 
 
+def test_a_step_from_hidden_states_is_the_teachers_step(caches, data_dir):
+    online, _ = losses(cached(data_dir), steps=1)
+    from_cache, _ = losses(cached(data_dir, caches("hidden")), steps=1)
+    assert from_cache[0]["loss"] == pytest.approx(online[0]["loss"], rel=1e-3)
+    assert from_cache[0]["gradient_norm"] == pytest.approx(online[0]["gradient_norm"], rel=1e-2)
+
+
 @pytest.mark.parametrize("name", divergences.__all__)
 def test_divergences_of_what_is_kept_are_proper_ones(name):
     divergence = getattr(divergences, name)
@@ -89,11 +97,12 @@ def test_divergences_of_what_is_kept_are_proper_ones(name):
         ids = jax.lax.top_k(log_p, 5)[1]
         coarse_p = coarsen(log_p, ids)
         value = lambda log_q, ids=ids, p=coarse_p: divergence(p, coarsen(log_q, ids), **keywords)
-        whole, part = float(divergence(log_p, log_q, **keywords)), float(value(log_q))
+        part, gradient = jax.jit(jax.value_and_grad(value))(log_q)
+        whole = float(divergence(log_p, log_q, **keywords))
         assert part > 0 and abs(float(value(log_p))) < 1e-6
         if name not in ("alpha_beta", "adaptive_kl"):  # which are no f-divergences, or not of one f
             assert part <= whole + 1e-6
-        assert np.isfinite(jax.grad(value)(log_q)).all()
+        assert np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("power", [1.0, 0.7])
@@ -116,7 +125,7 @@ def test_draws_have_the_frequencies_that_they_should_have(power):
 @pytest.mark.parametrize("power", [1.0, 0.7])
 def test_the_sampled_kl_and_its_gradient_have_no_bias(power):
     log_p, logits = two(3, 300)
-    many, k = 4000, 16
+    many, k = 2000, 16
     uniform = 1 - jax.random.uniform(jax.random.key(4), (many, k, 2))
 
     def sampled(logits, uniform):
@@ -159,6 +168,7 @@ def every_divergence(config):
     return config
 
 
+@pytest.mark.slow
 def test_hidden_states_give_every_divergence_as_the_teacher_does(caches, data_dir):
     online, before = losses(every_divergence(cached(data_dir)), steps=1)
     from_cache, before_cached = losses(every_divergence(cached(data_dir, caches("hidden"))), steps=1)
@@ -172,6 +182,7 @@ def test_hidden_states_give_every_divergence_as_the_teacher_does(caches, data_di
         assert abs(before_cached[name] - value) <= 2e-3 * abs(value), name
 
 
+@pytest.mark.slow
 def test_top_k_gives_every_divergence_on_the_k_tokens_and_the_rest(caches, data_dir):
     online, before = losses(every_divergence(cached(data_dir)), steps=1)
     config = every_divergence(cached(data_dir, caches("top_k")))
@@ -196,6 +207,7 @@ def test_top_k_gives_every_divergence_on_the_k_tokens_and_the_rest(caches, data_
     assert from_cache[0]["forward_kl/loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_samples_give_the_forward_kl_on_average(caches, data_dir):
     online, before = losses(cached(data_dir), steps=1)
     from_cache, before_cached = losses(cached(data_dir, caches("samples")), steps=1)
@@ -205,9 +217,8 @@ def test_samples_give_the_forward_kl_on_average(caches, data_dir):
     assert "forward_kl" not in before_cached and "reverse_kl" not in before_cached
 
 
-@pytest.mark.parametrize(
-    "kind", ["top_k", pytest.param("hidden", marks=pytest.mark.slow), pytest.param("samples", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["top_k", "hidden", "samples"])
 def test_a_mesh_and_microbatches_change_nothing(kind, caches, data_dir):
     one, _ = losses(cached(data_dir, caches(kind)))
     several, _ = losses(cached(data_dir, caches(kind), mesh__data=2, mesh__tensor=2, microbatches=2))
@@ -287,9 +298,8 @@ def test_flipped_and_missing_bytes_are_found_and_named(caches, data_dir, tmp_pat
     path = files.part_path(cache.folder, "train", 1)
     content = path.read_bytes()
     good = {index: kept(cache, rows).read(index) for index in range(100, 200)}
-    first = content.index(content[64 * 1024 :][:1], 200)
     found = 0
-    for place in range(first, len(content), max(1, len(content) // 60)):
+    for place in range(100, len(content), len(content) // 60):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
         reader = kept(cache, rows)
         try:
@@ -304,7 +314,7 @@ def test_flipped_and_missing_bytes_are_found_and_named(caches, data_dir, tmp_pat
     with pytest.raises(ValueError, match=r"000001.array_record: .*records in place of 100"):
         kept(cache, rows).read(150)
     shutil.copy(files.part_path(cache.folder, "train", 0), path)
-    with pytest.raises(ValueError, match=r"it is of row 50 with other tokens"):
+    with pytest.raises(ValueError, match=r"it is row 50's, with other tokens"):
         kept(cache, rows).read(150)
     path.unlink()
     with pytest.raises(ValueError, match=r"not complete: 1 of its parts"):
@@ -315,10 +325,10 @@ def test_flipped_and_missing_bytes_are_found_and_named(caches, data_dir, tmp_pat
     ("changes", "words"),
     [
         (dict(data__template="alpaca"), ("template: ", "data.template: 'plain' there, 'alpaca' here")),
-        (dict(data__max_length=40), ("train rows.hash", "data.max_length: 48 there, 40 here")),
+        (dict(data__max_length=40), ("held_out rows.hash", "data.max_length: 48 there, 40 here")),
         (dict(data__loss_on="all"), ("train rows.tokens", "data.loss_on: 'response' there, 'all' here")),
         (dict(data__eval_rows=5), ("held_out rows.rows: 8 there, 5 here", "data.eval_rows")),
-        (dict(data__options__packages=("flax",)), ("train rows.rows: 464 there", "data.options.packages")),
+        (dict(data__options__packages=("flax",)), ("held_out rows.hash", "data.options.packages")),
         (dict(student__init="layers", student__layers=(0,)), ("layers of the teacher's own",)),
         (dict(prefixes__name="student()", objective__terms__distil__rows="student"), ("needs the teacher itself",)),
         (dict(prefixes__name="teacher()"), ("needs the teacher itself",)),
@@ -451,7 +461,7 @@ def test_two_processes_write_together_what_one_writes(caches, data_dir, tmp_path
     processes = [
         subprocess.Popen(
             [*command, f"--processes=127.0.0.1:{port},2,{i}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=dict(__import__("os").environ, XLA_FLAGS="--xla_force_host_platform_device_count=1"), text=True,
+            env=dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=1"), text=True,
         )
         for i in range(2)
     ]  # fmt: skip

@@ -1,6 +1,7 @@
-"""What a cache keeps of a teacher, in bytes and in the student's gradient, and a short run from each against the online run.
+r"""What a cache keeps of a teacher, in bytes and in the student's gradient, and a short run from each against the online run.
 
-PYTHONPATH=. python experiments/teacher_cache/measure.py --teacher=FOLDER --student=FOLDER --data=FILE.jsonl.gz --out=runs/teacher_cache
+PYTHONPATH=. python experiments/teacher_cache/measure.py \
+  --teacher=FOLDER --student=FOLDER --data=FILE.jsonl.gz --out=runs/teacher_cache
 """
 
 import argparse
