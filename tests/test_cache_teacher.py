@@ -352,10 +352,13 @@ def test_what_does_not_fit_is_refused_with_what_differs(changes, words, caches, 
         dict(pair=("teacher", "assistant"), assistant__name="arithmetic_mixture", weight=0.5),
     ],
 )
-def test_draws_are_refused_for_what_they_are_no_good_for(changes, caches, data_dir):
+def test_draws_are_refused_for_what_they_are_no_good_for(changes, caches, data_dir, tmp_path):
+    folder = shutil.copytree(caches("top_k"), tmp_path / "cache")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"kind": "samples"}))  # more of it is not read
     changes = {f"objective__terms__distil__{key}": value for key, value in changes.items()}
     with pytest.raises(ValueError, match="kind 'samples', are good for forward_kl"):
-        train.build(cached(data_dir, caches("samples"), **changes))
+        train.build(cached(data_dir, folder, **changes))
     with pytest.raises(ValueError, match="kind 'samples', are good for forward_kl"):
         cache_teacher.write(cached(data_dir, **changes), "/nowhere", "samples", quiet=True)
 
