@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
 
     config.teacher = ConfigDict()
     config.teacher.path = ""  # a Hugging Face folder, or package:NAME for one that ships with kd_jax; empty: no teacher
+    config.teacher.cache = ""  # a folder of kd_jax.cache_teacher, used in place of the model: path is not loaded
     config.teacher.dtype = "float32"  # of parameters and computation
     config.teacher.weights = "float"  # float: in dtype; int8: the layers' matrices, with a scale for each output
     config.teacher.int8_report = True  # the start measures what int8 changes; the teacher in dtype must fit for that

@@ -7,6 +7,7 @@ from jaxtyping import Array
 
 from kd_jax.head_loss import token_sum
 from kd_jax.sharding import for_lookup
+from kd_jax.teacher_cache import CachedTeacher
 
 
 def compare(
@@ -17,12 +18,13 @@ def compare(
     """`head_loss.token_sum` of both models on a batch.
 
     Args:
-      token_loss: as in `token_sum`; its log_p is None without a teacher.
+      token_loss: (log_p, seen, log_q, *extras) -> as in `token_sum`. log_p is the teacher's, None without one, and `seen` the
+        student's over the same outcomes: log_q itself, or what `CachedTeacher.see` makes of it.
       student: with `hidden(params, tokens, mask)` and `stored_head(params)`.
       params: the student's, to which gradients flow.
-      teacher: the same, or None.
+      teacher: the same, a `CachedTeacher`, or None.
       teacher_params: the teacher's.
-      batch: with tokens and mask [B, L].
+      batch: with tokens and mask [B, L], and what a cached teacher has in it.
       coefficient, extras: as in `token_sum`.
       vocab_size, temperature, chunk, mesh: as in `token_sum`.
 
@@ -31,12 +33,22 @@ def compare(
     """
     inputs = batch["tokens"], batch["mask"]
     params, teacher_hidden, teacher_head, teacher_tied = for_lookup(mesh, params), None, None, False
-    if teacher is not None:
+    kept: tuple[Array, ...] = ()
+    if isinstance(teacher, CachedTeacher):
+        kept, teacher_hidden = teacher.kept(batch), teacher.hidden(batch)
+        teacher_head, teacher_tied = teacher.stored_head(teacher_params)
+    elif teacher is not None:
         teacher_params = for_lookup(mesh, teacher_params)
         teacher_hidden = teacher.hidden(teacher_params, *inputs)
         teacher_head, teacher_tied = teacher.stored_head(teacher_params)
     head, tied = student.stored_head(params)
+
+    def loss(log_p: Array | None, log_q: Array, *rest: Array) -> Array:
+        its, rest = rest[: len(kept)], rest[len(kept) :]
+        log_p, seen = teacher.see(log_p, log_q, *its) if kept else (log_p, log_q)
+        return token_loss(log_p, seen, log_q, *rest)
+
     return token_sum(
-        token_loss, student.hidden(params, *inputs), head, teacher_hidden, teacher_head, coefficient, *extras,
+        loss, student.hidden(params, *inputs), head, teacher_hidden, teacher_head, coefficient, *kept, *extras,
         chunk=chunk, tied=(tied, teacher_tied), vocab_size=vocab_size, temperature=temperature, mesh=mesh,
     )  # fmt: skip

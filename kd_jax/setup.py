@@ -19,12 +19,21 @@ PACKINGS = ("none", "rows", "stream")
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """The two models of a run; `init_student` makes the student's initial parameters, placed on the mesh."""
+    """The two models of a run; `init_student` makes the student's initial parameters, placed on the mesh.
+
+    Where a cache is in the teacher's place, `teacher` is None, `cached` a `CachedTeacher`, and the parameters are what that has.
+    """
 
     student: models.Model
     init_student: Callable[[jax.Array], Any]
     teacher: Any
     teacher_params: Any
+    cached: Any = None
+
+    @property
+    def compared(self) -> Any:
+        """What a step compares with: the teacher or its cache; None without either."""
+        return self.teacher or self.cached
 
     @property
     def max_positions(self) -> int:
@@ -113,8 +122,9 @@ def check_mesh(config: Any, mesh: jax.sharding.Mesh) -> None:
 
 
 def load_tokenizer(config: Any) -> data.Tokenizer:
-    """Of tokenizer.path, or else of the teacher's folder, or else of the student's."""
-    path = config.tokenizer.path or config.teacher.path or config.student.path
+    """Of tokenizer.path, or else of the teacher's cache or folder, or else of the student's."""
+    cached = f"{config.teacher.cache}/tokenizer" if config.teacher.cache else ""
+    path = config.tokenizer.path or cached or config.teacher.path or config.student.path
     if not path:
         raise ValueError("nothing names a tokenizer: set tokenizer.path, teacher.path or student.path to a folder.")
     return data.Tokenizer.load(folder(path))
@@ -130,13 +140,14 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
     init, student_options = config.student.init, dict(config.student.config)
     if init not in INITS:
         raise ValueError(f"student.init={init!r} is not one of {', '.join(INITS)}.")
-    if (needs_teacher or init == "layers") and not config.teacher.path:
+    path_of_teacher = "" if config.teacher.cache else config.teacher.path
+    if (needs_teacher or init == "layers") and not (path_of_teacher or config.teacher.cache):
         raise ValueError(
             "teacher.path is empty, but the objective or student.init='layers' needs a teacher; name its folder."
         )
     teacher: Any = None
     teacher_params: Any = None
-    if config.teacher.path:  # also where no term needs it: what is measured is then measured against it too
+    if path_of_teacher:  # also where no term needs it: what is measured is then measured against it too
         path = folder(config.teacher.path)
         _check_vocabulary(config.teacher.path, models.load_config(path), tokenizer, "teacher")
         if config.tokenizer.path:

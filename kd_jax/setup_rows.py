@@ -13,6 +13,8 @@ from kd_jax.feed import Author, Feed
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
 from kd_jax.setup import Models
+from kd_jax.setup_cache import kept_rows
+from kd_jax.teacher_cache_read import Cache
 
 
 def make_source(config: Any, terms: tuple[Term, ...]) -> Source:
@@ -110,6 +112,15 @@ def _check_room(config: Any) -> None:
         raise ValueError(
             f"data.max_prompt_length={options.max_prompt_length} and sampling.max_new_tokens={new} do not fit into "
             f"data.max_length={options.max_length} and one; lower one of them."
+        )
+
+
+def check_length(config: Any, loaded: Models) -> None:
+    """Whether the models take rows as long as they may be."""
+    if loaded.max_positions < config.data.max_length:
+        raise ValueError(
+            f"data.max_length={config.data.max_length} is longer than the {loaded.max_positions} positions that the models "
+            f"have; lower it."
         )
 
 
@@ -239,8 +250,9 @@ def batch_options(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
 
 
 def make_feed(
-    config: Any, source: Source, tokenizer: data.Tokenizer, loaded: Models, mesh: Any, rows: Any, text: data.Rows | None
-) -> Feed:
+    config: Any, source: Source, tokenizer: data.Tokenizer, loaded: Models, mesh: Any, rows: Any, text: data.Rows | None,
+    cache: Cache | None = None,
+) -> Feed:  # fmt: skip
     """What serves a run's batches.
 
     Args:
@@ -251,6 +263,7 @@ def make_feed(
       mesh: where batches and models are.
       rows: of `load_rows` or `load_responses`.
       text: of `load_text`; None where there is no second stream.
+      cache: in the teacher's place, or None.
 
     Raises:
       ValueError: rows whose prompts are to be answered and that have none.
@@ -264,14 +277,17 @@ def make_feed(
     share, repeats = config.sampling.teacher_share, config.sampling.rollouts_per_prompt
     text_batches = None
     if text is not None:
-        text_batches = iter(data.batches(text, batch_size=config.text.batch_size, **options))
+        absent = cache.absent() if cache else None
+        text_batches = iter(data.batches(text, batch_size=config.text.batch_size, beside=absent, **options))
+    beside = kept_rows(config, tokenizer, cache, "train", rows)
     mixture = (loaded.teacher, loaded.teacher_params, share) if share else None
     authors = {
         "student": Author(loaded.student, None, mixture), "teacher": Author(loaded.teacher, loaded.teacher_params),
     }  # fmt: skip
     return Feed(
-        source, iter(data.batches(rows, batch_size=config.data.batch_size, **options)), text_batches=text_batches,
-        sampler=make_sampler(config, tokenizer, mesh), authors={name: authors[name] for name in source.authors},
+        source, iter(data.batches(rows, batch_size=config.data.batch_size, beside=beside, **options)),
+        text_batches=text_batches, sampler=make_sampler(config, tokenizer, mesh),
+        authors={name: authors[name] for name in source.authors},
         total_steps=config.steps, batch_size=config.data.batch_size,
         epoch_batches=max(1, len(rows) * repeats // config.data.batch_size), seed=config.seed,
         rollouts_per_prompt=repeats,

@@ -30,8 +30,10 @@ from kd_jax import (
 from kd_jax.feed import Feed
 from kd_jax.objectives import Term, make_terms
 from kd_jax.setup import Models, check_mesh, check_numbers, load_models, load_tokenizer
+from kd_jax.setup_cache import kept_rows, open_cache
 from kd_jax.setup_rows import (
     batch_options,
+    check_length,
     load_examples,
     load_responses,
     load_rows,
@@ -88,7 +90,7 @@ class Run:
 
     def evaluate(self, params: Any) -> dict[str, float]:
         """The student with these parameters on the held-out rows: `evaluate.summary`, and `evaluate.assess` of its texts."""
-        return self._evaluate(self.models.student, params, self.models.teacher, self.models.teacher_params)
+        return self._evaluate(self.models.student, params, self.models.compared, self.models.teacher_params)
 
     def evaluate_teacher(self) -> dict[str, float]:
         """The teacher on the held-out rows, where it is compared with nothing."""
@@ -104,6 +106,8 @@ class Run:
         # At temperature 1 whatever training draws at, so that runs can be compared.
         sampler = rollouts.Sampler(self.mesh, self.tokenizer, options.max_length, self.config.sampling.max_new_tokens)
         size, seed = options.eval_batch_size, self.config.seed
+        if self.models.cached:  # which has not read what the student writes
+            both = (*both[:2], None, None)
         return values | evaluate.assess(sampler, both, self.examples, batch_size=size, seed=seed, chunk=chunk)[0]
 
 
@@ -134,14 +138,13 @@ def build(config: Any) -> Run:
         tx = optax.chain(optax.clip_by_global_norm(resolve.check_number("clip_norm", config.clip_norm, 0.0)), tx)
     mesh = sharding.make_mesh(**config.mesh)
     check_mesh(config, mesh)
+    cache = open_cache(config, terms, source)
     tokenizer = load_tokenizer(config)
-    needs_teacher = any(term.needs_teacher for term in terms)
-    loaded = load_models(config, tokenizer, mesh, needs_teacher)
-    if loaded.max_positions < config.data.max_length:
-        raise ValueError(
-            f"data.max_length={config.data.max_length} is longer than the {loaded.max_positions} positions that the models "
-            f"have; lower it."
-        )
+    loaded = load_models(config, tokenizer, mesh, any(term.needs_teacher for term in terms))
+    if cache:
+        loaded = dataclasses.replace(loaded, cached=cache.teacher, teacher_params=cache.load_params(mesh))
+        terms = cache.teacher.terms(terms)
+    check_length(config, loaded)
     counts = {}
     eval_rows, counts[config.data.eval_split] = load_rows(
         config, tokenizer, config.data.eval_split, config.data.eval_rows
@@ -149,7 +152,7 @@ def build(config: Any) -> Run:
     examples = load_examples(config, tokenizer)
     text_rows = load_text(config, tokenizer) if config.text.name else None
     step = make_train_step(
-        loaded.student, loaded.teacher, terms, tx, vocab_size=tokenizer.vocab_size,
+        loaded.student, loaded.compared, terms, tx, vocab_size=tokenizer.vocab_size,
         temperature=config.objective.temperature, microbatches=config.microbatches, chunk=config.loss.chunk or None,
         mesh=mesh, max_skipped=config.max_skipped,
     )  # fmt: skip
@@ -164,7 +167,7 @@ def build(config: Any) -> Run:
 
     held_out = data.batches(
         eval_rows, batch_size=config.data.eval_batch_size, shuffle=False, num_epochs=1,
-        **batch_options(config, tokenizer),
+        beside=kept_rows(config, tokenizer, cache, "held_out", eval_rows), **batch_options(config, tokenizer),
     )  # fmt: skip
     # Last, since it may take long: what a teacher has written stays, whatever else is wrong.
     if isinstance(source, prefixes.teacher):
@@ -175,7 +178,7 @@ def build(config: Any) -> Run:
         config=config, mesh=mesh, tokenizer=tokenizer, models=loaded, terms=terms, learning_rate=learning_rate,
         init_state=fresh_state, abstract_state=sharding.with_shardings(abstract_state, placed),
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(placed, None)),
-        feed=make_feed(config, source, tokenizer, loaded, mesh, train_rows, text_rows),
+        feed=make_feed(config, source, tokenizer, loaded, mesh, train_rows, text_rows, cache),
         eval_batches=lambda: iter(held_out), examples=examples, counts=counts,
         shown=evaluate.held_out_examples(eval_rows, tokenizer, config.data.eval_batch_size),
     )  # fmt: skip
@@ -235,6 +238,8 @@ def environment(run: Run, state: TrainState) -> str:
     device = jax.devices()[0]
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     teacher = f"teacher {_count(run.models.teacher.abstract_params())}" if run.models.teacher else "no teacher"
+    if run.models.cached:
+        teacher = f"teacher's {run.models.cached.kind} from its cache, without texts and KLs on the student's own"
     rows = "; ".join(f"{split} {counts}" for split, counts in run.counts.items())
     return (
         f"{len(jax.devices())} {device.platform} device(s), {jax.process_count()} process(es) | mesh {mesh} | {teacher}, "

@@ -70,7 +70,7 @@ def make_train_step(
 
     Args:
       student: with `hidden(params, tokens, mask)` and `stored_head(params)`.
-      teacher: the same, with parameters of its own; None if no term needs one.
+      teacher: the same, with parameters of its own, or a `CachedTeacher`; None if no term needs one.
       terms: as from `objectives.make_terms`.
       tx: the optimiser, clipping included.
       vocab_size: ids that have a meaning; the heads' padding beyond it gets no mass in either.
@@ -83,7 +83,8 @@ def make_train_step(
     Returns:
       (state, teacher_params, batch) -> (state, metrics). batch: tokens, targets [B, L] int32; mask [B, L], bool or the
       int32 segments of packed rows; loss_mask [B, L] bool; optionally origin [B], the index into `objectives.ORIGINS` of
-      each row's text (without it: data), and log_probs [B, L], of the targets that a student drew, when it drew them.
+      each row's text (without it: data), and log_probs [B, L], of the targets that a student drew, when it drew them;
+      what a cached teacher said has names that begin with teacher_.
       Jit it with the state donated.
     """
     needs_teacher = any(term.needs_teacher for term in terms)
@@ -100,9 +101,10 @@ def make_train_step(
     def sums(params: Any, teacher_params: Any, part: Any) -> tuple[Array, Array]:
         coefficient, leaves, structure = part["coefficients"], *jax.tree.flatten(part["extras"])
 
-        def token_loss(log_p: Array | None, log_q: Array, target: Array, *leaves: Array) -> Array:
-            extras = jax.tree.unflatten(structure, leaves)
-            return jnp.stack([t.loss(log_p, log_q, target, *of_t) for t, of_t in zip(terms, extras, strict=True)], -1)
+        def token_loss(log_p: Any, seen: Array, log_q: Array, target: Array, *leaves: Array) -> Array:
+            extras = zip(terms, jax.tree.unflatten(structure, leaves), strict=True)
+            values = [t.loss(log_p, seen if t.needs_teacher else log_q, target, *of_t) for t, of_t in extras]
+            return jnp.stack(values, axis=-1)
 
         total, values = both(token_loss, params, teacher_params, part, coefficient, part["targets"], *leaves)
         counted = (coefficient != 0).sum(axis=(0, 1))
@@ -110,7 +112,7 @@ def make_train_step(
 
     def target_scores(params: Any, teacher_params: Any, batch: Batch) -> tuple[Array, Array]:
         """log p and log q of every counted target, by a pass of their own: some weights depend on whole rows."""
-        of_targets = lambda log_p, log_q, target: (
+        of_targets = lambda log_p, seen, log_q, target: (
             -jnp.stack([cross_entropy(log_p, target), cross_entropy(log_q, target)], axis=-1)
         )
 
@@ -118,7 +120,7 @@ def make_train_step(
             counted = jnp.repeat(part["loss_mask"][..., None].astype(jnp.float32), 2, axis=-1)
             return both(of_targets, params, teacher_params, part, counted, part["targets"])[1]
 
-        parts = {name: batch[name] for name in ("tokens", "targets", "mask", "loss_mask")}
+        parts = {name: batch[name] for name in ("tokens", "targets", "mask", "loss_mask")} | _from_teacher(batch)
         if microbatches == 1:
             values = part_scores(parts)
         else:
@@ -166,7 +168,7 @@ def make_train_step(
             for weight, its_numbers, its_signals in zip(weights, numbers, signals, strict=True)
         )
         parts: dict[str, Any] = {name: batch[name] for name in ("tokens", "targets", "mask")}
-        parts |= {"coefficients": coefficients, "extras": extras}
+        parts |= {"coefficients": coefficients, "extras": extras} | _from_teacher(batch)
 
         def differentiate(part: Any) -> tuple[tuple[Array, Array], Any]:
             return jax.value_and_grad(sums, has_aux=True)(state.params, teacher_params, part)
@@ -208,6 +210,11 @@ def make_train_step(
         return dataclasses.replace(new, step=state.step + ~stays, skipped=skipped), metrics
 
     return train_step
+
+
+def _from_teacher(batch: Batch) -> Batch:
+    """What a cached teacher has in a batch."""
+    return {name: array for name, array in batch.items() if name.startswith("teacher_")}
 
 
 def _where(condition: Array, new: Any, old: Any) -> Any:

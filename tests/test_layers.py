@@ -7,19 +7,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"ablate", "replay"},
+    {"ablate", "replay", "cache_teacher"},
     {"main"},
     {"train"},
     {"loop"},
     {"nonfinite"},
     {"setup_rows", "results", "quantisation"},
+    {"setup_cache"},
     {"evaluate"},
     {"setup", "report"},
     {"comparison"},
     {"plots"},
     {"train_step", "feed", "checkpoint", "metrics", "speed"},
-    {"prefixes", "rollouts", "compare"},
+    {"teacher_cache_read"},
+    {"prefixes", "rollouts", "compare", "teacher_cache_files"},
     {"models", "data", "sharding", "directory"},
+    {"teacher_cache"},
     {"objectives", "head_loss"},
     {"policy_gradient"},
     {"divergences", "assistants", "schedules"},
@@ -33,7 +36,7 @@ HOMES = {
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},
-    "absl": {"main", "ablate"},
+    "absl": {"main", "ablate", "cache_teacher"},
     "ml_collections": {"main", "replay"},
 }
 FILES = sorted((ROOT / "kd_jax").rglob("*.py"))

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from kd_jax.data import prompts
-from kd_jax.data.rows import Packed, Rows, from_pieces
+from kd_jax.data.rows import Beside, Packed, Rows, from_pieces
 from kd_jax.data.tokenizer import Tokenizer
 
 ENCODED_AT_ONCE = 4096  # rows: enough for all cores, few enough to hold as Python lists
@@ -135,6 +135,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     pad_id: int,
+    beside: Beside | None = None,
 ) -> grain.IterDataset:
     """Batches of a fixed shape, of this process's rows: every `process_count`-th of each global batch.
 
@@ -152,6 +153,8 @@ def batches(
         read, and every process gets the same number of batches.
       process_index, process_count: as `jax.process_index()` and `jax.process_count()`.
       pad_id: fills rows up, on the right.
+      beside: more numbers of the rows' tokens, which become arrays of their names, [batch_size / process_count, max_length,
+        ...]. Of packed rows they are those of the rows that are packed.
     Returns:
       An iterable of dicts of NumPy arrays, each [batch_size / process_count, max_length]: tokens and targets (int32),
       mask (True where `tokens` has a token) and loss_mask (True where the target counts). Of packed rows, mask is
@@ -189,14 +192,14 @@ def batches(
         places = range(start + process_index, start + batch_size, process_count)
         indices = [order[place] for place in places if place < num_rows]
         if not isinstance(rows, Packed):
-            batch = _pad(rows, [(index,) for index in indices], len(places), max_length, pad_id)
+            batch = pad(rows, [(index,) for index in indices], len(places), max_length, pad_id, beside)
             return batch | {"mask": batch["mask"] > 0}
-        return _pad(rows.rows, [rows.groups[index] for index in indices], len(places), max_length, pad_id)
+        return pad(rows.rows, [rows.groups[index] for index in indices], len(places), max_length, pad_id, beside)
 
     # Whole batches are the elements: an index is all the state there is. The rows are in memory, so that two threads
-    # are enough to have the next batches ready.
+    # are enough to have the next batches ready. What is read beside them may be large.
     num_batches = num_rows // batch_size if num_epochs is None else -(-num_rows // batch_size)
-    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8 if beside is None else 2)
     return grain.MapDataset.range(num_batches).map(make_batch).to_iter_dataset(ahead)
 
 
@@ -205,13 +208,24 @@ def prompt_of(tokens: Int[np.ndarray, " L"], loss_mask: Bool[np.ndarray, " L"]) 
     return tokens[: loss_mask.argmax() + 1].tolist()
 
 
-def _pad(
-    rows: Rows, groups: Sequence[Sequence[int]], num_rows: int, max_length: int, pad_id: int
-) -> dict[str, np.ndarray]:
+def pad(
+    rows: Rows, groups: Sequence[Sequence[int]], num_rows: int, max_length: int, pad_id: int,
+    beside: Beside | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The arrays of a batch, as `batches` gives them but for the mask, which is of segments.
+
+    Args:
+      rows: to take from.
+      groups: the indices of those that share a row of the batch.
+      num_rows: of the batch; what is more than the groups counts nowhere.
+      max_length, pad_id, beside: as in `batches`.
+    """
     tokens = np.full((num_rows, max_length), pad_id, np.int32)
     targets = np.full((num_rows, max_length), pad_id, np.int32)
     segments = np.zeros((num_rows, max_length), np.int32)
     loss_mask = np.zeros((num_rows, max_length), bool)
+    fills = {} if beside is None else beside.fills
+    more = {name: np.full((num_rows, max_length, *fill.shape), fill, fill.dtype) for name, fill in fills.items()}
     for place, group in enumerate(groups):
         end = 0
         for segment, index in enumerate(group, start=1):
@@ -221,8 +235,11 @@ def _pad(
             targets[place, start:end] = row[1:]
             segments[place, start:end] = segment
             # The target at t is the row's token t + 1; a row's first token is never a target.
-            loss_mask[place, start + max(rows.first_counted[index] - 1, 0) : end] = True
-    return {"tokens": tokens, "targets": targets, "mask": segments, "loss_mask": loss_mask}
+            counted = slice(start + max(rows.first_counted[index] - 1, 0), end)
+            loss_mask[place, counted] = True
+            for name, values in {} if beside is None else beside.read(index).items():
+                more[name][place, counted] = values
+    return {"tokens": tokens, "targets": targets, "mask": segments, "loss_mask": loss_mask, **more}
 
 
 def _encode(

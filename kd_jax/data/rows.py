@@ -1,7 +1,8 @@
 """Token rows of different lengths, and the two ways to fill a batch with more than one of them a row."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -28,6 +29,21 @@ class Rows:
 
     def __getitem__(self, index: int) -> Int[np.ndarray, " L"]:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+class Beside(Protocol):
+    """Numbers of the tokens that count, which are kept beside the rows and read with them.
+
+    Attributes:
+      fills: the numbers of a position, by name, where there are none: their shape and type are all positions'.
+    """
+
+    @property
+    def fills(self) -> Mapping[str, np.ndarray]: ...
+
+    def read(self, index: int) -> Mapping[str, np.ndarray]:
+        """Of some or all names the numbers of row `index`, an entry for each of its tokens that count."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Text to ids and back: a Hugging Face folder's tokenizer.json, read by the tokenizers library."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,6 +99,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+
+    def fingerprint(self) -> str:
+        """Of all that decides the ids of a text: the tokenizer itself, its first and its end token."""
+        what = self._backend.to_str() + str((self.bos_id, self.eos_id))
+        return hashlib.sha256(what.encode()).hexdigest()[:12]
 
     def vocabulary(self) -> dict[str, int]:
         """Token -> id, added tokens included."""

@@ -13,9 +13,14 @@ from kd_jax.compare import compare
 from kd_jax.divergences import forward_kl, reverse_kl, total_variation
 from kd_jax.objectives import cross_entropy
 from kd_jax.sharding import fetch_whole, put_batch
+from kd_jax.teacher_cache import CachedTeacher, sampled_forward_kl
 
 ALONE = ("cross_entropy", "entropy", "confidence", "accuracy")
 WITH_TEACHER = ("forward_kl", "reverse_kl", "total_variation", "top1_agreement")
+# The same with a teacher of which only a part is kept.
+WITH_TOP_K = ("coarse_forward_kl", "coarse_reverse_kl", "coarse_total_variation", "top1_agreement")
+WITH_SAMPLES = ("sampled_forward_kl",)
+NAMES = tuple(dict.fromkeys((*ALONE, *WITH_TEACHER, *WITH_TOP_K, *WITH_SAMPLES)))
 NEEDED = ("tokens", "targets", "mask", "loss_mask")
 BINS = 15  # of confidence, for the calibration error
 
@@ -30,7 +35,7 @@ def token_values(
     Args:
       student: with `hidden` and `stored_head`.
       params: the student's.
-      teacher: the same, or None: then only what needs none is measured.
+      teacher: the same, a `CachedTeacher`, or None: then only what needs none is measured.
       teacher_params: the teacher's.
       batch: as in `make_train_step`.
       vocab_size: ids that have a meaning.
@@ -40,18 +45,25 @@ def token_values(
     Returns:
       name -> [B, L]: cross_entropy (-log q of the text's token), entropy of q, confidence (q of its likeliest token) and
       accuracy (whether that is the text's); with a teacher forward_kl, KL(p || q), reverse_kl, KL(q || p), total_variation,
-      and top1_agreement, whether both models' likeliest token is the same. Nats, or shares.
+      and top1_agreement, whether both models' likeliest token is the same. Nats, or shares. With a teacher of which the k
+      likeliest tokens are kept the first three are of k + 1 outcomes, which are at most as far apart as the whole
+      distributions, and have a coarse_ before their names; with one of which draws are kept there is sampled_forward_kl, whose
+      mean is KL(p || q)'s.
     """
+    kind = teacher.kind if isinstance(teacher, CachedTeacher) else "whole"
 
-    def values(log_p: Array | None, log_q: Array, target: Array) -> Array:
+    def values(log_p: Any, seen: Array, log_q: Array, target: Array) -> Array:
         best, plogp = jnp.argmax(log_q, axis=-1), jnp.where(log_q > -jnp.inf, jnp.exp(log_q) * log_q, 0)
         columns = [cross_entropy(log_q, target), -plogp.sum(axis=-1), jnp.exp(log_q.max(axis=-1)), best == target]
-        if log_p is not None:
-            columns += [forward_kl(log_p, log_q), reverse_kl(log_p, log_q), total_variation(log_p, log_q)]
-            columns += [jnp.argmax(log_p, axis=-1) == best]
+        if kind == "samples":
+            columns += [sampled_forward_kl(log_p, seen)]
+        elif log_p is not None:
+            columns += [forward_kl(log_p, seen), reverse_kl(log_p, seen), total_variation(log_p, seen)]
+            # Of the k likeliest the first one is the likeliest.
+            columns += [seen[..., 0] == log_q.max(-1) if kind == "top_k" else jnp.argmax(log_p, axis=-1) == best]
         return jnp.stack([column.astype(log_q.dtype) for column in columns], axis=-1)
 
-    names = (*ALONE, *(() if teacher is None else WITH_TEACHER))
+    names = (*ALONE, *(() if teacher is None else _compared(kind)))
     weight = jnp.repeat(batch["loss_mask"][..., None].astype(jnp.float32), len(names), axis=-1)
     _, found = compare(
         values, student, params, teacher, teacher_params, batch, weight, batch["targets"], chunk=chunk,
@@ -76,14 +88,18 @@ def collect(
     """
     parts = []
     for batch in batches:
-        placed = put_batch(mesh, {name: batch[name] for name in NEEDED})
+        placed = put_batch(mesh, {n: array for n, array in batch.items() if n in NEEDED or n.startswith("teacher_")})
         values = token_values(
             student, params, teacher, teacher_params, placed, vocab_size=vocab_size, chunk=chunk, mesh=mesh
         )
         counted = fetch_whole(placed["loss_mask"])
-        values = {name: fetch_whole(values[name])[counted] for name in (*ALONE, *WITH_TEACHER) if name in values}
+        values = {name: fetch_whole(values[name])[counted] for name in NAMES if name in values}
         parts.append(values | {"place": (np.cumsum(counted, axis=1) - 1)[counted]})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _compared(kind: str) -> tuple[str, ...]:
+    return {"top_k": WITH_TOP_K, "samples": WITH_SAMPLES}.get(kind, WITH_TEACHER)
 
 
 def summary(values: dict[str, np.ndarray]) -> dict[str, float]:

@@ -1,0 +1,147 @@
+r"""What a cache keeps of a teacher, in bytes and in the student's gradient, and a short run from each against the online run.
+
+PYTHONPATH=. python experiments/teacher_cache/measure.py \
+  --teacher=FOLDER --student=FOLDER --data=FILE.jsonl.gz --out=runs/teacher_cache
+"""
+
+import argparse
+import gzip
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from configs import forward_kl
+from kd_jax import cache_teacher, divergences, metrics, train
+from kd_jax.compare import compare
+from kd_jax.objectives import token_coefficients
+from kd_jax.teacher_cache import sampled_forward_kl
+
+CACHES = {
+    "hidden": ("hidden", 1), "top_k, 16": ("top_k", 16), "top_k, 64": ("top_k", 64), "top_k, 256": ("top_k", 256),
+    "samples, 64": ("samples", 64), "samples, 8 x 64": ("samples", 512),
+}  # fmt: skip
+TRAINED = ("online", "hidden", "top_k, 16", "top_k, 64", "samples, 64")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("teacher", "student", "data", "out"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--lines", type=int, default=400, help="of the data, the first so many")
+    parser.add_argument("--steps", type=int, default=15)
+    args = parser.parse_args()
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = folder / "rows.jsonl"
+    if not rows.exists():
+        with gzip.open(args.data, "rt", encoding="utf-8") as file:
+            rows.write_text("".join(line for line, _ in zip(file, range(args.lines), strict=False)), encoding="utf-8")
+
+    def configured(cache: str = ""):
+        config = forward_kl.get_config("dolly_smollm2")
+        config.teacher.path, config.teacher.cache = args.teacher, cache
+        config.student.init, config.student.path = "pretrained", args.student
+        config.data.name = "jsonl"
+        with config.unlocked():
+            config.data.options = {
+                "path": str(rows), "prompt_field": "instruction", "context_field": "context", "validation_fraction": 0.1,
+            }  # fmt: skip
+        config.data.data_dir = str(folder / "data")
+        config.data.max_length, config.data.max_prompt_length, config.data.eval_rows = 112, 64, 24
+        config.learning_rate.init_value, config.steps = 2e-4, args.steps
+        return config
+
+    where = {name: str(folder / name.replace(", ", "_").replace(" ", "")) for name in CACHES}
+    lines = [{"cache": "online"}]
+    for name, (kind, k) in CACHES.items():
+        start = time.perf_counter()
+        manifest = cache_teacher.write(configured(), where[name], kind, k)
+        tokens = sum(split["tokens"] for split in manifest["splits"].values())
+        size = sum(file.stat().st_size for file in Path(where[name]).rglob("*.array_record"))
+        lines.append({"cache": name, "tokens": tokens, "bytes_per_token": size / tokens})
+        lines[-1]["seconds_to_write"] = time.perf_counter() - start
+    gradients(lines, configured, where)
+    runs(lines, configured, where)
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print(table(lines))
+
+
+def gradients(lines: list, configured, where: dict) -> None:
+    """Adds cosine with, and relative distance from, the online gradient of two batches."""
+    exact = {}
+    for line in lines:
+        name = line["cache"]
+        run = train.build(configured(where.get(name, "")))
+        params = run.init_state().params
+        batches = [run.batch(step, params) for step in range(2)]
+        for of in ("forward_kl", "reverse_kl"):
+            if name.startswith("samples") and of == "reverse_kl":
+                continue
+            divergence = sampled_forward_kl if name.startswith("samples") else getattr(divergences, of)
+
+            def loss(params, batch, run=run, divergence=divergence):
+                return compare(
+                    lambda log_p, seen, log_q: divergence(log_p, seen), run.models.student, params, run.models.compared,
+                    run.models.teacher_params, batch, token_coefficients("token", batch["loss_mask"]),
+                    vocab_size=run.tokenizer.vocab_size,
+                )[0]  # fmt: skip
+
+            of_params = jax.jit(jax.value_and_grad(loss))
+            found = [of_params(params, batch) for batch in batches]
+            gradient = jax.tree.map(lambda *parts: sum(parts) / len(parts), *(g for _, g in found))
+            if name == "online":
+                exact[of] = gradient
+            distance = optax.tree.norm(jax.tree.map(jnp.subtract, gradient, exact[of])) / optax.tree.norm(exact[of])
+            cosine = optax.tree.vdot(gradient, exact[of]) / (optax.tree.norm(gradient) * optax.tree.norm(exact[of]))
+            line[of] = {
+                "value": float(sum(v for v, _ in found) / len(found)), "cosine": float(cosine), "distance": float(distance)
+            }  # fmt: skip
+            print(name, of, line[of], flush=True)
+
+
+def runs(lines: list, configured, where: dict) -> None:
+    """Adds each run's losses, seconds a step, and its student measured with the online teacher."""
+    online = train.build(configured())
+    for line in lines:
+        name = line["cache"]
+        if name not in TRAINED:
+            continue
+        run = online if name == "online" else train.build(configured(where[name]))
+        state, losses, seconds = run.init_state(), [], []
+        for step in range(run.config.steps):
+            batch = jax.block_until_ready(run.batch(step, state.params))
+            start = time.perf_counter()
+            state, sums = run.train_step(state, run.models.teacher_params, batch)
+            losses.append(float(sums["loss"][0]))
+            seconds.append(time.perf_counter() - start)
+        line |= {"losses": losses, "seconds_per_step": statistics.median(seconds[2:])}
+        line |= {"held_out": online.evaluate(state.params), "by_the_cache": run.evaluate(state.params)}
+        print(name, line["losses"][-1], line["seconds_per_step"], flush=True)
+
+
+def table(lines: list) -> str:
+    """Markdown of the results."""
+    rows = [["cache", "bytes a token", "KL(p,q): cosine", "distance", "KL(q,p): cosine", "distance"]]
+    for line in lines[1:]:
+        cells = [
+            f"{line[of][what]:.5f}" if of in line else ""
+            for of in ("forward_kl", "reverse_kl")
+            for what in ("cosine", "distance")
+        ]
+        rows.append([line["cache"], f"{line['bytes_per_token']:.0f}", *cells])
+    trained = [line for line in lines if "losses" in line]
+    steps = [["step", *(line["cache"] for line in trained)]]
+    steps += [[str(i + 1), *(f"{line['losses'][i]:.4f}" for line in trained)] for i in range(len(trained[0]["losses"]))]
+    for what in ("forward_kl", "reverse_kl", "cross_entropy"):
+        steps.append([f"held out: {what}", *(f"{line['held_out'][what]:.4f}" for line in trained)])
+    steps.append(["seconds a step", *(f"{line['seconds_per_step']:.2f}" for line in trained)])
+    return metrics.table(rows) + "\n\n" + metrics.table(steps)
+
+
+if __name__ == "__main__":
+    main()

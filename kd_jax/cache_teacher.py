@@ -1,0 +1,296 @@
+"""python -m kd_jax.cache_teacher --config=configs/METHOD.py[:SETTING] --out=FOLDER --kind=hidden|top_k|samples [--k=N] ...
+
+Runs the config's teacher once over the rows that the config trains and is evaluated on, and writes what it says of each token
+that counts. A run with --config.teacher.cache=FOLDER then needs no teacher. A call that was stopped goes on where it was.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from jax.experimental import multihost_utils
+from jaxtyping import Array
+
+from kd_jax import data, main, metrics, rollouts, sharding
+from kd_jax import teacher_cache_files as files
+from kd_jax.models.safetensors_io import read_json
+from kd_jax.objectives import make_terms
+from kd_jax.setup import check_mesh, check_numbers, load_models, load_tokenizer
+from kd_jax.setup_cache import check_use, made_from
+from kd_jax.setup_rows import check_length, load_rows, make_source
+from kd_jax.teacher_cache import KINDS, coarsen
+
+flags.DEFINE_alias("out", "workdir")
+KIND = flags.DEFINE_enum(
+    "kind", "hidden", list(KINDS), "hidden: exact; top_k: k tokens and the rest; samples: k draws."
+)
+K = flags.DEFINE_integer("k", 64, "Tokens kept, or drawn, at each token, with kind top_k or samples.")
+POWER = flags.DEFINE_float("power", 1.0, "With samples: the teacher's probabilities are drawn from to this power.")
+PART_ROWS = flags.DEFINE_integer("part_rows", 512, "Rows of a file.")
+
+CHUNK_BYTES = 2**28  # of logits that a device holds at a time
+BLOCK = 256  # ids that a draw is looked for among, once the block is drawn that they are in
+
+
+def write(
+    config: Any, folder: str, kind: str, k: int = 64, power: float = 1.0, part_rows: int = 512, quiet: bool = False
+) -> dict[str, Any]:
+    """Writes what is missing of a cache.
+
+    Args:
+      config: of the runs that it is for; what is trained on, the teacher and, but for hidden states, the temperature.
+      folder: the cache's; made if it does not exist.
+      kind: of `teacher_cache.KINDS`.
+      k: tokens kept, or drawn.
+      power: of the probabilities that are drawn from.
+      part_rows: rows of a file; a file is written whole or not at all.
+      quiet: no progress bar.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      ValueError: a config that is wrong or that such a cache is no good for, or a folder with another cache.
+    """
+    check_numbers(config)
+    sampling = config.sampling
+    terms = make_terms(
+        config.objective.terms, config.objective.temperature, sampling.teacher_share, sampling.max_new_tokens
+    )
+    check_use(config, terms, make_source(config, terms), kind)
+    if config.teacher.cache or not config.teacher.path:
+        raise ValueError("a cache is made with the teacher itself: set teacher.path, and leave teacher.cache empty.")
+    mesh = sharding.make_mesh(**config.mesh)
+    check_mesh(config, mesh)
+    tokenizer = load_tokenizer(config)
+    _check_numbers(kind, k, power, part_rows, tokenizer.vocab_size)
+    loaded = load_models(config, tokenizer, mesh, True)
+    check_length(config, loaded)
+    rows = {
+        "train": load_rows(config, tokenizer, config.data.train_split)[0],
+        "held_out": load_rows(config, tokenizer, config.data.eval_split, config.data.eval_rows)[0],
+    }
+    rows = {split: its.rows if isinstance(its, data.Packed) else its for split, its in rows.items()}
+    temperatures = {"train": config.objective.temperature, "held_out": 1.0}  # which evaluations are at
+    where = Path(folder).expanduser()
+    manifest: files.Manifest = {
+        "version": files.VERSION,
+        "kind": kind,
+        "k": 0 if kind == "hidden" else k,
+        "power": power if kind == "samples" else 1.0,
+        "seed": config.seed if kind == "samples" else 0,
+        "hidden_size": loaded.teacher.config.hidden_size,
+        "head": files.TIED if loaded.teacher.config.tie_embeddings else files.UNTIED,
+        "teacher": {
+            "path": config.teacher.path, "dtype": config.teacher.dtype, "config": str(loaded.teacher.config),
+            "fingerprint": rollouts.fingerprint(loaded.teacher_params, str(loaded.teacher.config)),
+        },
+        "splits": {
+            split: files.about_rows(its) | {"temperature": temperatures[split]} for split, its in rows.items()
+        },
+        "part_rows": part_rows,
+    } | made_from(config, tokenizer)  # fmt: skip
+    _begin(where, manifest, tokenizer, loaded)
+    read = _make_read(loaded.teacher, manifest, mesh)
+    jobs = _share(where, manifest)
+    batch_size = config.data.eval_batch_size
+    tokens = {split: about["tokens"] for split, about in manifest["splits"].items()}
+    total = sum(-(-max(sizes) * jax.process_count() // batch_size) for *_, sizes in jobs)
+    with metrics.tqdm(total=total, desc="the teacher reads", unit="batch", disable=quiet) as bar:
+        for split, part, sizes in jobs:
+            records = _records(
+                manifest, rows[split], split, part, max(sizes), partial(read, loaded.teacher_params),
+                batch_size, config.data.max_length, tokenizer.pad_id, mesh, bar.update,
+            )  # fmt: skip
+            if part is None:  # the others' parts need all processes to compute
+                list(records)
+            else:
+                files.write_part(files.part_path(where, split, part), records, kind)
+    sharding.from_first_process(0)  # all parts are there
+    if not quiet and jax.process_index() == 0:
+        size = sum(file.stat().st_size for file in where.rglob("*.array_record"))
+        metrics.tqdm.write(f"{folder}: {tokens} tokens, {size / sum(tokens.values()):.1f} bytes a token.")
+    return manifest
+
+
+def _check_numbers(kind: str, k: int, power: float, part_rows: int, vocab_size: int) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}.")
+    if kind != "hidden" and not 1 <= k < vocab_size:
+        raise ValueError(f"k={k} must be at least 1 and less than the vocabulary's {vocab_size} ids.")
+    if not 0 < power <= 4:
+        raise ValueError(f"power={power} must be above 0 and at most 4.")
+    if part_rows < 1:
+        raise ValueError(f"part_rows={part_rows} must be at least 1.")
+
+
+def _begin(folder: Path, manifest: files.Manifest, tokenizer: data.Tokenizer, loaded: Any) -> None:
+    """The manifest and what lies beside it, or whether those that are there are the same."""
+    head = None
+    if manifest["kind"] == "hidden":
+        head = sharding.fetch_whole(loaded.teacher.stored_head(loaded.teacher_params)[0])
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        ours = (files.MANIFEST, files.HEAD, files.TOKENIZER)
+        if (folder / files.MANIFEST).exists():
+            there = read_json(folder / files.MANIFEST)
+            lines = [d for d in files.differences(there, manifest) if not d.startswith("teacher.path")]
+            if lines:
+                raise ValueError(
+                    f"{folder} has another cache. Choose another folder, or take these back:\n  " + "\n  ".join(lines)
+                )
+        elif not all(path.name.startswith(ours) for path in folder.iterdir()):
+            raise ValueError(f"{folder} has something else in it; choose an empty or a new folder.")
+        else:  # the manifest is last: where it is, the others are
+            if head is not None:
+                files.write_head(folder, manifest["head"], head)
+            files.write_tokenizer(folder, tokenizer)
+            files.write_manifest(folder, manifest)
+    sharding.from_first_process(0)
+
+
+def _share(folder: Path, manifest: files.Manifest) -> list[tuple[str, int | None, list[int]]]:
+    """This process's parts, one in each round that all processes work through together, and the sizes of all of the round's."""
+    every, missing = files.all_parts(manifest), set(files.missing_parts(folder, manifest))
+    wanted = np.array([part in missing for part in every])
+    if jax.process_count() > 1:  # what the first process sees holds for all
+        wanted = np.asarray(multihost_utils.broadcast_one_to_all(wanted))
+    missing = [part for part, is_wanted in zip(every, wanted, strict=True) if is_wanted]
+    count, index, jobs = jax.process_count(), jax.process_index(), []
+    for split, about in manifest["splits"].items():
+        sizes = files.part_sizes(about["rows"], manifest["part_rows"])
+        parts = [part for its, part in missing if its == split]
+        for start in range(0, len(parts), count):
+            some = parts[start : start + count]
+            mine = some[index] if index < len(some) else None
+            jobs.append((split, mine, [sizes[part] for part in some]))
+    return jobs
+
+
+def _records(
+    manifest: files.Manifest, rows: data.Rows, split: str, part: int | None, most: int, read: Callable[..., Any],
+    batch_size: int, max_length: int, pad_id: int, mesh: jax.sharding.Mesh, done: Callable[[], Any],
+) -> Iterator[bytes]:  # fmt: skip
+    """The records of a part. All processes compute together as many batches as the largest of their parts needs."""
+    share = batch_size // jax.process_count()
+    first = 0 if part is None else part * manifest["part_rows"]
+    mine = [] if part is None else range(first, min(first + manifest["part_rows"], len(rows)))
+    for start in range(0, most, share):
+        some = list(mine[start : start + share])
+        batch = data.pad(rows, [(index,) for index in some], share, max_length, pad_id)
+        placed = {name: batch[name] for name in ("tokens", "mask")}
+        placed["index"] = np.array(some + [0] * (share - len(some)), np.int32)
+        values = read(sharding.put_batch(mesh, placed | {"mask": batch["mask"] > 0}), split)
+        values = {name: _own(array) for name, array in values.items()}
+        done()
+        for place, index in enumerate(some):
+            counted = batch["loss_mask"][place]
+            its = {name: array[place][counted] for name, array in values.items()}
+            yield files.record(manifest, rows, index, _merged(its) if manifest["kind"] == "samples" else its)
+
+
+def _own(array: jax.Array) -> np.ndarray:
+    """This process's rows of a batch's array: the reverse of `sharding.put_batch`."""
+    shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+
+
+def _make_read(teacher: Any, manifest: files.Manifest, mesh: jax.sharding.Mesh) -> Callable[..., dict[str, jax.Array]]:
+    """(params, batch, split) -> what is kept of each position, [B, L, ...]."""
+    kind, k, vocab_size = manifest["kind"], manifest["k"], manifest["vocab_size"]
+
+    def read(params: Any, batch: dict[str, Array], split: str) -> dict[str, Array]:
+        hidden = teacher.hidden(sharding.for_lookup(mesh, params), batch["tokens"], batch["mask"])
+        if kind == "hidden":
+            return {"teacher_hidden": jax.lax.bitcast_convert_type(hidden.astype(jnp.bfloat16), jnp.uint16)}
+        temperature = manifest["splits"][split]["temperature"]
+        key = jax.random.fold_in(jax.random.key(manifest["seed"]), list(manifest["splits"]).index(split))
+        keys = jax.vmap(partial(jax.random.fold_in, key))(batch["index"])
+
+        def piece(start: Array, hidden: Array) -> dict[str, Array]:
+            logits = teacher.project(params, hidden)[..., :vocab_size] / temperature
+            log_p = jax.nn.log_softmax(logits, axis=-1)
+            if kind == "top_k":
+                ids = jax.lax.top_k(log_p, k)[1]
+                return {"teacher_ids": ids, "teacher_log_probs": coarsen(log_p, ids)}
+            at = lambda key: jax.vmap(partial(jax.random.fold_in, key))(start + jnp.arange(hidden.shape[1]))
+            # The draws of a token are the same wherever its row is computed.
+            uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (k, 2))))(jax.vmap(at)(keys))
+            return draw(log_p, 1 - uniform, manifest["power"])
+
+        # A piece is some positions of every row, so that no row leaves its device.
+        rows, length = hidden.shape[0] // (mesh.shape["data"] * mesh.shape["fsdp"]), hidden.shape[1]
+        size = max(1, min(length, CHUNK_BYTES // (4 * max(rows, 1) * vocab_size)))
+        pieces = -(-length // size)
+        padded = jnp.pad(hidden, ((0, 0), (0, pieces * size - length), (0, 0)))
+        split_up = padded.reshape(hidden.shape[0], pieces, size, -1).swapaxes(0, 1)
+        found = jax.lax.map(lambda args: piece(*args), (jnp.arange(pieces) * size, split_up))
+        whole = lambda array: array.swapaxes(0, 1).reshape(hidden.shape[0], pieces * size, *array.shape[3:])[:, :length]
+        return jax.tree.map(whole, found)
+
+    return jax.jit(read, static_argnames="split", out_shardings=sharding.batch_sharding(mesh))
+
+
+def draw(log_p: Array, uniform: Array, power: float = 1.0) -> dict[str, Array]:
+    """Tokens drawn from p to a power, normalised, and what each weighs, so that the weighted mean over draws is p's.
+
+    A block of ids is drawn and then an id in it: a sum of probabilities over a whole vocabulary would have lost the small ones.
+
+    Args:
+      log_p: [..., V], normalised.
+      uniform: [..., k, 2] in (0, 1].
+      power: of the probabilities.
+
+    Returns:
+      teacher_ids and teacher_weights [..., k], and teacher_entropy [...], p's own.
+    """
+    log_t = log_p if power == 1 else jax.nn.log_softmax(power * log_p, axis=-1)
+    width = min(BLOCK, log_p.shape[-1])
+    more = [(0, 0)] * (log_p.ndim - 1) + [(0, -log_p.shape[-1] % width)]
+    blocks = jnp.pad(jnp.exp(log_t), more).reshape(*log_p.shape[:-1], -1, width)
+    block = _first_reaching(jnp.cumsum(blocks.sum(axis=-1), axis=-1)[..., None, :], uniform[..., 0])
+    inside = jnp.take_along_axis(blocks, block[..., None], axis=-2)
+    ids = block * width + _first_reaching(jnp.cumsum(inside, axis=-1), uniform[..., 1])
+    ids = jnp.minimum(ids, log_p.shape[-1] - 1)
+    ratio = jnp.take_along_axis(log_p, ids, axis=-1) - jnp.take_along_axis(log_t, ids, axis=-1)
+    weights = jnp.where(ratio == ratio, jnp.exp(ratio), 0) / uniform.shape[-2]
+    entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
+    return {"teacher_ids": ids, "teacher_weights": weights, "teacher_entropy": entropy}
+
+
+def _first_reaching(sums: Array, uniform: Array) -> Array:
+    """The first place whose running sum is at least this share, above 0, of the last one: one that has mass."""
+    return jnp.sum(sums < uniform[..., None] * sums[..., -1:], axis=-1)
+
+
+def _merged(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same with every token once, its weights added up, and zeros behind, which compress to nothing."""
+    order = np.argsort(drawn["teacher_ids"], axis=-1, kind="stable")
+    ids, weights = (np.take_along_axis(drawn[f"teacher_{name}"], order, axis=-1) for name in ("ids", "weights"))
+    place = np.cumsum(np.diff(ids, axis=-1, prepend=ids[:, :1]) != 0, axis=-1)
+    merged = {"teacher_ids": np.zeros_like(ids), "teacher_weights": np.zeros_like(weights)}
+    np.put_along_axis(merged["teacher_ids"], place, ids, axis=-1)
+    np.add.at(merged["teacher_weights"], (np.arange(len(ids))[:, None], place), weights)
+    return drawn | merged
+
+
+def run(argv: list[str]) -> None:
+    logging.set_verbosity(logging.ERROR)
+    if len(argv) > 1:
+        sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --kind=top_k.")
+    main.use_cache()
+    try:
+        main.join(main.PROCESSES.value)
+        write(main.CONFIG.value, str(main.WORKDIR.value), KIND.value, K.value, POWER.value, PART_ROWS.value)
+    except (ValueError, OSError) as error:
+        sys.exit(f"kd_jax: {error}")
+
+
+if __name__ == "__main__":
+    app.run(run, flags_parser=main.parse)

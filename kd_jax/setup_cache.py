@@ -1,0 +1,115 @@
+"""A config whose teacher is a cache: what it can be used for, and whether it is this run's."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from kd_jax import data, divergences, resolve
+from kd_jax.objectives import Term
+from kd_jax.prefixes import Source
+from kd_jax.teacher_cache_files import about_rows, differences
+from kd_jax.teacher_cache_read import Cache, Kept
+
+# What of config.data decides the rows; of packing whether they are cut anew.
+DECIDE = (
+    "name", "train_split", "eval_split", "eval_rows", "template", "max_length", "max_prompt_length", "long_prompts",
+    "long_responses", "loss_on",
+)  # fmt: skip
+
+
+def made_from(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
+    """What a cache and a run must share beside their rows, and under "settings" what explains rows that differ."""
+    template = config.data.template
+    text = template + (tokenizer.chat_template or "" if template == "chat" else "")
+    settings = {f"data.{key}": config.data[key] for key in DECIDE}
+    settings["data.packing"] = "stream" if config.data.packing == "stream" else "none or rows"
+    settings["data.options"] = {key: str(value) for key, value in dict(config.data.options).items()}
+    return {
+        "tokenizer": tokenizer.fingerprint(),
+        "vocab_size": tokenizer.vocab_size,
+        "template": hashlib.sha256(text.encode()).hexdigest()[:12],
+        "settings": settings,
+    }
+
+
+def open_cache(config: Any, terms: tuple[Term, ...], source: Source) -> Cache | None:
+    """The cache that a config names, found to be enough for it; None where it names none.
+
+    Raises:
+      ValueError: a cache that is no good, or less than the config needs.
+    """
+    if not config.teacher.cache:
+        return None
+    if config.student.init == "layers":
+        raise ValueError(
+            f"student.init='layers' takes layers of the teacher's own, and with teacher.cache={config.teacher.cache!r} there "
+            f"is no model: save the student's folder where the teacher fits, and set student.init='pretrained' and student.path."
+        )
+    cache = Cache.open(Path(config.teacher.cache).expanduser())
+    check_use(config, terms, source, cache.kind)
+    wanted, written = config.objective.temperature, cache.manifest["splits"]["train"]["temperature"]
+    if cache.kind != "hidden" and any(term.needs_teacher for term in terms) and wanted != written:
+        raise ValueError(cache.refusal([f"objective.temperature: {written} there, {wanted} here"]))
+    return cache
+
+
+def kept_rows(config: Any, tokenizer: data.Tokenizer, cache: Cache | None, split: str, rows: Any) -> Any:
+    """What a cache has of the rows of a split, 'train' or 'held_out'; None without one.
+
+    Raises:
+      ValueError: where it was made with another tokenizer or template, or of other rows, with what differs.
+    """
+    if cache is None:
+        return None
+    rows, here = rows.rows if isinstance(rows, data.Packed) else rows, made_from(config, tokenizer)
+    here |= {f"{split} rows": about_rows(rows)}
+    there = cache.manifest | {f"{split} rows": {k: cache.manifest["splits"][split][k] for k in here[f"{split} rows"]}}
+    lines = {name: differences(there[name], value, name) for name, value in here.items()}
+    explanation = lines.pop("settings")
+    if any(lines.values()):
+        raise ValueError(cache.refusal([line for some in (*lines.values(), explanation) for line in some]))
+    return Kept(cache, split, rows)
+
+
+def check_use(config: Any, terms: tuple[Term, ...], source: Source, kind: str) -> None:
+    """Whether a cache of this kind is enough for a config.
+
+    Raises:
+      ValueError: what needs the teacher itself, or more of its distributions than the kind keeps.
+    """
+    if source.authors or source.origins != ("data",):
+        raise ValueError(
+            f"a cache knows the dataset's rows, and prefixes.name={config.prefixes['name']!r} has rows written anew: it needs the "
+            f"teacher itself. Use prefixes.name='data', with a teacher's texts as a dataset of their own if need be."
+        )
+    for term in terms:
+        where = f"objective.terms.{term.name}"
+        if not term.needs_teacher:
+            continue
+        if term.rows == "text":
+            raise ValueError(
+                f"{where} compares with a teacher on rows='text', and a cache knows the first stream's only."
+            )
+        if kind != "hidden" and term.needs_scores:
+            raise ValueError(
+                f"{where} needs the teacher's probability of every token of the rows, which a cache of kind {kind!r} has not; "
+                f"one of kind 'hidden' has."
+            )
+        if kind == "samples":
+            _check_samples(where, config.objective.terms[term.name])
+
+
+def _check_samples(where: str, spec: Any) -> None:
+    assistant = spec["assistant"]
+    assistant = assistant if isinstance(assistant, str) or assistant is None else assistant["name"]
+    function, _ = resolve.look_up(spec["divergence"], divergences, positional=True)
+    if (
+        function is not divergences.forward_kl
+        or tuple(spec["pair"]) != ("teacher", "student")
+        or assistant not in (None, "none")
+    ):
+        raise ValueError(
+            f"{where} has divergence {function.__name__!r}, pair {tuple(spec['pair'])} and assistant {assistant!r}. Draws of "
+            f"the teacher, a cache of kind 'samples', are good for forward_kl of ('teacher', 'student') without an assistant: the "
+            f"mean of nothing else is what it should be. Use a cache of kind 'hidden' or 'top_k'."
+        )

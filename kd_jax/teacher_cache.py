@@ -1,0 +1,119 @@
+"""What is kept of a teacher's distributions in place of the teacher, and how a student's are compared with it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kd_jax.objectives import Term
+
+KINDS = ("hidden", "top_k", "samples")
+
+
+class Draws(NamedTuple):
+    """Tokens that the teacher drew, whose ids are elsewhere: what each weighs, and the entropy that they were drawn from."""
+
+    weights: Float[Array, "*batch k"]
+    entropy: Float[Array, "*batch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedTeacher:
+    """A teacher that has read every row before the run: a batch brings what it said.
+
+    Attributes:
+      kind: 'hidden': its hidden states, from which its logits are made as ever: nothing is left out. 'top_k': its k likeliest
+        tokens, and the mass of all others as one more outcome. 'samples': k draws with their weights.
+      tied: of hidden: whether the output matrix is an embedding [V, D].
+    """
+
+    kind: str
+    tied: bool = False
+
+    def hidden(self, batch: Mapping[str, Array]) -> Float[Array, "B L D"] | None:
+        """Its hidden states; None where others are kept. A batch has their bits, which NumPy can hold and save."""
+        if self.kind != "hidden":
+            return None
+        return jax.lax.bitcast_convert_type(batch["teacher_hidden"], jnp.bfloat16)
+
+    def stored_head(self, params: Any) -> tuple[Array | None, bool]:
+        """As of a `models.Model`; no matrix where there are no hidden states."""
+        return (params["embed"]["embedding"] if self.tied else params["head"]["kernel"]) if params else None, self.tied
+
+    def kept(self, batch: Mapping[str, Array]) -> tuple[Array, ...]:
+        """What `see` needs of a batch, arrays [B, L, ...]."""
+        names = {"hidden": (), "top_k": ("ids", "log_probs"), "samples": ("ids", "weights", "entropy")}[self.kind]
+        return tuple(batch[f"teacher_{name}"] for name in names)
+
+    def see(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *kept: Array) -> tuple[Any, Array]:
+        """What of the two is compared.
+
+        Args:
+          log_p: the teacher's whole distribution, where the hidden states gave it.
+          log_q: the student's.
+          *kept: of `kept`.
+
+        Returns:
+          hidden: both as they are. top_k: both over the k tokens and all others, [..., k + 1]. samples: `Draws`, and log q of
+          what was drawn, [..., k].
+        """
+        if self.kind == "top_k":
+            return kept[1], coarsen(log_q, kept[0])
+        if self.kind == "samples":
+            return Draws(*kept[1:]), jnp.take_along_axis(log_q, kept[0], axis=-1, mode="clip")
+        return log_p, log_q
+
+    def terms(self, terms: Sequence[Term]) -> tuple[Term, ...]:
+        """An objective's terms, of which those that a teacher is needed for compare with what is kept."""
+        if self.kind != "samples":
+            return tuple(terms)
+        drawn = lambda draws, seen, *rest: sampled_forward_kl(draws, seen)
+        return tuple(dataclasses.replace(term, loss=drawn) if term.needs_teacher else term for term in terms)
+
+
+def coarsen(log_q: Float[Array, "*batch V"], ids: Int[Array, "*batch k"]) -> Float[Array, "*batch k+1"]:
+    """The log-probabilities of k different ids and, as one more outcome, of all others together.
+
+    The others' is summed over them, and not what the k leave of 1, which is nothing but rounding where they have nearly all.
+
+    Args:
+      log_q: log-probabilities, normalised over the last axis.
+      ids: within the vocabulary, none of them twice, and not all of it.
+
+    Returns:
+      Log-probabilities, normalised over the last axis.
+
+    Example:
+      >>> log_q = jnp.log(jnp.array([0.5, 0.1, 0.3, 0.1]))
+      >>> jnp.exp(coarsen(log_q, jnp.array([2, 0]))).round(3).tolist()
+      [0.30000001192092896, 0.5, 0.20000000298023224]
+    """
+    some = jnp.take_along_axis(log_q, ids, axis=-1, mode="clip")
+    others = jnp.put_along_axis(log_q, ids, -jnp.inf, axis=-1, inplace=False, mode="clip")
+    return jnp.concatenate([some, jax.nn.logsumexp(others, axis=-1, keepdims=True)], axis=-1)
+
+
+def sampled_forward_kl(draws: Draws, log_q: Float[Array, "*batch k"]) -> Float[Array, "*batch"]:
+    """``sum_j w_j (-log q(token j)) - H(p)``: without bias for ``KL(p || q)``, in value and gradient.
+
+    Args:
+      draws: with weights whose mean over draws is p(token) / (k times the probability that it is drawn with).
+      log_q: the student's log-probabilities of the drawn tokens.
+
+    Returns:
+      Nats per token; of one draw it may be negative, its mean is not.
+
+    Example:
+      >>> draws = Draws(jnp.array([0.75, 0.25]), jnp.array(0.5623))  # of p = (3/4, 1/4), of four draws three the first
+      >>> round(float(sampled_forward_kl(draws, jnp.log(jnp.array([0.5, 0.5])))), 4)
+      0.1308
+
+    References:
+      Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs",
+      https://arxiv.org/abs/2503.16870, 2025.
+    """
+    drawn = draws.weights > 0  # the rest fills the row up
+    return -jnp.sum(jnp.where(drawn, draws.weights * jnp.where(drawn, log_q, 0), 0), axis=-1) - draws.entropy

@@ -1,0 +1,162 @@
+"""A teacher's cache on disk, written: what it was made from, its output matrix, and a record of each row's counted tokens."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from safetensors.numpy import save_file
+
+from kd_jax import data
+
+MANIFEST, HEAD, TOKENIZER = "manifest.json", "head.safetensors", "tokenizer"
+TIED, UNTIED = "embed.embedding", "head.kernel"  # what the output matrix is called, as in a model's parameters
+VERSION = 1
+# Before a record's numbers: the row's index, a hash of its tokens, and how many of them count.
+HEADER = np.dtype([("row", "<u8"), ("tokens", "u1", 16), ("count", "<u8")])
+Manifest = dict[str, Any]
+
+
+def fields(manifest: Manifest) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Type and shape of what a record has of a token, by its name in a batch, in the record's order."""
+    k, ids = manifest["k"], np.dtype("<u2" if manifest["vocab_size"] <= 2**16 else "<u4")
+    number = np.dtype("<f4")
+    known: dict[str, dict[str, Any]] = {
+        "hidden": {"teacher_hidden": (np.dtype("<u2"), (manifest["hidden_size"],))},  # the bits of bfloat16
+        "top_k": {"teacher_ids": (ids, (k,)), "teacher_log_probs": (number, (k + 1,))},
+        "samples": {
+            "teacher_ids": (ids, (k,)), "teacher_weights": (number, (k,)), "teacher_entropy": (number, ()),
+        },
+    }  # fmt: skip
+    return known[manifest["kind"]]
+
+
+def fills(manifest: Manifest) -> dict[str, np.ndarray]:
+    """What stands in a batch where nothing counts: finite, and of top_k a distribution, since a loss may be traced over it."""
+    found = {}
+    for name, (dtype, shape) in fields(manifest).items():
+        found[name] = np.zeros(shape, np.int32 if name == "teacher_ids" else dtype)
+    if manifest["kind"] == "top_k":
+        found["teacher_ids"] += np.arange(manifest["k"], dtype=np.int32)
+        found["teacher_log_probs"] -= np.log(np.float32(manifest["k"] + 1))
+    return found
+
+
+def row_hash(row: np.ndarray, first_counted: int) -> bytes:
+    """Of a row's tokens and of which of them count."""
+    what = np.array([first_counted], "<i8").tobytes() + row.astype("<i4").tobytes()
+    return hashlib.blake2b(what, digest_size=HEADER["tokens"].shape[0]).digest()
+
+
+def about_rows(rows: data.Rows) -> dict[str, Any]:
+    """How many rows and counted tokens there are, and a hash of them all."""
+    total = hashlib.sha256()
+    for array in (rows.tokens, rows.offsets, rows.first_counted):
+        total.update(array.astype("<i8").tobytes())
+    tokens = sum(counted(rows, index) for index in range(len(rows)))
+    return {"rows": len(rows), "tokens": tokens, "hash": total.hexdigest()[:16]}
+
+
+def counted(rows: data.Rows, index: int) -> int:
+    """How many of a row's tokens count: as `data.batches` has it, a row's first is never a target."""
+    length = int(rows.offsets[index + 1] - rows.offsets[index])
+    return length - 1 - max(int(rows.first_counted[index]) - 1, 0)
+
+
+def differences(there: Any, here: Any, prefix: str = "") -> list[str]:
+    """A line for each value that two trees do not share."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        keys = [*there, *(key for key in here if key not in there)]
+        lines = (differences(there.get(k), here.get(k), f"{prefix}.{k}" if prefix else k) for k in keys)
+        return [line for some in lines for line in some]
+    return [] if there == here else [f"{prefix}: {there!r} there, {here!r} here"]
+
+
+def part_sizes(count: int, part_rows: int) -> list[int]:
+    """Rows of each of the files that so many rows are divided into."""
+    return [min(part_rows, count - start) for start in range(0, count, part_rows)]
+
+
+def part_path(folder: Path, split: str, part: int) -> Path:
+    """The file of a part of the rows."""
+    return folder / split / f"{part:06d}.array_record"
+
+
+def all_parts(manifest: Manifest) -> list[tuple[str, int]]:
+    """Every part, as (split, number)."""
+    return [
+        (split, part)
+        for split, about in manifest["splits"].items()
+        for part in range(len(part_sizes(about["rows"], manifest["part_rows"])))
+    ]
+
+
+def missing_parts(folder: Path, manifest: Manifest) -> list[tuple[str, int]]:
+    """Those that are not written."""
+    return [part for part in all_parts(manifest) if not part_path(folder, *part).exists()]
+
+
+def write_part(path: Path, records: Iterable[bytes], kind: str) -> None:
+    """Writes a part's records, each with its checksum, under another name until all of them are there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    # A record a chunk, for random reads. Hidden states do not compress, ids and filled-up draws do.
+    writer = ArrayRecordWriter(str(partial), f"group_size:1,{'uncompressed' if kind == 'hidden' else 'zstd:3'}")
+    count = 0
+    try:
+        for record in records:
+            writer.write(record)
+            count += 1
+        writer.close()
+        if ArrayRecordReader(str(partial)).num_records() != count:
+            raise OSError(f"{path}: of {count} records not all are on the disk; is it full?")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def record(manifest: Manifest, rows: data.Rows, index: int, values: Mapping[str, np.ndarray]) -> bytes:
+    """A row's record.
+
+    Args:
+      manifest: says what is in it.
+      rows: of the split.
+      index: of the row.
+      values: name -> [counted tokens, ...].
+    """
+    header = np.zeros((), HEADER)
+    header["row"], header["count"] = index, counted(rows, index)
+    header["tokens"] = np.frombuffer(row_hash(rows[index], int(rows.first_counted[index])), np.uint8)
+    arrays = []
+    for name, (dtype, shape) in fields(manifest).items():
+        if values[name].shape != (header["count"], *shape):
+            raise ValueError(
+                f"row {index}: {name} has the shape {values[name].shape}, not {(header['count'], *shape)}."
+            )
+        arrays.append(values[name].astype(dtype).tobytes())
+    return header.tobytes() + b"".join(arrays)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest, whole or not at all."""
+    partial = folder / f"{MANIFEST}.partial-{os.getpid()}"
+    partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / MANIFEST)
+
+
+def write_head(folder: Path, name: str, matrix: np.ndarray) -> None:
+    """Writes the output matrix, whole or not at all."""
+    partial = folder / f"{HEAD}.partial-{os.getpid()}"
+    save_file({name: np.ascontiguousarray(matrix)}, partial)
+    partial.replace(folder / HEAD)
+
+
+def write_tokenizer(folder: Path, tokenizer: data.Tokenizer) -> None:
+    """Writes the tokenizer, with the ids that some have in their model's config."""
+    tokenizer.save(folder / TOKENIZER)
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_id") for kind in ("bos", "eos", "pad")}
+    (folder / TOKENIZER / "generation_config.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
