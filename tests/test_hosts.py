@@ -1,0 +1,245 @@
+"""Real processes on this machine: what each reads, writes and counts, what a run of theirs leaves, and what ends it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from kd_jax import metrics
+from kd_jax.setup import folder
+from tests.test_processes import environment, free_port
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+HEARTBEAT = 10  # of the processes that `tests.hosts` starts
+
+
+def start(arguments, devices, **variables):
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, env=environment(devices) | variables, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def ended(processes, timeout=400):
+    """Exit codes and outputs; whatever still runs after the timeout is killed."""
+    try:
+        said = [process.communicate(timeout=timeout)[0] for process in processes]
+        return [process.returncode for process in processes], said
+    finally:
+        for process in processes:
+            process.kill()
+
+
+# --- what each reads, writes and counts
+
+LAYOUTS = {"two": (2, 4), "eight": (1, 8), "one": (1, 1)}  # processes, devices of each
+MESHES = {"two": dict(data=1, fsdp=4, tensor=2), "one": dict(data=1)}
+
+
+@pytest.fixture(scope="module")
+def found(data_dir, tmp_path_factory):
+    """What each process of each layout says, and the folders that they saved the teacher to."""
+    results, folders = {}, {}
+    for name in MESHES:
+        (count, devices), out, port = LAYOUTS[name], tmp_path_factory.mktemp(name), free_port()
+        folders[name] = out / "teacher"
+        spec = dict(data_dir=str(data_dir), mesh=MESHES[name], folder=str(out / "teacher"))
+        files = [out / f"{index}.json" for index in range(count)]
+        codes, said = ended(
+            [
+                start(["-m", "tests.hosts", json.dumps(spec | {"processes": address}), str(file)], devices)
+                for index, file in enumerate(files)
+                for address in [f"127.0.0.1:{port},{count},{index}" if count > 1 else ""]
+            ]
+        )
+        assert codes == [0] * count, said
+        results[name] = [json.loads(file.read_text()) for file in files]
+    return results, folders
+
+
+def test_each_process_reads_the_slices_that_it_holds_and_each_once(found):
+    for its in (process["load"] for process in found[0]["two"]):
+        assert its["reads"] == its["slices"]
+        assert its["read"] == 2 * its["held"]  # bfloat16 on disk
+        assert 0.5 <= its["held"] / its["whole"] < 0.501  # half of every matrix, the norms whole
+    (one,) = found[0]["one"]
+    assert one["load"]["held"] == one["load"]["whole"]
+
+
+def test_what_several_processes_save_is_bit_for_bit_what_was_loaded(found):
+    results, folders = found
+    original = load_file(folder("package:docstrings_teacher") / "model.safetensors")
+    for path in folders.values():
+        assert sorted(file.name for file in path.parent.iterdir() if "partial" in file.name) == []
+        parts = [load_file(file) for file in sorted(path.glob("*.safetensors"))]
+        assert len(parts) > 1
+        saved = {name: array for part in parts for name, array in part.items()}
+        assert saved.keys() == original.keys()
+        for name, array in saved.items():
+            np.testing.assert_array_equal(array, original[name].astype(array.dtype))
+    # All gathered the same matrices in the same order, one at a time; alone nothing is gathered.
+    first, second = (process["gathered"] for process in results["two"])
+    assert first == second and len(first) == 29 and max(first) < sum(first) / 3
+    assert results["one"][0]["gathered"] == []
+
+
+def test_averages_are_exact_where_hosts_count_differently(found):
+    """Over tokens and over rows, of a step and of held-out rows."""
+    (one,), (first, second) = ([its["unequal"] for its in found[0][name]] for name in ("one", "two"))
+    assert (first["own"], second["own"]) == (4, 66)
+    assert first == second | {"own": 4} and first["counts"] == one["counts"]
+    for name, value in one["means"].items():
+        np.testing.assert_allclose(first["means"][name], value, rtol=2e-6, err_msg=name)
+
+
+def test_processes_may_share_rows(found):
+    """Where `tensor` is wider than a process, as with a process a GPU."""
+    (one,), (first, second) = ([its["tensor"] for its in found[0][name]] for name in ("one", "two"))
+    assert first == second
+    np.testing.assert_allclose(first, one, rtol=1e-6)
+
+
+# --- checkpoints
+
+BOTH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+SAVING = ["--config.checkpoint_every=2", "--config.keep_checkpoints=3", "--config.eval_every=6", "--config.log_every=1"]
+# Rows of the dataset, of a second stream, drawn ones, and ones out of a buffer.
+DISTILLM = ["--config=configs/distillm.py:smoke", "--config.prefixes.threshold=0.9", "--config.steps=6", *BOTH, *SAVING]
+
+
+def run(name, flags, data_dir, workdir, raise_at=("", "")):
+    """`kd_jax.main` in the processes of a layout."""
+    (count, devices), port = LAYOUTS[name], free_port()
+    meet = [[f"--processes=127.0.0.1:{port},{count},{index}"] if count > 1 else [] for index in range(count)]
+    flags = [*flags, f"--workdir={workdir}", f"--config.data.data_dir={data_dir}"]
+    return [
+        start(["-m", "tests.hosts", "main", raises, *its, *flags], devices)
+        for its, raises in zip(meet, raise_at, strict=False)
+    ]
+
+
+def lines(workdir, split):
+    return [line for line in metrics.read(workdir) if line["split"] == split]
+
+
+def position(workdir, step):
+    """What a checkpoint says of the data, but for the numbers that the drawn rows were drawn with."""
+    (file,) = (workdir / "checkpoints" / str(step) / "data").glob("*")
+    found = json.loads(file.read_text())["position"]
+    found["store"] = {name: array for name, array in found["store"].items() if name != "log_probs"}
+    return found
+
+
+def test_a_checkpoint_goes_on_with_another_number_of_processes(data_dir, tmp_path):
+    for name in ("two", "eight"):
+        codes, said = ended(run(name, DISTILLM, data_dir, tmp_path / name))
+        assert set(codes) == {0}, said
+    for name, other in (("two", "eight"), ("eight", "two")):
+        parts = tmp_path / f"{name} then {other}"
+        shutil.copytree(tmp_path / name, parts)
+        for step in ("4", "6"):
+            shutil.rmtree(parts / "checkpoints" / step)
+        codes, said = ended(run(other, DISTILLM, data_dir, parts))
+        assert set(codes) == {0}, said
+        assert [line["step"] for line in lines(parts, "train")] == list(range(1, 7))
+    whole = tmp_path / "eight"
+    stored = position(whole, 6)
+    assert stored["store"] and stored["data"] and stored["text"]
+    for path in tmp_path.iterdir():
+        assert position(path, 6) == stored, path
+        for split in ("train", "samples", "eval"):
+            for line, expected in zip(lines(path, split), lines(whole, split), strict=True):
+                assert line.keys() == expected.keys()
+                for key, value in expected.items():
+                    if key != "split":
+                        np.testing.assert_allclose(line[key], value, rtol=1e-5, err_msg=f"{path} {key}")
+        losses, expected = ([line["loss"] for line in lines(run, "train")] for run in (path, whole))
+        np.testing.assert_allclose(losses, expected, rtol=1e-6)
+        print(path.name, losses)
+        for file in ("student/model.safetensors", "report.html", "table.md"):
+            assert (path / file).exists()
+
+
+# --- what ends a run
+
+LONG = [
+    "--config=configs/sft.py:smoke",
+    "--config.steps=100000",
+    "--config.eval_every=100000",
+    "--config.log_every=1",
+    *BOTH,
+]
+
+
+def wait_for_steps(workdir, processes):
+    deadline = time.monotonic() + 300
+    while len(lines(workdir, "train")) < 5:
+        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_is_killed_takes_the_others_down(victim, data_dir, tmp_path):
+    processes = run("two", LONG, data_dir, tmp_path / "run")
+    wait_for_steps(tmp_path / "run", processes)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    started = time.monotonic()
+    codes, said = ended(processes, 3 * HEARTBEAT)
+    print(f"process {victim} killed; the other one stopped {time.monotonic() - started:.1f} s later")
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] in (1, -signal.SIGABRT)
+    assert re.search("another process is gone|most likely indicates that another task died", said[1 - victim]), said[
+        1 - victim
+    ]
+    assert f"process {1 - victim} of 2, through 127.0.0.1" in said[1 - victim]
+    assert "Thread 0x" not in said[1 - victim]  # no stacks of all threads
+
+
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_an_error_in_one_process_is_said_there_and_ends_all(guilty, data_dir, tmp_path):
+    processes = run("two", LONG, data_dir, tmp_path / "run", ["5" if index == guilty else "" for index in (0, 1)])
+    codes, said = ended(processes, 300)
+    assert codes[guilty] == 1 and codes[1 - guilty] in (1, -signal.SIGABRT)
+    assert "RuntimeError: something broke" in said[guilty] and f"process {guilty} of 2 stops" in said[guilty]
+    assert "something broke" not in said[1 - guilty]
+
+
+def test_sigterm_to_one_saves_and_stops_all(data_dir, tmp_path):
+    processes = run("two", LONG, data_dir, tmp_path / "run")
+    wait_for_steps(tmp_path / "run", processes)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, said = ended(processes, 120)
+    assert codes == [75, 75] and all("is saved, and the same command goes on" in text for text in said)
+
+
+def test_who_waits_in_vain_says_where():
+    port = free_port()
+    flags = ["--config=configs/sft.py:smoke", "--workdir=nowhere", f"--processes=127.0.0.1:{port},2,"]
+    for index in "01":
+        codes, said = ended([start(["-m", "tests.hosts", "main", "", *flags[:-1], flags[-1] + index], 1)], 100)
+        assert codes == [1] and f"not all processes met at 127.0.0.1:{port} within 20 s" in said[0]
+
+
+def test_slurms_tasks_meet_by_themselves_and_must_be_told_the_same(tmp_path):
+    job = free_port()  # JAX takes its last bits for the port
+    slurm = dict(SLURM_JOB_ID=str(job), SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="2")
+    tasks = [slurm | dict(SLURM_PROCID=index, SLURM_LOCALID=index) for index in "01"]
+    command = ["-m", "tests.hosts", "main", "", "--config=configs/sft.py:smoke", f"--workdir={tmp_path / 'run'}"]
+    codes, said = ended([start([*command, "--config.steps=0"], 1, **task) for task in tasks])
+    assert codes == [1, 1]
+    for index, text in enumerate(said):
+        assert f"process {index} of 2, through SLURM" in text and "steps=0 must be at least 1" in text
+    seeds = [start([*command, f"--config.seed={task['SLURM_PROCID']}"], 1, **task) for task in tasks]
+    codes, said = ended(seeds)
+    assert codes == [1, 1] and all("different configs or work directories" in text for text in said)
+    codes, said = ended([start([*command, "--config.steps=0", "--processes=alone"], 1, **tasks[1])])
+    assert codes == [1] and "steps=0" in said[0] and "through" not in said[0]
