@@ -113,7 +113,7 @@ def read_back(builder: tfds.core.DatasetBuilder, split: str) -> _Decoded:
     sizes = {known_split: info.num_examples for known_split, info in builder.info.splits.items()}
     if not sizes.get(split):
         name = builder.builder_config.name.rpartition("-")[0]
-        raise ValueError(f"the split {split!r} of {name} is empty; rows of each split: {sizes}.")
+        raise ValueError(f"the split {split!r} of {name} is empty; rows of each split: {sizes}, in {folder}.")
     with _named(folder):
         for file in builder.info.splits[split].filepaths:
             if file.parent != folder:

@@ -11,6 +11,7 @@ from typing import Any
 from kd_jax import untrusted
 
 MAX_LINE = 16 * untrusted.MIB
+MAX_BLANK = 10_000
 MAX_RATIO = 200  # packed text has 3 to 20; gzip can reach 1,000
 
 
@@ -75,8 +76,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank, and their numbers; of a compressed file no more than text ever has."""
     compressed = path.suffix == ".gz"
     try:
-        limit = max(MAX_LINE, MAX_RATIO * path.stat().st_size) if compressed else math.inf
-        total = number = 0
+        limit = max(untrusted.MIB, MAX_RATIO * path.stat().st_size) if compressed else math.inf
+        total = number = blank = 0
         with gzip.open(path) if compressed else path.open("rb") as file:
             while line := file.readline(MAX_LINE + 1):
                 number, total = number + 1, total + len(line)
@@ -87,7 +88,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                         f"{path}: it unpacks to more than {MAX_RATIO} times its size, which no text does; unpack it by hand if "
                         f"you trust it."
                     )
-                if line.strip():
+                blank = 0 if line.strip() else blank + 1
+                if blank > MAX_BLANK:
+                    raise ValueError(f"{path}:{number}: here are more than {MAX_BLANK} blank lines in a row.")
+                if not blank:
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read ({error}); is it whole?") from error

@@ -98,7 +98,9 @@ def _open(file: Path, stack: contextlib.ExitStack) -> Any:
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror or error}).") from error
     except SafetensorError as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error}); fetch or write it again.") from error
+        raise ValueError(
+            f"{file}: not a whole safetensors file ({untrusted.clip(str(error))}); fetch or write it again."
+        ) from error
 
 
 def _check_header(file: Path) -> None:
