@@ -53,6 +53,9 @@ def get_config() -> ConfigDict:
     config.teacher.path = ""  # a Hugging Face folder, or package:NAME for one that ships with kd_jax; empty: no teacher
     config.teacher.cache = ""  # a folder of kd_jax.cache_teacher, used in place of the model: path is not loaded
     config.teacher.dtype = "float32"  # of parameters and computation
+    config.teacher.weights = "float"  # float: in dtype; int8: the layers' matrices, with a scale for each output
+    config.teacher.int8_report = True  # the start measures what int8 changes; the teacher in dtype must fit for that
+    config.teacher.sharding = "student"  # as it lies; spread: also over data; tensor: over that alone; whole: copies
 
     config.student = ConfigDict()
     config.student.init = "random"  # random (sizes in config), pretrained (path), or layers (of the teacher)

@@ -12,7 +12,15 @@ from etils import epath
 
 CONFIG, PARTIAL, LOCK = "config.json", "config.json.partial", "lock"
 # What may differ between a run and its resumption: none of it decides the batches or what is made of them.
-FREE = ("mesh.", "keep_checkpoints", "checkpoint_every", "log_every", "profile_steps", "max_skipped")
+FREE = (
+    "mesh.",
+    "keep_checkpoints",
+    "checkpoint_every",
+    "log_every",
+    "profile_steps",
+    "max_skipped",
+    "teacher.int8_report",
+)
 
 
 def check(workdir: str, config: dict[str, Any]) -> None:

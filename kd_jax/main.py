@@ -3,7 +3,11 @@
 import os
 import re
 import sys
+import threading
+import time
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -18,9 +22,16 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where metrics, checkpoints, plots and the student go.")
 PROCESSES = flags.DEFINE_string(
-    "processes", "", "The same command runs on several hosts: auto (a TPU pod, or SLURM), or ADDRESS:PORT,COUNT,INDEX."
+    "processes",
+    "",
+    "The same command runs on several hosts: ADDRESS:PORT,COUNT,INDEX. A TPU pod and SLURM's tasks need no flag: they meet by "
+    "themselves, unless it is alone; auto insists on it, and tries Open MPI and Kubernetes too.",
 )
 flags.mark_flags_as_required(["config", "workdir"])
+
+ARRIVE = 300  # seconds that the processes of a run have to meet
+HEARTBEAT = 60  # seconds without a sign of life after which a process is dead, and the others stop
+TPU = "the TPU's hosts"
 
 
 def main(argv: list[str]) -> None:
@@ -32,10 +43,15 @@ def main(argv: list[str]) -> None:
         join(PROCESSES.value)
         train.train(CONFIG.value, str(WORKDIR.value))
     except (ValueError, FloatingPointError, OSError) as error:
-        sys.exit(f"kd_jax: {error}")
+        leave(str(error))
     except loop.Stopped as stopped:
         print(f"kd_jax: told to stop; step {stopped.step} is saved, and the same command goes on.", file=sys.stderr)
         raise
+    except (Exception, KeyboardInterrupt) as error:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        leave(f"{type(error).__name__}: {error}")
 
 
 def use_cache() -> None:
@@ -44,25 +60,81 @@ def use_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/kd_jax/xla"))
 
 
-def join(processes: str) -> None:
+def join(processes: str, arrive: int = ARRIVE, heartbeat: int = HEARTBEAT) -> None:
     """Meets the other processes of the run, before anything touches a device.
 
+    From then on, by JAX's own service, all stop within `heartbeat` seconds if one of them dies.
+
     Args:
-      processes: empty: there are none; auto: a TPU pod's and SLURM's find each other; or ADDRESS:PORT,COUNT,INDEX, the address
-        that of the process 0.
+      processes: empty: a TPU pod's and SLURM's processes meet, any other is alone; alone: it is; auto: whatever JAX can find
+        must be there; or ADDRESS:PORT,COUNT,INDEX, the address that of the process 0.
+      arrive: seconds that they wait for each other.
+      heartbeat: seconds without a sign of life after which a process is dead.
 
     Raises:
       ValueError: something else.
     """
-    if not processes:
-        return
     parts = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", processes)
-    if processes == "auto":
-        jax.distributed.initialize()
-    elif parts and int(parts[3]) < int(parts[2]):
-        jax.distributed.initialize(parts[1], int(parts[2]), int(parts[3]))
+    if parts and int(parts[3]) < int(parts[2]):
+        who, where = (parts[1], int(parts[2]), int(parts[3])), parts[1]
+    elif processes in ("", "auto"):
+        who, where = (), _cluster()
+        if not processes and not where:
+            return
+    elif processes == "alone":
+        return
     else:
-        raise ValueError(f"--processes={processes!r} must be auto, or ADDRESS:PORT,COUNT,INDEX with INDEX below COUNT.")
+        raise ValueError(
+            f"--processes={processes!r} must be auto, alone, or ADDRESS:PORT,COUNT,INDEX with INDEX below COUNT."
+        )
+    # JAX ends a process that waits in vain without saying where it did.
+    late = threading.Timer(arrive, _give_up, (where or processes, arrive))
+    late.daemon = True
+    late.start()
+    try:
+        jax.distributed.initialize(*who, initialization_timeout=arrive + 30, heartbeat_timeout_seconds=heartbeat)
+    except (ValueError, OSError) as error:
+        # JAX finds nothing here, or a TPU has no service that knows its pod.
+        if processes or where != TPU:
+            raise ValueError(f"--processes={processes}: {error} Give ADDRESS:PORT,COUNT,INDEX.") from error
+        return
+    finally:
+        late.cancel()
+    if jax.process_count() > 1:
+        print(
+            f"kd_jax: process {jax.process_index()} of {jax.process_count()}, through {where or processes}; if one dies, all "
+            f"stop within {heartbeat} s.", file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+
+def leave(problem: str) -> NoReturn:
+    """Ends this process with what is wrong; where there are others, without waiting for them, who stop when they notice."""
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        sys.exit(f"kd_jax: {problem}")
+    if "Gloo" in problem or "NCCL" in problem:  # a connection broke
+        problem = f"another process is gone, and its own output should say why. ({' '.join(problem.split())[:300]})"
+    index = jax.process_index()
+    print(f"kd_jax: process {index} of {jax.process_count()} stops: {problem}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if index == 0:
+        time.sleep(2)  # who has the same to say can say it: all stop at once with the first
+    os._exit(1)  # JAX would wait for all the others to finish, too
+
+
+def _cluster() -> str:
+    """What starts this process together with others, if something does."""
+    if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        return "SLURM"
+    return TPU if (jax.config.jax_platforms or "").startswith("tpu") else ""  # JAX sets it where it finds the chips
+
+
+def _give_up(where: str, seconds: int) -> None:
+    print(
+        f"kd_jax: not all processes met at {where} within {seconds} s. Each needs the same address, which is that of process "
+        "0 and open to the others, the same count, and an index of its own; --processes=alone runs without others.",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(1)
 
 
 def parse(argv: list[str]) -> list[str]:

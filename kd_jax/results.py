@@ -45,17 +45,16 @@ def finish(run: Any, params: Any, workdir: str, quiet: bool = False) -> dict[str
         texts = {"teacher": _answers(run, run.models.teacher, run.models.teacher_params, alone=True)[0]} | texts
         places = {"given": evaluate.by_place(_first_batch(run, params)), "own": evaluate.by_place(own)}
         result["by_place"] = {"places": evaluate.PLACES, **places}
-    if jax.process_count() > 1:
-        params = jax.tree.map(sharding.fetch_whole, params)  # the student, whole on each host: it is the smaller model
+    export = folder / "student"
+    if not sharding.from_first_process(int(first and export.exists())):
+        models.save_pretrained(export, run.models.student, params, run.tokenizer)
     if first:
-        export = folder / "student"
-        if not export.exists():
-            models.save_pretrained(export, run.models.student, params, run.tokenizer)
         _write(folder, result, texts)
         if not quiet:
             metrics.tqdm.write((folder / "samples.md").read_text(encoding="utf-8"))
             metrics.tqdm.write((folder / "table.md").read_text(encoding="utf-8"))
             metrics.tqdm.write(f"wrote {folder / 'report.html'} and {export}")
+    sharding.from_first_process(0)  # or those that leave before it is done would wait at the exit, and not for long
     return result
 
 

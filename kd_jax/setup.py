@@ -81,6 +81,9 @@ def check_numbers(config: Any) -> None:
     for who in ("teacher", "student"):
         if config[who].dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"{who}.dtype={config[who].dtype!r} is not one of float32, bfloat16, float16.")
+    for key, known in {"weights": ("float", "int8"), "sharding": tuple(sharding.LAYOUTS)}.items():
+        if config.teacher[key] not in known:
+            raise ValueError(f"teacher.{key}={config.teacher[key]!r} is not one of {', '.join(known)}.")
     policies = ["none", *(name for name in dir(jax.checkpoint_policies) if name.endswith("saveable"))]
     if config.student.remat not in policies:
         raise ValueError(f"student.remat={config.student.remat!r} is not one of {', '.join(policies)}.")
@@ -149,7 +152,12 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
         _check_vocabulary(config.teacher.path, models.load_config(path), tokenizer, "teacher")
         if config.tokenizer.path:
             check_same_tokenizer(path, tokenizer, "teacher")
-        teacher, teacher_params = models.load_pretrained(path, dtype=config.teacher.dtype, shardings=place)
+        teacher, teacher_params = models.load_pretrained(
+            path,
+            dtype=config.teacher.dtype,
+            shardings=partial(place, layout=config.teacher.sharding),
+            matrices_in_int8=config.teacher.weights == "int8",
+        )
         teacher = dataclasses.replace(teacher, attention=config.attention)
 
     how = dict(dtype=config.student.dtype, remat=config.student.remat, attention=config.attention)
@@ -181,7 +189,11 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
     student, params = models.take_layers(teacher, teacher_params, tuple(config.student.layers))
     student = dataclasses.replace(student, param_dtype=jnp.float32, **how)
     # A copy: the state is donated to every step, and these arrays are the teacher's too.
-    copy = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), tree))
+    whole = lambda tree: models.dequantise(tree, jnp.float32)
+    copy = jax.jit(
+        lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), whole(tree)),
+        out_shardings=place(student.abstract_params()),
+    )
     return Models(student, lambda key: copy(params), teacher, teacher_params)
 
 

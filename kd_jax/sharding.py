@@ -26,6 +26,15 @@ RULES = (
     (r"(output|down)/bias$", P()),
     (r"norm/(scale|bias)$", P()),
 )
+# A teacher may lie otherwise: what stands for a rule's axis. It has no gradient and no optimiser, so that there may be room for
+# it to be whole, which saves gathering it in every step; or none at all, so that even those divide it that have a copy of the
+# student each.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "student": {},
+    "spread": {"fsdp": ("data", "fsdp")},
+    "tensor": {"fsdp": None},
+    "whole": {"fsdp": None, "tensor": None},
+}
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
@@ -57,7 +66,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+def tree_shardings(mesh: Mesh, tree: Any, layout: str = "student") -> Any:
     """The sharding of every array of a tree of parameters, of an optimiser's state, or of both.
 
     An axis of the mesh that does not divide an array's dimension is left out there, and the dimension is whole on
@@ -65,7 +74,8 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 
     Args:
       mesh: as from `make_mesh`.
-      tree: arrays or ShapeDtypeStructs.
+      tree: arrays or ShapeDtypeStructs; a matrix in int8 and its scales lie as the matrix.
+      layout: one of LAYOUTS.
 
     Returns:
       The same tree with a NamedSharding in place of each array.
@@ -73,14 +83,15 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     Raises:
       ValueError: a path that no rule matches.
     """
+    axes = LAYOUTS[layout]
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        name = path_name(path)
+        name = re.sub("/kernel/(qvalue|scale)$", "/kernel", path_name(path))
         if leaf.ndim == 0:
             return NamedSharding(mesh, P())
         for pattern, spec in RULES:
             if re.search(pattern, name):
-                return NamedSharding(mesh, _fit(mesh, spec, leaf.shape))
+                return NamedSharding(mesh, _fit(mesh, P(*(axes.get(axis, axis) for axis in spec)), leaf.shape))
         raise ValueError(f"no sharding rule matches the parameter {name!r} of shape {leaf.shape}; add one to RULES.")
 
     return jax.tree_util.tree_map_with_path(place, tree)
@@ -108,9 +119,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
-    """One global array from each process's rows of it."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    """One global array from each process's rows of it.
+
+    Where a process's devices need rows of others, since `tensor` is wider than what it has, all rows go to all.
+    """
+    sharding, ways = batch_sharding(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = {index[0].start for index in sharding.addressable_devices_indices_map((ways,)).values()}
+    if len(parts) * jax.process_count() == ways:
+        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    whole = {name: np.concatenate(multihost_utils.process_allgather(array)) for name, array in batch.items()}
+    return {name: put_whole(mesh, array) for name, array in whole.items()}
 
 
 def put_whole(mesh: Mesh, array: Any) -> jax.Array:
@@ -120,7 +138,7 @@ def put_whole(mesh: Mesh, array: Any) -> jax.Array:
 
 def fetch_whole(array: jax.Array) -> np.ndarray:
     """A global array as every process can hold it."""
-    if array.is_fully_addressable:
+    if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
@@ -143,5 +161,5 @@ def path_name(path: Any) -> str:
 def _fit(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> P:
     if len(spec) > len(shape):
         return P()  # a state that optimisers such as adafactor keep in a factored shape: small, so whole
-    fits = [name if name and shape[i] % mesh.shape[name] == 0 else None for i, name in enumerate(spec)]
-    return P(*fits)
+    ways = [math.prod(mesh.shape[axis] for axis in ((name,) if isinstance(name, str) else name or ())) for name in spec]
+    return P(*(name if shape[i] % ways[i] == 0 else None for i, name in enumerate(spec)))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from kd_jax import (
     loop,
     metrics,
     prefixes,
+    quantisation,
     resolve,
     results,
     rollouts,
@@ -210,10 +212,13 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
         run = build(config)
         if first and not epath.Path(workdir).is_dir():
             stack.enter_context(directory.alone(workdir))
+        rounding = quantisation.error(run)
         # A new run reads its student before it writes anything; a resumed one has no use for an initial state.
         state = None if checkpoint.has_steps(workdir) else run.init_state()
         if first:
             directory.write_config(workdir, resolved)
+            if rounding:
+                (epath.Path(workdir) / quantisation.FILE).write_text(json.dumps(rounding) + "\n")
         manager = stack.enter_context(checkpoint.open_manager(workdir, config.keep_checkpoints))
         if state is None:
             state, damaged = checkpoint.restore(manager, run.abstract_state, run.feed)
@@ -221,6 +226,8 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
                 metrics.tqdm.write(f"{line}; it is put aside, and the run goes on from step {int(state.step)}.")
         if first and not quiet:
             metrics.tqdm.write(environment(run, state))
+            if rounding:
+                metrics.tqdm.write(quantisation.sentence(rounding))
         with metrics.Writer(workdir, int(state.step), silent=not first) as writer:
             state = loop.run_steps(run, state, workdir, writer, manager, quiet)
         return results.finish(run, state.params, workdir, quiet)
@@ -230,7 +237,7 @@ def environment(run: Run, state: TrainState) -> str:
     """One line: devices, mesh, parameter counts, rows."""
     device = jax.devices()[0]
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
-    teacher = f"teacher {_count(run.models.teacher_params)}" if run.models.teacher else "no teacher"
+    teacher = f"teacher {_count(run.models.teacher.abstract_params())}" if run.models.teacher else "no teacher"
     if run.models.cached:
         teacher = f"teacher's {run.models.cached.kind} from its cache, without texts and KLs on the student's own"
     rows = "; ".join(f"{split} {counts}" for split, counts in run.counts.items())

@@ -12,7 +12,7 @@ LAYERS = [
     {"train"},
     {"loop"},
     {"nonfinite"},
-    {"setup_rows", "results"},
+    {"setup_rows", "results", "quantisation"},
     {"setup_cache"},
     {"evaluate"},
     {"setup", "report"},
@@ -32,6 +32,7 @@ LAYERS = [
 MATHEMATICAL = {"objectives", "policy_gradient", "head_loss", "divergences", "assistants", "schedules", "logspace"}
 HOMES = {
     "flax": {"models", "train_step"},
+    "qwix": {"models"},
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},

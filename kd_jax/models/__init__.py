@@ -5,10 +5,12 @@ from kd_jax.models.functional import Model, from_config, take_layers
 from kd_jax.models.generate import generate, left_pad
 from kd_jax.models.huggingface import load_config, load_pretrained
 from kd_jax.models.huggingface_save import save_pretrained
+from kd_jax.models.int8 import dequantise
 
 __all__ = [
     "Model",
     "ModelConfig",
+    "dequantise",
     "from_config",
     "generate",
     "left_pad",

@@ -68,7 +68,7 @@ class Model:
         """The hidden states after the final norm: what `head` turns into logits.
 
         Args:
-          params: as from `init` or `load_pretrained`.
+          params: as from `init` or `load_pretrained`; matrices may be in int8.
           tokens: ids.
           mask: True where there is a token. Padding left or right changes nothing at real tokens; at padding
             the values are finite and mean nothing. Or, for rows that several texts are packed into, the number of each

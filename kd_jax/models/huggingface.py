@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from kd_jax.models import int8
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.families import FAMILIES
 from kd_jax.models.families.fields import Tensor
@@ -63,20 +65,25 @@ def _family(file: Path, fields: dict[str, Any]) -> str:
 
 
 def load_pretrained(
-    path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, shardings: Shardings | None = None
+    path: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    shardings: Shardings | None = None,
+    matrices_in_int8: bool = False,
 ) -> tuple[Model, Params]:
     """A Hugging Face folder as a model and its parameters.
 
     Tensors are read and placed one at a time, with `shardings` only the slices that this process's devices
-    hold, so that a model that fits no single device or host can still be loaded.
+    hold, each once, so that a model that fits no single device or host can still be loaded.
 
     Args:
       path: a folder with config.json and model.safetensors, or model.safetensors.index.json and its files.
       dtype: of the parameters and the computation, whatever the type on disk.
       shardings: from the abstract parameters (`Model.abstract_params`) to a tree of shardings; by default
         everything lies, uncommitted, on the default device.
+      matrices_in_int8: the matrices of the layers become int8 and scales, each as it is read: a model to be asked, not trained.
     Returns:
-      The model and a plain nested dict of arrays.
+      The model and a plain nested dict of arrays, and of `qwix.QArray`s where they are in int8.
     Raises:
       ValueError: anything in the folder that is unsupported, missing, superfluous, of another shape, or
         damaged.
@@ -90,20 +97,36 @@ def load_pretrained(
     with open_folder(folder) as reader:
         names = _names_on_disk(reader, config, layout)
 
-        def place(path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
+        def place(path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None) -> Any:
             key = jax.tree_util.keystr(path, simple=True, separator="/")
             tensor, name = layout[key], names[layout[key].name]
             _check_shape(reader, name, tensor, leaf.shape)
+            small = matrices_in_int8 and int8.is_matrix(key)
 
             def slice_of(index: Any) -> np.ndarray:
-                return _read(reader, name, tensor, leaf.shape, index).astype(leaf.dtype, copy=False)
+                to = np.dtype(np.float32) if small else leaf.dtype  # not rounded twice
+                return _read(reader, name, tensor, leaf.shape, index).astype(to, copy=False)
 
             if sharding is None:
-                return jnp.array(slice_of((slice(None),) * len(leaf.shape)))
-            return jax.make_array_from_callback(leaf.shape, sharding, slice_of)
+                array = jnp.array(slice_of((slice(None),) * len(leaf.shape)))
+            else:
+                array = jax.make_array_from_callback(leaf.shape, sharding, _once(slice_of))
+            return int8.quantise(array) if small else array
 
         trees = (abstract,) if placed is None else (abstract, placed)
         return model, jax.tree.map_with_path(place, *trees)
+
+
+def _once(slice_of: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
+    """The same, each slice read once: several devices may hold it, and JAX asks for each."""
+    read: dict[str, np.ndarray] = {}
+
+    def slice_read(index: Any) -> np.ndarray:
+        if (key := str(index)) not in read:
+            read[key] = slice_of(index)
+        return read[key]
+
+    return slice_read
 
 
 def _names_on_disk(reader: Reader, config: ModelConfig, layout: dict[str, Tensor]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from kd_jax.models.config import ModelConfig
@@ -37,12 +38,13 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` and `load_pretrained` open unchanged.
 
-    The folder appears whole or not at all: it is written beside its place and renamed.
+    The folder appears whole or not at all: it is written beside its place and renamed. Parameters that are divided over
+    processes are gathered one tensor at a time: all processes call this, in which the first alone writes.
 
     Args:
       path: the folder to make; its parents are made too.
       model: whose config is written.
-      params: whose values are written; each must be addressable from this process.
+      params: whose values are written.
       tokenizer: saved beside the weights.
       dtype: on disk; by default the embedding's.
       max_shard_bytes: a file's upper limit, from which on the weights are split over several with an index.
@@ -50,10 +52,13 @@ def save_pretrained(
       ValueError: the folder has content already, or the parameters are not this model's.
     """
     target = Path(path)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not an empty folder; choose another path or remove it first.")
     arrays = _arrays_of(model, params)
     kept = np.dtype(jnp.dtype(arrays["embed/embedding"].dtype if dtype is None else dtype))
+    if jax.process_index() > 0 and any(_is_shared(array) for array in arrays.values()):
+        _write_weights(None, model.config, arrays, kept, max_shard_bytes)
+        return
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty folder; choose another path or remove it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)  # of a process with this id that was killed here
@@ -81,9 +86,14 @@ def _arrays_of(model: Model, params: Params) -> dict[str, jax.Array]:
     return found
 
 
+def _is_shared(array: Any) -> bool:
+    return isinstance(array, jax.Array) and not array.is_fully_addressable
+
+
 def _write_weights(
-    folder: Path, config: ModelConfig, arrays: dict[str, jax.Array], dtype: np.dtype, max_shard_bytes: int
+    folder: Path | None, config: ModelConfig, arrays: dict[str, jax.Array], dtype: np.dtype, max_shard_bytes: int
 ) -> None:
+    """Gathers each tensor and, if there is a folder, writes it; all processes take part in the same order."""
     stored: dict[str, list[tuple[Tensor, str]]] = {}
     for key, tensor in FAMILIES[config.family].tensors(config).items():
         stored.setdefault(tensor.name, []).append((tensor, key))
@@ -92,12 +102,22 @@ def _write_weights(
         ours = arrays[key].shape
         return ours[::-1] if tensor.transposed else (*ours[:-1], ours[-1] * tensor.parts)
 
+    def whole(key: str) -> np.ndarray:
+        array: Any = arrays[key]
+        if _is_shared(array) and not array.is_fully_replicated:
+            array = multihost_utils.process_allgather(array, tiled=True)
+        return np.asarray(array).astype(dtype, copy=False)
+
     def values(name: str) -> np.ndarray:
         parts = sorted(stored[name], key=lambda part: part[0].part)
-        joined = np.concatenate([np.asarray(arrays[key]).astype(dtype, copy=False) for _, key in parts], axis=-1)
+        joined = np.concatenate([whole(key) for _, key in parts], axis=-1)
         return np.ascontiguousarray(joined.T if parts[0][0].transposed else joined)
 
     shapes = {name: shape(*parts[0]) for name, parts in stored.items()}
+    if folder is None:
+        for name in shapes:  # as `write_folder` asks for them
+            values(name)
+        return
     write_folder(folder, shapes, dtype, values, max_shard_bytes)
 
 

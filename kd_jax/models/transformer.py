@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from kd_jax.models import int8
 from kd_jax.models.config import ModelConfig
 
 _ACTIVATIONS = {
@@ -114,6 +115,7 @@ class Transformer(nnx.Module):
             dtype=dtype,
             param_dtype=param_dtype,
             kernel_init=nnx.initializers.normal(0.02),
+            promote_dtype=int8.promote,
             rngs=rngs,
         )
         # dtype=float32 keeps the whole norm there; the caller casts back. The fast variance loses digits.
