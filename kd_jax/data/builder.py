@@ -10,12 +10,13 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from kd_jax import untrusted
+from kd_jax import remote, untrusted
 from kd_jax.data import docstrings, dolly, gsm8k, instructions, jsonl, text
 from kd_jax.resolve import nearest
 
 Row = Mapping[str, str]
 DEFAULT_DIR = str(tfds.core.constants.DATA_DIR)
+SIGN = "dataset_info.json"  # the file that says that a dataset is whole, where it is copied to and from
 FIELDS = ("name", "prompt", "context", "response")
 # Each is (**options) -> (fingerprint of the content, split -> () -> rows).
 SOURCES: dict[str, Callable[..., tuple[str, Mapping[str, Callable[[], Iterable[Row]]]]]] = {
@@ -133,7 +134,7 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
     Args:
       name: docstrings, dolly, gsm8k, jsonl or text.
       split: train, validation or test, as far as the dataset has them.
-      data_dir: where built datasets are kept; None: tensorflow_datasets' default.
+      data_dir: where built datasets are kept, here or at an address; None: tensorflow_datasets' default.
       **options: keywords of that dataset's `source`.
 
     Returns:
@@ -150,7 +151,13 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
     fingerprint, splits = _open(name, SOURCES, split, options)
     # pyrefly: ignore[unexpected-keyword]  # tfds hides that its BuilderConfig is a dataclass
     config = RowsConfig(name=f"{name}-{fingerprint}", splits=splits)
+    address = data_dir if data_dir and remote.is_remote(data_dir) else ""
+    data_dir = str(remote.stand_in(address)) if address else data_dir
     builder = open_builder(data_dir, config)
+    if address and not builder.data_path.exists():  # array_record reads and writes local files alone
+        address += f"/{builder.data_path.relative_to(data_dir)}"
+        remote.fetch_folder(address, builder.data_path, SIGN)
+        builder = open_builder(data_dir, config)
     if not builder.data_path.exists():
         try:
             builder.download_and_prepare()
@@ -158,6 +165,8 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
             # tfds builds in a temporary folder and renames it, which fails where another process was first.
             if not builder.data_path.exists():
                 raise
+        if address:
+            remote.store_folder(builder.data_path, address, SIGN)
         builder = open_builder(data_dir, config)
     return read_back(builder, split)
 

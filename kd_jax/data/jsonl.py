@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kd_jax import untrusted
+from kd_jax import remote, untrusted
 
 MAX_LINE = 16 * untrusted.MIB
 MAX_BLANK = 10_000
@@ -26,7 +26,7 @@ def source(
     """Splits train and validation.
 
     Args:
-      path: a .jsonl or .jsonl.gz file.
+      path: a .jsonl or .jsonl.gz file, here or at an address.
       prompt_field: the field of the prompt.
       response_field: the field of the response.
       context_field: the field of the context; empty: there is none.
@@ -41,7 +41,7 @@ def source(
     fields = {"prompt": prompt_field, "response": response_field}
     if context_field:
         fields["context"] = context_field
-    files = [Path(p).expanduser() for p in (path, validation_path) if p]
+    files = [remote.local_file(p) for p in (path, validation_path) if p]
     fingerprint = digest(files, str((fields, validation_fraction if not validation_path else "")))
 
     def rows(held_out: bool) -> Iterator[dict[str, str]]:

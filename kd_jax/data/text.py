@@ -1,9 +1,9 @@
 """Plain text files, for packing to length."""
 
-import glob
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from kd_jax import remote
 from kd_jax.data import jsonl
 
 PIECE = 64 * 1024
@@ -24,10 +24,10 @@ def source(
     patterns = [path] if isinstance(path, str) else list(path)
     files: list[Path] = []
     for pattern in patterns:
-        matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        matches = remote.matches(pattern)
         if not matches:
             raise ValueError(f"no file matches data.options.path={pattern!r}.")
-        files += map(Path, matches)
+        files += map(remote.local_file, matches)
 
     def rows(held_out: bool) -> Iterator[dict[str, str]]:
         for file in files:
