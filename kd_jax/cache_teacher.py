@@ -20,12 +20,12 @@ from jaxtyping import Array
 
 from kd_jax import data, main, metrics, remote, rollouts, sharding
 from kd_jax import teacher_cache_files as files
-from kd_jax.models.safetensors_io import read_json
 from kd_jax.objectives import make_terms
 from kd_jax.setup import check_mesh, check_numbers, load_models, load_tokenizer
 from kd_jax.setup_cache import check_use, made_from
 from kd_jax.setup_rows import check_length, load_rows, make_source
 from kd_jax.teacher_cache import KINDS, coarsen
+from kd_jax.untrusted import read_json
 
 flags.DEFINE_alias("out", "workdir")
 KIND = flags.DEFINE_enum(
