@@ -2,11 +2,13 @@
 
 Or python -m tests.hosts main STEP FLAGS: the command line, with an error before the step, if there is one.
 
-SPEC is JSON: {"processes": "" or ADDRESS:PORT,COUNT,INDEX, "data_dir": ..., "mesh": {...}, "folder": for what is written}.
+SPEC is JSON: {"processes": "" or ADDRESS:PORT,COUNT,INDEX, "data_dir": ..., "mesh": {...}, "folder": for the
+saved model, "workdirs": for checkpoints, [...]}.
 """
 
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import jax
@@ -14,7 +16,7 @@ import numpy as np
 from absl import app
 
 from configs import base
-from kd_jax import evaluate, main, metrics, models, sharding, train
+from kd_jax import checkpoint, evaluate, main, metrics, models, sharding, train
 from kd_jax.models import huggingface_save
 from kd_jax.models.safetensors_io import Reader
 from kd_jax.setup import folder
@@ -88,23 +90,43 @@ def losses(run, steps):
     return found
 
 
+def part(workdir, data_dir, changes):
+    """DistiLLM's six steps, or after the third, where it is saved the rest: losses, rows, and where the data then is."""
+    run = train.build(smoke("distillm", data_dir, steps=6, prefixes__threshold=0.9, **changes))
+    found = {"losses": [], "rows": []}
+    saved = checkpoint.has_steps(workdir)
+    with checkpoint.open_manager(workdir, 1) as manager:
+        state = checkpoint.restore(manager, run.abstract_state, run.feed)[0] if saved else run.init_state()
+        for step in range(3 if saved else 0, 6):
+            rows = run.feed.next(step, state.params)
+            state, sums = run.train_step(state, run.models.teacher_params, run.put(rows))
+            found["losses"].append(float(sums["loss"][0]))
+            found["rows"].append([zlib.crc32(np.ascontiguousarray(row).tobytes()) for row in rows["targets"]])
+            if step == 2:
+                run.feed.observe(8.0)
+                checkpoint.save(manager, 3, state, run.feed)
+    position = run.feed.get_state()
+    position["store"] = {name: array for name, array in position["store"].items() if name != "log_probs"}
+    return found | {"position": json.loads(json.dumps(position))}
+
+
 def look(spec):
-    """All of the above, on the spec's mesh, and the losses of one that has a part of each row on every device."""
-    changes = {f"mesh__{name}": size for name, size in spec["mesh"].items()}
-    config = smoke("forward_kl", spec["data_dir"], steps=4, **changes)
-    base.set_terms(config, token=base.term(), sequence=base.term(average="sequence"))
-    run = train.build(config)
-    found = {"unequal": unequal(run)}
-    model, params, found["load"] = load(run.mesh)
-    found["gathered"] = save(Path(spec["folder"]), model, params)
-    wide = dict(mesh__data=1, mesh__tensor=len(jax.devices()))
-    found["tensor"] = losses(train.build(smoke("forward_kl", spec["data_dir"], steps=4, **wide)), 4)
-    return found
+    """What `load`, `save`, `unequal` and `losses` find, and `part` for each work directory."""
+    changes, found = {f"mesh__{name}": size for name, size in spec["mesh"].items()}, {}
+    if spec["folder"]:
+        config = smoke("forward_kl", spec["data_dir"], steps=4, **changes)
+        base.set_terms(config, token=base.term(), sequence=base.term(average="sequence"))
+        run = train.build(config)
+        model, params, read = load(run.mesh)
+        found = {"unequal": unequal(run), "load": read, "gathered": save(Path(spec["folder"]), model, params)}
+        wide = dict(mesh__data=1, mesh__tensor=len(jax.devices()))
+        found["tensor"] = losses(train.build(smoke("forward_kl", spec["data_dir"], steps=4, **wide)), 4)
+    return found | {"parts": [part(workdir, spec["data_dir"], changes) for workdir in spec["workdirs"]]}
 
 
 def command_line(raise_at):
     """`kd_jax.main` with these flags, but impatient, and with an error before some step."""
-    main.ARRIVE, main.HEARTBEAT = 20, 10
+    main.ARRIVE, main.HEARTBEAT = 8, 10
     put, steps = train.Run.put, iter(range(1, 10**9))
 
     def fail(run, batch):
