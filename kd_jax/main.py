@@ -16,7 +16,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kd_jax import loop, sharding, train
+from kd_jax import directory, loop, sharding, train
 from kd_jax.resolve import nearest
 
 # Configs lock the keys that they declare, so that a typo is an error; only specs ({"name": ..., ...}) take new ones.
@@ -53,7 +53,10 @@ def main(argv: list[str]) -> None:
         raise
     except (Exception, KeyboardInterrupt) as error:
         if not jax.distributed.is_initialized():
-            raise
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            print("\nkd_jax: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+            sys.exit(130)  # as shells have it
         traceback.print_exc()
         leave(f"{type(error).__name__}: {error}")
 
@@ -175,12 +178,14 @@ def parse(argv: list[str]) -> list[str]:
             hint = nearest(path.stem, [file.stem for file in path.parent.glob("*.py")])
             sys.exit(f"kd_jax: there is no config file {path}{hint}.")
         # A locked ConfigDict shows all its fields before it says which one was meant.
-        sys.exit(
-            "kd_jax: "
-            + re.sub(
-                r"Other fields present:.*(?=Did you mean)|Other fields present:.*", "", str(error), flags=re.DOTALL
-            ).strip("'\"")
-        )
+        others = r"Other fields present:.*(?=Did you mean)|Other fields present:.*"
+        said = re.sub(others, "", str(error), flags=re.DOTALL).strip("'\" ")
+        if key := re.search(r'Key "(\w+)" does not exist', said):  # perhaps it does, somewhere else
+            config = flags.FLAGS["config"].value
+            names = directory.flat(config.to_dict()) if config else {}
+            if places := [name for name in names if name.rpartition(".")[2] == key[1]]:
+                said = f"there is no key {key[1]!r} there; there is {', '.join(places)}."
+        sys.exit(f"kd_jax: {said}")
 
 
 if __name__ == "__main__":
