@@ -71,7 +71,10 @@ def test_a_checkpoint_goes_once_its_successor_is_whole_there(tmp_path, store, mo
     monkeypatch.setattr(system, "put_file", put)
     copy.push()
     assert names() == ["checkpoints/2/a", "metrics.jsonl"] and system.cat("/bucket/metrics.jsonl") == b"one\ntwo"
-    assert order == ["/bucket/metrics.jsonl", "/bucket/checkpoints/2/a"], "what has not changed is not copied again"
+    assert order == ["/bucket/metrics.jsonl", "/bucket/checkpoints/2/a"]
+    monkeypatch.setattr(system, "put_file", fails)
+    copy.push()
+    assert len(order) == 2, "what has not changed is not copied again"
 
 
 def test_another_machine_finds_what_the_first_left(tmp_path, store):
