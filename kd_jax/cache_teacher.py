@@ -5,6 +5,7 @@ that counts. A run with --config.teacher.cache=FOLDER then needs no teacher. A c
 """
 
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,12 @@ from jaxtyping import Array
 
 from kd_jax import data, main, metrics, remote, rollouts, sharding
 from kd_jax import teacher_cache_files as files
-from kd_jax.models.safetensors_io import read_json
 from kd_jax.objectives import make_terms
 from kd_jax.setup import check_mesh, check_numbers, load_models, load_tokenizer
 from kd_jax.setup_cache import check_use, made_from
 from kd_jax.setup_rows import check_length, load_rows, make_source
 from kd_jax.teacher_cache import KINDS, coarsen
+from kd_jax.untrusted import read_json
 
 flags.DEFINE_alias("out", "workdir")
 KIND = flags.DEFINE_enum(
@@ -88,7 +89,8 @@ def write(
         "hidden_size": loaded.teacher.config.hidden_size,
         "head": files.TIED if loaded.teacher.config.tie_embeddings else files.UNTIED,
         "teacher": {
-            "path": config.teacher.path, "dtype": config.teacher.dtype, "config": str(loaded.teacher.config),
+            "path": config.teacher.path, "dtype": config.teacher.dtype, "weights": config.teacher.weights,
+            "config": str(loaded.teacher.config),
             "fingerprint": rollouts.fingerprint(loaded.teacher_params, str(loaded.teacher.config)),
         },
         "splits": {
@@ -187,7 +189,7 @@ def _records(
         placed = {name: batch[name] for name in ("tokens", "mask")}
         placed["index"] = np.array(some + [0] * (share - len(some)), np.int32)
         values = read(sharding.put_batch(mesh, placed | {"mask": batch["mask"] > 0}), split)
-        values = {name: _own(array) for name, array in values.items()}
+        values = {name: _own(array, share) for name, array in values.items()}
         done()
         for place, index in enumerate(some):
             counted = batch["loss_mask"][place]
@@ -195,10 +197,14 @@ def _records(
             yield files.record(manifest, rows, index, _merged(its) if manifest["kind"] == "samples" else its)
 
 
-def _own(array: jax.Array) -> np.ndarray:
+def _own(array: jax.Array, share: int) -> np.ndarray:
     """This process's rows of a batch's array: the reverse of `sharding.put_batch`."""
     shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
-    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+    rows = np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+    if len(rows) == share:
+        return rows
+    # Its devices have rows of others, since `tensor` is wider than what it has.
+    return sharding.fetch_whole(array)[jax.process_index() * share : (jax.process_index() + 1) * share]
 
 
 def _make_read(teacher: Any, manifest: files.Manifest, mesh: jax.sharding.Mesh) -> Callable[..., dict[str, jax.Array]]:
@@ -289,7 +295,12 @@ def run(argv: list[str]) -> None:
         main.join(main.PROCESSES.value)
         write(main.CONFIG.value, str(main.WORKDIR.value), KIND.value, K.value, POWER.value, PART_ROWS.value)
     except (ValueError, OSError) as error:
-        sys.exit(f"kd_jax: {error}")
+        main.leave(str(error))
+    except (Exception, KeyboardInterrupt) as error:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        main.leave(f"{type(error).__name__}: {error}")  # the others wait for none of this process's parts
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def sentence(found: dict[str, float]) -> str:
 
 @partial(jax.jit, static_argnames=("teacher", "vocab_size", "chunk", "mesh"))
 def _values(teacher: Any, params: Any, whole: Any, batch: dict[str, Array], **options: Any) -> Array:
-    def values(log_p: Array, log_q: Array) -> Array:
+    def values(log_p: Array, seen: Array, log_q: Array) -> Array:
         agree = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
         largest = jnp.abs(jnp.where(log_p > -jnp.inf, log_p - log_q, 0)).max(axis=-1)
         return jnp.stack([forward_kl(log_p, log_q), agree.astype(log_q.dtype), largest], axis=-1)

@@ -14,7 +14,6 @@ from array_record.python.array_record_module import ArrayRecordReader
 from safetensors import SafetensorError, safe_open
 
 from kd_jax import data, sharding
-from kd_jax.models.safetensors_io import read_json
 from kd_jax.teacher_cache import KINDS, CachedTeacher
 from kd_jax.teacher_cache_files import (
     HEAD,
@@ -32,6 +31,7 @@ from kd_jax.teacher_cache_files import (
     part_sizes,
     row_hash,
 )
+from kd_jax.untrusted import read_json
 
 OPEN_PARTS = 128  # files that are kept open for random reads
 
@@ -107,8 +107,13 @@ class Cache:
         """What a step compares with."""
         return CachedTeacher(self.kind, self.manifest["head"] == TIED)
 
-    def load_params(self, mesh: jax.sharding.Mesh) -> Any:
-        """The output matrix on the mesh, in the tree that it has in a model; {} where no hidden states are kept."""
+    def load_params(self, mesh: jax.sharding.Mesh, layout: str) -> Any:
+        """The output matrix on the mesh, in the tree that it has in a model; {} where no hidden states are kept.
+
+        Args:
+          mesh: of the run.
+          layout: as in `sharding.tree_shardings`.
+        """
         if self.kind != "hidden":
             return {}
         path, name = self.folder / HEAD, self.manifest["head"]
@@ -122,7 +127,8 @@ class Cache:
                     raise ValueError(
                         f"{path}: the output matrix has the shape {shape}, which fits no hidden state here."
                     )
-                placed = sharding.tree_shardings(mesh, {group: {leaf: jax.ShapeDtypeStruct(shape, jnp.float32)}})
+                tree = {group: {leaf: jax.ShapeDtypeStruct(shape, jnp.float32)}}
+                placed = sharding.tree_shardings(mesh, tree, layout)
                 array = jax.make_array_from_callback(shape, placed[group][leaf], lambda index: matrix[index])
                 return {group: {leaf: array}}
         except (SafetensorError, OSError) as error:

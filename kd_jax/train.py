@@ -143,7 +143,9 @@ def build(config: Any) -> Run:
     tokenizer = load_tokenizer(config)
     loaded = load_models(config, tokenizer, mesh, any(term.needs_teacher for term in terms))
     if cache:
-        loaded = dataclasses.replace(loaded, cached=cache.teacher, teacher_params=cache.load_params(mesh))
+        loaded = dataclasses.replace(
+            loaded, cached=cache.teacher, teacher_params=cache.load_params(mesh, config.teacher.sharding)
+        )
         terms = cache.teacher.terms(terms)
     check_length(config, loaded)
     counts = {}

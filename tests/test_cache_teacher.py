@@ -1,7 +1,6 @@
 """Teachers' caches: what is kept is right, is found again or refused, and trains as the teacher itself would."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from kd_jax import teacher_cache_files as files
 from kd_jax.teacher_cache import Draws, coarsen, sampled_forward_kl
 from kd_jax.teacher_cache_read import Cache
 from tests.runs import smoke
+from tests.test_processes import environment, free_port
 
 pytestmark = pytest.mark.usefixtures("one_device")
 PACKAGES = dict(data__options__packages=("optax",))  # 464 rows
@@ -454,17 +454,19 @@ def test_a_whole_run_goes_on_bit_for_bit(kind, caches, data_dir, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_two_processes_write_together_what_one_writes(caches, data_dir, tmp_path):
-    whole, port = caches("top_k"), 12741
+@pytest.mark.parametrize("mesh", ["data", "tensor"])  # the latter: each process has a part of every row
+def test_two_processes_write_together_what_one_writes(mesh, caches, data_dir, tmp_path):
+    whole, port = caches("top_k"), free_port()
     command = [
         sys.executable, "-m", "kd_jax.cache_teacher", "--config=configs/forward_kl.py:smoke", "--kind=top_k", f"--k={K}",
         f"--out={tmp_path / 'cache'}", "--part_rows=100", f"--config.data.data_dir={data_dir}",
-        "--config.data.options.packages=('optax',)", "--config.mesh.data=2",
+        "--config.data.options.packages=('optax',)", "--config.mesh.data=-1",
+        f"--config.mesh.{mesh}=2",
     ]  # fmt: skip
     processes = [
         subprocess.Popen(
             [*command, f"--processes=127.0.0.1:{port},2,{i}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=1"), text=True,
+            env=environment(1), text=True,
         )
         for i in range(2)
     ]  # fmt: skip

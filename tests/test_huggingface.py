@@ -260,7 +260,7 @@ CONFIG_ERRORS = [
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, r"expected \['LlamaForCausalLM'\]"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is in use"),
     ("llama", {"hidden_size": "absent"}, "'hidden_size' is missing"),
-    ("llama", {"num_hidden_layers": "3"}, "num_layers='3' must be a whole number"),
+    ("llama", {"num_hidden_layers": "3"}, "num_hidden_layers = '3' is not supported; expected a whole number"),
     (
         "llama",
         {"num_attention_heads": 5, "head_dim": "absent"},

@@ -34,6 +34,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--lines", type=int, default=400, help="of the data, the first so many")
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument(
+        "--stages", default="write,gradients,runs,times", help="what is done; the rest is read from results.jsonl"
+    )
     args = parser.parse_args()
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,18 +60,24 @@ def main() -> None:
         return config
 
     where = {name: str(folder / name.replace(", ", "_").replace(" ", "")) for name in CACHES}
-    lines = [{"cache": "online"}]
-    for name, (kind, k) in CACHES.items():
-        start = time.perf_counter()
-        manifest = cache_teacher.write(configured(), where[name], kind, k)
-        tokens = sum(split["tokens"] for split in manifest["splits"].values())
-        size = sum(file.stat().st_size for file in Path(where[name]).rglob("*.array_record"))
-        lines.append({"cache": name, "tokens": tokens, "bytes_per_token": size / tokens})
-        lines[-1]["seconds_to_write"] = time.perf_counter() - start
-    gradients(lines, configured, where)
-    runs(lines, configured, where)
-    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = folder / "results.jsonl"
+    lines = [{"cache": name} for name in ("online", *CACHES)]
+    if results.exists():
+        lines = [json.loads(line) for line in results.read_text().splitlines()]
+    for stage in args.stages.split(","):
+        {"write": write, "gradients": gradients, "runs": runs, "times": times}[stage](lines, configured, where)
+        results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(table(lines))
+
+
+def write(lines: list, configured, where: dict) -> None:
+    """Writes the caches; adds what they take up."""
+    for line in lines[1:]:
+        kind, k = CACHES[line["cache"]]
+        manifest = cache_teacher.write(configured(), where[line["cache"]], kind, k)
+        tokens = sum(split["tokens"] for split in manifest["splits"].values())
+        size = sum(file.stat().st_size for file in Path(where[line["cache"]]).rglob("*.array_record"))
+        line |= {"tokens": tokens, "bytes_per_token": size / tokens}
 
 
 def gradients(lines: list, configured, where: dict) -> None:
@@ -105,23 +114,41 @@ def gradients(lines: list, configured, where: dict) -> None:
 
 
 def runs(lines: list, configured, where: dict) -> None:
-    """Adds each run's losses, seconds a step, and its student measured with the online teacher."""
+    """Adds each run's losses, and its student measured with the online teacher."""
     online = train.build(configured())
     for line in lines:
         name = line["cache"]
         if name not in TRAINED:
             continue
         run = online if name == "online" else train.build(configured(where[name]))
-        state, losses, seconds = run.init_state(), [], []
+        state, losses = run.init_state(), []
         for step in range(run.config.steps):
-            batch = jax.block_until_ready(run.batch(step, state.params))
-            start = time.perf_counter()
-            state, sums = run.train_step(state, run.models.teacher_params, batch)
+            state, sums = run.train_step(state, run.models.teacher_params, run.batch(step, state.params))
             losses.append(float(sums["loss"][0]))
-            seconds.append(time.perf_counter() - start)
-        line |= {"losses": losses, "seconds_per_step": statistics.median(seconds[2:])}
-        line |= {"held_out": online.evaluate(state.params), "by_the_cache": run.evaluate(state.params)}
-        print(name, line["losses"][-1], line["seconds_per_step"], flush=True)
+        line |= {
+            "losses": losses,
+            "held_out": online.evaluate(state.params),
+            "by_the_cache": run.evaluate(state.params),
+        }
+        print(name, line["losses"][-1], flush=True)
+
+
+def times(lines: list, configured, where: dict) -> None:
+    """Adds the CPU seconds of a step, the median of five after the first, of one batch."""
+    for line in lines:
+        name = line["cache"]
+        if name not in TRAINED:
+            continue
+        run = train.build(configured(where.get(name, "")))
+        state, seconds = run.init_state(), []
+        batch = run.batch(0, state.params)
+        for _ in range(6):
+            start = time.process_time()
+            state, sums = run.train_step(state, run.models.teacher_params, batch)
+            jax.block_until_ready((state, sums))
+            seconds.append(time.process_time() - start)
+        line["cpu_seconds_per_step"] = statistics.median(seconds[1:])
+        print(name, line["cpu_seconds_per_step"], flush=True)
 
 
 def table(lines: list) -> str:
@@ -139,7 +166,8 @@ def table(lines: list) -> str:
     steps += [[str(i + 1), *(f"{line['losses'][i]:.4f}" for line in trained)] for i in range(len(trained[0]["losses"]))]
     for what in ("forward_kl", "reverse_kl", "cross_entropy"):
         steps.append([f"held out: {what}", *(f"{line['held_out'][what]:.4f}" for line in trained)])
-    steps.append(["seconds a step", *(f"{line['seconds_per_step']:.2f}" for line in trained)])
+    if all("cpu_seconds_per_step" in line for line in trained):
+        steps.append(["CPU seconds a step", *(f"{line['cpu_seconds_per_step']:.1f}" for line in trained)])
     return metrics.table(rows) + "\n\n" + metrics.table(steps)
 
 

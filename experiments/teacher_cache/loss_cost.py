@@ -1,0 +1,49 @@
+"""CPU time of the loss, value and gradient, with each kind of cache: PYTHONPATH=. python experiments/teacher_cache/loss_cost.py"""
+
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax import divergences
+from kd_jax.head_loss import token_sum
+from kd_jax.teacher_cache import CachedTeacher, sampled_forward_kl
+
+TOKENS, VOCABULARY, WIDTH = 1024, 49152, 576
+
+
+def main() -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden, teacher_hidden = jax.random.normal(keys[0], (2, 1, TOKENS, WIDTH))
+    head, teacher_head = 0.05 * jax.random.normal(keys[1], (2, VOCABULARY, WIDTH))
+    coefficient = jnp.ones((1, TOKENS))
+    cases = {"hidden": ((), (teacher_hidden, teacher_head))}
+    for kind, k in (("top_k", 16), ("top_k", 64), ("top_k", 256), ("samples", 16), ("samples", 64)):
+        ids = jax.random.permutation(keys[2], VOCABULARY)[: TOKENS * k % VOCABULARY or k]
+        ids = jnp.resize(ids, (1, TOKENS, k))
+        if kind == "top_k":
+            kept = ids, jax.nn.log_softmax(jax.random.normal(keys[3], (1, TOKENS, k + 1)))
+        else:
+            kept = ids, jnp.full((1, TOKENS, k), 1 / k), jnp.ones((1, TOKENS))
+        cases[f"{kind}, {k}"] = kept, (None, None)
+    for name, (kept, teacher) in cases.items():
+        see = CachedTeacher(name.split(",")[0]).see
+        divergence = sampled_forward_kl if name.startswith("samples") else divergences.forward_kl
+        loss = lambda log_p, log_q, *its, see=see, divergence=divergence: divergence(*see(log_p, log_q, *its))
+
+        def total(hidden, head, teacher, kept, loss=loss):
+            return token_sum(loss, hidden, head, *teacher, coefficient, *kept, tied=(True, True))[0]
+
+        step = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+        jax.block_until_ready(step(hidden, head, teacher, kept))
+        found = []
+        for _ in range(5):
+            start = time.process_time()
+            jax.block_until_ready(step(hidden, head, teacher, kept))
+            found.append(time.process_time() - start)
+        print(json.dumps({"cache": name, "cpu_seconds": round(min(found), 3)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
