@@ -71,7 +71,10 @@ def test_a_checkpoint_goes_once_its_successor_is_whole_there(tmp_path, store, mo
     monkeypatch.setattr(system, "put_file", put)
     copy.push()
     assert names() == ["checkpoints/2/a", "metrics.jsonl"] and system.cat("/bucket/metrics.jsonl") == b"one\ntwo"
-    assert order == ["/bucket/metrics.jsonl", "/bucket/checkpoints/2/a"], "what has not changed is not copied again"
+    assert order == ["/bucket/metrics.jsonl", "/bucket/checkpoints/2/a"]
+    monkeypatch.setattr(system, "put_file", fails)
+    copy.push()
+    assert len(order) == 2, "what has not changed is not copied again"
 
 
 def test_another_machine_finds_what_the_first_left(tmp_path, store):
@@ -264,3 +267,23 @@ def test_a_run_at_s3_goes_on_on_another_machine(tmp_path, data_dir, monkeypatch)
         assert list(load()) == first and system.exists("bucket/built")
     finally:
         server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(name in os.environ for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")),
+    reason="needs fake-gcs-server, its address in STORAGE_EMULATOR_HOST and TENSORSTORE_GCS_HTTP_URL, and a bucket kd-jax-test",
+)
+@pytest.mark.filterwarnings("ignore")  # gcsfs misses credentials
+def test_a_run_at_gs_goes_on_on_another_machine_with_orbax_own_checkpoints(tmp_path, data_dir, monkeypatch):
+    system = fsspec.filesystem("gs")
+    if system.exists("kd-jax-test/run"):
+        system.rm("kd-jax-test/run", recursive=True)
+    get = lambda url, folder: remote.Copy(*remote.filesystem(url), remote.Path(folder)).pull()
+    goes_on("gs://kd-jax-test", tmp_path, data_dir, monkeypatch, get)
+    assert system.exists("kd-jax-test/run/checkpoints/4/commit_success.txt")
+    system.rm_file("kd-jax-test/run/checkpoints/4/commit_success.txt")
+    assert checkpoint.has_steps("gs://kd-jax-test/run")
+    system.rm_file("kd-jax-test/run/checkpoints/3/commit_success.txt")
+    system.invalidate_cache()
+    assert not checkpoint.has_steps("gs://kd-jax-test/run"), "a save that was cut off is no checkpoint"
