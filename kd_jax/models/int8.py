@@ -31,9 +31,9 @@ def quantise(matrix: Float[Array, "in out"]) -> qwix.QArray:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> found = quantise(jnp.array([[127.0, 0.5], [-64.0, 0.25]]))
+      >>> found = quantise(jnp.array([[127.0, 0.5], [-64.0, 0.125]]))
       >>> found.qvalue.tolist(), found.scale.shape
-      ([[127, 127], [-64, 64]], (1, 2))
+      ([[127, 127], [-64, 32]], (1, 2))
     """
     placed = None
     if isinstance(matrix.sharding, NamedSharding):
