@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from kd_jax import comparison, directory, main, metrics, plots, report, train
+from kd_jax import comparison, directory, main, metrics, plots, remote, report, train
 
 Point = dict[str, Any]  # an axis's label -> its value
 _SHARD = flags.DEFINE_string(
@@ -140,7 +140,13 @@ def _main(argv: list[str]) -> None:
         part, _, parts = _SHARD.value.partition("/")
         if not (part.isdigit() and parts.isdigit()):
             raise ValueError(f"--shard={_SHARD.value!r} must be I/N, such as 0/2.")
-        print(run(main.CONFIG.value, str(main.WORKDIR.value), (int(part), int(parts))))
+        workdir = str(main.WORKDIR.value)
+        if remote.is_remote(workdir) and int(parts) > 1:
+            raise ValueError(
+                f"--shard={_SHARD.value}: processes beside each other need one folder for all, not {workdir}."
+            )
+        with remote.work_directory(workdir) as (folder, _):
+            print(run(main.CONFIG.value, folder, (int(part), int(parts))))
     except (ValueError, OSError) as error:
         sys.exit(f"kd_jax.ablate: {error}")
 

@@ -18,14 +18,14 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from jaxtyping import Array
 
-from kd_jax import data, main, metrics, rollouts, sharding
+from kd_jax import data, main, metrics, remote, rollouts, sharding
 from kd_jax import teacher_cache_files as files
-from kd_jax.models.safetensors_io import read_json
 from kd_jax.objectives import make_terms
 from kd_jax.setup import check_mesh, check_numbers, load_models, load_tokenizer
 from kd_jax.setup_cache import check_use, made_from
 from kd_jax.setup_rows import check_length, load_rows, make_source
 from kd_jax.teacher_cache import KINDS, coarsen
+from kd_jax.untrusted import read_json
 
 flags.DEFINE_alias("out", "workdir")
 KIND = flags.DEFINE_enum(
@@ -79,7 +79,7 @@ def write(
     }
     rows = {split: its.rows if isinstance(its, data.Packed) else its for split, its in rows.items()}
     temperatures = {"train": config.objective.temperature, "held_out": 1.0}  # which evaluations are at
-    where = Path(folder).expanduser()
+    where = remote.local_folder(folder)
     manifest: files.Manifest = {
         "version": files.VERSION,
         "kind": kind,

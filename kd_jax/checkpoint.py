@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from kd_jax import sharding
+from kd_jax import remote, sharding
 from kd_jax.checksum import checksums
 
 DAMAGED = "damaged"
@@ -24,15 +24,25 @@ def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
       workdir: checkpoints go to its folder `checkpoints`; a folder of a step exists only when it is complete.
       keep: how many of the newest are kept; an older one goes when its successor is complete.
     """
-    folder = epath.Path(workdir).absolute() / "checkpoints"
+    folder = epath.Path(workdir) / "checkpoints"
+    folder = (
+        folder if remote.is_remote(workdir) else folder.absolute()
+    )  # which an address has no need of, and does not survive
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
     return ocp.CheckpointManager(folder, options=options, item_names=("state", "data"))
 
 
 def has_steps(workdir: str) -> bool:
     """Whether a work directory has a checkpoint to go on from."""
-    folder = epath.Path(workdir) / "checkpoints"
-    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+    return bool(_complete_steps(epath.Path(workdir) / "checkpoints"))
+
+
+def _complete_steps(folder: epath.Path) -> list[int]:
+    """Where names cannot be given at the end, as on gs://, orbax leaves a file in what is complete."""
+    if not folder.exists():
+        return []
+    sign = "commit_success.txt" if remote.is_remote(folder) else ""
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit() and (path / sign).exists()]
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any) -> None:
@@ -70,7 +80,7 @@ def _errors_of_writing(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of a thread, and of whatever type its storage has for a full disk
-        good = [int(path.name) for path in epath.Path(manager.directory).iterdir() if path.name.isdigit()]
+        good = _complete_steps(epath.Path(manager.directory))
         last = f"the last good one is of step {max(good)}" if good else "there is none yet"
         raise OSError(
             f"a checkpoint could not be written to {manager.directory}; {last}. Make room, or whatever else is in the way, and "

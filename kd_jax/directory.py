@@ -57,7 +57,7 @@ def config_difference(workdir: str, config: dict[str, Any]) -> list[str] | None:
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
         return None
-    old, new = _flat(json.loads(path.read_text())), _flat(json.loads(json.dumps(config)))
+    old, new = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(config)))
     absent = "(absent)"
     return [
         f"{key}: {old.get(key, absent)!r} there, {new.get(key, absent)!r} now"
@@ -110,7 +110,8 @@ def _foreign_files(folder: epath.Path) -> list[str]:
     return [path.name for path in folder.iterdir() if not path.name.startswith(PARTIAL) and path.name != LOCK]
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A config's nested dicts as one, {"data.batch_size": ...}."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
+    return {k: v for name, sub in tree.items() for k, v in flat(sub, f"{prefix}.{name}" if prefix else name).items()}

@@ -1,19 +1,22 @@
 """python -m kd_jax.main --config=configs/METHOD.py[:SETTING] --workdir=DIR [--config.KEY=VALUE ...]"""
 
+import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
 import traceback
+import zlib
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from kd_jax import loop, train
+from kd_jax import directory, loop, sharding, train
 from kd_jax.resolve import nearest
 
 # Configs lock the keys that they declare, so that a typo is an error; only specs ({"name": ..., ...}) take new ones.
@@ -41,6 +44,7 @@ def main(argv: list[str]) -> None:
     use_cache()
     try:
         join(PROCESSES.value)
+        check_same(CONFIG.value.to_dict(), str(WORKDIR.value))
         train.train(CONFIG.value, str(WORKDIR.value))
     except (ValueError, FloatingPointError, OSError) as error:
         leave(str(error))
@@ -49,7 +53,10 @@ def main(argv: list[str]) -> None:
         raise
     except (Exception, KeyboardInterrupt) as error:
         if not jax.distributed.is_initialized():
-            raise
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            print("\nkd_jax: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+            sys.exit(130)  # as shells have it
         traceback.print_exc()
         leave(f"{type(error).__name__}: {error}")
 
@@ -60,25 +67,25 @@ def use_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/kd_jax/xla"))
 
 
-def join(processes: str, arrive: int = ARRIVE, heartbeat: int = HEARTBEAT) -> None:
+def join(processes: str) -> None:
     """Meets the other processes of the run, before anything touches a device.
 
-    From then on, by JAX's own service, all stop within `heartbeat` seconds if one of them dies.
+    From then on, by JAX's own service, all stop within HEARTBEAT seconds if one of them dies.
 
     Args:
       processes: empty: a TPU pod's and SLURM's processes meet, any other is alone; alone: it is; auto: whatever JAX can find
         must be there; or ADDRESS:PORT,COUNT,INDEX, the address that of the process 0.
-      arrive: seconds that they wait for each other.
-      heartbeat: seconds without a sign of life after which a process is dead.
 
     Raises:
       ValueError: something else.
     """
+    address = count = index = None  # JAX finds them
     parts = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", processes)
     if parts and int(parts[3]) < int(parts[2]):
-        who, where = (parts[1], int(parts[2]), int(parts[3])), parts[1]
+        address, count, index = parts[1], int(parts[2]), int(parts[3])
+        where = address
     elif processes in ("", "auto"):
-        who, where = (), _cluster()
+        where = _cluster()
         if not processes and not where:
             return
     elif processes == "alone":
@@ -88,11 +95,13 @@ def join(processes: str, arrive: int = ARRIVE, heartbeat: int = HEARTBEAT) -> No
             f"--processes={processes!r} must be auto, alone, or ADDRESS:PORT,COUNT,INDEX with INDEX below COUNT."
         )
     # JAX ends a process that waits in vain without saying where it did.
-    late = threading.Timer(arrive, _give_up, (where or processes, arrive))
+    late = threading.Timer(ARRIVE, _give_up, (where or processes,))
     late.daemon = True
     late.start()
     try:
-        jax.distributed.initialize(*who, initialization_timeout=arrive + 30, heartbeat_timeout_seconds=heartbeat)
+        jax.distributed.initialize(
+            address, count, index, initialization_timeout=ARRIVE + 30, heartbeat_timeout_seconds=HEARTBEAT
+        )
     except (ValueError, OSError) as error:
         # JAX finds nothing here, or a TPU has no service that knows its pod.
         if processes or where != TPU:
@@ -101,10 +110,26 @@ def join(processes: str, arrive: int = ARRIVE, heartbeat: int = HEARTBEAT) -> No
     finally:
         late.cancel()
     if jax.process_count() > 1:
+        # JAX ends a process by abort() after it has said that another one died: absl would add the stacks of all threads.
+        signal.signal(signal.SIGABRT, signal.SIG_DFL)
         print(
             f"kd_jax: process {jax.process_index()} of {jax.process_count()}, through {where or processes}; if one dies, all "
-            f"stop within {heartbeat} s.", file=sys.stderr, flush=True,
+            f"stop within {HEARTBEAT} s.", file=sys.stderr, flush=True,
         )  # fmt: skip
+
+
+def check_same(*what: Any) -> None:
+    """Whether all processes were told the same: tasks of SLURM's may be meant as runs of their own.
+
+    Raises:
+      ValueError: they were not.
+    """
+    digest = zlib.crc32(json.dumps(what, sort_keys=True, default=str).encode()) >> 1
+    if sharding.least_of_processes(digest) != -sharding.least_of_processes(-digest):
+        raise ValueError(
+            f"the {jax.process_count()} processes have different configs or work directories; give all the same flags, or "
+            "each --processes=alone for runs of their own."
+        )
 
 
 def leave(problem: str) -> NoReturn:
@@ -125,12 +150,14 @@ def _cluster() -> str:
     """What starts this process together with others, if something does."""
     if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         return "SLURM"
-    return TPU if (jax.config.jax_platforms or "").startswith("tpu") else ""  # JAX sets it where it finds the chips
+    return (
+        TPU if (jax.config.values["jax_platforms"] or "").startswith("tpu") else ""
+    )  # JAX sets it where it finds the chips
 
 
-def _give_up(where: str, seconds: int) -> None:
+def _give_up(where: str) -> None:
     print(
-        f"kd_jax: not all processes met at {where} within {seconds} s. Each needs the same address, which is that of process "
+        f"kd_jax: not all processes met at {where} within {ARRIVE} s. Each needs the same address, which is that of process "
         "0 and open to the others, the same count, and an index of its own; --processes=alone runs without others.",
         file=sys.stderr, flush=True,
     )  # fmt: skip
@@ -151,12 +178,14 @@ def parse(argv: list[str]) -> list[str]:
             hint = nearest(path.stem, [file.stem for file in path.parent.glob("*.py")])
             sys.exit(f"kd_jax: there is no config file {path}{hint}.")
         # A locked ConfigDict shows all its fields before it says which one was meant.
-        sys.exit(
-            "kd_jax: "
-            + re.sub(
-                r"Other fields present:.*(?=Did you mean)|Other fields present:.*", "", str(error), flags=re.DOTALL
-            ).strip("'\"")
-        )
+        others = r"Other fields present:.*(?=Did you mean)|Other fields present:.*"
+        said = re.sub(others, "", str(error), flags=re.DOTALL).strip("'\" ")
+        if key := re.search(r'Key "(\w+)" does not exist', said):  # perhaps it does, somewhere else
+            config = flags.FLAGS["config"].value
+            names = directory.flat(config.to_dict()) if config else {}
+            if places := [name for name in names if name.rpartition(".")[2] == key[1]]:
+                said = f"there is no key {key[1]!r} there; there is {', '.join(places)}."
+        sys.exit(f"kd_jax: {said}")
 
 
 if __name__ == "__main__":

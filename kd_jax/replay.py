@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import data, directory, metrics, nonfinite, train
+from kd_jax import data, directory, metrics, nonfinite, remote, train
 
 
 def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
@@ -63,7 +63,8 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="which step, where several were saved; by default the last")
     args = parser.parse_args()
     try:
-        replay(args.workdir, args.step)
+        with remote.work_directory(args.workdir, writes=False, unread=remote.HEAVY) as (workdir, _):
+            replay(workdir, args.step)
     except (ValueError, OSError) as error:
         sys.exit(f"kd_jax.replay: {error}")
 

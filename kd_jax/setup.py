@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kd_jax import data, models, sharding
+from kd_jax import data, models, remote, sharding
 
 PACKAGED = "package:"
 INITS = ("random", "pretrained", "layers")
@@ -46,7 +46,7 @@ def folder(path: str) -> Path:
     """The folder that a config's path means; 'package:NAME' is one that ships with kd_jax."""
     if path.startswith(PACKAGED):
         return Path(__file__).parent / "assets" / path.removeprefix(PACKAGED)
-    return Path(path).expanduser()
+    return remote.local_folder(path)
 
 
 def check_numbers(config: Any) -> None:

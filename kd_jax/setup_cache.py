@@ -1,10 +1,9 @@
 """A config whose teacher is a cache: what it can be used for, and whether it is this run's."""
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
-from kd_jax import data, divergences, resolve
+from kd_jax import data, divergences, remote, resolve
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
 from kd_jax.teacher_cache_files import about_rows, differences
@@ -45,7 +44,7 @@ def open_cache(config: Any, terms: tuple[Term, ...], source: Source) -> Cache | 
             f"student.init='layers' takes layers of the teacher's own, and with teacher.cache={config.teacher.cache!r} there "
             f"is no model: save the student's folder where the teacher fits, and set student.init='pretrained' and student.path."
         )
-    cache = Cache.open(Path(config.teacher.cache).expanduser())
+    cache = Cache.open(remote.local_folder(config.teacher.cache))
     check_use(config, terms, source, cache.kind)
     wanted, written = config.objective.temperature, cache.manifest["splits"]["train"]["temperature"]
     if cache.kind != "hidden" and any(term.needs_teacher for term in terms) and wanted != written:

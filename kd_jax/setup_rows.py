@@ -1,14 +1,13 @@
 """The rows of a config: its dataset, its second stream, a teacher's responses, and the feed that serves them."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax import data, evaluate, metrics, prefixes, resolve, rollouts
+from kd_jax import data, evaluate, metrics, prefixes, remote, resolve, rollouts, sharding
 from kd_jax.feed import Author, Feed
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
@@ -212,12 +211,15 @@ def load_responses(
     settings |= {"seed": source.seed, "teacher": str(loaded.teacher.config), "dtype": config.teacher.dtype}
     settings["first prompts"] = encode(rows[:8])  # as template and tokenizer make them
     made_from = rollouts.fingerprint(loaded.teacher_params, [settings, prompts])
-    folder = Path(options.data_dir or data.DEFAULT_DIR).expanduser() / "kd_jax_responses" / made_from
-    path = rollouts.write_responses(
-        folder, rows, encode, sampler, loaded.teacher, loaded.teacher_params, batch_size=options.batch_size,
-        seed=source.seed, settings=settings | {"path": config.teacher.path, "data": options.name, "rows": len(rows)},
-        progress=lambda it: metrics.tqdm(it, desc="the teacher writes", unit="batch"),
-    )  # fmt: skip
+    where = f"{options.data_dir or data.DEFAULT_DIR}/kd_jax_responses/{made_from}"
+    with remote.folder_beside(where, writes=jax.process_index() == 0) as folder:
+        rollouts.write_responses(
+            folder, rows, encode, sampler, loaded.teacher, loaded.teacher_params, batch_size=options.batch_size,
+            seed=source.seed, settings=settings | {"path": config.teacher.path, "data": options.name, "rows": len(rows)},
+            progress=lambda it: metrics.tqdm(it, desc="the teacher writes", unit="batch"),
+        )  # fmt: skip
+    sharding.from_first_process(0)  # it has been copied
+    path = remote.local_file(f"{where}/responses.jsonl")
     if not path.stat().st_size:
         raise ValueError(
             f"none of the teacher's {len(rows)} responses ended within sampling.max_new_tokens={sampler.max_new_tokens}, and one "

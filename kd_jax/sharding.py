@@ -124,7 +124,7 @@ def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
     Where a process's devices need rows of others, since `tensor` is wider than what it has, all rows go to all.
     """
     sharding, ways = batch_sharding(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
-    parts = {index[0].start for index in sharding.addressable_devices_indices_map((ways,)).values()}
+    parts = set(map(str, sharding.addressable_devices_indices_map((ways,)).values()))
     if len(parts) * jax.process_count() == ways:
         return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
     whole = {name: np.concatenate(multihost_utils.process_allgather(array)) for name, array in batch.items()}

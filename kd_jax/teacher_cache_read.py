@@ -14,7 +14,6 @@ from array_record.python.array_record_module import ArrayRecordReader
 from safetensors import SafetensorError, safe_open
 
 from kd_jax import data, sharding
-from kd_jax.models.safetensors_io import read_json
 from kd_jax.teacher_cache import KINDS, CachedTeacher
 from kd_jax.teacher_cache_files import (
     HEAD,
@@ -32,6 +31,7 @@ from kd_jax.teacher_cache_files import (
     part_sizes,
     row_hash,
 )
+from kd_jax.untrusted import read_json
 
 OPEN_PARTS = 128  # files that are kept open for random reads
 

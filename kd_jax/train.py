@@ -21,6 +21,7 @@ from kd_jax import (
     metrics,
     prefixes,
     quantisation,
+    remote,
     resolve,
     results,
     rollouts,
@@ -194,7 +195,7 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
 
     Args:
       config: as in `build`.
-      workdir: of this run; made if it does not exist.
+      workdir: of this run, a path or an address such as gs://bucket/run; made if it does not exist.
       quiet: nothing is printed but what is wrong.
 
     Returns:
@@ -208,6 +209,8 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
     """
     resolved, first = config.to_dict(), jax.process_index() == 0
     with contextlib.ExitStack() as stack:
+        copied = remote.work_directory(workdir, jax.process_count(), writes=first)
+        workdir, saved = stack.enter_context(copied)  # of an address a local folder
         if first and epath.Path(workdir).is_dir():
             stack.enter_context(directory.alone(workdir))  # before anything that takes long
         directory.check(workdir, resolved)
@@ -216,12 +219,12 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
             stack.enter_context(directory.alone(workdir))
         rounding = quantisation.error(run)
         # A new run reads its student before it writes anything; a resumed one has no use for an initial state.
-        state = None if checkpoint.has_steps(workdir) else run.init_state()
+        state = None if checkpoint.has_steps(saved) else run.init_state()
         if first:
             directory.write_config(workdir, resolved)
             if rounding:
                 (epath.Path(workdir) / quantisation.FILE).write_text(json.dumps(rounding) + "\n")
-        manager = stack.enter_context(checkpoint.open_manager(workdir, config.keep_checkpoints))
+        manager = stack.enter_context(checkpoint.open_manager(saved, config.keep_checkpoints))
         if state is None:
             state, damaged = checkpoint.restore(manager, run.abstract_state, run.feed)
             for line in damaged:

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from kd_jax import models
+from kd_jax import models, sharding
 from kd_jax.models.families.fields import Llama3Scaling
 from kd_jax.models.safetensors_io import Reader
 
@@ -158,6 +158,19 @@ def test_shards_are_read_where_they_go_and_no_further(family, tmp_path, monkeypa
     assert max(size for name, size in reads if "mlp" in name and "weight" in name) <= 1 / 4
 
 
+def test_a_slice_that_several_devices_hold_is_read_once(monkeypatch):
+    mesh = sharding.make_mesh(4, 1, 2)
+    reads, read = [], Reader.read
+
+    def recorded(self, name, index):
+        reads.append((name, str(index)))
+        return read(self, name, index)
+
+    monkeypatch.setattr(Reader, "read", recorded)
+    _, params = models.load_pretrained(TINY / "llama", shardings=lambda tree: sharding.tree_shardings(mesh, tree))
+    assert len(reads) == len(set(reads)) > len(jax.tree.leaves(params))
+
+
 def test_saving_leaves_a_whole_folder_or_none(tmp_path):
     model, params = models.load_pretrained(TINY / "qwen2")
 
@@ -260,7 +273,7 @@ CONFIG_ERRORS = [
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, r"expected \['LlamaForCausalLM'\]"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is in use"),
     ("llama", {"hidden_size": "absent"}, "'hidden_size' is missing"),
-    ("llama", {"num_hidden_layers": "3"}, "num_layers='3' must be a whole number"),
+    ("llama", {"num_hidden_layers": "3"}, "num_hidden_layers = '3' is not supported; expected a whole number"),
     (
         "llama",
         {"num_attention_heads": 5, "head_dim": "absent"},

@@ -27,7 +27,7 @@ LAYERS = [
     {"policy_gradient"},
     {"divergences", "assistants", "schedules"},
     {"logspace", "checksum"},
-    {"resolve"},
+    {"resolve", "untrusted", "remote"},
 ]
 MATHEMATICAL = {"objectives", "policy_gradient", "head_loss", "divergences", "assistants", "schedules", "logspace"}
 HOMES = {

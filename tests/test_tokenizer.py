@@ -100,11 +100,11 @@ def test_errors_name_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: the eos_token '<end>' is not in the vocabulary"):
         Tokenizer.load(write(tmp_path / "t", {"eos_token": "<end>"}, {"eos_token_id": 4}))
     (tmp_path / "t" / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: not valid JSON"):
         Tokenizer.load(tmp_path / "t")
     (tmp_path / "t" / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json has no field 'model'"):
         Tokenizer.load(tmp_path / "t")
     (tmp_path / "t" / "tokenizer.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"tokenizer\.json holds a list, not a JSON object"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: expected a JSON object, found list"):
         Tokenizer.load(tmp_path / "t")

@@ -1,5 +1,6 @@
 """The one tfds builder: rows of prompt, context and response, built once per content and read at random."""
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -9,11 +10,13 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from kd_jax import remote, untrusted
 from kd_jax.data import docstrings, dolly, gsm8k, instructions, jsonl, text
 from kd_jax.resolve import nearest
 
 Row = Mapping[str, str]
 DEFAULT_DIR = str(tfds.core.constants.DATA_DIR)
+SIGN = "dataset_info.json"  # the file that says that a dataset is whole, where it is copied to and from
 FIELDS = ("name", "prompt", "context", "response")
 # Each is (**options) -> (fingerprint of the content, split -> () -> rows).
 SOURCES: dict[str, Callable[..., tuple[str, Mapping[str, Callable[[], Iterable[Row]]]]]] = {
@@ -67,8 +70,8 @@ class KdJaxRows(tfds.core.GeneratorBasedBuilder):
 class _Decoded:
     """Rows as dicts of str; tfds without TensorFlow gives bytes."""
 
-    def __init__(self, source: Any):
-        self._source = source
+    def __init__(self, source: Any, folder: Any):
+        self._source, self._folder = source, folder
 
     def __len__(self) -> int:
         return len(self._source)
@@ -76,10 +79,50 @@ class _Decoded:
     def __getitem__(self, index: int) -> dict[str, str]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}.")
-        return {field: value.decode() for field, value in self._source[index].items()}
+        with _named(self._folder):
+            return {field: value.decode() for field, value in self._source[index].items()}
 
     def __iter__(self) -> Iterator[dict[str, str]]:
         return (self[i] for i in range(len(self)))
+
+
+@contextlib.contextmanager
+def _named(folder: Any) -> Iterator[None]:
+    """Whatever goes wrong with files that were once right; array_record's own checksums find changed bytes."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: the built dataset cannot be read back ({type(error).__name__}: {untrusted.clip(str(error))}); "
+            f"delete that folder, and it is built anew."
+        ) from error
+
+
+def open_builder(data_dir: str | None, config: RowsConfig) -> KdJaxRows:
+    """The builder of a dataset; where that has been built, with what its files say of it."""
+    with _named(f"{data_dir or DEFAULT_DIR}/{KdJaxRows.name}/{config.name}"):
+        return KdJaxRows(data_dir=data_dir, config=config, file_format="array_record")
+
+
+def read_back(builder: tfds.core.DatasetBuilder, split: str) -> _Decoded:
+    """The rows of a split that has been built.
+
+    Raises:
+      ValueError: the split is empty, or its files are damaged, lie elsewhere or have not as many rows as dataset_info.json says.
+    """
+    folder = builder.data_path
+    sizes = {known_split: info.num_examples for known_split, info in builder.info.splits.items()}
+    if not sizes.get(split):
+        name = builder.builder_config.name.rpartition("-")[0]
+        raise ValueError(f"the split {split!r} of {name} is empty; rows of each split: {sizes}, in {folder}.")
+    with _named(folder):
+        for file in builder.info.splits[split].filepaths:
+            if file.parent != folder:
+                raise ValueError(f"dataset_info.json names the file {file}, outside the folder")
+        source = builder.as_data_source(split=split)
+        if len(source) != sizes[split]:
+            raise ValueError(f"{len(source)} rows of {split}, and dataset_info.json says {sizes[split]}")
+    return _Decoded(source, folder)
 
 
 def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) -> _Decoded:
@@ -91,7 +134,7 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
     Args:
       name: docstrings, dolly, gsm8k, jsonl or text.
       split: train, validation or test, as far as the dataset has them.
-      data_dir: where built datasets are kept; None: tensorflow_datasets' default.
+      data_dir: where built datasets are kept, here or at an address; None: tensorflow_datasets' default.
       **options: keywords of that dataset's `source`.
 
     Returns:
@@ -108,7 +151,13 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
     fingerprint, splits = _open(name, SOURCES, split, options)
     # pyrefly: ignore[unexpected-keyword]  # tfds hides that its BuilderConfig is a dataclass
     config = RowsConfig(name=f"{name}-{fingerprint}", splits=splits)
-    builder = KdJaxRows(data_dir=data_dir, config=config, file_format="array_record")
+    address = data_dir if data_dir and remote.is_remote(data_dir) else ""
+    data_dir = str(remote.stand_in(address)) if address else data_dir
+    builder = open_builder(data_dir, config)
+    if address and not builder.data_path.exists():  # array_record reads and writes local files alone
+        address += f"/{builder.data_path.relative_to(data_dir)}"
+        remote.fetch_folder(address, builder.data_path, SIGN)
+        builder = open_builder(data_dir, config)
     if not builder.data_path.exists():
         try:
             builder.download_and_prepare()
@@ -116,11 +165,10 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
             # tfds builds in a temporary folder and renames it, which fails where another process was first.
             if not builder.data_path.exists():
                 raise
-        builder = KdJaxRows(data_dir=data_dir, config=config, file_format="array_record")
-    sizes = {known_split: info.num_examples for known_split, info in builder.info.splits.items()}
-    if not sizes.get(split):
-        raise ValueError(f"the split {split!r} of {name} is empty; rows of each split: {sizes}.")
-    return _Decoded(builder.as_data_source(split=split))
+        if address:
+            remote.store_folder(builder.data_path, address, SIGN)
+        builder = open_builder(data_dir, config)
+    return read_back(builder, split)
 
 
 def load_references(name: str, *, split: str, data_dir: str | None = None, **options: Any) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """databricks-dolly-15k: 15,011 instructions and responses (CC BY-SA 3.0), the papers' training set."""
 
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
+from kd_jax import remote
 from kd_jax.data import download, jsonl
 
 # A revision, whose bytes cannot change, and what they hash to.
@@ -25,7 +25,7 @@ def source(path: str = "") -> tuple[str, dict[str, Callable[[], Iterable[dict[st
       ValueError: a file that does not exist, or a download with another checksum.
       ConnectionError: no download.
     """
-    file = Path(path).expanduser() if path else download.fetch(URL, SHA256)
+    file = remote.local_file(path) if path else download.fetch(URL, SHA256)
 
     def rows(low: float, high: float) -> Iterator[dict[str, str]]:
         return (row for row in jsonl.read(file, FIELDS) if low <= jsonl.fraction(row["prompt"]) < high)

@@ -1,8 +1,8 @@
 """GSM8K: 7,473 and 1,319 word problems of grade-school mathematics with worked answers that end in "#### NUMBER" (MIT)."""
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
+from kd_jax import remote
 from kd_jax.data import download, jsonl
 
 # A commit, whose bytes cannot change, and what they hash to.
@@ -31,9 +31,8 @@ def source(path: str = "") -> tuple[str, dict[str, Callable[[], Iterable[dict[st
     References:
       Cobbe et al., "Training Verifiers to Solve Math Word Problems", https://arxiv.org/abs/2110.14168, 2021.
     """
-    folder = Path(path).expanduser()
     files = {
-        name: folder / f"{name}.jsonl" if path else download.fetch(URL.format(name), sha256)
+        name: remote.local_file(f"{path}/{name}.jsonl") if path else download.fetch(URL.format(name), sha256)
         for name, sha256 in SHA256.items()
     }
 

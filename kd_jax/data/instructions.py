@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
+from kd_jax import remote
 from kd_jax.data import download, jsonl
 
 # MiniLLM's files on the Hugging Face hub: repository, revision, file. The bytes of a full revision cannot change; of the others
@@ -51,7 +51,7 @@ def source(
     """
     if sha256 and not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ValueError(f"sha256={sha256!r} is no SHA-256: it has 64 digits of 0123456789abcdef.")
-    file = Path(path).expanduser() if path else download.fetch(URL.format(FILES[name]), sha256)
+    file = remote.local_file(path) if path else download.fetch(URL.format(FILES[name]), sha256)
     fingerprint = jsonl.digest([file], name)
     if path and sha256 and (found := download.sha256_of(file)) != sha256:
         raise ValueError(f"{file} hashes to {found}, not to {sha256}.")

@@ -2,10 +2,17 @@
 
 import gzip
 import hashlib
-import json
+import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from kd_jax import remote, untrusted
+
+MAX_LINE = 16 * untrusted.MIB
+MAX_BLANK = 10_000
+MAX_RATIO = 200  # packed text has 3 to 20; gzip can reach 1,000
 
 
 def source(
@@ -19,7 +26,7 @@ def source(
     """Splits train and validation.
 
     Args:
-      path: a .jsonl or .jsonl.gz file.
+      path: a .jsonl or .jsonl.gz file, here or at an address.
       prompt_field: the field of the prompt.
       response_field: the field of the response.
       context_field: the field of the context; empty: there is none.
@@ -34,7 +41,7 @@ def source(
     fields = {"prompt": prompt_field, "response": response_field}
     if context_field:
         fields["context"] = context_field
-    files = [Path(p).expanduser() for p in (path, validation_path) if p]
+    files = [remote.local_file(p) for p in (path, validation_path) if p]
     fingerprint = digest(files, str((fields, validation_fraction if not validation_path else "")))
 
     def rows(held_out: bool) -> Iterator[dict[str, str]]:
@@ -48,23 +55,53 @@ def source(
 
 def read(path: Path, fields: dict[str, str], several: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
     """Rows of a file, each field a string, or of `several` a string or a list of them; errors name the file and the line."""
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error}).") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: a JSON object is expected, not {type(row).__name__}.")
-            for ours, field in fields.items():
-                value = row.get(field)
-                many = ours in several and isinstance(value, list) and value and all(isinstance(v, str) for v in value)
-                if not isinstance(value, str) and not many:
-                    what = f"is {row[field]!r}, not a string" if field in row else "is missing"
-                    raise ValueError(f"{path}:{number}: the field {field!r} {what}; the row has {', '.join(row)}.")
-            yield {ours: row[theirs] for ours, theirs in fields.items()}
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        row = untrusted.parse_json(line, where, finite=False)  # Python writes NaN, and no field here is a number
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a JSON object is expected, not {type(row).__name__}.")
+        for ours, field in fields.items():
+            value = row.get(field)
+            many = ours in several and isinstance(value, list) and value and all(isinstance(v, str) for v in value)
+            if not isinstance(value, str) and not many:
+                what = f"is {untrusted.shown(row[field])}, not a string" if field in row else "is missing"
+                names = untrusted.clip(", ".join(row))
+                raise ValueError(f"{where}: the field {field!r} {what}; the row has {names}.")
+            if not all(map(_is_text, value if many else [value])):
+                raise ValueError(f"{where}: the field {field!r} has half of a surrogate pair, which is no character.")
+        yield {ours: row[theirs] for ours, theirs in fields.items()}
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, and their numbers; of a compressed file no more than text ever has."""
+    compressed = path.suffix == ".gz"
+    try:
+        limit = max(untrusted.MIB, MAX_RATIO * path.stat().st_size) if compressed else math.inf
+        total = number = blank = 0
+        with gzip.open(path) if compressed else path.open("rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                number, total = number + 1, total + len(line)
+                if len(line) > MAX_LINE:
+                    raise ValueError(f"{path}:{number}: the line is longer than {MAX_LINE} bytes.")
+                if total > limit:
+                    raise ValueError(
+                        f"{path}: it unpacks to more than {MAX_RATIO} times its size, which no text does; unpack it by hand if "
+                        f"you trust it."
+                    )
+                blank = 0 if line.strip() else blank + 1
+                if blank > MAX_BLANK:
+                    raise ValueError(f"{path}:{number}: here are more than {MAX_BLANK} blank lines in a row.")
+                if not blank:
+                    yield number, line
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); is it whole?") from error
+
+
+def _is_text(value: str) -> bool:
+    try:
+        return value.isascii() or bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def read_references(path: Path, fields: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -80,8 +117,11 @@ def digest(files: list[Path], settings: str) -> str:
     for path in files:
         if not path.is_file():
             raise ValueError(f"there is no file {path}.")
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        try:
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
     return total.hexdigest()[:12]
 
 

@@ -1,12 +1,8 @@
 """From a row's prompt and context to the text that a model is given."""
 
-import json
 from collections.abc import Callable
-from typing import Any, NoReturn
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from kd_jax.data import sandbox
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.resolve import nearest
 
@@ -74,49 +70,30 @@ def alpaca(prompt: str, context: str) -> str:
 
 
 def _make_chat(tokenizer: Tokenizer) -> Render:
-    """The tokenizer's own template, with one user's message, up to where the answer begins."""
+    """The tokenizer's own template, with one user's message, up to where the answer begins; it runs in `sandbox`."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the template chat needs a chat_template, and {tokenizer.folder} has none, neither in "
             f"tokenizer_config.json nor as chat_template.jinja. Use a chat model's tokenizer, or the template plain or "
             f"alpaca."
         )
-    # A template is a program from a downloaded file: it runs in a sandbox. The settings are transformers', so that a
-    # template gives here what it gives there.
-    environment: Any = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    # No strftime_now: today's date in a prompt would change a resumed run's rows. Templates do without it.
+    template, folder = tokenizer.chat_template, tokenizer.folder
     try:
-        template = environment.from_string(tokenizer.chat_template)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(
-            f"the chat_template of {tokenizer.folder} is not valid Jinja: line {error.lineno}: {error}."
-        ) from error
+        sandbox.render(template, None)
+    except ValueError as error:
+        raise ValueError(f"the chat_template of {folder} {error}.") from error
 
     def chat(prompt: str, context: str) -> str:
         content = "\n\n".join(part for part in (prompt, context) if part)
+        variables = {
+            "messages": [{"role": "user", "content": content}],
+            "add_generation_prompt": True,
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+        }
         try:
-            return template.render(
-                messages=[{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                bos_token=tokenizer.bos_token,
-                eos_token=tokenizer.eos_token,
-            )
-        except jinja2.TemplateError as error:  # raise_exception and what the sandbox refuses, among others
-            raise ValueError(
-                f"the chat_template of {tokenizer.folder} failed on the prompt {prompt[:60]!r}: {error}."
-            ) from error
+            return sandbox.render(template, variables)
+        except ValueError as error:
+            raise ValueError(f"the chat_template of {folder} failed on the prompt {prompt[:60]!r}: {error}.") from error
 
     return chat
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # Jinja's own escapes HTML.
-    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,9 +1,9 @@
 """Plain text files, for packing to length."""
 
-import glob
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from kd_jax import remote
 from kd_jax.data import jsonl
 
 PIECE = 64 * 1024
@@ -12,22 +12,22 @@ PIECE = 64 * 1024
 def source(
     path: str | tuple[str, ...], validation_fraction: float = 0.02
 ) -> tuple[str, dict[str, Callable[[], Iterable[dict[str, str]]]]]:
-    """Splits train and validation, of files cut at line ends into documents of at most about 64 KiB.
+    """Splits train and validation, of files cut at line ends into documents of about 64 Ki characters (at most twice as many).
 
     Args:
       path: a file, a pattern such as 'books/*.txt', or several of them.
       validation_fraction: the share of pieces that is held out, by a hash of their text.
 
     Raises:
-      ValueError: a pattern that matches no file.
+      ValueError: a pattern that matches no file, or a file that is not UTF-8.
     """
     patterns = [path] if isinstance(path, str) else list(path)
     files: list[Path] = []
     for pattern in patterns:
-        matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        matches = remote.matches(pattern)
         if not matches:
             raise ValueError(f"no file matches data.options.path={pattern!r}.")
-        files += map(Path, matches)
+        files += map(remote.local_file, matches)
 
     def rows(held_out: bool) -> Iterator[dict[str, str]]:
         for file in files:
@@ -40,6 +40,9 @@ def source(
 
 
 def _pieces(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        while lines := file.readlines(PIECE):
-            yield "".join(lines)
+    try:
+        with path.open(encoding="utf-8") as file:
+            while piece := file.read(PIECE):
+                yield piece + file.readline(PIECE)  # to the line's end, but no further than as much again
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as UTF-8 text ({error}).") from error

@@ -1,14 +1,23 @@
 """Text to ids and back: a Hugging Face folder's tokenizer.json, read by the tokenizers library."""
 
+import contextlib
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+from kd_jax import untrusted
+from kd_jax.data.tokenizer_json import check_ids, named_errors, read_backend
+
+# The largest tokenizer.json in use, Gemma's, has 33 MB.
+FILES = {
+    "tokenizer.json": 128 * untrusted.MIB,
+    "tokenizer_config.json": 8 * untrusted.MIB,
+    "special_tokens_map.json": 8 * untrusted.MIB,
+    "chat_template.jinja": untrusted.MIB,
+}
 
 
 class Tokenizer:
@@ -49,29 +58,31 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.exists():
             raise ValueError(f"{folder} has no tokenizer.json; save the tokenizer there in its fast form.")
-        if "model" not in _read(path):
-            raise ValueError(f"{path} has no field 'model': it is not a tokenizer's file.")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises no narrower one
-            raise ValueError(f"{path} cannot be read as a tokenizer: {error}.") from error
-        backend.no_padding()
-        backend.no_truncation()
-        named = _read(folder / "tokenizer_config.json")
+        files = {
+            name: untrusted.read_bytes(folder / name, limit)
+            for name, limit in FILES.items()
+            if (folder / name).exists()
+        }
+        backend = read_backend(path, files["tokenizer.json"])
+        where = folder / "tokenizer_config.json"
+        named = _read(where)
         ids = _read(folder / "config.json") | _read(folder / "generation_config.json")
         settings: dict[str, Any] = {}
         for kind in ("bos", "eos", "pad"):
-            token = named.get(f"{kind}_token")
-            token = token["content"] if isinstance(token, dict) else token
-            number = backend.token_to_id(token) if token else None
+            token = _special_token(named, kind, where)
+            with named_errors(f"{where}: the {kind}_token"):
+                number = backend.token_to_id(token) if token else None
             if token and number is None:
-                where = folder / "tokenizer_config.json"
-                raise ValueError(f"{where}: the {kind}_token {token!r} is not in the vocabulary of tokenizer.json.")
+                raise ValueError(
+                    f"{where}: the {kind}_token {untrusted.shown(token)} is not in the vocabulary of tokenizer.json."
+                )
             if f"{kind}_token" not in named or (kind == "eos" and not token):
-                number = ids.get(
-                    f"{kind}_token_id"
-                )  # as GPT-2's folder has it; a bos_token of null says that there is none
-            number = number[0] if isinstance(number, list) else number
+                # As GPT-2's folder has it; a bos_token of null says that there is none.
+                number = ids.get(f"{kind}_token_id")
+            number = number[0] if isinstance(number, list) and number else number
+            if number == -1 and kind == "pad":  # what the first Llama folders write for none
+                number = None
+            check_ids(backend, () if number is None else (number,), f"{folder}: {kind}_token_id")
             settings |= {
                 f"{kind}_id": number,
                 f"{kind}_token": "" if number is None else backend.id_to_token(number) or "",
@@ -81,24 +92,34 @@ class Tokenizer:
                 f"{folder} names no end token: set eos_token in tokenizer_config.json or eos_token_id in config.json; "
                 f"without one a response has no end."
             )
-        template = folder / "chat_template.jinja"
-        chat = template.read_text() if template.exists() else named.get("chat_template")
-        if isinstance(chat, list):  # several, by name
-            chat = next((entry["template"] for entry in chat if entry["name"] == "default"), None)
-        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
-        return cls(backend, folder, settings, chat, files)
+        return cls(backend, folder, settings, _chat_template(folder, named), files)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Ids of a text; special tokens are what the tokenizer's own post-processor adds."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self.encode_batch([text], add_special_tokens)[0]
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
-        """Ids of many texts, on all cores."""
-        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+        """Ids of many texts, on all cores.
+
+        Raises:
+          ValueError: the tokenizer fails on a text, or gives an id that is none of its own.
+        """
+        with self._named("encode"):
+            encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        rows = [encoding.ids for encoding in encoded]
+        if (largest := max((max(ids) for ids in rows if ids), default=0)) >= self.vocab_size:
+            raise ValueError(
+                f"{self.folder}: tokenizer.json gives the id {largest}, and its tokens have ids below {self.vocab_size}."
+            )
+        return rows
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids."""
-        return self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+        with self._named("decode"):
+            return self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+
+    def _named(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return named_errors(f"{self.folder}: tokenizer.json cannot {what} this")
 
     def fingerprint(self) -> str:
         """Of all that decides the ids of a text: the tokenizer itself, its first and its end token."""
@@ -117,12 +138,27 @@ class Tokenizer:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object.")
-    return content
+    return untrusted.read_json(path, FILES["tokenizer_config.json"]) if path.exists() else {}
+
+
+def _special_token(named: dict[str, Any], kind: str, where: Path) -> str | None:
+    token = named.get(f"{kind}_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not isinstance(token, str):
+        raise ValueError(f"{where}: the {kind}_token is {untrusted.shown(token)}; expected a text.")
+    return token
+
+
+def _chat_template(folder: Path, named: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return untrusted.read_text(file, FILES[file.name])
+    chat = named.get("chat_template")
+    if isinstance(chat, list):  # several, by name
+        chat = next(
+            (entry.get("template") for entry in chat if isinstance(entry, dict) and entry.get("name") == "default"),
+            None,
+        )
+    if chat is not None and not isinstance(chat, str):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: the chat_template is no text: {untrusted.shown(chat)}.")
+    return chat

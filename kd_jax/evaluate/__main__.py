@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import data, metrics, models, report, rollouts, setup, sharding
+from kd_jax import data, metrics, models, remote, report, rollouts, setup, sharding
 from kd_jax.data import jsonl
 from kd_jax.evaluate import harness, texts, tokens
 from kd_jax.evaluate.tables import PLACES, by_place, over_seeds, table
@@ -87,7 +87,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       ValueError: whatever is wrong, before anything is computed or written.
     """
-    out = Path(args.out)
+    with remote.work_directory(args.out, writes=jax.process_index() == 0) as (out, _):
+        return _run(args, Path(out))
+
+
+def _run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out={out} has something in it; choose a new folder.")
     seeds = _seeds(args.seeds)
@@ -165,7 +169,7 @@ def model_folder(path: str) -> Path:
 def read_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows with prompt, context and references, of a file or of a dataset by name."""
     if args.data.endswith((".jsonl", ".jsonl.gz", ".json")):
-        path = Path(args.data).expanduser()
+        path = remote.local_file(args.data)
         if not path.is_file():
             raise ValueError(f"there is no file --data={path}.")
         fields = {"prompt": args.prompt_field, "references": args.reference_field}

@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Any
 
+from kd_jax import untrusted
 from kd_jax.models.families import FAMILIES
 from kd_jax.models.families.fields import Llama3Scaling
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
+MAX_LAYERS = 1024  # each is a module to build: a number in a config.json must not keep us building for ever
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,8 @@ class ModelConfig:
         for name, value in family.DEFAULTS.items():
             if getattr(self, name) is None:
                 self._set(name, value)
+        if isinstance(self.eos_id, list):
+            self._set("eos_id", tuple(self.eos_id))
         self._check_sizes()
         if not self.num_kv_heads:
             self._set("num_kv_heads", self.num_heads)
@@ -106,20 +110,33 @@ class ModelConfig:
         if not self.learned_positions and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions turn pairs of coordinates.")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}.")
-        if isinstance(self.eos_id, list):
-            self._set("eos_id", tuple(self.eos_id))
+            raise ValueError(f"unknown activation {untrusted.shown(self.activation)}; known: {', '.join(ACTIVATIONS)}.")
         family.check(self)
 
     def _check_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")
-        for name in ("intermediate_size", "num_kv_heads", "head_dim"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+            if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} must be a positive whole number, or 0 for its default."
+                    f"{name}={untrusted.shown(getattr(self, name))} must be a whole number of at least 1, and below 2^31."
+                )
+        for name in ("intermediate_size", "num_kv_heads", "head_dim"):
+            if not _is_whole(getattr(self, name)):
+                raise ValueError(
+                    f"{name}={untrusted.shown(getattr(self, name))} must be a positive whole number, or 0 for its default."
+                )
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers={self.num_layers} is more than {MAX_LAYERS}.")
+        for name in ("bos_id", "eos_id", "pad_id"):
+            value = getattr(self, name)
+            several = value if name == "eos_id" and isinstance(value, tuple) else (value,)
+            if value is not None and not all(map(_is_whole, several)):
+                raise ValueError(
+                    f"{name}={untrusted.shown(value)} must be an id, a whole number of at least 0, or None."
                 )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the one way to fill in a frozen dataclass
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31

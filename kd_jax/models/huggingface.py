@@ -1,5 +1,6 @@
 """From a Hugging Face folder: config.json and safetensors, each tensor read where it goes and no further."""
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -11,19 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from kd_jax import untrusted
 from kd_jax.models import int8
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.families import FAMILIES
 from kd_jax.models.families.fields import Tensor
 from kd_jax.models.functional import Model, Params, Shardings, from_config
-from kd_jax.models.safetensors_io import Reader, open_folder, read_json
+from kd_jax.models.safetensors_io import Reader, open_folder
 
 
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     """The `ModelConfig` of a Hugging Face folder, without its weights.
 
     The ids that end a text come from generation_config.json where it gives them, as in transformers'
-    `generate`.
+    `generate`. Both files are data: of them only the fields that are known here are read, and none of these names code
+    (`auto_map` is ignored, as transformers ignores it without trust_remote_code).
 
     Args:
       path: a folder with a config.json.
@@ -33,10 +36,12 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
       ValueError: no such file, an architecture or a setting that is not supported, or sizes that do not fit.
     """
     file = Path(path) / "config.json"
-    fields = read_json(file)
+    fields = untrusted.read_json(file)
     family = _family(file, fields)
     generation = file.with_name("generation_config.json")
-    ids = fields | (read_json(generation) if generation.exists() else {})
+    ids = fields | (untrusted.read_json(generation) if generation.exists() else {})
+    if ids.get("pad_token_id") == -1:  # what the first Llama folders write for none
+        ids["pad_token_id"] = None
     try:
         settings = FAMILIES[family].from_hf(fields)
         return ModelConfig(
@@ -46,19 +51,21 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
             pad_id=ids.get("pad_token_id"),
             **settings,
         )
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
 def _family(file: Path, fields: dict[str, Any]) -> str:
     kinds = {kind: name for name, family in FAMILIES.items() for kind in family.ARCHITECTURES}
     kind = fields.get("model_type")
-    if kind not in kinds:
-        raise ValueError(f"{file}: model_type {kind!r} is not supported; supported: {', '.join(kinds)}.")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"{file}: model_type {untrusted.shown(kind)} is not supported; supported: {', '.join(kinds)}.")
     expected = FAMILIES[kinds[kind]].ARCHITECTURES[kind]
     architectures = fields.get("architectures") or [expected]
-    if expected not in architectures:
-        raise ValueError(f"{file}: architectures {architectures!r} is not supported; expected [{expected!r}].")
+    if not isinstance(architectures, list) or expected not in architectures:
+        raise ValueError(
+            f"{file}: architectures {untrusted.shown(architectures)} is not supported; expected [{expected!r}]."
+        )
     if fields.get("quantization_config"):
         raise ValueError(f"{file}: a quantization_config is in use; expected weights in float32, bfloat16 or float16.")
     return kinds[kind]
@@ -91,11 +98,14 @@ def load_pretrained(
     folder = Path(path)
     config = load_config(folder)
     model = from_config(config, dtype=dtype, param_dtype=dtype)
-    layout = FAMILIES[config.family].tensors(config)
-    abstract = model.abstract_params()
-    placed = None if shardings is None else shardings(abstract)
     with open_folder(folder) as reader:
+        # Before anything of a size that config.json gives is made: are the tensors there for it?
+        _check_depth(reader, config)
+        layout = FAMILIES[config.family].tensors(config)
         names = _names_on_disk(reader, config, layout)
+        _check_sizes(reader, config, names)
+        abstract = model.abstract_params()
+        placed = None if shardings is None else shardings(abstract)
 
         def place(path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None) -> Any:
             key = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -129,6 +139,26 @@ def _once(slice_of: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
     return slice_read
 
 
+def _check_depth(reader: Reader, config: ModelConfig) -> None:
+    if config.num_layers > len(reader.names):
+        raise ValueError(
+            f"{reader.folder}: config.json asks for {config.num_layers} layers, and the files have {len(reader.names)} tensors."
+        )
+
+
+def _check_sizes(reader: Reader, config: ModelConfig, names: dict[str, str]) -> None:
+    """No side of a parameter is longer than the largest tensor: shapes are then no worse than the files themselves."""
+    largest = max(math.prod(reader.shape(name)) for name in names.values())
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes["num_heads * head_dim"] = config.num_heads * config.head_dim
+    sizes |= {"max_positions": config.max_positions} if config.learned_positions else {}
+    for name, size in sizes.items():
+        if size > largest:
+            raise ValueError(
+                f"{reader.folder}: config.json asks for {name} = {size}, and no tensor has more than {largest} numbers."
+            )
+
+
 def _names_on_disk(reader: Reader, config: ModelConfig, layout: dict[str, Tensor]) -> dict[str, str]:
     """From the family's name of each tensor to its name here; none may be missing and none left over."""
     family = FAMILIES[config.family]
@@ -147,7 +177,7 @@ def _names_on_disk(reader: Reader, config: ModelConfig, layout: dict[str, Tensor
             _check_tied(reader, found[name], found[layout["embed/embedding"].name])
         elif not any(re.fullmatch(pattern, name) for pattern in family.TOLERATED):
             raise ValueError(
-                f"{reader.file(found[name])}: tensor {found[name]!r} has no place in a {config.family} model "
+                f"{reader.file(found[name])}: tensor {untrusted.shown(found[name])} has no place in a {config.family} model "
                 f"with {config.num_layers} layers and the settings in config.json."
             )
     return {name: found[name] for name in wanted}

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,24 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from kd_jax import untrusted
+
+MAX_HEADER = 32 * untrusted.MIB  # of a header, or of the index: some 300,000 tensors
+_NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors", re.ASCII)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # On disk -> in NumPy; importing jax.numpy has registered bfloat16 (ml_dtypes) with NumPy.
 _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 
 
 class Reader:
-    """The tensors of a folder by name; nothing is read before `read`, and then only the slice asked for."""
+    """The tensors of a folder by name; nothing is read before `read`, and then only the slice asked for.
+
+    Attributes:
+      folder: where they lie.
+    """
 
     def __init__(self, files: Mapping[str, Any], owners: Mapping[str, str], folder: Path):
-        self._files, self._owners, self._folder = files, owners, folder
+        self._files, self._owners, self.folder = files, owners, folder
 
     @property
     def names(self) -> set[str]:
@@ -30,7 +39,7 @@ class Reader:
 
     def file(self, name: str) -> Path:
         """The file that holds the tensor."""
-        return self._folder / self._owners[name]
+        return self.folder / self._owners[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, from the header.
@@ -41,7 +50,7 @@ class Reader:
         tensor = self._slice(name)
         if tensor.get_dtype() not in _DTYPES:
             raise ValueError(
-                f"{self.file(name)}: tensor {name!r} has type {tensor.get_dtype()}; expected "
+                f"{self.file(name)}: tensor {untrusted.shown(name)} has type {tensor.get_dtype()}; expected "
                 f"{', '.join(_DTYPES)}. Quantised checkpoints are not supported."
             )
         return tuple(tensor.get_shape())
@@ -73,7 +82,7 @@ def open_folder(folder: Path) -> Iterator[Reader]:
         else:
             pickled = sorted(file.name for file in folder.glob("*.bin"))
             hint = (
-                f" The folder has {', '.join(pickled)}: pickled files can run code when read, so they are "
+                f" The folder has {untrusted.clip(', '.join(pickled))}: pickled files can run code when read, so they are "
                 "refused; convert them to safetensors first (transformers' save_pretrained writes them)."
             )
             raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is there.{hint if pickled else ''}")
@@ -84,32 +93,45 @@ def _open(file: Path, stack: contextlib.ExitStack) -> Any:
     if not file.is_file():
         raise ValueError(f"{file}: the file is missing; {INDEX} lists it.")
     try:
+        _check_header(file)
         return stack.enter_context(safe_open(file, framework="numpy"))
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error}); fetch or write it again.") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; anything else there is an error that names it."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}).") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(found).__name__}.")
-    return found
+        raise ValueError(f"{file}: cannot be read ({error.strerror or error}).") from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file}: not a whole safetensors file ({untrusted.clip(str(error))}); fetch or write it again."
+        ) from error
+
+
+def _check_header(file: Path) -> None:
+    """What safetensors itself does not ask: that the header is strict JSON, and no longer than the file, before it is read.
+
+    That a tensor's shape, type and offsets agree, and that the tensors fill the file without gap or overlap, it checks
+    itself, on a mapped file: nothing of a tensor's size is allocated before.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(
+                f"{file}: not a whole safetensors file (a header of {length} bytes in a file of {size}); fetch or write it again."
+            )
+        if length > MAX_HEADER:
+            raise ValueError(f"{file}: its header has {length} bytes; at most {MAX_HEADER} are read.")
+        header = untrusted.parse_json(stream.read(length), str(file))
+    if not isinstance(header, dict):
+        raise ValueError(f"{file}: not a safetensors file (its header is no JSON object).")
 
 
 def _read_index(file: Path) -> dict[str, str]:
-    owners = read_json(file).get("weight_map")
+    owners = untrusted.read_json(file, MAX_HEADER).get("weight_map")
     if not isinstance(owners, dict) or not owners:
         raise ValueError(f"{file}: expected a 'weight_map' from tensor names to file names.")
     for name, owner in owners.items():
-        if not isinstance(owner, str) or owner in ("", ".", "..") or "/" in owner or "\\" in owner:
+        if not isinstance(owner, str) or not _NAME.fullmatch(owner):
             raise ValueError(
-                f"{file}: tensor {name!r} lies in {owner!r}; expected the name of a file beside the index."
+                f"{file}: tensor {untrusted.shown(name)} lies in {untrusted.shown(owner)}; expected the name of a "
+                ".safetensors file beside the index, of letters, digits and . _ -"
             )
     return owners
 
@@ -117,10 +139,12 @@ def _read_index(file: Path) -> dict[str, str]:
 def _check_index(folder: Path, owners: Mapping[str, str], held: Mapping[str, set[str]]) -> None:
     for name, owner in owners.items():
         if name not in held[owner]:
-            raise ValueError(f"{folder / owner}: tensor {name!r} is missing; {INDEX} says that it is here.")
+            raise ValueError(
+                f"{folder / owner}: tensor {untrusted.shown(name)} is missing; {INDEX} says that it is here."
+            )
     for owner, names in held.items():
         if surplus := names - set(owners):
-            raise ValueError(f"{folder / owner}: tensor {min(surplus)!r} is not listed in {INDEX}.")
+            raise ValueError(f"{folder / owner}: tensor {untrusted.shown(min(surplus))} is not listed in {INDEX}.")
 
 
 def write_folder(

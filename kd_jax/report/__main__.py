@@ -1,9 +1,10 @@
 """python -m kd_jax.report DIR [DIR ...] [--out=FILE.html]"""
 
 import argparse
+import contextlib
 import sys
 
-from kd_jax import report
+from kd_jax import remote, report
 
 
 def main() -> None:
@@ -15,7 +16,11 @@ def main() -> None:
     parser.add_argument("--out", default="", help="the page; by default report.html in the one folder")
     args = parser.parse_args()
     try:
-        print(f"wrote {report.write(args.folders, args.out)}")
+        with contextlib.ExitStack() as stack:
+            copies = (
+                remote.work_directory(folder, writes=not args.out, unread=remote.HEAVY) for folder in args.folders
+            )
+            print(f"wrote {report.write([stack.enter_context(copy)[0] for copy in copies], args.out)}")
     except (ValueError, OSError) as error:
         sys.exit(f"kd_jax.report: {error}")
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from kd_jax import untrusted
+
 Fields = Mapping[str, Any]
 
 
@@ -41,21 +43,48 @@ class Llama3Scaling:
 def required(fields: Fields, name: str) -> Any:
     """The field's value; absent or null is an error that names it."""
     if fields.get(name) is None:
-        raise ValueError(f"the field {name!r} is missing; a {fields.get('model_type')!r} config must give it.")
+        kind = untrusted.shown(fields.get("model_type"))
+        raise ValueError(f"the field {name!r} is missing; a {kind} config must give it.")
     return fields[name]
+
+
+def whole(fields: Fields, name: str, default: int | None = None) -> int:
+    """A size; without a default it is required. 2^31 and more is no size of anything, and overflows elsewhere."""
+    if fields.get(name) is None and default is not None:
+        return default
+    value = required(fields, name)
+    fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    refuse_unless(fits, fields, name, "a whole number below 2^31")
+    return value
+
+
+def real(fields: Fields, name: str, default: float | None = None) -> float:
+    """A positive number; without a default it is required."""
+    if fields.get(name) is None and default is not None:
+        return default
+    value = required(fields, name)
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+    refuse_unless(fits, fields, name, "a positive number")
+    return float(value)
+
+
+def flag(fields: Fields, name: str, default: bool) -> bool:
+    """True or false; null is the default."""
+    value = default if fields.get(name) is None else fields[name]
+    refuse_unless(isinstance(value, bool), fields, name, "true or false")
+    return value
 
 
 def refuse_unless(supported: bool, fields: Fields, name: str, expected: str) -> None:
     """A field that is in use and that the transformer does not implement must not be ignored silently."""
     if not supported:
-        raise ValueError(f"{name} = {fields.get(name)!r} is not supported; expected {expected}.")
+        raise ValueError(f"{name} = {untrusted.shown(fields.get(name))} is not supported; expected {expected}.")
 
 
 def refuse_window(fields: Fields) -> None:
     """Every layer attends to everything: a sliding window that could cut anything off is refused."""
-    window = fields.get("sliding_window")
-    used = fields.get("use_sliding_window", True) and window is not None
-    cuts = used and window < required(fields, "max_position_embeddings")
+    used = flag(fields, "use_sliding_window", True) and fields.get("sliding_window") is not None
+    cuts = used and whole(fields, "sliding_window") < whole(fields, "max_position_embeddings")
     refuse_unless(not cuts, fields, "sliding_window", "null, or at least max_position_embeddings")
 
 
@@ -65,24 +94,28 @@ def rotary_from_hf(fields: Fields) -> dict[str, Any]:
     Up to transformers 4 both lie at the top level and `rope_scaling` is null for the plain embedding; since
     transformers 5 there is one `rope_parameters`, which holds the base as well.
     """
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    rope = fields.get(name) or {}
+    refuse_unless(isinstance(rope, Mapping), fields, name, "an object, or null")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta") or fields.get("rope_theta") or 10000.0
-    partial = rope.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
+    both = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    both |= {key: source[key] for source in (fields, rope) for key in both if source.get(key) is not None}
     if kind not in ("default", "llama3") or any(isinstance(value, Mapping) for value in rope.values()):
         raise ValueError(
-            f"the rotary embedding {dict(rope)!r} is not supported; expected rope_type 'default' or 'llama3'."
+            f"the rotary embedding {untrusted.shown(dict(rope))} is not supported; expected rope_type 'default' or 'llama3'."
         )
-    refuse_unless(partial == 1.0, {**fields, **rope}, "partial_rotary_factor", "1.0")
+    refuse_unless(both["partial_rotary_factor"] == 1.0, both, "partial_rotary_factor", "1.0")
     scaling = None
     if kind == "llama3":
         scaling = Llama3Scaling(
-            factor=float(required(rope, "factor")),
-            low_freq_factor=float(required(rope, "low_freq_factor")),
-            high_freq_factor=float(required(rope, "high_freq_factor")),
-            original_max_positions=int(required(rope, "original_max_position_embeddings")),
+            factor=real(rope, "factor"),
+            low_freq_factor=real(rope, "low_freq_factor"),
+            high_freq_factor=real(rope, "high_freq_factor"),
+            original_max_positions=whole(rope, "original_max_position_embeddings"),
         )
-    return {"rope_theta": float(theta), "rope_scaling": scaling}
+        ordered = scaling.low_freq_factor < scaling.high_freq_factor
+        refuse_unless(ordered, rope, "low_freq_factor", f"less than high_freq_factor = {scaling.high_freq_factor}")
+    return {"rope_theta": real(both, "rope_theta"), "rope_scaling": scaling}
 
 
 def rotary_to_hf(theta: float, scaling: Llama3Scaling | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kd_jax.models.families.fields import Fields, Tensor, refuse_unless, required
+from kd_jax.models.families.fields import Fields, Tensor, flag, real, refuse_unless, whole
 
 if TYPE_CHECKING:
     from kd_jax.models.config import ModelConfig
@@ -38,21 +38,21 @@ def check(config: ModelConfig) -> None:
 
 def from_hf(fields: Fields) -> dict[str, Any]:
     """The keywords of `ModelConfig` from config.json."""
-    by_layer = bool(fields.get("scale_attn_by_inverse_layer_idx", False))
+    by_layer = flag(fields, "scale_attn_by_inverse_layer_idx", False)
     refuse_unless(not by_layer, fields, "scale_attn_by_inverse_layer_idx", "false")
-    refuse_unless(bool(fields.get("scale_attn_weights", True)), fields, "scale_attn_weights", "true")
-    refuse_unless(not fields.get("add_cross_attention", False), fields, "add_cross_attention", "false")
-    width = required(fields, "n_embd")
+    refuse_unless(flag(fields, "scale_attn_weights", True), fields, "scale_attn_weights", "true")
+    refuse_unless(not flag(fields, "add_cross_attention", False), fields, "add_cross_attention", "false")
+    width = whole(fields, "n_embd")
     return {
-        "vocab_size": required(fields, "vocab_size"),
+        "vocab_size": whole(fields, "vocab_size"),
         "hidden_size": width,
-        "intermediate_size": fields.get("n_inner") or 4 * width,
-        "num_layers": required(fields, "n_layer"),
-        "num_heads": required(fields, "n_head"),
-        "max_positions": required(fields, "n_positions"),
+        "intermediate_size": whole(fields, "n_inner", 0) or 4 * width,
+        "num_layers": whole(fields, "n_layer"),
+        "num_heads": whole(fields, "n_head"),
+        "max_positions": whole(fields, "n_positions"),
         "activation": fields.get("activation_function", "gelu_new"),
-        "norm_eps": float(fields.get("layer_norm_epsilon", 1e-5)),
-        "tie_embeddings": bool(fields.get("tie_word_embeddings", True)),
+        "norm_eps": real(fields, "layer_norm_epsilon", 1e-5),
+        "tie_embeddings": flag(fields, "tie_word_embeddings", True),
     }
 
 

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 from kd_jax.models.families.fields import (
     Fields,
     Tensor,
+    flag,
+    real,
     refuse_unless,
     refuse_window,
     required,
     rotary_from_hf,
     rotary_to_hf,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -50,11 +53,11 @@ def from_hf(fields: Fields) -> dict[str, Any]:
     if fields["model_type"] == "mistral":
         refuse_window(fields)
         required(fields, "num_key_value_heads")  # transformers' default is 8 there, not the number of heads
-    bias = bool(fields.get("attention_bias", False))
+    bias = flag(fields, "attention_bias", False)
     return common_from_hf(fields) | {
         "attention_bias": bias,
         "output_bias": bias,
-        "mlp_bias": bool(fields.get("mlp_bias", False)),
+        "mlp_bias": flag(fields, "mlp_bias", False),
     }
 
 
@@ -65,20 +68,21 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def common_from_hf(fields: Fields) -> dict[str, Any]:
     """The fields that Llama, Qwen2 and Qwen3 spell alike."""
-    layers = fields.get("layer_types") or ()
-    refuse_unless(set(layers) <= {"full_attention"}, fields, "layer_types", "'full_attention' in every layer")
+    layers = fields.get("layer_types") or []
+    full = isinstance(layers, list) and all(layer == "full_attention" for layer in layers)
+    refuse_unless(full, fields, "layer_types", "'full_attention' in every layer")
     return {
-        "vocab_size": required(fields, "vocab_size"),
-        "hidden_size": required(fields, "hidden_size"),
-        "intermediate_size": required(fields, "intermediate_size"),
-        "num_layers": required(fields, "num_hidden_layers"),
-        "num_heads": required(fields, "num_attention_heads"),
-        "num_kv_heads": fields.get("num_key_value_heads") or 0,
-        "head_dim": fields.get("head_dim") or 0,
-        "max_positions": required(fields, "max_position_embeddings"),
+        "vocab_size": whole(fields, "vocab_size"),
+        "hidden_size": whole(fields, "hidden_size"),
+        "intermediate_size": whole(fields, "intermediate_size"),
+        "num_layers": whole(fields, "num_hidden_layers"),
+        "num_heads": whole(fields, "num_attention_heads"),
+        "num_kv_heads": whole(fields, "num_key_value_heads", 0),
+        "head_dim": whole(fields, "head_dim", 0),
+        "max_positions": whole(fields, "max_position_embeddings"),
         "activation": fields.get("hidden_act", "silu"),
-        "norm_eps": float(fields.get("rms_norm_eps", 1e-6)),
-        "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
+        "norm_eps": real(fields, "rms_norm_eps", 1e-6),
+        "tie_embeddings": flag(fields, "tie_word_embeddings", False),
         **rotary_from_hf(fields),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kd_jax.models.families import llama
-from kd_jax.models.families.fields import Fields, refuse_window, required
+from kd_jax.models.families.fields import Fields, flag, refuse_window, required
 
 if TYPE_CHECKING:
     from kd_jax.models.config import ModelConfig
@@ -22,7 +22,7 @@ def from_hf(fields: Fields) -> dict[str, Any]:
     refuse_window({"use_sliding_window": False, **fields})
     required(fields, "num_key_value_heads")  # transformers' defaults are 32 and 128, whatever the other sizes are
     required(fields, "head_dim")
-    bias = bool(fields.get("attention_bias", False))
+    bias = flag(fields, "attention_bias", False)
     return llama.common_from_hf(fields) | {"attention_bias": bias, "output_bias": bias}
 
 

@@ -1,0 +1,118 @@
+"""tokenizer.json, before and while the tokenizers library reads it: its panics, its ids, and what could blow a text up."""
+
+import base64
+import binascii
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from kd_jax import untrusted
+
+MAX_GROWTH = 10_000  # of a text, by everything in a tokenizer together; in use are 2 or 3
+MAX_WORD = 1_000  # characters; WordPiece's time goes with their square
+HOLES = 65_536  # ids without a token
+
+
+@contextlib.contextmanager
+def named_errors(what: str) -> Iterator[None]:
+    """The library's errors as ValueErrors; a Rust panic arrives as an exception that is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {untrusted.clip(str(error))}.") from error
+
+
+def read_backend(path: Path, content: bytes) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a tokenizer.json, without padding and truncation.
+
+    Args:
+      path: for the messages.
+      content: of the file.
+    Raises:
+      ValueError: what the library cannot read, ids far beyond the number of tokens, or steps that would make a text
+        thousands of times as long.
+    """
+    fields = untrusted.parse_json(content, str(path))
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(fields).__name__}.")
+    if "model" not in fields:
+        raise ValueError(f"{path} has no field 'model': it is not a tokenizer's file.")
+    if (times := growth(fields)) > MAX_GROWTH:
+        raise ValueError(
+            f"{path}: its normalizer, pre_tokenizer, post_processor and decoder can make a text {times} times as long; "
+            f"at most {MAX_GROWTH} is accepted."
+        )
+    model = fields["model"]
+    word = model.get("max_input_chars_per_word") if isinstance(model, dict) else None
+    if isinstance(word, int) and word > MAX_WORD:
+        raise ValueError(f"{path}: max_input_chars_per_word is {word}; at most {MAX_WORD} is accepted.")
+    with named_errors(f"{path} cannot be read as a tokenizer"):
+        backend = tokenizers.Tokenizer.from_buffer(content)
+        backend.no_padding()
+        backend.no_truncation()
+        ids = backend.get_vocab(with_added_tokens=True).values()
+    if not ids:
+        raise ValueError(f"{path}: its vocabulary is empty.")
+    if max(ids) >= len(ids) + HOLES:
+        raise ValueError(f"{path}: it has {len(ids)} tokens, and one of them has the id {max(ids)}.")
+    return backend
+
+
+def check_ids(backend: tokenizers.Tokenizer, ids: Iterable[Any], where: str) -> None:
+    """Each must be a whole number below the largest id plus one."""
+    size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    for number in ids:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < size:
+            raise ValueError(f"{where} is {untrusted.shown(number)}; expected an id of tokenizer.json, below {size}.")
+
+
+def growth(fields: dict[str, Any]) -> int:
+    """How many times as long a text can become, from above: the product over all steps that write more than they read.
+
+    Example:
+      >>> growth({"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "aaa"}, "model": {}})
+      3
+    """
+    product = 1
+    left = [fields.get(step) for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    while left:
+        found = left.pop()
+        if isinstance(found, dict):
+            product *= _factor(found)
+            left += found.values()
+        elif isinstance(found, list):
+            left += found
+        if product > 10**30:
+            break
+    return product
+
+
+def _factor(step: dict[str, Any]) -> int:
+    kind = step.get("type")
+    if kind in ("Replace", "Prepend"):
+        content = step.get("content", step.get("prepend"))
+        return max(1, len(content)) if isinstance(content, str) else 1
+    if kind in ("ByteLevel", "Metaspace"):
+        return 2  # a byte as two, a blank before each word
+    if kind == "Precompiled":
+        return _longest(step.get("precompiled_charsmap"))
+    if kind == "TemplateProcessing":
+        parts = max(len(step[key]) if isinstance(step.get(key), list) else 1 for key in ("single", "pair"))
+        tokens = step.get("special_tokens")
+        lists = [t.get("ids") for t in tokens.values() if isinstance(t, dict)] if isinstance(tokens, dict) else []
+        return max(1, parts) * max([1, *(len(ids) for ids in lists if isinstance(ids, list))])
+    return 1
+
+
+def _longest(charsmap: Any) -> int:
+    """What one character can become: the map is the length of a trie, the trie, and the texts, each with a zero byte after it."""
+    try:
+        content = base64.b64decode(charsmap, validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        return 1  # the library refuses it
+    return max(map(len, content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")), default=1) or 1

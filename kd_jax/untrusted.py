@@ -1,0 +1,107 @@
+"""Reading what someone else has written: JSON that means one thing, files of a bounded size, messages of a bounded length."""
+
+import json
+import math
+import reprlib
+from pathlib import Path
+from typing import Any, NoReturn
+
+MIB = 2**20
+
+
+def read_bytes(file: Path, limit: int) -> bytes:
+    """The file's bytes, at most `limit` of them; a larger one is not read at all.
+
+    A link is followed: caches are built of them, and whoever makes one may read what it points to.
+
+    Raises:
+      ValueError: no such file, one that is larger, a pipe or a device, or one that cannot be read.
+    """
+    try:
+        if not file.is_file():
+            raise ValueError(f"{file}: cannot be read (there is no such file).")
+        if (size := file.stat().st_size) > limit:
+            raise ValueError(
+                f"{file}: it has {size} bytes; at most {limit} are read, which is many times what such a file needs."
+            )
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror}).") from error
+
+
+def read_text(file: Path, limit: int) -> str:
+    """`read_bytes` as UTF-8."""
+    try:
+        return read_bytes(file, limit).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 ({error}).") from error
+
+
+def read_json(file: Path, limit: int = 4 * MIB) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes; anything else there is an error that names it."""
+    found = parse_json(read_bytes(file, limit), str(file))
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(found).__name__}.")
+    return found
+
+
+def parse_json(text: bytes, where: str, *, finite: bool = True) -> Any:
+    """A JSON text as Python's values; what two readers could understand differently is refused.
+
+    Args:
+      text: in UTF-8.
+      where: the file, and perhaps the line, for the message.
+      finite: refuse NaN, Infinity and numbers that float64 cannot hold, which are no JSON, though Python writes them.
+    Raises:
+      ValueError: not JSON, a key twice in an object, nested too deeply, an integer of thousands of digits.
+
+    Example:
+      >>> parse_json(b'{"a": 1, "a": 2}', "config.json")
+      Traceback (most recent call last):
+      ValueError: config.json: not valid JSON (the key 'a' appears twice in one object).
+    """
+    strict: dict[str, Any] = dict(parse_constant=_refuse, parse_float=_float) if finite else {}
+    try:
+        return json.loads(text.decode(), object_pairs_hook=_object, **strict)
+    except RecursionError as error:
+        raise ValueError(f"{where}: not valid JSON (it is nested too deeply).") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({error}).") from error
+
+
+def shown(value: Any) -> str:
+    """`repr`, cut where it is long or deep: what a message can quote of anything.
+
+    Example:
+      >>> shown("x" * 1000), shown([[[[[[[[[]]]]]]]]])
+      ("'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'", '[[[[[[[...]]]]]]]')
+    """
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring, _REPR.maxother, _REPR.maxlong, _REPR.maxdict = 80, 80, 40, 8
+
+
+def clip(text: str, length: int = 300) -> str:
+    """A text, cut to a length that a message can quote."""
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {shown(twice)} appears twice in one object")
+    return found
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _float(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"the number {clip(digits, 40)} is too large")
+    return value

@@ -1,0 +1,1 @@
+"""Hostile files for every reader of files: `python -m tests.fuzz --help`."""

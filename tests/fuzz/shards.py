@@ -1,0 +1,101 @@
+"""Shards of hostile inputs in a process with limits, and what watches it."""
+
+import json
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+from tests.fuzz.bench import Bench, keep
+
+SHARD = 500  # inputs
+SAME = 3  # inputs kept of each kind of finding in a shard
+
+
+class Shards:
+    """A process that works on shards of one reader, one after the other."""
+
+    def __init__(self, args, name, shards):
+        self.args, self.name, self.left = args, name, list(shards)
+        context = multiprocessing.get_context("spawn")
+        self.began = context.Value("d", 0.0)  # when the input that is being read was begun; 0 between inputs
+        self.counts = context.Array("l", [0] * 5)  # the shard, inputs, and of them loaded, refused and found
+        self.folder = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+        self.started = time.monotonic()
+        self.counts[0] = self.left[0]
+        self.process = context.Process(
+            target=work, args=(vars(args), name, self.left, self.folder.name, self.began, self.counts)
+        )
+        self.process.start()
+
+    def ended(self):
+        """Whether it is over; if it had to be ended or died, its shard is over too, and `left` are those after it."""
+        seconds = time.monotonic() - self.began.value if self.began.value else 0.0
+        wrong = ""
+        if self.process.is_alive():
+            if seconds < self.args.seconds:
+                return False
+            self.process.kill()
+            wrong = f"took longer than {self.args.seconds} s"
+        self.process.join()
+        if not wrong and self.process.exitcode:
+            wrong = f"the process ended with {self.process.exitcode}"
+        shard, inputs, loaded, refused, found = self.counts
+        self.left = [later for later in self.left if later > shard] if wrong else []
+        if wrong:
+            print(f"{self.name}, shard {shard}, input {inputs}: {wrong}", flush=True)
+            names = (Path(self.folder.name) / "current").read_text().split("\n") if inputs else []
+            files = {name: (Path(self.folder.name) / "files" / name).read_bytes() for name in names}
+            keep(self.args.state / "found" / self.name / f"{self.args.seed}-{shard}-{inputs}.json", files, wrong)
+            line = dict(
+                loaded=loaded, refused=refused, found=found + 1, inputs=loaded + refused + found + 1,
+                seconds=time.monotonic() - self.started, slowest=seconds, mebibytes=0,
+            )  # fmt: skip
+            write(self.args.state, dict(reader=self.name, seed=self.args.seed, shard=shard) | line)
+        self.folder.cleanup()
+        return True
+
+
+def work(args, name, shards, folder, began, counts):
+    """The shards' process."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)  # tfds' progress
+    os.dup2(silence, 2)  # and the panics of Rust
+    bench = Bench(name, folder)
+    bench.fuzz(args["seed"], 20)  # warm: libraries are loaded, and threads have their stacks
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    limit = int(status["VmSize"].split()[0]) * 1024 + args["memory"] * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def before():
+        counts[1] += 1
+        began.value = time.monotonic()
+
+    for shard in shards:
+        bench.counts, bench.slowest, kinds, started = Counter(), 0.0, Counter(), time.monotonic()
+        counts[:] = [shard, 0, 0, 0, 0]
+
+        def after(files, wrong, shard=shard, kinds=kinds):
+            began.value = 0.0
+            counts[2:] = [bench.counts[outcome] for outcome in ("loaded", "refused", "found")]
+            if wrong:
+                kinds[wrong[:60]] += 1
+                if kinds[wrong[:60]] <= SAME:
+                    keep(args["state"] / "found" / name / f"{args['seed']}-{shard}-{counts[1]}.json", files, wrong)
+
+        bench.fuzz(zlib.crc32(f"{args['seed']} {name} {shard}".encode()), SHARD, before, after)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident
+        line = {outcome: bench.counts[outcome] for outcome in ("loaded", "refused", "found")}
+        line |= dict(inputs=bench.counts.total(), seconds=time.monotonic() - started, slowest=bench.slowest)
+        write(args["state"], dict(reader=name, seed=args["seed"], shard=shard) | line | {"mebibytes": peak // 1024})
+
+
+def write(state, line):
+    with (state / "results.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
