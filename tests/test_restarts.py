@@ -1,10 +1,12 @@
 """Runs that are stopped, killed, damaged or poisoned lose nothing that was saved, and go on as if they never were."""
 
+import errno
 import itertools
 import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -197,6 +199,63 @@ def test_without_a_good_checkpoint_nothing_is_changed(whole, tmp_path, assembled
         checkpoint.restore(manager, assembled.abstract_state, assembled.feed)
     assert all(f"checkpoint {step}" in str(error.value) for step in (2, 4, 5))
     assert checkpoint_steps(tmp_path / "run") == [2, 4, 5]
+
+
+def too_many_files(monkeypatch):
+    """No file can be opened any more, once the arrays are looked for."""
+    raw_shapes, limits = checkpoint._raw_shapes, resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def none_left(state):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), limits[1]))
+        return raw_shapes(state)
+
+    monkeypatch.setattr(checkpoint, "_raw_shapes", none_left)
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def answer(error):
+    def way(monkeypatch):
+        fail = lambda *_, **__: (_ for _ in ()).throw(error)
+        monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", fail)
+        return lambda: None
+
+    return way
+
+
+def led_to(cause):
+    """As orbax has it: an error of its own, whose cause is tensorstore's."""
+    error = Exception("Encountered error while reading array index")
+    error.__cause__ = cause
+    return error
+
+
+IN_THE_WAY = {
+    "too many files": (too_many_files, "Too many open files"),
+    "connection": (answer(ConnectionResetError("reset by peer")), "ConnectionResetError: reset"),
+    "time": (answer(TimeoutError()), "TimeoutError"),
+    "network": (answer(OSError(errno.ENETUNREACH, "no route")), "no route"),
+    "device's memory": (answer(RuntimeError("RESOURCE_EXHAUSTED: Out of memory")), "Out of memory"),
+    "rights": (answer(led_to(ValueError("PERMISSION_DENIED: Error reading"))), "Encountered"),
+    "disk": (answer(led_to(ValueError("UNKNOWN: Error reading [os_error_code='5']"))), "Encountered"),
+}
+
+
+@NOISE
+@pytest.mark.parametrize("what", IN_THE_WAY)
+def test_a_checkpoint_that_cannot_be_reached_is_not_damaged(what, whole, tmp_path, assembled, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run")
+    way, said = IN_THE_WAY[what]
+    with checkpoint.open_manager(str(tmp_path / "run"), 3) as manager:
+        with monkeypatch.context() as patch:
+            clear = way(patch)
+            try:
+                with pytest.raises(OSError, match="checkpoint 5 .* may be good; nothing was changed") as error:
+                    checkpoint.restore(manager, assembled.abstract_state, assembled.feed)
+            finally:
+                clear()
+        assert said in str(error.value) and checkpoint_steps(tmp_path / "run") == [2, 4, 5]
+        state, wrong = checkpoint.restore(manager, assembled.abstract_state, assembled.feed)
+        assert int(state.step) == 5 and not wrong
 
 
 # --- full
