@@ -211,12 +211,14 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         copied = remote.work_directory(workdir, jax.process_count(), writes=first)
         workdir, saved = stack.enter_context(copied)  # of an address a local folder
-        if first and epath.Path(workdir).is_dir():
+        is_there = epath.Path(workdir).is_dir()
+        if first and is_there:
             stack.enter_context(directory.alone(workdir))  # before anything that takes long
         directory.check(workdir, resolved)
         run = build(config)
-        if first and not epath.Path(workdir).is_dir():
+        if first and not is_there:
             stack.enter_context(directory.alone(workdir))
+            directory.check(workdir, resolved)  # somebody else may have made it since
         rounding = quantisation.error(run)
         # A new run reads its student before it writes anything; a resumed one has no use for an initial state.
         state = None if checkpoint.has_steps(saved) else run.init_state()

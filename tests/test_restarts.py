@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, damaged or poisoned lose nothing that was saved, and go on as if they never were."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -302,6 +303,19 @@ def test_a_second_run_on_a_work_directory_is_refused(whole, tmp_path, data_dir):
         train.train(smoke("sft", data_dir, **WHOLE), str(tmp_path / "run"), quiet=True)
     (tmp_path / "run" / "lock").unlink()
     assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
+
+
+def test_a_second_run_is_refused_where_the_first_made_the_directory_meanwhile(assembled, tmp_path, monkeypatch):
+    """Both found none; the other one is the sooner to be built, and is still there, or has left what it is not to be mixed with."""
+    workdir = tmp_path / "run"
+    with contextlib.ExitStack() as other:
+        monkeypatch.setattr(train, "build", lambda config: other.enter_context(directory.alone(workdir)) or assembled)
+        with pytest.raises(ValueError, match="in use by another run"):
+            train.train(assembled.config, str(workdir), quiet=True)
+    shutil.rmtree(workdir)
+    monkeypatch.setattr(train, "build", lambda config: directory.write_config(workdir, {"seed": 1}) or assembled)
+    with pytest.raises(ValueError, match="belongs to another config"):
+        train.train(assembled.config, str(workdir), quiet=True)
 
 
 # --- not finite
