@@ -229,6 +229,7 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
         manager = stack.enter_context(checkpoint.open_manager(saved, config.keep_checkpoints))
         if state is None:
             state, damaged = checkpoint.restore(manager, run.abstract_state, run.feed)
+            state = _allowed(state, config.max_skipped)
             for line in damaged:
                 metrics.tqdm.write(f"{line}; it is put aside, and the run goes on from step {int(state.step)}.")
         if first and not quiet:
@@ -238,6 +239,12 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
         with metrics.Writer(workdir, int(state.step), silent=not first) as writer:
             state = loop.run_steps(run, state, workdir, writer, manager, quiet)
         return results.finish(run, state.params, workdir, quiet)
+
+
+def _allowed(state: TrainState, max_skipped: int) -> TrainState:
+    """A restored state where `max_skipped` may be less than it was: only a step that is not finite can be one too many."""
+    skipped = np.int32(min(int(state.skipped), max_skipped))
+    return dataclasses.replace(state, skipped=jax.device_put(skipped, state.skipped.sharding))
 
 
 def environment(run: Run, state: TrainState) -> str:

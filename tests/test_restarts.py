@@ -393,6 +393,22 @@ def test_too_many_in_a_row_stop_the_run_before_the_first_that_was_too_many(data_
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_run_that_goes_on_with_less_max_skipped_stops_at_no_finite_step(whole, tmp_path, assembled, monkeypatch):
+    """The one step that was left out before the checkpoint is more than are allowed by now."""
+    shutil.copytree(whole, tmp_path / "run")
+    for step in ("4", "5"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / step)
+    with checkpoint.open_manager(str(tmp_path / "run"), 3) as manager:
+        state, _ = checkpoint.restore(manager, assembled.abstract_state, assembled.feed)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+        manager.reload()
+        skipped = jax.device_put(np.int32(1), state.skipped.sharding)
+        checkpoint.save(manager, 2, state.replace(skipped=skipped), assembled.feed)
+    monkeypatch.setattr(train, "build", lambda config: assembled)
+    train.train(assembled.config, str(tmp_path / "run"), quiet=True)
+    assert_same_run(whole, tmp_path / "run")
+
+
 # --- killed
 
 
