@@ -205,12 +205,13 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
       ValueError: before anything is written, if the config is wrong, or if the directory belongs to another one or is in use;
         or if all of its checkpoints are damaged.
       FloatingPointError: a loss or a gradient is not finite.
-      loop.Stopped: SIGTERM or a preemption notice came, and the state is saved.
+      loop.Stopped: SIGTERM or a preemption notice came, and the state is saved, or there was nothing to save.
     """
     resolved, first = config.to_dict(), jax.process_index() == 0
-    with contextlib.ExitStack() as stack:
+    with loop.Notices() as notices, contextlib.ExitStack() as stack:
         copied = remote.work_directory(workdir, jax.process_count(), writes=first)
         workdir, saved = stack.enter_context(copied)  # of an address a local folder
+        stack.enter_context(notices.raised())  # which ends before the last copy to the address
         is_there = epath.Path(workdir).is_dir()
         if first and is_there:
             stack.enter_context(directory.alone(workdir))  # before anything that takes long
@@ -237,7 +238,7 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
             if rounding:
                 metrics.tqdm.write(quantisation.sentence(rounding))
         with metrics.Writer(workdir, int(state.step), silent=not first) as writer:
-            state = loop.run_steps(run, state, workdir, writer, manager, quiet)
+            state = loop.run_steps(run, state, workdir, writer, manager, notices, quiet)
         return results.finish(run, state.params, workdir, quiet)
 
 

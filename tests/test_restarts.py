@@ -1,6 +1,7 @@
 """Runs that are stopped, killed, damaged or poisoned lose nothing that was saved, and go on as if they never were."""
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax import checkpoint, directory, loop, metrics, replay, train
+from kd_jax import checkpoint, directory, loop, metrics, remote, replay, train
 from tests import broken
 from tests.runs import METHODS, ON_POLICY, last_state, smoke
 
@@ -102,11 +103,103 @@ def test_sigterm_saves_and_says_so(whole, tmp_path, data_dir, monkeypatch):
     assert_same_run(whole, tmp_path / "run")
 
 
+@pytest.fixture
+def told(monkeypatch):
+    """told(where, name): SIGTERM comes as a function is called; whoever does not take it gets an error."""
+
+    def nobody(*_):
+        raise RuntimeError("nobody took the notice")
+
+    def as_it_is_called(where, name):
+        function = getattr(where, name)
+
+        def notice(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return function(*arguments)
+
+        monkeypatch.setattr(where, name, notice)
+
+    before = signal.signal(signal.SIGTERM, nobody)
+    yield as_it_is_called
+    signal.signal(signal.SIGTERM, before)
+
+
+def until(step, whole, folder):
+    """A copy of the run as it was at a checkpoint."""
+    shutil.copytree(whole, folder)
+    for later in checkpoint_steps(folder):
+        if later > step:
+            shutil.rmtree(folder / "checkpoints" / str(later))
+    return folder
+
+
+@pytest.mark.parametrize(("where", "name"), [(train, "build"), (train.Run, "evaluate"), (loop.results, "finish")])
+def test_sigterm_before_the_first_step_and_after_the_last(where, name, told, whole, tmp_path, assembled, monkeypatch):
+    """There is nothing to save; what is open is closed, and a second notice does not disturb that."""
+    workdir, closed = until(5, whole, tmp_path / "run"), []
+
+    @contextlib.contextmanager
+    def alone(workdir):
+        try:
+            yield
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            closed.append(workdir)
+
+    monkeypatch.setattr(train, "build", lambda config: assembled)
+    monkeypatch.setattr(directory, "alone", alone)
+    told(where, name)
+    with pytest.raises(loop.Stopped) as stopped:
+        train.train(assembled.config, str(workdir), quiet=True)
+    assert (stopped.value.code, stopped.value.step, closed) == (75, None, [str(workdir)])
+
+
+@pytest.mark.parametrize("name", ["finish", "push"])
+def test_sigterm_at_an_address_loses_nothing(name, told, whole, tmp_path, assembled, monkeypatch):
+    """After the last step all is copied; and if the notice comes as it is, it goes on to the end."""
+    monkeypatch.setattr(train, "build", lambda config: assembled)
+    monkeypatch.setattr(remote.tempfile, "tempdir", str(tmp_path))
+    system, root = remote.filesystem("memory://restarts/run")
+    remote.Copy(system, root, until(2, whole, tmp_path / "run")).push()
+    try:
+        told(*{"finish": (loop.results, "finish"), "push": (remote.Copy, "push")}[name])
+        with pytest.raises(loop.Stopped) if name == "finish" else contextlib.nullcontext():
+            train.train(assembled.config, "memory://restarts/run", quiet=True)
+        remote.Copy(system, root, tmp_path / "fetched").pull()
+    finally:
+        system.rm("/restarts", recursive=True)
+    assert_same_run(whole, tmp_path / "fetched")
+
+
+def test_a_notice_at_an_evaluation_saves_before_it(whole, told, tmp_path, assembled, monkeypatch):
+    """The run that goes on makes it first, and again where it is killed before it saves anything."""
+    config = smoke("sft", assembled.config.data.data_dir, **WHOLE | dict(eval_every=4))
+    monkeypatch.setattr(train, "build", lambda config: dataclasses.replace(assembled, config=config))
+    folders = [until(2, whole, tmp_path / name) for name in ("whole", "parts")]
+    for folder in folders:
+        directory.write_config(folder, config.to_dict())
+    train.train(config, str(folders[0]), quiet=True)
+
+    evaluations = lambda: [line["step"] for line in training(folders[1]) if line["split"] == "eval"]
+    with monkeypatch.context() as patch:
+        put, calls = train.Run.put, itertools.count(3)
+        notice = lambda run, batch: (next(calls) == 4 and os.kill(os.getpid(), signal.SIGTERM)) or put(run, batch)
+        patch.setattr(train.Run, "put", notice)
+        with pytest.raises(loop.Stopped) as stopped:
+            train.train(config, str(folders[1]), quiet=True)
+    assert stopped.value.step == 4 and evaluations() == [0]
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(train.Run, "put", lambda run, batch: (_ for _ in ()).throw(Interrupted))
+        train.train(config, str(folders[1]), quiet=True)
+    assert evaluations() == [0, 4]
+    train.train(config, str(folders[1]), quiet=True)
+    assert evaluations() == [0, 4, 5]
+    assert_same_run(*folders)
+
+
 @pytest.mark.slow
 def test_another_mesh_goes_on_with_the_same_batches(whole, tmp_path, data_dir):
-    shutil.copytree(whole, tmp_path / "run")
-    for step in ("4", "5"):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / step)
+    until(2, whole, tmp_path / "run")
     other = WHOLE | dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, log_every=1)
     train.train(smoke("sft", data_dir, **other), str(tmp_path / "run"), quiet=True)
     losses = [[line["loss"] for line in training(run) if line["split"] == "train"] for run in (whole, tmp_path / "run")]
@@ -395,9 +488,7 @@ def test_too_many_in_a_row_stop_the_run_before_the_first_that_was_too_many(data_
 
 def test_a_run_that_goes_on_with_less_max_skipped_stops_at_no_finite_step(whole, tmp_path, assembled, monkeypatch):
     """The one step that was left out before the checkpoint is more than are allowed by now."""
-    shutil.copytree(whole, tmp_path / "run")
-    for step in ("4", "5"):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / step)
+    until(2, whole, tmp_path / "run")
     with checkpoint.open_manager(str(tmp_path / "run"), 3) as manager:
         state, _ = checkpoint.restore(manager, assembled.abstract_state, assembled.feed)
         shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
