@@ -155,7 +155,7 @@ def _reader(manager: ocp.CheckpointManager) -> ocp.CheckpointManager:
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"reader_{index}"
     )
     options = ocp.CheckpointManagerOptions(
-        read_only=True, multiprocessing_options=alone, enable_async_checkpointing=False
+        create=False, multiprocessing_options=alone, enable_async_checkpointing=False
     )
     return ocp.CheckpointManager(manager.directory, options=options, item_names=("state", "data"))
 

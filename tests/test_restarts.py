@@ -513,7 +513,7 @@ def _train(method, data_dir, workdir, changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", KILLED)
 def test_killed_at_random_moments_it_ends_as_if_it_never_was(method, tmp_path, data_dir):
-    """Bit for bit, with SIGKILL at KILLS moments: one before the first save, the others often during one: every step is saved."""
+    """Bit for bit, with SIGKILL at KILLS moments: one before the first save, then every other one during a save."""
     changes = dict(steps=4 * KILLS + 2, checkpoint_every=1, eval_every=2 * KILLS + 1, log_every=1)
     if method == "distillm":
         changes["prefixes__threshold"] = 0.9  # or it draws nothing in so few steps
@@ -531,15 +531,23 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(method, tmp_path, d
     assert process.exitcode == 0
     last = lambda: max(checkpoint_steps(parts), default=0) if (parts / "checkpoints").exists() else 0
     unfinished = lambda: {path.name for path in (parts / "checkpoints").glob("*") if not path.name.isdigit()}
+
+    def wait(process, condition):
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert process.exitcode is None and time.monotonic() < deadline
+            time.sleep(0.002)
+
     early = during = 0
     for kill in range(KILLS):
-        before, left = last(), unfinished()
-        first = kill == 0 and (KILLS > 1 or method == "taid")
-        process, deadline = start(parts), time.monotonic() + 120
-        while not ((parts / "metrics.jsonl").exists() if first else last() > before):
-            assert process.exitcode is None and time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.3))
+        before, left, process = last(), unfinished(), start(parts)
+        if kill == 0 and (KILLS > 1 or method == "taid"):
+            wait(process, (parts / "metrics.jsonl").exists)
+        else:
+            wait(process, lambda before=before: last() > before)
+        if kill % 2:
+            wait(process, unfinished)
+        time.sleep(moments.uniform(0, 0.02 if kill % 2 else 0.3))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
