@@ -49,7 +49,8 @@ def main(argv: list[str]) -> None:
     except (ValueError, FloatingPointError, OSError) as error:
         leave(str(error))
     except loop.Stopped as stopped:
-        print(f"kd_jax: told to stop; step {stopped.step} is saved, and the same command goes on.", file=sys.stderr)
+        saved = "" if stopped.step is None else f" step {stopped.step} is saved, and"
+        print(f"kd_jax: told to stop;{saved} the same command goes on.", file=sys.stderr)
         raise
     except (Exception, KeyboardInterrupt) as error:
         if not jax.distributed.is_initialized():
