@@ -5,7 +5,6 @@ that counts. A run with --config.teacher.cache=FOLDER then needs no teacher. A c
 """
 
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from kd_jax.objectives import make_terms
 from kd_jax.setup import check_mesh, check_numbers, load_models, load_tokenizer
 from kd_jax.setup_cache import check_use, made_from
 from kd_jax.setup_rows import check_length, load_rows, make_source
-from kd_jax.teacher_cache import KINDS, coarsen
+from kd_jax.teacher_cache import KINDS, coarsen, draw, merged
 from kd_jax.untrusted import read_json
 
 flags.DEFINE_alias("out", "workdir")
@@ -36,7 +35,6 @@ POWER = flags.DEFINE_float("power", 1.0, "With samples: the teacher's probabilit
 PART_ROWS = flags.DEFINE_integer("part_rows", 512, "Rows of a file.")
 
 CHUNK_BYTES = 2**28  # of logits that a device holds at a time
-BLOCK = 256  # ids that a draw is looked for among, once the block is drawn that they are in
 
 
 def write(
@@ -194,7 +192,7 @@ def _records(
         for place, index in enumerate(some):
             counted = batch["loss_mask"][place]
             its = {name: array[place][counted] for name, array in values.items()}
-            yield files.record(manifest, rows, index, _merged(its) if manifest["kind"] == "samples" else its)
+            yield files.record(manifest, rows, index, merged(its) if manifest["kind"] == "samples" else its)
 
 
 def _own(array: jax.Array, share: int) -> np.ndarray:
@@ -243,64 +241,16 @@ def _make_read(teacher: Any, manifest: files.Manifest, mesh: jax.sharding.Mesh) 
     return jax.jit(read, static_argnames="split", out_shardings=sharding.batch_sharding(mesh))
 
 
-def draw(log_p: Array, uniform: Array, power: float = 1.0) -> dict[str, Array]:
-    """Tokens drawn from p to a power, normalised, and what each weighs, so that the weighted mean over draws is p's.
-
-    A block of ids is drawn and then an id in it: a sum of probabilities over a whole vocabulary would have lost the small ones.
-
-    Args:
-      log_p: [..., V], normalised.
-      uniform: [..., k, 2] in (0, 1].
-      power: of the probabilities.
-
-    Returns:
-      teacher_ids and teacher_weights [..., k], and teacher_entropy [...], p's own.
-    """
-    log_t = log_p if power == 1 else jax.nn.log_softmax(power * log_p, axis=-1)
-    width = min(BLOCK, log_p.shape[-1])
-    more = [(0, 0)] * (log_p.ndim - 1) + [(0, -log_p.shape[-1] % width)]
-    blocks = jnp.pad(jnp.exp(log_t), more).reshape(*log_p.shape[:-1], -1, width)
-    block = _first_reaching(jnp.cumsum(blocks.sum(axis=-1), axis=-1)[..., None, :], uniform[..., 0])
-    inside = jnp.take_along_axis(blocks, block[..., None], axis=-2)
-    ids = block * width + _first_reaching(jnp.cumsum(inside, axis=-1), uniform[..., 1])
-    ids = jnp.minimum(ids, log_p.shape[-1] - 1)
-    ratio = jnp.take_along_axis(log_p, ids, axis=-1) - jnp.take_along_axis(log_t, ids, axis=-1)
-    weights = jnp.where(ratio == ratio, jnp.exp(ratio), 0) / uniform.shape[-2]
-    entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
-    return {"teacher_ids": ids, "teacher_weights": weights, "teacher_entropy": entropy}
-
-
-def _first_reaching(sums: Array, uniform: Array) -> Array:
-    """The first place whose running sum is at least this share, above 0, of the last one: one that has mass."""
-    return jnp.sum(sums < uniform[..., None] * sums[..., -1:], axis=-1)
-
-
-def _merged(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same with every token once, its weights added up, and zeros behind, which compress to nothing."""
-    order = np.argsort(drawn["teacher_ids"], axis=-1, kind="stable")
-    ids, weights = (np.take_along_axis(drawn[f"teacher_{name}"], order, axis=-1) for name in ("ids", "weights"))
-    place = np.cumsum(np.diff(ids, axis=-1, prepend=ids[:, :1]) != 0, axis=-1)
-    merged = {"teacher_ids": np.zeros_like(ids), "teacher_weights": np.zeros_like(weights)}
-    np.put_along_axis(merged["teacher_ids"], place, ids, axis=-1)
-    np.add.at(merged["teacher_weights"], (np.arange(len(ids))[:, None], place), weights)
-    return drawn | merged
-
-
 def run(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     if len(argv) > 1:
         sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --kind=top_k.")
     main.use_cache()
-    try:
+    told = str(main.WORKDIR.value), KIND.value, K.value, POWER.value, PART_ROWS.value
+    with main.ends_well():
         main.join(main.PROCESSES.value)
-        write(main.CONFIG.value, str(main.WORKDIR.value), KIND.value, K.value, POWER.value, PART_ROWS.value)
-    except (ValueError, OSError) as error:
-        main.leave(str(error))
-    except (Exception, KeyboardInterrupt) as error:
-        if not jax.distributed.is_initialized():
-            raise
-        traceback.print_exc()
-        main.leave(f"{type(error).__name__}: {error}")  # the others wait for none of this process's parts
+        main.check_same(main.CONFIG.value.to_dict(), *told)
+        write(main.CONFIG.value, *told)
 
 
 if __name__ == "__main__":
