@@ -9,7 +9,7 @@ from kd_jax.data import Tokenizer, make_render, sandbox
 from tests.fuzz.mutations import TEXTS, below, changed_bytes, documents, pick
 
 PATIENCE = 0.5  # seconds for a template or an unusual tokenizer, where a run gives it 10
-LONG = "u" * 2**22
+LONG = "u" * 2**23
 SLOW = "(?:[ab ]+[ab ]+[ab ]+)(?![ab ])(?<=x)"  # tries every way to cut a run of these in three, and finds none
 
 
@@ -47,8 +47,8 @@ class TokenizerFiles:
         ("bpe", {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": SLOW}, "behavior": "Isolated", "invert": False}}, {}),
         ("bpe", {"normalizer": {"type": "Replace", "pattern": {"Regex": SLOW}, "content": ""}}, {}),
         ("bpe", {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}] * 1000}}, {}),
-        ("bpe", {"pre_tokenizer": None}, {"continuing_subword_prefix": LONG}),
-        ("bpe", {}, {"end_of_word_suffix": LONG}),
+        ("bpe", {"pre_tokenizer": None}, {"continuing_subword_prefix": LONG, "merges": []}),
+        ("bpe", {}, {"end_of_word_suffix": LONG, "merges": []}),
         ("bpe", {}, {"vocab": {"<s>": 0, "</s>": 1, "<pad>": 2, "a": 3, "b": 4, LONG: 5}, "merges": [], "unk_token": LONG}),
         ("unigram", {"pre_tokenizer": None}, {"vocab": [["<s>", 0.0], ["</s>", 0.0], *([("ab▁" * 330)[:i], -1.0] for i in range(1, 990))]}),
     )  # fmt: skip
