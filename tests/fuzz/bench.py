@@ -4,13 +4,14 @@ import hashlib
 import json
 import time
 import traceback
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import hypothesis
 from hypothesis import HealthCheck, Phase, settings
 
-from tests.fuzz.readers import READERS, packed, unpacked
+from tests.fuzz.readers import READERS
 
 CORPUS = Path(__file__).parent / "corpus"
 MESSAGE = 3000  # characters of an error, at most
@@ -91,6 +92,17 @@ def keep(path, files, wrong):
 def kept(path):
     """The files of an input that `keep` wrote."""
     return {name: unpacked(content) for name, content in json.loads(path.read_text())["files"].items()}
+
+
+def packed(content):
+    """Bytes as a text that a diff can show: Latin-1, or compressed where that is much shorter."""
+    small = zlib.compress(content, 9)
+    return f"zlib:{small.hex()}" if len(small) * 2 + 100 < len(content) else f"text:{content.decode('latin-1')}"
+
+
+def unpacked(text):
+    kind, _, rest = text.partition(":")
+    return zlib.decompress(bytes.fromhex(rest)) if kind == "zlib" else rest.encode("latin-1")
 
 
 def _place(error):
