@@ -4,6 +4,7 @@ Runs the config's teacher once over the rows that the config trains and is evalu
 that counts. A run with --config.teacher.cache=FOLDER then needs no teacher. A call that was stopped goes on where it was.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,14 +18,15 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from jaxtyping import Array
 
-from kd_jax import data, main, metrics, remote, rollouts, sharding
+from kd_jax import data, directory, main, metrics, remote, rollouts, sharding
 from kd_jax import teacher_cache_files as files
 from kd_jax.objectives import make_terms
 from kd_jax.setup import check_mesh, check_numbers, load_models, load_tokenizer
 from kd_jax.setup_cache import check_use, made_from
 from kd_jax.setup_rows import check_length, load_rows, make_source
 from kd_jax.teacher_cache import KINDS, coarsen, draw, merged
-from kd_jax.untrusted import read_json
+from kd_jax.teacher_cache_read import check_manifest
+from kd_jax.untrusted import clip, read_json
 
 flags.DEFINE_alias("out", "workdir")
 KIND = flags.DEFINE_enum(
@@ -95,14 +97,23 @@ def write(
             split: files.about_rows(its) | {"temperature": temperatures[split]} for split, its in rows.items()
         },
         "part_rows": part_rows,
+        "head_hash": "",
     } | made_from(config, tokenizer)  # fmt: skip
-    _begin(where, manifest, tokenizer, loaded)
+    check_manifest(where / files.MANIFEST, manifest)  # what is written can be read
     read = _make_read(loaded.teacher, manifest, mesh)
-    jobs = _share(where, manifest)
-    batch_size = config.data.eval_batch_size
-    tokens = {split: about["tokens"] for split, about in manifest["splits"].items()}
-    total = sum(-(-max(sizes) * jax.process_count() // batch_size) for *_, sizes in jobs)
-    with metrics.tqdm(total=total, desc="the teacher reads", unit="batch", disable=quiet) as bar:
+    batch_size, first = config.data.eval_batch_size, jax.process_index() == 0
+    head = None
+    if kind == "hidden":
+        head = sharding.fetch_whole(loaded.teacher.stored_head(loaded.teacher_params)[0])
+    with contextlib.ExitStack() as stack:
+        if first:
+            _check_folder(where, manifest)
+            stack.enter_context(directory.alone(str(where)))
+            _begin(where, manifest, tokenizer, head)
+        sharding.from_first_process(0)
+        jobs = _share(where, manifest)
+        total = sum(-(-max(sizes) * jax.process_count() // batch_size) for *_, sizes in jobs)
+        bar = stack.enter_context(metrics.tqdm(total=total, desc="the teacher reads", unit="batch", disable=quiet))
         for split, part, sizes in jobs:
             records = _records(
                 manifest, rows[split], split, part, max(sizes), partial(read, loaded.teacher_params),
@@ -112,8 +123,9 @@ def write(
                 list(records)
             else:
                 files.write_part(files.part_path(where, split, part), records, kind)
-    sharding.from_first_process(0)  # all parts are there
-    if not quiet and jax.process_index() == 0:
+        sharding.from_first_process(0)  # all parts are there
+    if not quiet and first:
+        tokens = {split: about["tokens"] for split, about in manifest["splits"].items()}
         size = sum(file.stat().st_size for file in where.rglob("*.array_record"))
         metrics.tqdm.write(f"{folder}: {tokens} tokens, {size / sum(tokens.values()):.1f} bytes a token.")
     return manifest
@@ -130,29 +142,29 @@ def _check_numbers(kind: str, k: int, power: float, part_rows: int, vocab_size: 
         raise ValueError(f"part_rows={part_rows} must be at least 1.")
 
 
-def _begin(folder: Path, manifest: files.Manifest, tokenizer: data.Tokenizer, loaded: Any) -> None:
-    """The manifest and what lies beside it, or whether those that are there are the same."""
-    head = None
-    if manifest["kind"] == "hidden":
-        head = sharding.fetch_whole(loaded.teacher.stored_head(loaded.teacher_params)[0])
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        ours = (files.MANIFEST, files.HEAD, files.TOKENIZER)
-        if (folder / files.MANIFEST).exists():
-            there = read_json(folder / files.MANIFEST)
-            lines = [d for d in files.differences(there, manifest) if not d.startswith("teacher.path")]
-            if lines:
-                raise ValueError(
-                    f"{folder} has another cache. Choose another folder, or take these back:\n  " + "\n  ".join(lines)
-                )
-        elif not all(path.name.startswith(ours) for path in folder.iterdir()):
-            raise ValueError(f"{folder} has something else in it; choose an empty or a new folder.")
-        else:  # the manifest is last: where it is, the others are
-            if head is not None:
-                files.write_head(folder, manifest["head"], head)
-            files.write_tokenizer(folder, tokenizer)
-            files.write_manifest(folder, manifest)
-    sharding.from_first_process(0)
+def _check_folder(folder: Path, manifest: files.Manifest) -> None:
+    """Whether the folder is this cache's, begun or not; nothing else's is touched."""
+    if (folder / files.MANIFEST).exists():
+        there = read_json(folder / files.MANIFEST)
+        lines = files.differences(there, manifest | {"head_hash": there.get("head_hash")})
+        if lines := [line for line in lines if not line.startswith("teacher.path: ")]:
+            raise ValueError(
+                f"{folder} has another cache. Choose another folder, or take these back:\n  "
+                + "\n  ".join(lines[: files.SHOWN])
+            )
+    elif foreign := files.foreign(folder):
+        raise ValueError(f"{folder} has something else in it ({clip(foreign)}); choose an empty or a new folder.")
+
+
+def _begin(folder: Path, manifest: files.Manifest, tokenizer: data.Tokenizer, head: np.ndarray | None) -> None:
+    """Clears away what a call that was killed has left, and writes what lies beside the parts, the manifest last."""
+    for path in files.partials(folder):
+        path.unlink()
+    if not (folder / files.MANIFEST).exists():
+        if head is not None:
+            manifest["head_hash"] = files.write_head(folder, manifest["head"], head)
+        files.write_tokenizer(folder, tokenizer)
+        files.write_manifest(folder, manifest)
 
 
 def _share(folder: Path, manifest: files.Manifest) -> list[tuple[str, int | None, list[int]]]:
@@ -192,7 +204,8 @@ def _records(
         for place, index in enumerate(some):
             counted = batch["loss_mask"][place]
             its = {name: array[place][counted] for name, array in values.items()}
-            yield files.record(manifest, rows, index, merged(its) if manifest["kind"] == "samples" else its)
+            its = merged(its) if manifest["kind"] == "samples" else its
+            yield files.record(manifest, split, rows, index, its)
 
 
 def _own(array: jax.Array, share: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from configs import base
-from kd_jax import cache_teacher, divergences, metrics, train
+from kd_jax import cache_teacher, directory, divergences, metrics, train
 from kd_jax import teacher_cache_files as files
 from kd_jax.teacher_cache import Draws, coarsen, draw, merged, sampled_forward_kl
 from kd_jax.teacher_cache_read import Cache
@@ -282,6 +282,9 @@ def test_a_stopped_call_goes_on_and_leaves_the_same_files(caches, data_dir, tmp_
     with pytest.raises(ValueError, match=r"not complete: 4 of its parts are missing.*000002"):
         Cache.open(folder)
     monkeypatch.setattr(files, "write_part", write)
+    with directory.alone(str(folder)), pytest.raises(ValueError, match="in use by another run"):
+        cache_teacher.write(config, str(folder), "hidden", part_rows=100, quiet=True)
+    (folder / "train" / "000002.array_record.partial-77").write_text("killed")
     cache_teacher.write(config, str(folder), "hidden", part_rows=100, quiet=True)
     assert all(path.stat().st_mtime_ns == written for path, written in done)
     whole = caches("hidden")
@@ -314,7 +317,7 @@ def test_flipped_and_missing_bytes_are_found_and_named(caches, data_dir, tmp_pat
     with pytest.raises(ValueError, match=r"000001.array_record: .*records in place of 100"):
         kept(cache, rows).read(150)
     shutil.copy(files.part_path(cache.folder, "train", 0), path)
-    with pytest.raises(ValueError, match=r"it is row 50's, with other tokens"):
+    with pytest.raises(ValueError, match=r"it is row 50's, of other tokens"):
         kept(cache, rows).read(150)
     path.unlink()
     with pytest.raises(ValueError, match=r"not complete: 1 of its parts"):
@@ -388,10 +391,10 @@ def test_another_tokenizer_or_manifest_is_refused(caches, data_dir, tmp_path):
         with pytest.raises(ValueError, match=words):
             cache_teacher.write(cached(data_dir), str(tmp_path / "new"), "top_k", number, quiet=True)
     assert not (tmp_path / "new").exists()
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "a.tex").write_text("...")
-    with pytest.raises(ValueError, match="something else in it"):
+    (tmp_path / "thesis" / "tokenizer of mine").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"something else in it \(tokenizer of mine\)"):
         cache_teacher.write(cached(data_dir), str(tmp_path / "thesis"), "top_k", K, quiet=True)
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["tokenizer of mine"]
 
 
 @pytest.mark.slow
