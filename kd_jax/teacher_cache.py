@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kd_jax.objectives import Term
+from kd_jax.untrusted import clip
 
 KINDS = ("hidden", "top_k", "samples")
 BLOCK = 256  # ids that a draw is looked for among, once the block is drawn that they are in
@@ -30,10 +31,17 @@ class CachedTeacher:
       kind: 'hidden': its hidden states, from which its logits are made as ever: nothing is left out. 'top_k': its k likeliest
         tokens, and the mass of all others as one more outcome. 'samples': k draws with their weights.
       tied: of hidden: whether the output matrix is an embedding [V, D].
+      path: of the teacher, where the cache was written.
     """
 
     kind: str
     tied: bool = False
+    path: str = ""
+
+    def described(self, path: str) -> str:
+        """Whose it is, for a config that has this teacher.path, which is not read."""
+        other = f" (of {clip(self.path)}; teacher.path={path} is not read)" if path not in ("", self.path) else ""
+        return f"teacher's {self.kind} from its cache{other}"
 
     def hidden(self, batch: Mapping[str, Array]) -> Float[Array, "B L D"] | None:
         """Its hidden states; None where others are kept. A batch has their bits, which NumPy can hold and save."""

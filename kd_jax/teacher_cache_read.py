@@ -118,7 +118,7 @@ class Cache:
     @property
     def teacher(self) -> CachedTeacher:
         """What a step compares with."""
-        return CachedTeacher(self.kind, self.manifest["head"] == TIED)
+        return CachedTeacher(self.kind, self.manifest["head"] == TIED, self.manifest["teacher"]["path"])
 
     def load_params(self, mesh: jax.sharding.Mesh, layout: str) -> Any:
         """The output matrix on the mesh, in the tree that it has in a model; {} where no hidden states are kept.

@@ -104,6 +104,13 @@ def test_what_is_written_can_be_read(made):
         check_manifest(made, manifest)
 
 
+def test_a_run_says_where_its_cache_is_of_another_teacher_than_its_config(made):
+    teacher = Cache.open(made / "samples").teacher
+    assert teacher.described("") == teacher.described("models/teacher") == "teacher's samples from its cache"
+    said = "teacher's samples from its cache (of models/teacher; teacher.path=models/larger is not read)"
+    assert teacher.described("models/larger") == said
+
+
 def head_of(folder):
     return Cache.open(folder).load_params(sharding.make_mesh(8, 1, 1), "whole")["head"]["kernel"]
 
