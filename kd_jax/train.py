@@ -254,7 +254,7 @@ def environment(run: Run, state: TrainState) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     teacher = f"teacher {_count(run.models.teacher.abstract_params())}" if run.models.teacher else "no teacher"
     if run.models.cached:
-        teacher = f"teacher's {run.models.cached.kind} from its cache, without texts and KLs on the student's own"
+        teacher = f"{run.models.cached.described(run.config.teacher.path)}, without texts and KLs on the student's own"
     rows = "; ".join(f"{split} {counts}" for split, counts in run.counts.items())
     return (
         f"{len(jax.devices())} {device.platform} device(s), {jax.process_count()} process(es) | mesh {mesh} | {teacher}, "
