@@ -213,9 +213,10 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
         workdir, saved = stack.enter_context(copied)  # of an address a local folder
         stack.enter_context(notices.raised())  # which ends before the last copy to the address
         is_there = epath.Path(workdir).is_dir()
+        directory.check(workdir, resolved)  # before a lock is left in a folder of somebody else's
         if first and is_there:
             stack.enter_context(directory.alone(workdir))  # before anything that takes long
-        directory.check(workdir, resolved)
+            directory.check(workdir, resolved)
         run = build(config)
         if first and not is_there:
             stack.enter_context(directory.alone(workdir))

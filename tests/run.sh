@@ -9,6 +9,7 @@ export JAX_PLATFORMS=cpu
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/pyrefly" check --python-interpreter-path "$venv/bin/python"
-"$venv/bin/python" -m pytest -m "not slow"
-"$venv/bin/python" -m pytest -m slow
+# A file's tests in one process: they share fixtures.
+"$venv/bin/python" -m pytest -n 2 --dist loadfile -m "not slow"
+"$venv/bin/python" -m pytest -n 2 --dist loadfile -m slow
 echo "all checks passed"
