@@ -101,13 +101,19 @@ class Copy:
         self._there: dict[str, tuple[int, int]] = {}  # name -> size and time of what was copied
 
     def pull(self, unread: tuple[str, ...] = ()) -> None:
-        """Fetches everything but the folders `unread`."""
+        """Fetches everything but the folders `unread`.
+
+        Raises:
+          ValueError: an object would come to lie outside the folder.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         self._system.invalidate_cache()
         for path in self._system.find(self._root):
             name = path.removeprefix(self._root).lstrip("/")
             if not name or name.partition("/")[0] in (*unread, *self._skipped):
                 continue
+            if ".." in name.split("/"):
+                raise ValueError(f"{path} has a name that leads out of {self._root}; delete it there, or rename it.")
             target = self._folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             self._system.get_file(path, str(target))

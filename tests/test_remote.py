@@ -115,6 +115,16 @@ def test_what_cannot_be_copied_stays_and_is_named(store, monkeypatch):
     assert (remote.Path(folder) / "config.json").exists()
 
 
+def test_a_name_that_leads_out_of_the_folder_is_refused(store, tmp_path):
+    url, _, system = store
+    system.pipe("/bucket/run/config.json", b"{}")
+    system.pipe("/bucket/run/../../evil", b"")
+    with pytest.raises(ValueError, match=r"bucket/run/\.\./\.\./evil has a name that leads out of /bucket/run"):
+        with remote.work_directory(f"{url}/run"):
+            pass
+    assert not list(tmp_path.rglob("evil"))
+
+
 def test_refusals(store, monkeypatch):
     url, _, system = store
     system.pipe("/bucket/photos/1.jpg", b"")
