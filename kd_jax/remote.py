@@ -9,6 +9,7 @@ import contextlib
 import glob
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -120,20 +121,27 @@ class Copy:
             self._there[name] = _stamp(target)
 
     def push(self) -> None:
-        """Copies what is new or changed; a checkpoint that is gone goes there too, once its successors are whole there."""
+        """Copies what is new or changed; of a checkpoint that is gone here what is there goes once a newer one is whole there."""
         # First what checkpoints there are and then the rest: what metrics.jsonl has is never behind a checkpoint.
-        names = sorted(self._files(), key=lambda name: (_of_checkpoint(name), name))
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # replaced or deleted since
+        names = set(self._files())
+        for name in sorted(names, key=lambda name: (_of_checkpoint(name), name)):
+            try:
                 stamp = _stamp(self._folder / name)
                 if self._there.get(name) != stamp:
                     self._system.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
                     self._system.put_file(str(self._folder / name), f"{self._root}/{name}")
                     self._there[name] = stamp
-        for name in [name for name in self._there if _of_checkpoint(name) and name not in names]:
-            with contextlib.suppress(FileNotFoundError):
-                self._system.rm_file(f"{self._root}/{name}")
-            del self._there[name]
+            except FileNotFoundError:
+                if (self._folder / name).exists():
+                    raise  # what is not found is the bucket
+        # A step that came or went meanwhile may be there in part: the list of its files is then another one by now.
+        changed = {_step(name) for name in names ^ set(self._files())}
+        newest = dict(sorted(step for step in {_step(name) for name in names} - changed if step))
+        for name in self._there.keys() - names:
+            if (step := _step(name)) and step[1] <= newest.get(step[0], -1):
+                with contextlib.suppress(FileNotFoundError):
+                    self._system.rm_file(f"{self._root}/{name}")
+                del self._there[name]
 
     @contextlib.contextmanager
     def kept_up(self) -> Iterator[None]:
@@ -172,6 +180,12 @@ class Copy:
 
 def _of_checkpoint(name: str) -> bool:
     return f"/{CHECKPOINTS}/" in f"/{name}"
+
+
+def _step(name: str) -> tuple[str, int] | None:
+    """Of a checkpoint's file the folder of checkpoints and the step."""
+    found = re.fullmatch(rf"(.*/)?{CHECKPOINTS}/(\d+)/.*", name)
+    return (found[1] or "", int(found[2])) if found else None
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -77,6 +77,45 @@ def test_a_checkpoint_goes_once_its_successor_is_whole_there(tmp_path, store, mo
     assert len(order) == 2, "what has not changed is not copied again"
 
 
+def test_no_checkpoint_goes_for_one_that_is_not_whole_there(tmp_path, store, monkeypatch):
+    """Where the next one gets its name, or goes again, while the folder is listed or copied."""
+    _, names, system = store
+    copy, folder = remote.Copy(system, "/bucket", tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    for part in "ab":
+        write(folder / "10" / part, "ten")
+        write(folder / "20.orbax-checkpoint-tmp" / part, "twenty")
+    copy.push()
+    remote.shutil.rmtree(folder / "10")
+    copy.push()  # its list was made before 20 had its name
+    assert names() == ["checkpoints/10/a", "checkpoints/10/b"]
+    (folder / "20.orbax-checkpoint-tmp").rename(folder / "20")
+    put = system.put_file
+
+    def slow(path, target):
+        put(path, target)
+        if target.endswith("20/a"):
+            write(folder / "30" / "a", "thirty")
+            remote.shutil.rmtree(folder / "20")
+
+    monkeypatch.setattr(system, "put_file", slow)
+    copy.push()
+    assert names() == ["checkpoints/10/a", "checkpoints/10/b", "checkpoints/20/a"]
+    copy.push()
+    assert names() == ["checkpoints/30/a"]
+
+
+def test_a_bucket_that_is_not_there_is_an_error(tmp_path, store, monkeypatch):
+    _, _, system = store
+
+    def missing(path, target):
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(system, "put_file", missing)
+    write(tmp_path / "run" / "config.json", "{}")
+    with pytest.raises(FileNotFoundError, match="bucket does not exist"):
+        remote.Copy(system, "/bucket", tmp_path / "run").push()
+
+
 def test_another_machine_finds_what_the_first_left(tmp_path, store):
     url, names, _ = store
     with remote.work_directory(f"{url}/run/") as (folder, checkpoints):
