@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from kd_jax import checkpoint, metrics, nonfinite, results, speed
+from kd_jax import checkpoint, metrics, nonfinite, remote, results, speed
 from kd_jax.setup_rows import make_sampler, show
 from kd_jax.train_step import TrainState
 
@@ -28,7 +28,7 @@ class Stopped(SystemExit):
 
 
 def run_steps(
-    run: Any, state: TrainState, workdir: str, writer: metrics.Writer, manager: Any, quiet: bool
+    run: Any, state: TrainState, workdir: str, writer: metrics.Writer, manager: Any, quiet: bool, place: remote.Place
 ) -> TrainState:
     """All steps from `state` on.
 
@@ -39,12 +39,13 @@ def run_steps(
       writer: of its metrics.
       manager: of its checkpoints.
       quiet: no progress bar.
+      place: that the work directory stands for.
 
     Returns:
       The state after the last step, which is saved.
 
     Raises:
-      OSError: a checkpoint could not be written.
+      OSError: a checkpoint could not be written, or what belongs to it.
       FloatingPointError: a loss or a gradient that is not finite, after more than `max_skipped` others in a row.
       Stopped: SIGTERM, or a preemption notice on any host; the state is saved.
     """
@@ -83,6 +84,7 @@ def run_steps(
             if evaluating:
                 _evaluate(run, writer, step, state)
             if saving:
+                place.store()  # metrics.jsonl is never behind a checkpoint
                 checkpoint.save(manager, step, state, run.feed)
             if stopping and step < config.steps:
                 checkpoint.wait(manager)

@@ -1,30 +1,26 @@
 """Folders and files on an object store (gs://, s3://): whatever appends, renames or locks works in a local folder beside it.
 
 The only module that knows of addresses. A run works in a temporary folder, which is copied to its address while it goes on:
-no file there is ever appended to, and the run does not wait for the store. Checkpoints on gs:// are left to orbax, which writes
-each host's part there by itself; it has no s3://, where they are copied as everything else.
+no file there is ever appended to, and the run waits for the store only before a checkpoint. Checkpoints on gs:// are left to
+orbax, which writes each host's part there by itself; it has no s3://, where they are copied as everything else.
 """
 
 import contextlib
 import glob
 import hashlib
 import os
-import re
 import shutil
 import tempfile
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 
-EVERY = 60.0  # seconds between looks at what is to be copied
-CHECKPOINTS = "checkpoints"
+from kd_jax.remote_copy import CHECKPOINTS, Copy
+
 UNREAD = ("tensorboard", "profile")  # of a work directory: what a run that goes on only adds to
 HEAVY = (*UNREAD, CHECKPOINTS, "student")  # what a page of it needs nothing of
-UNFINISHED = (".orbax-checkpoint-tmp", ".partial")  # in the name of what will have another one
-LOCK = "lock"
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}
 
 
@@ -49,13 +45,29 @@ def filesystem(url: str) -> tuple[Any, str]:
     return system, root.rstrip("/")
 
 
+class Place(NamedTuple):
+    """What the folder that a run works in stands for.
+
+    Attributes:
+      url: the work directory as it was given.
+      checkpoints: where they go, written by all processes together; also where these are not copied.
+      store: copies what is new now, or raises OSError; nothing where another process copies, or nobody has to.
+    """
+
+    url: str
+    checkpoints: str
+    store: Callable[[], None]
+
+
 @contextlib.contextmanager
 def work_directory(
     url: str, processes: int = 1, writes: bool = True, unread: tuple[str, ...] = UNREAD
-) -> Iterator[tuple[str, str]]:
-    """A folder to work in that stands for a work directory, and where its checkpoints go.
+) -> Iterator[tuple[str, Place]]:
+    """A folder to work in that stands for a work directory, and what it stands for.
 
-    What is there is fetched first; what is new is copied while the caller works and, all of it, at the end.
+    What is there is fetched first; what is new is copied while the caller works, when it asks for that, and at the end. A store
+    that fails is said at once. Who asks waits for it for PATIENCE seconds, and then fails: a run does so before each
+    checkpoint, so that none goes on without being stored.
 
     Args:
       url: an address, or a local path, which stands for itself.
@@ -65,10 +77,10 @@ def work_directory(
 
     Raises:
       ValueError: an address that cannot be used, or that has something else.
-      OSError: what is new could not be copied; it is named, and stays in the temporary folder.
+      OSError: what is new could not be copied; it is named, and stays in the temporary folder, which else goes.
     """
     if not is_remote(url):
-        yield url, url
+        yield url, Place(url, url, lambda: None)
         return
     url = url.rstrip("/")
     scheme, _, path = url.partition("://")
@@ -85,112 +97,14 @@ def work_directory(
     folder = Path(temporary) / path  # so that what is said of it says what is meant
     skipped = (CHECKPOINTS,) if by_orbax else ()
     copy = Copy(system, root, folder, skipped)
-    copy.pull(unread)
-    with copy.kept_up() if writes else contextlib.nullcontext():
-        yield str(folder), url if by_orbax else str(folder)
-    shutil.rmtree(temporary)
-
-
-class Copy:
-    """A local folder and its copy at an address."""
-
-    def __init__(
-        self, system: Any, root: str, folder: Path, skipped: tuple[str, ...] = (), parts: tuple[str, ...] = UNFINISHED
-    ):
-        """Copies nothing yet, and never what is in the folder's folders `skipped` or has one of the `parts` in its name."""
-        self._system, self._root, self._folder, self._skipped, self._parts = system, root, folder, skipped, parts
-        self._there: dict[str, tuple[int, int]] = {}  # name -> size and time of what was copied
-
-    def pull(self, unread: tuple[str, ...] = ()) -> None:
-        """Fetches everything but the folders `unread`.
-
-        Raises:
-          ValueError: an object would come to lie outside the folder.
-        """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._system.invalidate_cache()
-        for path in self._system.find(self._root):
-            name = path.removeprefix(self._root).lstrip("/")
-            if not name or name.partition("/")[0] in (*unread, *self._skipped):
-                continue
-            if ".." in name.split("/"):
-                raise ValueError(f"{path} has a name that leads out of {self._root}; delete it there, or rename it.")
-            target = self._folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._system.get_file(path, str(target))
-            self._there[name] = _stamp(target)
-
-    def push(self) -> None:
-        """Copies what is new or changed; of a checkpoint that is gone here what is there goes once a newer one is whole there."""
-        # First what checkpoints there are and then the rest: what metrics.jsonl has is never behind a checkpoint.
-        names = set(self._files())
-        for name in sorted(names, key=lambda name: (_of_checkpoint(name), name)):
-            try:
-                stamp = _stamp(self._folder / name)
-                if self._there.get(name) != stamp:
-                    self._system.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
-                    self._system.put_file(str(self._folder / name), f"{self._root}/{name}")
-                    self._there[name] = stamp
-            except FileNotFoundError:
-                if (self._folder / name).exists():
-                    raise  # what is not found is the bucket
-        # A step that came or went meanwhile may be there in part: the list of its files is then another one by now.
-        changed = {_step(name) for name in names ^ set(self._files())}
-        newest = dict(sorted(step for step in {_step(name) for name in names} - changed if step))
-        for name in self._there.keys() - names:
-            if (step := _step(name)) and step[1] <= newest.get(step[0], -1):
-                with contextlib.suppress(FileNotFoundError):
-                    self._system.rm_file(f"{self._root}/{name}")
-                del self._there[name]
-
-    @contextlib.contextmanager
-    def kept_up(self) -> Iterator[None]:
-        """Pushes every minute from a thread, and whatever happens at the end."""
-        ended = threading.Event()
-
-        def follow() -> None:
-            while not ended.wait(EVERY):
-                with contextlib.suppress(Exception):  # the network's, perhaps: the next time, or the last, tells
-                    self.push()
-
-        thread = threading.Thread(target=follow, name="kd_jax.remote", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            try:
-                self.push()
-            except Exception as error:  # each store has its own
-                raise OSError(
-                    f"{self._folder} could not be copied to {self._root}; it is still there: "
-                    f"{' '.join(str(error).split())[-300:]}"
-                ) from error
-
-    def _files(self) -> list[str]:
-        found = (path for path in self._folder.rglob("*") if path.is_file())
-        names = (path.relative_to(self._folder).as_posix() for path in found)
-        return [
-            name
-            for name in names
-            if name.partition("/")[0] not in (*self._skipped, LOCK) and not any(part in name for part in self._parts)
-        ]
-
-
-def _of_checkpoint(name: str) -> bool:
-    return f"/{CHECKPOINTS}/" in f"/{name}"
-
-
-def _step(name: str) -> tuple[str, int] | None:
-    """Of a checkpoint's file the folder of checkpoints and the step."""
-    found = re.fullmatch(rf"(.*/)?{CHECKPOINTS}/(\d+)/.*", name)
-    return (found[1] or "", int(found[2])) if found else None
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    place = Place(url, url if by_orbax else str(folder), copy.store if writes else lambda: None)
+    try:
+        copy.pull(unread)
+        with copy.kept_up() if writes else contextlib.nullcontext():
+            yield str(folder), place
+    finally:
+        if not copy.problem:
+            shutil.rmtree(temporary)
 
 
 def stand_in(url: str) -> Path:

@@ -210,7 +210,7 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
     resolved, first = config.to_dict(), jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         copied = remote.work_directory(workdir, jax.process_count(), writes=first)
-        workdir, saved = stack.enter_context(copied)  # of an address a local folder
+        workdir, place = stack.enter_context(copied)  # of an address a local folder
         if first and epath.Path(workdir).is_dir():
             stack.enter_context(directory.alone(workdir))  # before anything that takes long
         directory.check(workdir, resolved)
@@ -219,12 +219,13 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
             stack.enter_context(directory.alone(workdir))
         rounding = quantisation.error(run)
         # A new run reads its student before it writes anything; a resumed one has no use for an initial state.
-        state = None if checkpoint.has_steps(saved) else run.init_state()
+        state = None if checkpoint.has_steps(place.checkpoints) else run.init_state()
         if first:
             directory.write_config(workdir, resolved)
             if rounding:
                 (epath.Path(workdir) / quantisation.FILE).write_text(json.dumps(rounding) + "\n")
-        manager = stack.enter_context(checkpoint.open_manager(saved, config.keep_checkpoints))
+        place.store()  # or the checkpoints would be there without the config that they belong to
+        manager = stack.enter_context(checkpoint.open_manager(place.checkpoints, config.keep_checkpoints))
         if state is None:
             state, damaged = checkpoint.restore(manager, run.abstract_state, run.feed)
             for line in damaged:
@@ -234,7 +235,7 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
             if rounding:
                 metrics.tqdm.write(quantisation.sentence(rounding))
         with metrics.Writer(workdir, int(state.step), silent=not first) as writer:
-            state = loop.run_steps(run, state, workdir, writer, manager, quiet)
+            state = loop.run_steps(run, state, workdir, writer, manager, quiet, place)
         return results.finish(run, state.params, workdir, quiet)
 
 

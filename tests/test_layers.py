@@ -28,6 +28,7 @@ LAYERS = [
     {"divergences", "assistants", "schedules"},
     {"logspace", "checksum"},
     {"resolve", "untrusted", "remote"},
+    {"remote_copy"},
 ]
 MATHEMATICAL = {"objectives", "policy_gradient", "head_loss", "divergences", "assistants", "schedules", "logspace"}
 HOMES = {

@@ -10,7 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from kd_jax import checkpoint, data, loop, metrics, remote, train
+from kd_jax import checkpoint, data, loop, metrics, remote, remote_copy, train
 from kd_jax.report import __main__ as report_main
 from tests.runs import last_state, smoke
 
@@ -118,8 +118,8 @@ def test_a_bucket_that_is_not_there_is_an_error(tmp_path, store, monkeypatch):
 
 def test_another_machine_finds_what_the_first_left(tmp_path, store):
     url, names, _ = store
-    with remote.work_directory(f"{url}/run/") as (folder, checkpoints):
-        assert folder == checkpoints and folder.endswith("bucket/run")
+    with remote.work_directory(f"{url}/run/") as (folder, place):
+        assert folder == place.checkpoints and folder.endswith("bucket/run") and place.url == f"{url}/run"
         write(remote.Path(folder) / "config.json", "{}")
         write(remote.Path(folder) / "checkpoints" / "3" / "a", "three")
         write(remote.Path(folder) / "tensorboard" / "events", "x")
@@ -134,7 +134,7 @@ def test_another_machine_finds_what_the_first_left(tmp_path, store):
 
 def test_what_is_written_is_there_before_the_end(tmp_path, store, monkeypatch):
     url, names, _ = store
-    monkeypatch.setattr(remote, "EVERY", 0.01)
+    monkeypatch.setattr(remote_copy, "EVERY", 0.01)
     with remote.work_directory(f"{url}/run") as (folder, _):
         write(remote.Path(folder) / "config.json", "{}")
         for _ in range(500):
@@ -145,13 +145,52 @@ def test_what_is_written_is_there_before_the_end(tmp_path, store, monkeypatch):
     assert not [thread for thread in threading.enumerate() if thread.name == "kd_jax.remote"]
 
 
-def test_what_cannot_be_copied_stays_and_is_named(store, monkeypatch):
+def failing(monkeypatch, system, times):
+    """The store, of which the first writes fail."""
+    put, left = system.put_file, iter(range(times))
+    monkeypatch.setattr(system, "put_file", lambda *its: 1 / 0 if next(left, None) is not None else put(*its))
+
+
+def test_what_cannot_be_copied_stays_and_is_named(store, monkeypatch, capsys):
     url, _, system = store
-    monkeypatch.setattr(system, "put_file", lambda *_: 1 / 0)
-    with pytest.raises(OSError, match="bucket/run could not be copied .* still there: division"):
+    monkeypatch.setattr(remote_copy, "PATIENCE", 0.0)
+    failing(monkeypatch, system, 9)
+    with pytest.raises(OSError, match="bucket/run could not be copied .* still there: ZeroDivisionError: division"):
         with remote.work_directory(f"{url}/run") as (folder, _):
             write(remote.Path(folder) / "config.json", "{}")
     assert (remote.Path(folder) / "config.json").exists()
+    assert capsys.readouterr().err.count("for /bucket/run cannot be copied, and is tried again (ZeroDivision") == 1
+
+
+def test_a_run_waits_for_a_store_that_fails_but_not_for_long(store, monkeypatch, capsys):
+    url, names, system = store
+    monkeypatch.setattr(remote_copy, "AGAIN", 0.01)
+    with remote.work_directory(f"{url}/run") as (folder, place):
+        write(remote.Path(folder) / "config.json", "{}")
+        with monkeypatch.context() as patch:
+            failing(patch, system, 3)
+            place.store()
+        assert names() == ["run/config.json"]
+        first, second = capsys.readouterr().err.splitlines()
+        assert "cannot be copied" in first and "can be copied again" in second
+    monkeypatch.setattr(remote_copy, "PATIENCE", 0.05)
+    with pytest.raises(OSError, match="could not be copied"), remote.work_directory(f"{url}/run") as (folder, place):
+        write(remote.Path(folder) / "metrics.jsonl", "1")
+        with monkeypatch.context() as patch:
+            failing(patch, system, 10**9)
+            place.store()
+    assert "run/metrics.jsonl" in names() and not os.path.exists(folder), "at the end it could be"
+
+
+def test_nothing_is_left_of_a_run_that_ends_early(store, tmp_path):
+    url, names, system = store
+    system.pipe("/bucket/run/config.json", b"{}")
+    for writes in (True, False):
+        with pytest.raises(ZeroDivisionError), remote.work_directory(f"{url}/run", writes=writes) as (folder, _):
+            write(remote.Path(folder) / str(writes), "x")
+            1 / 0  # noqa: B018
+        assert not os.path.exists(folder)
+    assert names() == ["run/True", "run/config.json"]
 
 
 def test_a_name_that_leads_out_of_the_folder_is_refused(store, tmp_path):
@@ -217,6 +256,28 @@ def goes_on(url, tmp_path, data_dir, monkeypatch, fetch):
     assert kept(tmp_path / "fetched") == kept(tmp_path / "whole")
     with checkpoint.open_manager(str(tmp_path / "fetched"), 2) as manager:
         assert list(manager.all_steps()) == [3, 4]
+
+
+@pytest.mark.slow
+def test_what_is_there_is_never_behind_a_checkpoint(store, data_dir, monkeypatch):
+    """As where orbax writes to the address at once, and SIGKILL comes at once after it."""
+    url, names, system = store
+    monkeypatch.setattr(remote_copy, "EVERY", 3600.0)
+    opened, saved, there = checkpoint.open_manager, checkpoint.save, []
+
+    def opens(*its):
+        assert "run/config.json" in names()
+        return opened(*its)
+
+    def saves(manager, step, *rest):
+        lines = map(json.loads, system.cat("/bucket/run/metrics.jsonl").splitlines())
+        there.append((step, [line["step"] for line in lines if line["split"] == "train"]))
+        saved(manager, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "open_manager", opens)
+    monkeypatch.setattr(checkpoint, "save", saves)
+    train.train(smoke("sft", data_dir, **SHORT | dict(checkpoint_every=2)), f"{url}/run", quiet=True)
+    assert there == [(2, [1, 2]), (4, [1, 2, 3, 4])]
 
 
 @pytest.mark.slow
