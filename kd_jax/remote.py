@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 
+from kd_jax import remote_lease
 from kd_jax.remote_copy import CHECKPOINTS, Copy
 
 UNREAD = ("tensorboard", "profile")  # of a work directory: what a run that goes on only adds to
@@ -61,7 +62,7 @@ class Place(NamedTuple):
 
 @contextlib.contextmanager
 def work_directory(
-    url: str, processes: int = 1, writes: bool = True, unread: tuple[str, ...] = UNREAD
+    url: str, processes: int = 1, writes: bool = True, unread: tuple[str, ...] = UNREAD, alone: bool = True
 ) -> Iterator[tuple[str, Place]]:
     """A folder to work in that stands for a work directory, and what it stands for.
 
@@ -74,9 +75,10 @@ def work_directory(
       processes: of the run.
       writes: whether this process is the one that copies to the address.
       unread: folders in it that are not fetched.
+      alone: whether who writes to the address keeps others out: see `remote_lease`. In a folder `directory.alone` does.
 
     Raises:
-      ValueError: an address that cannot be used, or that has something else.
+      ValueError: an address that cannot be used, that has something else, or that another run is in.
       OSError: what is new could not be copied; it is named, and stays in the temporary folder, which else goes.
     """
     if not is_remote(url):
@@ -91,20 +93,21 @@ def work_directory(
             f"{scheme}://, which orbax cannot write to."
         )
     system, root = filesystem(url)
-    if not system.exists(f"{root}/config.json") and system.exists(root) and system.ls(root):
+    there = {path.rpartition("/")[2] for path in system.ls(root, detail=False)} if system.exists(root) else set()
+    if "config.json" not in there and there - {remote_lease.LOCK}:
         raise ValueError(f"the work directory {url} has something else in it; choose an empty or a new one.")
-    temporary = tempfile.mkdtemp(prefix="kd_jax-")
-    folder = Path(temporary) / path  # so that what is said of it says what is meant
-    skipped = (CHECKPOINTS,) if by_orbax else ()
-    copy = Copy(system, root, folder, skipped)
-    place = Place(url, url if by_orbax else str(folder), copy.store if writes else lambda: None)
-    try:
-        copy.pull(unread)
-        with copy.kept_up() if writes else contextlib.nullcontext():
-            yield str(folder), place
-    finally:
-        if not copy.problem:
-            shutil.rmtree(temporary)
+    with remote_lease.held(system, root, url) if writes and alone else contextlib.nullcontext(lambda: None) as check:
+        temporary = tempfile.mkdtemp(prefix="kd_jax-")
+        folder = Path(temporary) / path  # so that what is said of it says what is meant
+        copy = Copy(system, root, folder, (CHECKPOINTS,) if by_orbax else (), check=check)
+        place = Place(url, url if by_orbax else str(folder), copy.store if writes else lambda: None)
+        try:
+            copy.pull(unread)
+            with copy.kept_up() if writes else contextlib.nullcontext():
+                yield str(folder), place
+        finally:
+            if not copy.problem:
+                shutil.rmtree(temporary)
 
 
 def stand_in(url: str) -> Path:

@@ -5,17 +5,18 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from kd_jax.remote_lease import LOCK, Taken
+
 EVERY = 60.0  # seconds between looks at what is to be copied
 PATIENCE, AGAIN = 120.0, 5.0  # seconds that a run waits for a store that fails, and between its tries
 CHECKPOINTS = "checkpoints"
 UNFINISHED = (".orbax-checkpoint-tmp", ".partial")  # in the name of what will have another one
-LOCK = "lock"
 
 
 class Copy:
@@ -26,10 +27,21 @@ class Copy:
     """
 
     def __init__(
-        self, system: Any, root: str, folder: Path, skipped: tuple[str, ...] = (), parts: tuple[str, ...] = UNFINISHED
-    ):
-        """Copies nothing yet, and never what is in the folder's folders `skipped` or has one of the `parts` in its name."""
-        self._system, self._root, self._folder, self._skipped, self._parts = system, root, folder, skipped, parts
+        self, system: Any, root: str, folder: Path, skipped: tuple[str, ...] = (), parts: tuple[str, ...] = UNFINISHED,
+        check: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        """Copies nothing yet.
+
+        Args:
+          system: fsspec's file system of the address.
+          root: its path there.
+          folder: the local one.
+          skipped: folders in it that are not copied, in either direction.
+          parts: what has one of them in its name is not copied to the address.
+          check: called before whatever is; raises Taken where that must not be any more.
+        """
+        self._system, self._root, self._folder, self._skipped = system, root, folder, (*skipped, LOCK)
+        self._parts, self._check = parts, check
         self._there: dict[str, tuple[int, int]] = {}  # name -> size and time of what was copied
         self._pushing, self._patience, self.problem = threading.Lock(), PATIENCE, ""
 
@@ -79,11 +91,11 @@ class Copy:
         """Pushes, and again while that fails.
 
         Raises:
-          OSError: it has failed for PATIENCE seconds.
+          OSError: it has failed for PATIENCE seconds, or another run has the address.
         """
-        deadline = time.monotonic() + self._patience
+        started = time.monotonic()
         while not self._tried():
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= started + self._patience:
                 self._patience = 0.0  # at the end it is tried once more
                 raise OSError(f"{self._folder} could not be copied to {self._root}; it is still there: {self.problem}")
             time.sleep(AGAIN)
@@ -111,9 +123,11 @@ class Copy:
         with self._pushing:
             before, self.problem = self.problem, "it was interrupted"
             try:
+                self._check()
                 self.push()
                 problem = ""
             except Exception as error:  # each store has its own
+                self._patience *= not isinstance(error, Taken)
                 problem = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
             if bool(before) != bool(problem):
                 what = f"cannot be copied, and is tried again ({problem})" if problem else "can be copied again"
@@ -127,7 +141,7 @@ class Copy:
         return [
             name
             for name in names
-            if name.partition("/")[0] not in (*self._skipped, LOCK) and not any(part in name for part in self._parts)
+            if name.partition("/")[0] not in self._skipped and not any(part in name for part in self._parts)
         ]
 
 

@@ -211,6 +211,7 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         copied = remote.work_directory(workdir, jax.process_count(), writes=first)
         workdir, place = stack.enter_context(copied)  # of an address a local folder
+        sharding.least_of_processes(1)  # nobody looks at what is there before the first process has it
         if first and epath.Path(workdir).is_dir():
             stack.enter_context(directory.alone(workdir))  # before anything that takes long
         directory.check(workdir, resolved)

@@ -29,6 +29,7 @@ LAYERS = [
     {"logspace", "checksum"},
     {"resolve", "untrusted", "remote"},
     {"remote_copy"},
+    {"remote_lease"},
 ]
 MATHEMATICAL = {"objectives", "policy_gradient", "head_loss", "divergences", "assistants", "schedules", "logspace"}
 HOMES = {

@@ -10,7 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from kd_jax import checkpoint, data, loop, metrics, remote, remote_copy, train
+from kd_jax import checkpoint, data, loop, metrics, remote, remote_copy, remote_lease, train
 from kd_jax.report import __main__ as report_main
 from tests.runs import last_state, smoke
 
@@ -170,7 +170,7 @@ def test_a_run_waits_for_a_store_that_fails_but_not_for_long(store, monkeypatch,
         with monkeypatch.context() as patch:
             failing(patch, system, 3)
             place.store()
-        assert names() == ["run/config.json"]
+        assert "run/config.json" in names()
         first, second = capsys.readouterr().err.splitlines()
         assert "cannot be copied" in first and "can be copied again" in second
     monkeypatch.setattr(remote_copy, "PATIENCE", 0.05)
@@ -182,6 +182,70 @@ def test_a_run_waits_for_a_store_that_fails_but_not_for_long(store, monkeypatch,
     assert "run/metrics.jsonl" in names() and not os.path.exists(folder), "at the end it could be"
 
 
+# --- two at once
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    for name, seconds in dict(RENEW=0.02, STALE=0.5, LOOK=0.01).items():
+        monkeypatch.setattr(remote_lease, name, seconds)
+    ticks = iter(range(10**9))  # or what is renewed within a second is the same
+    monkeypatch.setattr(remote_lease.time, "strftime", lambda *_: f"tick {next(ticks)}")
+
+
+def test_a_second_run_at_an_address_is_refused(store, impatient, capsys):
+    url, names, system = store
+    with remote.work_directory(f"{url}/run") as (folder, _):
+        write(remote.Path(folder) / "config.json", "{}")
+        with pytest.raises(ValueError, match=rf"bucket/run is in use by another run \(process {os.getpid()} on .*tick"):
+            with remote.work_directory(f"{url}/run"):
+                pass
+        with remote.work_directory(f"{url}/run", writes=False), remote.work_directory(f"{url}/run", alone=False):
+            assert "run/lock" in names()
+        with remote.work_directory(f"{url}/other"):
+            pass
+        assert not (remote.Path(folder) / "lock").exists()
+    assert names() == ["run/config.json"]
+    with remote.work_directory(f"{url}/run"):
+        pass
+    assert capsys.readouterr().err.count("to see whether that run is still there") == 1
+    assert not [thread for thread in threading.enumerate() if thread.name == "kd_jax.remote_lease"]
+
+
+def test_what_a_kill_left_is_taken_over(store, impatient, capsys):
+    url, names, system = store
+    system.pipe("/bucket/run/lock", b"process 7 on host")
+    with remote.work_directory(f"{url}/run"):
+        said = capsys.readouterr().err
+        assert "bucket/run/lock is that of process 7 on host; for up to 0.5 s" in said and "is taken over" in said
+        assert f"process {os.getpid()} on" in system.cat("/bucket/run/lock").decode()
+    assert not names()
+
+
+def test_who_is_let_go_meanwhile_is_not_waited_for(store, impatient, monkeypatch, capsys):
+    url, _, system = store
+    monkeypatch.setattr(remote_lease, "STALE", 300.0)
+    system.pipe("/bucket/run/lock", b"process 7 on host")
+    threading.Timer(0.1, system.rm_file, ("/bucket/run/lock",)).start()
+    with remote.work_directory(f"{url}/run"):
+        assert "taken over" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [b"process 7 on host", None])
+def test_who_was_taken_over_writes_no_more(store, impatient, there):
+    url, names, system = store
+    with pytest.raises(OSError, match="could not be copied .* another run has taken memory://bucket/run over") as error:
+        with remote.work_directory(f"{url}/run") as (folder, place):
+            write(remote.Path(folder) / "config.json", "{}")
+            system.rm_file("/bucket/run/lock") if there is None else system.pipe("/bucket/run/lock", there)
+            place.store()
+    assert names() == ([] if there is None else ["run/lock"]) and (remote.Path(folder) / "config.json").exists()
+    assert folder in str(error.value)
+
+
+# --- how runs end
+
+
 def test_nothing_is_left_of_a_run_that_ends_early(store, tmp_path):
     url, names, system = store
     system.pipe("/bucket/run/config.json", b"{}")
@@ -191,6 +255,8 @@ def test_nothing_is_left_of_a_run_that_ends_early(store, tmp_path):
             1 / 0  # noqa: B018
         assert not os.path.exists(folder)
     assert names() == ["run/True", "run/config.json"]
+    with remote.work_directory(f"{url}/run"):  # which nobody is in any more
+        pass
 
 
 def test_a_name_that_leads_out_of_the_folder_is_refused(store, tmp_path):
@@ -241,6 +307,7 @@ def goes_on(url, tmp_path, data_dir, monkeypatch, fetch):
     config = smoke("taid", data_dir, **SHORT)
     train.train(config, str(tmp_path / "whole"), quiet=True)
     stopped(config, f"{url}/run", monkeypatch, at=2)
+    monkeypatch.setattr(remote_lease, "_left", lambda *_: pytest.fail("who was stopped has let it go"))
     train.train(config, f"{url}/run", quiet=True)
     fetch(f"{url}/run", str(tmp_path / "fetched"))
     ours, theirs = last_state(tmp_path / "fetched"), last_state(tmp_path / "whole")
