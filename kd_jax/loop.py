@@ -76,7 +76,7 @@ def run_steps(
             keep = 0 if evaluating or saving else 1
             if len(pending) > config.log_every or keep == 0:
                 ready, pending = pending[: len(pending) - keep], pending[len(pending) - keep :]
-                lap = clock.lap(_read(run, writer, ready, state, workdir))
+                lap = clock.lap(_read(run, writer, ready, state, workdir, place))
                 writer.write(ready[-1][0], "speed", lap)
                 loss = {"loss": f"{float(ready[-1][1]['loss'][0]):.4f}"}
                 bar.set_postfix(loss | {name: f"{value:,.4g}" for name, value in lap.items()})
@@ -132,7 +132,9 @@ def _report_samples(run: Any, writer: metrics.Writer, step: int, shown: int) -> 
     return step
 
 
-def _read(run: Any, writer: metrics.Writer, steps: Pending, state: TrainState, workdir: str) -> float:
+def _read(
+    run: Any, writer: metrics.Writer, steps: Pending, state: TrainState, workdir: str, place: remote.Place
+) -> float:
     """Writes the steps' numbers; the tokens that they saw."""
     tokens = 0.0
     for step, sums, rows in steps:
@@ -140,7 +142,7 @@ def _read(run: Any, writer: metrics.Writer, steps: Pending, state: TrainState, w
         skipped = values.pop("skipped")
         if skipped > run.config.max_skipped:
             # The steps after it have left the state as it was before it.
-            nonfinite.stop(run, state, step, rows, values, workdir)
+            nonfinite.stop(run, state, step, rows, values, workdir, place)
         tokens += values["tokens"]
         values |= {"learning_rate": float(run.learning_rate(step - 1))}
         if skipped:

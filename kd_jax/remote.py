@@ -20,8 +20,9 @@ import fsspec
 from kd_jax import remote_lease
 from kd_jax.remote_copy import CHECKPOINTS, Copy
 
-UNREAD = ("tensorboard", "profile")  # of a work directory: what a run that goes on only adds to
+UNREAD = ("tensorboard", "profile", "nonfinite")  # of a work directory: what a run that goes on only adds to
 HEAVY = (*UNREAD, CHECKPOINTS, "student")  # what a page of it needs nothing of
+BY_ORBAX = ("gs", "gcs")  # what it writes to by itself
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}
 
 
@@ -51,12 +52,12 @@ class Place(NamedTuple):
 
     Attributes:
       url: the work directory as it was given.
-      checkpoints: where they go, written by all processes together; also where these are not copied.
+      shared: where all processes write together: checkpoints, and a state whose next step was not finite.
       store: copies what is new now, or raises OSError; nothing where another process copies, or nobody has to.
     """
 
     url: str
-    checkpoints: str
+    shared: str
     store: Callable[[], None]
 
 
@@ -86,7 +87,7 @@ def work_directory(
         return
     url = url.rstrip("/")
     scheme, _, path = url.partition("://")
-    by_orbax = scheme in ("gs", "gcs")
+    by_orbax = scheme in BY_ORBAX
     if processes > 1 and not by_orbax:
         raise ValueError(
             f"--workdir={url}: the checkpoints of several processes can go to gs:// or to a folder that all share, but not to "
@@ -98,7 +99,7 @@ def work_directory(
         raise ValueError(f"the work directory {url} has something else in it; choose an empty or a new one.")
     with remote_lease.held(system, root, url) if writes and alone else contextlib.nullcontext(lambda: None) as check:
         temporary = tempfile.mkdtemp(prefix="kd_jax-")
-        folder = Path(temporary) / path  # so that what is said of it says what is meant
+        folder = Path(temporary) / path.lstrip("/")  # so that what is said of it says what is meant
         copy = Copy(system, root, folder, (CHECKPOINTS,) if by_orbax else (), check=check)
         place = Place(url, url if by_orbax else str(folder), copy.store if writes else lambda: None)
         try:

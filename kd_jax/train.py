@@ -220,13 +220,13 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
             stack.enter_context(directory.alone(workdir))
         rounding = quantisation.error(run)
         # A new run reads its student before it writes anything; a resumed one has no use for an initial state.
-        state = None if checkpoint.has_steps(place.checkpoints) else run.init_state()
+        state = None if checkpoint.has_steps(place.shared) else run.init_state()
         if first:
             directory.write_config(workdir, resolved)
             if rounding:
                 (epath.Path(workdir) / quantisation.FILE).write_text(json.dumps(rounding) + "\n")
         place.store()  # or the checkpoints would be there without the config that they belong to
-        manager = stack.enter_context(checkpoint.open_manager(place.checkpoints, config.keep_checkpoints))
+        manager = stack.enter_context(checkpoint.open_manager(place.shared, config.keep_checkpoints))
         if state is None:
             state, damaged = checkpoint.restore(manager, run.abstract_state, run.feed)
             for line in damaged:

@@ -119,7 +119,7 @@ def test_a_bucket_that_is_not_there_is_an_error(tmp_path, store, monkeypatch):
 def test_another_machine_finds_what_the_first_left(tmp_path, store):
     url, names, _ = store
     with remote.work_directory(f"{url}/run/") as (folder, place):
-        assert folder == place.checkpoints and folder.endswith("bucket/run") and place.url == f"{url}/run"
+        assert folder == place.shared and folder.endswith("bucket/run") and place.url == f"{url}/run"
         write(remote.Path(folder) / "config.json", "{}")
         write(remote.Path(folder) / "checkpoints" / "3" / "a", "three")
         write(remote.Path(folder) / "tensorboard" / "events", "x")
