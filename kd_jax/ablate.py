@@ -1,7 +1,8 @@
-"""python -m kd_jax.ablate --config=configs/ablations/NAME.py[:SETTING] --workdir=DIR [--shard=I/N] [--config.KEY=VALUE ...]
+"""python -m kd_jax.ablate --config=configs/ablations/NAME.py --workdir=DIR [--shard=I/N | --table] [--config.KEY=VALUE ...]
 
 Runs every point of a grid with every seed, but what is done already, and leaves in DIR a folder for each run, results.jsonl,
-table.md and plots. A run that fails leaves its error and does not stop the others; the next call tries it again.
+table.md and plots. A run that fails leaves its error and does not stop the others; the next call tries it again. With --table
+nothing is run: table and plots are of what is done so far.
 """
 
 import copy
@@ -22,27 +23,29 @@ Point = dict[str, Any]  # an axis's label -> its value
 _SHARD = flags.DEFINE_string(
     "shard", "0/1", "I/N: of all runs every N-th from the I-th on, for N processes beside each other."
 )
+_TABLE = flags.DEFINE_bool("table", False, "Runs nothing: the table and the plots of what is done.")
 
 
-def run(config: Any, workdir: str, shard: tuple[int, int] = (0, 1)) -> str:
+def run(config: Any, workdir: str, shard: tuple[int, int] | None = (0, 1)) -> str:
     """Does what is left to do of an ablation, and returns the table of what is done.
 
     Args:
       config: as from `configs.ablations.base.ablation`.
       workdir: of the ablation; a run's own is a folder in it.
-      shard: (i, n): of all runs, in their order, every n-th from the i-th on.
+      shard: (i, n): of all runs, in their order, every n-th from the i-th on. None: no run.
 
     Raises:
       ValueError: an axis whose key the base does not have, a shard out of range, or a directory of another ablation.
     """
-    part, parts = shard
+    part, parts = shard or (0, 1)
     axes = comparison.axes_of(config)
     if not 0 <= part < parts:
         raise ValueError(f"--shard={part}/{parts} must be I/N with 0 <= I < N.")
     for label, values in axes.items():
         if not values:
             raise ValueError(f"the axis {label!r} has no values.")
-    jobs = [(point, seed) for point in points(config) for seed in config.seeds]
+    # Seed by seed, so that all points can be compared before the first is repeated.
+    jobs = [(point, seed) for seed in config.seeds for point in points(config)]
     configs = [configured(config, point, seed) for point, seed in jobs]  # whatever is wrong with a key is told now
     folders = [Path(workdir) / name_of(point, seed) for point, seed in jobs]
     if twice := [folder.name for folder in folders if folders.count(folder) > 1]:
@@ -50,7 +53,7 @@ def run(config: Any, workdir: str, shard: tuple[int, int] = (0, 1)) -> str:
     resolved = config.to_dict()
     directory.check(workdir, resolved)
     directory.write_config(workdir, resolved)
-    for folder, its_config in list(zip(folders, configs, strict=True))[part::parts]:
+    for folder, its_config in list(zip(folders, configs, strict=True))[part::parts] if shard else []:
         run_one(its_config, folder)
     done = [
         {"point": point, "seed": seed, "folder": folder.name} | json.loads((folder / "result.json").read_text())
@@ -146,7 +149,7 @@ def _main(argv: list[str]) -> None:
                 f"--shard={_SHARD.value}: processes beside each other need one folder for all, not {workdir}."
             )
         with remote.work_directory(workdir) as (folder, _):
-            print(run(main.CONFIG.value, folder, (int(part), int(parts))))
+            print(run(main.CONFIG.value, folder, None if _TABLE.value else (int(part), int(parts))))
     except (ValueError, OSError) as error:
         sys.exit(f"kd_jax.ablate: {error}")
 

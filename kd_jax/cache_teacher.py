@@ -4,8 +4,8 @@ Runs the config's teacher once over the rows that the config trains and is evalu
 that counts. A run with --config.teacher.cache=FOLDER then needs no teacher. A call that was stopped goes on where it was.
 """
 
+import contextlib
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,14 +18,15 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from jaxtyping import Array
 
-from kd_jax import data, main, metrics, remote, rollouts, sharding
+from kd_jax import data, directory, main, metrics, remote, rollouts, sharding
 from kd_jax import teacher_cache_files as files
 from kd_jax.objectives import make_terms
 from kd_jax.setup import check_mesh, check_numbers, load_models, load_tokenizer
 from kd_jax.setup_cache import check_use, made_from
 from kd_jax.setup_rows import check_length, load_rows, make_source
-from kd_jax.teacher_cache import KINDS, coarsen
-from kd_jax.untrusted import read_json
+from kd_jax.teacher_cache import KINDS, coarsen, draw, merged
+from kd_jax.teacher_cache_read import check_manifest
+from kd_jax.untrusted import clip, read_json
 
 flags.DEFINE_alias("out", "workdir")
 KIND = flags.DEFINE_enum(
@@ -36,7 +37,6 @@ POWER = flags.DEFINE_float("power", 1.0, "With samples: the teacher's probabilit
 PART_ROWS = flags.DEFINE_integer("part_rows", 512, "Rows of a file.")
 
 CHUNK_BYTES = 2**28  # of logits that a device holds at a time
-BLOCK = 256  # ids that a draw is looked for among, once the block is drawn that they are in
 
 
 def write(
@@ -97,14 +97,23 @@ def write(
             split: files.about_rows(its) | {"temperature": temperatures[split]} for split, its in rows.items()
         },
         "part_rows": part_rows,
+        "head_hash": "",
     } | made_from(config, tokenizer)  # fmt: skip
-    _begin(where, manifest, tokenizer, loaded)
+    check_manifest(where / files.MANIFEST, manifest)  # what is written can be read
     read = _make_read(loaded.teacher, manifest, mesh)
-    jobs = _share(where, manifest)
-    batch_size = config.data.eval_batch_size
-    tokens = {split: about["tokens"] for split, about in manifest["splits"].items()}
-    total = sum(-(-max(sizes) * jax.process_count() // batch_size) for *_, sizes in jobs)
-    with metrics.tqdm(total=total, desc="the teacher reads", unit="batch", disable=quiet) as bar:
+    batch_size, first = config.data.eval_batch_size, jax.process_index() == 0
+    head = None
+    if kind == "hidden":
+        head = sharding.fetch_whole(loaded.teacher.stored_head(loaded.teacher_params)[0])
+    with contextlib.ExitStack() as stack:
+        if first:
+            _check_folder(where, manifest)
+            stack.enter_context(directory.alone(str(where)))
+            _begin(where, manifest, tokenizer, head)
+        sharding.from_first_process(0)
+        jobs = _share(where, manifest)
+        total = sum(-(-max(sizes) * jax.process_count() // batch_size) for *_, sizes in jobs)
+        bar = stack.enter_context(metrics.tqdm(total=total, desc="the teacher reads", unit="batch", disable=quiet))
         for split, part, sizes in jobs:
             records = _records(
                 manifest, rows[split], split, part, max(sizes), partial(read, loaded.teacher_params),
@@ -114,8 +123,9 @@ def write(
                 list(records)
             else:
                 files.write_part(files.part_path(where, split, part), records, kind)
-    sharding.from_first_process(0)  # all parts are there
-    if not quiet and jax.process_index() == 0:
+        sharding.from_first_process(0)  # all parts are there
+    if not quiet and first:
+        tokens = {split: about["tokens"] for split, about in manifest["splits"].items()}
         size = sum(file.stat().st_size for file in where.rglob("*.array_record"))
         metrics.tqdm.write(f"{folder}: {tokens} tokens, {size / sum(tokens.values()):.1f} bytes a token.")
     return manifest
@@ -132,29 +142,29 @@ def _check_numbers(kind: str, k: int, power: float, part_rows: int, vocab_size: 
         raise ValueError(f"part_rows={part_rows} must be at least 1.")
 
 
-def _begin(folder: Path, manifest: files.Manifest, tokenizer: data.Tokenizer, loaded: Any) -> None:
-    """The manifest and what lies beside it, or whether those that are there are the same."""
-    head = None
-    if manifest["kind"] == "hidden":
-        head = sharding.fetch_whole(loaded.teacher.stored_head(loaded.teacher_params)[0])
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        ours = (files.MANIFEST, files.HEAD, files.TOKENIZER)
-        if (folder / files.MANIFEST).exists():
-            there = read_json(folder / files.MANIFEST)
-            lines = [d for d in files.differences(there, manifest) if not d.startswith("teacher.path")]
-            if lines:
-                raise ValueError(
-                    f"{folder} has another cache. Choose another folder, or take these back:\n  " + "\n  ".join(lines)
-                )
-        elif not all(path.name.startswith(ours) for path in folder.iterdir()):
-            raise ValueError(f"{folder} has something else in it; choose an empty or a new folder.")
-        else:  # the manifest is last: where it is, the others are
-            if head is not None:
-                files.write_head(folder, manifest["head"], head)
-            files.write_tokenizer(folder, tokenizer)
-            files.write_manifest(folder, manifest)
-    sharding.from_first_process(0)
+def _check_folder(folder: Path, manifest: files.Manifest) -> None:
+    """Whether the folder is this cache's, begun or not; nothing else's is touched."""
+    if (folder / files.MANIFEST).exists():
+        there = read_json(folder / files.MANIFEST)
+        lines = files.differences(there, manifest | {"head_hash": there.get("head_hash")})
+        if lines := [line for line in lines if not line.startswith("teacher.path: ")]:
+            raise ValueError(
+                f"{folder} has another cache. Choose another folder, or take these back:\n  "
+                + "\n  ".join(lines[: files.SHOWN])
+            )
+    elif foreign := files.foreign(folder):
+        raise ValueError(f"{folder} has something else in it ({clip(foreign)}); choose an empty or a new folder.")
+
+
+def _begin(folder: Path, manifest: files.Manifest, tokenizer: data.Tokenizer, head: np.ndarray | None) -> None:
+    """Clears away what a call that was killed has left, and writes what lies beside the parts, the manifest last."""
+    for path in files.partials(folder):
+        path.unlink()
+    if not (folder / files.MANIFEST).exists():
+        if head is not None:
+            manifest["head_hash"] = files.write_head(folder, manifest["head"], head)
+        files.write_tokenizer(folder, tokenizer)
+        files.write_manifest(folder, manifest)
 
 
 def _share(folder: Path, manifest: files.Manifest) -> list[tuple[str, int | None, list[int]]]:
@@ -194,7 +204,8 @@ def _records(
         for place, index in enumerate(some):
             counted = batch["loss_mask"][place]
             its = {name: array[place][counted] for name, array in values.items()}
-            yield files.record(manifest, rows, index, _merged(its) if manifest["kind"] == "samples" else its)
+            its = merged(its) if manifest["kind"] == "samples" else its
+            yield files.record(manifest, split, rows, index, its)
 
 
 def _own(array: jax.Array, share: int) -> np.ndarray:
@@ -243,64 +254,16 @@ def _make_read(teacher: Any, manifest: files.Manifest, mesh: jax.sharding.Mesh) 
     return jax.jit(read, static_argnames="split", out_shardings=sharding.batch_sharding(mesh))
 
 
-def draw(log_p: Array, uniform: Array, power: float = 1.0) -> dict[str, Array]:
-    """Tokens drawn from p to a power, normalised, and what each weighs, so that the weighted mean over draws is p's.
-
-    A block of ids is drawn and then an id in it: a sum of probabilities over a whole vocabulary would have lost the small ones.
-
-    Args:
-      log_p: [..., V], normalised.
-      uniform: [..., k, 2] in (0, 1].
-      power: of the probabilities.
-
-    Returns:
-      teacher_ids and teacher_weights [..., k], and teacher_entropy [...], p's own.
-    """
-    log_t = log_p if power == 1 else jax.nn.log_softmax(power * log_p, axis=-1)
-    width = min(BLOCK, log_p.shape[-1])
-    more = [(0, 0)] * (log_p.ndim - 1) + [(0, -log_p.shape[-1] % width)]
-    blocks = jnp.pad(jnp.exp(log_t), more).reshape(*log_p.shape[:-1], -1, width)
-    block = _first_reaching(jnp.cumsum(blocks.sum(axis=-1), axis=-1)[..., None, :], uniform[..., 0])
-    inside = jnp.take_along_axis(blocks, block[..., None], axis=-2)
-    ids = block * width + _first_reaching(jnp.cumsum(inside, axis=-1), uniform[..., 1])
-    ids = jnp.minimum(ids, log_p.shape[-1] - 1)
-    ratio = jnp.take_along_axis(log_p, ids, axis=-1) - jnp.take_along_axis(log_t, ids, axis=-1)
-    weights = jnp.where(ratio == ratio, jnp.exp(ratio), 0) / uniform.shape[-2]
-    entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
-    return {"teacher_ids": ids, "teacher_weights": weights, "teacher_entropy": entropy}
-
-
-def _first_reaching(sums: Array, uniform: Array) -> Array:
-    """The first place whose running sum is at least this share, above 0, of the last one: one that has mass."""
-    return jnp.sum(sums < uniform[..., None] * sums[..., -1:], axis=-1)
-
-
-def _merged(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same with every token once, its weights added up, and zeros behind, which compress to nothing."""
-    order = np.argsort(drawn["teacher_ids"], axis=-1, kind="stable")
-    ids, weights = (np.take_along_axis(drawn[f"teacher_{name}"], order, axis=-1) for name in ("ids", "weights"))
-    place = np.cumsum(np.diff(ids, axis=-1, prepend=ids[:, :1]) != 0, axis=-1)
-    merged = {"teacher_ids": np.zeros_like(ids), "teacher_weights": np.zeros_like(weights)}
-    np.put_along_axis(merged["teacher_ids"], place, ids, axis=-1)
-    np.add.at(merged["teacher_weights"], (np.arange(len(ids))[:, None], place), weights)
-    return drawn | merged
-
-
 def run(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     if len(argv) > 1:
         sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --kind=top_k.")
     main.use_cache()
-    try:
+    told = str(main.WORKDIR.value), KIND.value, K.value, POWER.value, PART_ROWS.value
+    with main.ends_well():
         main.join(main.PROCESSES.value)
-        write(main.CONFIG.value, str(main.WORKDIR.value), KIND.value, K.value, POWER.value, PART_ROWS.value)
-    except (ValueError, OSError) as error:
-        main.leave(str(error))
-    except (Exception, KeyboardInterrupt) as error:
-        if not jax.distributed.is_initialized():
-            raise
-        traceback.print_exc()
-        main.leave(f"{type(error).__name__}: {error}")  # the others wait for none of this process's parts
+        main.check_same(main.CONFIG.value.to_dict(), *told)
+        write(main.CONFIG.value, *told)
 
 
 if __name__ == "__main__":

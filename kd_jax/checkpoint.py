@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import errno
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,12 @@ from kd_jax import remote, sharding
 from kd_jax.checksum import checksums
 
 DAMAGED = "damaged"
+UNKNOWN, BAD, GOOD = range(3)  # what a process can say of a checkpoint; the least of all that is said holds
+# A store's, an operating system's or a device's answers that say nothing of what was to be read: they may pass.
+PASSING = re.compile(
+    "^(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED):"
+    f"|os_error_code='{errno.EIO}'"
+)
 
 
 def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
@@ -93,7 +101,7 @@ def restore(manager: ocp.CheckpointManager, state: Any, iterator: Any) -> tuple[
     """The newest good checkpoint's state, its arrays placed as `state` says, with `iterator` set to where it was.
 
     A checkpoint is good if it can be read and every array has the bits that were saved. One that is not is passed over and put
-    aside, as `damaged-STEP`, for nothing to be saved over it.
+    aside, as `damaged-STEP`, for nothing to be saved over it. One that cannot be reached may be good.
 
     Args:
       manager: as from `open_manager`; it must have a step.
@@ -105,18 +113,27 @@ def restore(manager: ocp.CheckpointManager, state: Any, iterator: Any) -> tuple[
 
     Raises:
       ValueError: there is none that is good; each is named, and all are left as they are.
+      OSError: one cannot be reached; it is named, and all are left as they are.
     """
     wrong: dict[int, str] = {}
-    for step in sorted(manager.all_steps(), reverse=True):
-        found, problem = _read(manager, step, state)
-        # All processes go back together, to a checkpoint that each can read.
-        if sharding.least_of_processes(int(not problem)):
-            _put_aside(manager, list(wrong))
-            iterator.set_state(found["position"])
-            return found["state"], list(wrong.values())
-        wrong[step] = (
-            f"checkpoint {step} in {manager.directory} is damaged: {problem or 'another process cannot read it'}"
-        )
+    with _reader(manager) as reader:
+        for step in sorted(manager.all_steps(), reverse=True):
+            where = f"checkpoint {step} in {manager.directory}"
+            raw, content, verdict, problem = _load(reader, step, state)
+            # All go back together, to a checkpoint that each can read, and none computes before all have read.
+            verdict, problem = sharding.least_of_processes(verdict), problem or "another process cannot read it"
+            if verdict == UNKNOWN:
+                raise OSError(
+                    f"{where} cannot be read, and may be good; nothing was changed. Put right what is in the way and call "
+                    f"again, or move it away to go on from the one before: {problem}"
+                )
+            if verdict == GOOD:
+                problem = _difference(raw, content)
+            if not problem:
+                _put_aside(manager, list(wrong))
+                iterator.set_state(content["position"])
+                return _keys_like(state, raw), list(wrong.values())
+            wrong[step] = f"{where} is damaged: {problem}"
     raise ValueError("no checkpoint can be read, and nothing was changed.\n  " + "\n  ".join(wrong.values()))
 
 
@@ -132,24 +149,49 @@ def restore_state(folder: Any, state: Any) -> Any:
         return _keys_like(state, reader.restore(epath.Path(folder).absolute(), _raw_shapes(state)))
 
 
-def _read(manager: ocp.CheckpointManager, step: int, state: Any) -> tuple[dict[str, Any], str]:
-    """State and position of a step, and what is wrong with it, if something is."""
+def _reader(manager: ocp.CheckpointManager) -> ocp.CheckpointManager:
+    """One that waits for no other process: who cannot read something says so, and does not keep the others waiting."""
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"reader_{index}"
+    )
+    options = ocp.CheckpointManagerOptions(
+        create=False, multiprocessing_options=alone, enable_async_checkpointing=False
+    )
+    return ocp.CheckpointManager(manager.directory, options=options, item_names=("state", "data"))
+
+
+def _load(reader: ocp.CheckpointManager, step: int, state: Any) -> tuple[Any, dict[str, Any], int, str]:
+    """A step's arrays, its position and checksums, this process's verdict, and what went wrong, if something did."""
     args = ocp.args.Composite(state=ocp.args.StandardRestore(_raw_shapes(state)), data=ocp.args.JsonRestore())
     try:
-        saved = manager.restore(step, args=args)
+        saved = reader.restore(step, args=args)
         raw, data = saved["state"], saved["data"]
         content = {name: data[name] for name in ("position", "checksums")}
-        intact = data["sha256"] == _digest(content)
-    except MemoryError:
-        raise
+        if data["sha256"] != _digest(content):
+            raise ValueError("its data.json is not the one that was saved")
     except Exception as error:  # a damaged file ends in whatever its reader came to
-        return {}, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return None, {}, UNKNOWN if _may_pass(error) else BAD, problem
+    return raw, content, GOOD, ""
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is about the way to the files and not about what is in them or missing."""
+    absent = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+    while error is not None:
+        kind = isinstance(error, PermissionError | ConnectionError | TimeoutError | MemoryError)
+        if kind or getattr(error, "errno", None) not in absent or PASSING.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _difference(raw: Any, content: dict[str, Any]) -> str:
+    """Which arrays are not those that were saved; the same on all processes."""
     found = _named(checksums(raw))
     different = [name for name, number in found.items() if number != content["checksums"].get(name)]
-    if not intact or different:
-        what = f"the bits of {', '.join(different[:3])}" if different else "its data.json"
-        return {}, f"{what} are not those that were saved"
-    return {"state": _keys_like(state, raw), "position": content["position"]}, ""
+    return f"the bits of {', '.join(different[:3])} are not those that were saved" if different else ""
 
 
 def _put_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:

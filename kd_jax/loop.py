@@ -4,9 +4,9 @@ import contextlib
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
@@ -20,17 +20,73 @@ Pending = list[tuple[int, Any, Any]]  # step, its metrics on the devices, this p
 
 
 class Stopped(SystemExit):
-    """SIGTERM came, or a preemption notice, and all is saved: the same call goes on. Uncaught, it ends Python with code 75."""
+    """SIGTERM came, or a preemption notice: the same call goes on. Uncaught, it ends Python with code 75.
 
-    def __init__(self, step: int):
+    Attributes:
+      step: that was saved for it; None: there was nothing to save.
+    """
+
+    def __init__(self, step: int | None = None):
         super().__init__(STOPPED)
         self.step = step
 
 
+class Notices:
+    """SIGTERM, while the block lasts: it is noted, for the steps to stop after one, or raised where there is nothing to save.
+
+    With several processes JAX's own service has it, which agrees on a step between them and ends nothing by itself.
+    """
+
+    def __init__(self) -> None:
+        self._told = self._raises = False
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        # Python delivers no signals to other threads.
+        if threading.current_thread() is threading.main_thread() and not jax.distributed.is_initialized():
+            self._before = signal.signal(signal.SIGTERM, self._tell)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    @contextlib.contextmanager
+    def raised(self, raises: bool = True) -> Iterator[None]:
+        """Whether a notice raises `Stopped` there and then; one that came before, at the block's ends."""
+        before, self._raises = self._raises, raises
+        self._raise()
+        try:
+            yield
+        except BaseException:
+            self._raises = False  # what is now closed and copied is not to be disturbed
+            raise
+        self._raises = before
+        self._raise()
+
+    def came(self, step: int) -> bool:
+        """Whether the run is to stop after a step."""
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._told
+
+    def _tell(self, *_: Any) -> None:
+        self._told = True
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._told and self._raises:
+            self._raises = False  # once, as above
+            raise Stopped()
+
+
 def run_steps(
-    run: Any, state: TrainState, workdir: str, writer: metrics.Writer, manager: Any, quiet: bool, place: remote.Place
-) -> TrainState:
+    run: Any, state: TrainState, workdir: str, writer: metrics.Writer, manager: Any, notices: Notices, quiet: bool,
+    place: remote.Place,
+) -> TrainState:  # fmt: skip
     """All steps from `state` on.
+
+    A checkpoint is from before its step's evaluation, which a run that goes on from it makes first: a notice need not wait for it.
 
     Args:
       run: a `train.Run`.
@@ -38,6 +94,7 @@ def run_steps(
       workdir: of the run.
       writer: of its metrics.
       manager: of its checkpoints.
+      notices: as the caller has them; here they wait for a step's end.
       quiet: no progress bar.
       place: that the work directory stands for.
 
@@ -50,15 +107,17 @@ def run_steps(
       Stopped: SIGTERM, or a preemption notice on any host; the state is saved.
     """
     config, first = run.config, int(state.step)
+    evaluates = lambda step: step % config.eval_every == 0 or step == config.steps
+    if evaluates(first):
+        _evaluate(run, writer, first, state)
     if first == 0:
-        _evaluate(run, writer, 0, state)
         results.begin(run, state.params, workdir)
     profiled = tuple(config.profile_steps) if first < min(config.profile_steps, default=0) else ()
     pending: Pending = []
     needs_teacher = any(term.needs_teacher for term in run.terms)
     clock = speed.Clock(run.models.student, run.models.teacher if needs_teacher else None, config.data.max_length)
     shown = 0
-    with _notices() as told, metrics.progress(config.steps, first, quiet) as bar:
+    with notices.raised(False), metrics.progress(config.steps, first, quiet) as bar:
         for step in range(first + 1, config.steps + 1):
             if step in profiled[:1]:
                 jax.profiler.start_trace(str(Path(workdir) / "profile"))
@@ -69,8 +128,7 @@ def run_steps(
             if step in profiled[1:]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
-            stopping = told(step)
-            evaluating = step % config.eval_every == 0 or step == config.steps
+            stopping, evaluating = notices.came(step), evaluates(step)
             saving = step % config.checkpoint_every == 0 or step == config.steps or stopping
             # The previous step's numbers are read while this one runs; all of them before anything is saved.
             keep = 0 if evaluating or saving else 1
@@ -81,38 +139,18 @@ def run_steps(
                 loss = {"loss": f"{float(ready[-1][1]['loss'][0]):.4f}"}
                 bar.set_postfix(loss | {name: f"{value:,.4g}" for name, value in lap.items()})
             bar.update()
-            if evaluating:
-                _evaluate(run, writer, step, state)
             if saving:
                 place.store()  # metrics.jsonl is never behind a checkpoint
                 checkpoint.save(manager, step, state, run.feed)
-            if stopping and step < config.steps:
+            if stopping:
                 checkpoint.wait(manager)
                 raise Stopped(step)
+            if evaluating:
+                _evaluate(run, writer, step, state)
             if evaluating or saving:
                 clock.restart()
     checkpoint.wait(manager)
     return state
-
-
-@contextlib.contextmanager
-def _notices() -> Iterator[Callable[[int], bool]]:
-    """Whether the run is to stop after a step: since SIGTERM came, or with several processes a notice to any of them.
-
-    JAX's own service agrees on a step between processes; alone, a process needs none.
-    """
-    if jax.distributed.is_initialized():
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    told = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # Python delivers no signals there
-        yield lambda step: False
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-    try:
-        yield lambda step: told.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _evaluate(run: Any, writer: metrics.Writer, step: int, state: TrainState) -> None:

@@ -1,5 +1,6 @@
 """python -m kd_jax.main --config=configs/METHOD.py[:SETTING] --workdir=DIR [--config.KEY=VALUE ...]"""
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import threading
 import time
 import traceback
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,20 +44,28 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --config.steps=100.")
     use_cache()
-    try:
+    with ends_well():
         join(PROCESSES.value)
         check_same(CONFIG.value.to_dict(), str(WORKDIR.value))
         train.train(CONFIG.value, str(WORKDIR.value))
+
+
+@contextlib.contextmanager
+def ends_well() -> Iterator[None]:
+    """Whatever ends the command before its time is one paragraph, and no process waits for one that is gone."""
+    try:
+        yield
     except (ValueError, FloatingPointError, OSError) as error:
         leave(str(error))
     except loop.Stopped as stopped:
-        print(f"kd_jax: told to stop; step {stopped.step} is saved, and the same command goes on.", file=sys.stderr)
+        saved = "" if stopped.step is None else f" step {stopped.step} is saved, and"
+        print(f"kd_jax: told to stop;{saved} the same command goes on.", file=sys.stderr)
         raise
     except (Exception, KeyboardInterrupt) as error:
         if not jax.distributed.is_initialized():
             if not isinstance(error, KeyboardInterrupt):
                 raise
-            print("\nkd_jax: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+            print("\nkd_jax: interrupted; the same command goes on from what is saved.", file=sys.stderr)
             sys.exit(130)  # as shells have it
         traceback.print_exc()
         leave(f"{type(error).__name__}: {error}")

@@ -21,7 +21,7 @@ class Writer:
     """
 
     def __init__(self, workdir: str, first_step: int, silent: bool = False):
-        """Opens the files, dropping lines of steps after `first_step`: the run continues from there.
+        """Opens the files, dropping what comes after the checkpoint of `first_step`: its evaluation, and lines of later steps.
 
         Args:
           workdir: of the run.
@@ -35,7 +35,8 @@ class Writer:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         # Without a checkpoint the run starts over, and evaluates at step 0 again.
-        lines = [line for line in read(workdir) if line["step"] <= first_step] if first_step else []
+        saved = lambda line: (line["step"], line["split"] == "eval") <= (first_step, False)
+        lines = [line for line in read(workdir) if saved(line)] if first_step else []
         partial = folder / "metrics.jsonl.partial"
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
         partial.rename(path)

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -226,10 +227,11 @@ def _complete_batches(partial: Path) -> int:
     """How many batches are written; a line that was cut off is taken away."""
     if not partial.exists():
         return 0
-    text = partial.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    partial.write_text(whole, encoding="utf-8")
-    return whole.count("\n")
+    content = partial.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(partial, whole)  # in one step: who is killed here has lost nothing
+    return content.count(b"\n")
 
 
 def fingerprint(params: Any, settings: Any) -> str:

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kd_jax import data, evaluate, metrics, prefixes, remote, resolve, rollouts, sharding
@@ -13,6 +12,7 @@ from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
 from kd_jax.setup import Models
 from kd_jax.setup_cache import kept_rows
+from kd_jax.setup_checks import check_room, check_sampling, check_term, name_of
 from kd_jax.teacher_cache_read import Cache
 
 
@@ -30,88 +30,18 @@ def make_source(config: Any, terms: tuple[Term, ...]) -> Source:
     except ValueError as error:
         raise ValueError(f"prefixes: {error}") from error
     for term in terms:
-        _check_term(config, source, term)
+        check_term(config, source, term)
     if config.text.name and not any(term.rows == "text" for term in terms):
         raise ValueError(f"text.name={config.text.name!r}, but no term has rows='text'.")
     if source.authors or source.origins == ("teacher",):
-        _check_sampling(config, source)
+        check_sampling(config, source)
     if "student" not in source.authors and (config.sampling.teacher_share or config.sampling.rollouts_per_prompt > 1):
         raise ValueError(
             f"sampling.teacher_share={config.sampling.teacher_share} and sampling.rollouts_per_prompt="
             f"{config.sampling.rollouts_per_prompt} are about what the student writes, and with prefixes.name="
-            f"{_name(config.prefixes)!r} it writes nothing; leave them at 0 and 1."
+            f"{name_of(config.prefixes)!r} it writes nothing; leave them at 0 and 1."
         )
     return source
-
-
-def _check_term(config: Any, source: Source, term: Term) -> None:
-    sampling, given = config.sampling, (*source.origins, *(("text",) if config.text.name else ()))
-    if term.rows not in ("all", *given):
-        raise ValueError(
-            f"objective.terms.{term.name}.rows={term.rows!r} counts no row: prefixes.name={_name(config.prefixes)!r} gives "
-            f"rows of {', '.join(source.origins)}, and text.name={config.text.name!r}."
-        )
-    if term.weight.init() == ():  # or it keeps itself in range
-        weights = jax.vmap(lambda step: term.weight((), step=step))(jnp.arange(config.steps))
-        if not -1e-6 <= weights.min() <= weights.max() <= 1 + 1e-6:
-            raise ValueError(
-                f"objective.terms.{term.name}.weight goes from {weights.min():g} to {weights.max():g} in {config.steps} steps; it "
-                f"has to stay between 0 and 1."
-            )
-    if term.signals is None:
-        return
-    if term.rows != "student" and (term.rows != "all" or source.origins != ("student",)):
-        raise ValueError(f"objective.terms.{term.name} is about tokens that the student drew; give it rows='student'.")
-    if sampling.temperature != config.objective.temperature:
-        raise ValueError(
-            f"sampling.temperature={sampling.temperature} is not objective.temperature={config.objective.temperature}, at "
-            f"which objective.terms.{term.name} weighs what was drawn."
-        )
-    if sampling.top_p < 1 or sampling.top_k > 0:
-        raise ValueError(
-            f"objective.terms.{term.name} weighs what was drawn by its probability under the whole distribution, but "
-            f"sampling.top_p={sampling.top_p} and sampling.top_k={sampling.top_k} draw from a part of it; set 1.0 and 0."
-        )
-
-
-def _check_sampling(config: Any, source: Source) -> None:
-    name, options, sampling = _name(config.prefixes), config.data, config.sampling
-    if options.name == "text" or (source.authors and (options.packing != "none" or options.loss_on != "response")):
-        raise ValueError(
-            f"prefixes.name={name!r} answers prompts: it needs a dataset with prompts (data.name={options.name!r}), "
-            f"data.packing='none' (it is {options.packing!r}) and data.loss_on='response' (it is {options.loss_on!r})."
-        )
-    _check_room(config)
-    if not config.teacher.path and "teacher" in source.origins:
-        raise ValueError(f"prefixes.name={name!r} has the teacher write, but teacher.path is empty; name its folder.")
-    for what, number in (
-        ("sampling.rollouts_per_prompt", sampling.rollouts_per_prompt),
-        ("authors", len(source.authors)),
-    ):
-        if options.batch_size % max(1, number):
-            raise ValueError(f"data.batch_size={options.batch_size} does not divide into {what}={number}.")
-    if sampling.rollouts_per_prompt > 1 and sampling.temperature == 0:
-        raise ValueError(
-            f"sampling.rollouts_per_prompt={sampling.rollouts_per_prompt} at sampling.temperature=0 are all the same."
-        )
-    resolve.check_number("sampling.top_p", sampling.top_p, 1e-6, 1.0)
-    share = resolve.check_fraction("sampling.teacher_share", sampling.teacher_share)
-    if share and not config.teacher.path:
-        raise ValueError(f"sampling.teacher_share={share}, but teacher.path is empty; name its folder.")
-    if share and (share == 1 or sampling.temperature == 0):
-        raise ValueError(
-            f"sampling.teacher_share={share} needs a student that draws too: a share below 1 and a sampling.temperature above "
-            f"0 (it is {sampling.temperature})."
-        )
-
-
-def _check_room(config: Any) -> None:
-    options, new = config.data, config.sampling.max_new_tokens
-    if options.max_prompt_length + new > options.max_length + 1:
-        raise ValueError(
-            f"data.max_prompt_length={options.max_prompt_length} and sampling.max_new_tokens={new} do not fit into "
-            f"data.max_length={options.max_length} and one; lower one of them."
-        )
 
 
 def check_length(config: Any, loaded: Models) -> None:
@@ -174,7 +104,7 @@ def load_examples(config: Any, tokenizer: data.Tokenizer) -> list[evaluate.Examp
         raise ValueError(
             f"eval_prompts={config.eval_prompts}, but the rows of data.name='text' have no prompts; set it to 0."
         )
-    _check_room(config)
+    check_room(config)
     source = _source(config, options.eval_split)
     rows = [source[i] for i in range(min(config.eval_prompts, len(source)))]
     return evaluate.read_examples(
@@ -273,7 +203,7 @@ def make_feed(
     if source.authors and np.any(rows.prompt_lengths == 0):
         raise ValueError(
             f"{np.sum(rows.prompt_lengths == 0)} of the {len(rows)} rows of data.name={config.data.name!r} have an empty prompt, "
-            f"which prefixes.name={_name(config.prefixes)!r} cannot have answered; take them out or choose another template."
+            f"which prefixes.name={name_of(config.prefixes)!r} cannot have answered; take them out or choose another template."
         )
     options = batch_options(config, tokenizer)
     share, repeats = config.sampling.teacher_share, config.sampling.rollouts_per_prompt
@@ -301,7 +231,3 @@ def show(sampler: rollouts.Sampler, step: int, rows: rollouts.Rows, count: int =
     """Some of the responses that were drawn for a step, for the log."""
     some = sampler.text(rollouts.take(rows, np.arange(min(count, len(rows["lengths"])))))
     return "\n".join(f"--- drawn for step {step}\n{prompt}\n>>> {response}" for prompt, response in some)
-
-
-def _name(spec: Any) -> str:
-    return spec if isinstance(spec, str) else spec.get("name", "")

@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kd_jax.objectives import Term
+from kd_jax.untrusted import clip
 
 KINDS = ("hidden", "top_k", "samples")
+BLOCK = 256  # ids that a draw is looked for among, once the block is drawn that they are in
 
 
 class Draws(NamedTuple):
@@ -28,10 +31,17 @@ class CachedTeacher:
       kind: 'hidden': its hidden states, from which its logits are made as ever: nothing is left out. 'top_k': its k likeliest
         tokens, and the mass of all others as one more outcome. 'samples': k draws with their weights.
       tied: of hidden: whether the output matrix is an embedding [V, D].
+      path: of the teacher, where the cache was written.
     """
 
     kind: str
     tied: bool = False
+    path: str = ""
+
+    def described(self, path: str) -> str:
+        """Whose it is, for a config that has this teacher.path, which is not read."""
+        other = f" (of {clip(self.path)}; teacher.path={path} is not read)" if path not in ("", self.path) else ""
+        return f"teacher's {self.kind} from its cache{other}"
 
     def hidden(self, batch: Mapping[str, Array]) -> Float[Array, "B L D"] | None:
         """Its hidden states; None where others are kept. A batch has their bits, which NumPy can hold and save."""
@@ -117,3 +127,46 @@ def sampled_forward_kl(draws: Draws, log_q: Float[Array, "*batch k"]) -> Float[A
     """
     drawn = draws.weights > 0  # the rest fills the row up
     return -jnp.sum(jnp.where(drawn, draws.weights * jnp.where(drawn, log_q, 0), 0), axis=-1) - draws.entropy
+
+
+def draw(log_p: Array, uniform: Array, power: float = 1.0) -> dict[str, Array]:
+    """Tokens drawn from p to a power, normalised, and what each weighs, so that the weighted mean over draws is p's.
+
+    A block of ids is drawn and then an id in it: a sum of probabilities over a whole vocabulary would have lost the small ones.
+
+    Args:
+      log_p: [..., V], normalised.
+      uniform: [..., k, 2] in (0, 1].
+      power: of the probabilities.
+
+    Returns:
+      teacher_ids and teacher_weights [..., k], and teacher_entropy [...], p's own.
+    """
+    log_t = log_p if power == 1 else jax.nn.log_softmax(power * log_p, axis=-1)
+    width = min(BLOCK, log_p.shape[-1])
+    more = [(0, 0)] * (log_p.ndim - 1) + [(0, -log_p.shape[-1] % width)]
+    blocks = jnp.pad(jnp.exp(log_t), more).reshape(*log_p.shape[:-1], -1, width)
+    block = _first_reaching(jnp.cumsum(blocks.sum(axis=-1), axis=-1)[..., None, :], uniform[..., 0])
+    inside = jnp.take_along_axis(blocks, block[..., None], axis=-2)
+    ids = block * width + _first_reaching(jnp.cumsum(inside, axis=-1), uniform[..., 1])
+    ids = jnp.minimum(ids, log_p.shape[-1] - 1)
+    ratio = jnp.take_along_axis(log_p, ids, axis=-1) - jnp.take_along_axis(log_t, ids, axis=-1)
+    weights = jnp.where(ratio == ratio, jnp.exp(ratio), 0) / uniform.shape[-2]
+    entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
+    return {"teacher_ids": ids, "teacher_weights": weights, "teacher_entropy": entropy}
+
+
+def _first_reaching(sums: Array, uniform: Array) -> Array:
+    """The first place whose running sum is at least this share, above 0, of the last one: one that has mass."""
+    return jnp.sum(sums < uniform[..., None] * sums[..., -1:], axis=-1)
+
+
+def merged(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of `draw`, the same with every token once, its weights added up, and zeros behind, which compress to nothing."""
+    order = np.argsort(drawn["teacher_ids"], axis=-1, kind="stable")
+    ids, weights = (np.take_along_axis(drawn[f"teacher_{name}"], order, axis=-1) for name in ("ids", "weights"))
+    place = np.cumsum(np.diff(ids, axis=-1, prepend=ids[:, :1]) != 0, axis=-1)
+    found = {"teacher_ids": np.zeros_like(ids), "teacher_weights": np.zeros_like(weights)}
+    np.put_along_axis(found["teacher_ids"], place, ids, axis=-1)
+    np.add.at(found["teacher_weights"], (np.arange(len(ids))[:, None], place), weights)
+    return drawn | found

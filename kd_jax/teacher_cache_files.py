@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,18 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from safetensors.numpy import save_file
 
 from kd_jax import data
+from kd_jax.directory import LOCK
+from kd_jax.untrusted import clip, shown
 
 MANIFEST, HEAD, TOKENIZER = "manifest.json", "head.safetensors", "tokenizer"
 TIED, UNTIED = "embed.embedding", "head.kernel"  # what the output matrix is called, as in a model's parameters
-VERSION = 1
-# Before a record's numbers: the row's index, a hash of its tokens, and how many of them count.
-HEADER = np.dtype([("row", "<u8"), ("tokens", "u1", 16), ("count", "<u8")])
+VERSION = 2  # 1: a record's hash knew nothing of the teacher, and nothing that of the output matrix
+# Before a record's numbers: the row's index, its key, and how many of its tokens count.
+HEADER = np.dtype([("row", "<u8"), ("key", "u1", 16), ("count", "<u8")])
+# What a cache may have; a split also as many parts as MAX_PARTS.
+LARGEST = {"k": 2**16, "vocab_size": 2**24, "hidden_size": 2**20, "part_rows": 2**32}
+MAX_PARTS = 2**20
+SHOWN = 20  # lines of what differs
 Manifest = dict[str, Any]
 
 
@@ -46,10 +53,19 @@ def fills(manifest: Manifest) -> dict[str, np.ndarray]:
     return found
 
 
-def row_hash(row: np.ndarray, first_counted: int) -> bytes:
-    """Of a row's tokens and of which of them count."""
-    what = np.array([first_counted], "<i8").tobytes() + row.astype("<i4").tobytes()
-    return hashlib.blake2b(what, digest_size=HEADER["tokens"].shape[0]).digest()
+def identity(manifest: Manifest, split: str) -> bytes:
+    """Of all that decides what a record says of a row: the teacher but for its place, tokenizer, template, kind, and so on."""
+    beside = ("splits", "settings", "part_rows", "head_hash")  # what rows there are, in which files
+    what = {name: value for name, value in manifest.items() if name not in beside}
+    what["teacher"] = {name: value for name, value in manifest["teacher"].items() if name != "path"}
+    what["split"] = [split, float(manifest["splits"][split]["temperature"])]
+    return hashlib.blake2b(json.dumps(what, sort_keys=True).encode()).digest()
+
+
+def row_key(identity: bytes, row: np.ndarray, first_counted: int) -> bytes:
+    """Of a row's tokens, of which of them count, and of what reads them."""
+    what = np.array([first_counted], "<i8").tobytes() + row.astype("<i4").tobytes() + identity
+    return hashlib.blake2b(what, digest_size=HEADER["key"].shape[0]).digest()
 
 
 def about_rows(rows: data.Rows) -> dict[str, Any]:
@@ -73,7 +89,20 @@ def differences(there: Any, here: Any, prefix: str = "") -> list[str]:
         keys = [*there, *(key for key in here if key not in there)]
         lines = (differences(there.get(k), here.get(k), f"{prefix}.{k}" if prefix else k) for k in keys)
         return [line for some in lines for line in some]
-    return [] if there == here else [f"{prefix}: {there!r} there, {here!r} here"]
+    return [] if there == here else [f"{clip(prefix, 80)}: {shown(there)} there, {shown(here)} here"]
+
+
+def foreign(folder: Path) -> str:
+    """A name in a folder without a manifest that no call of ours can have left there; '' if there is none."""
+    ours = rf"{re.escape(HEAD)}(\.partial-\d+)?|{re.escape(MANIFEST)}\.partial-\d+|{TOKENIZER}|{LOCK}"
+    there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    return next((name for name in there if not re.fullmatch(ours, name)), "")
+
+
+def partials(folder: Path) -> list[Path]:
+    """What calls that were killed have left half written."""
+    found = [*folder.glob("*.partial-*"), *folder.glob("*/*.array_record.partial-*")]
+    return [path for path in found if re.fullmatch(r".*\.partial-\d+", path.name)]
 
 
 def part_sizes(count: int, part_rows: int) -> list[int]:
@@ -97,7 +126,7 @@ def all_parts(manifest: Manifest) -> list[tuple[str, int]]:
 
 def missing_parts(folder: Path, manifest: Manifest) -> list[tuple[str, int]]:
     """Those that are not written."""
-    return [part for part in all_parts(manifest) if not part_path(folder, *part).exists()]
+    return [part for part in all_parts(manifest) if not part_path(folder, *part).is_file()]
 
 
 def write_part(path: Path, records: Iterable[bytes], kind: str) -> None:
@@ -119,18 +148,22 @@ def write_part(path: Path, records: Iterable[bytes], kind: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def record(manifest: Manifest, rows: data.Rows, index: int, values: Mapping[str, np.ndarray]) -> bytes:
+def record(
+    manifest: Manifest, split: str, rows: data.Rows, index: int, values: Mapping[str, np.ndarray]
+) -> bytes:  # fmt: skip
     """A row's record.
 
     Args:
       manifest: says what is in it.
+      split: 'train' or 'held_out'.
       rows: of the split.
       index: of the row.
       values: name -> [counted tokens, ...].
     """
     header = np.zeros((), HEADER)
     header["row"], header["count"] = index, counted(rows, index)
-    header["tokens"] = np.frombuffer(row_hash(rows[index], int(rows.first_counted[index])), np.uint8)
+    key = row_key(identity(manifest, split), rows[index], int(rows.first_counted[index]))
+    header["key"] = np.frombuffer(key, np.uint8)
     arrays = []
     for name, (dtype, shape) in fields(manifest).items():
         if values[name].shape != (header["count"], *shape):
@@ -148,11 +181,18 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     partial.replace(folder / MANIFEST)
 
 
-def write_head(folder: Path, name: str, matrix: np.ndarray) -> None:
-    """Writes the output matrix, whole or not at all."""
+def write_head(folder: Path, name: str, matrix: np.ndarray) -> str:
+    """Writes the output matrix, whole or not at all; its `file_hash`."""
     partial = folder / f"{HEAD}.partial-{os.getpid()}"
     save_file({name: np.ascontiguousarray(matrix)}, partial)
     partial.replace(folder / HEAD)
+    return file_hash(folder / HEAD)
+
+
+def file_hash(path: Path) -> str:
+    """Of all bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_tokenizer(folder: Path, tokenizer: data.Tokenizer) -> None:

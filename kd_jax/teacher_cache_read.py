@@ -14,50 +14,63 @@ from array_record.python.array_record_module import ArrayRecordReader
 from safetensors import SafetensorError, safe_open
 
 from kd_jax import data, sharding
+from kd_jax.models.safetensors_io import check_header
 from kd_jax.teacher_cache import KINDS, CachedTeacher
 from kd_jax.teacher_cache_files import (
     HEAD,
     HEADER,
+    LARGEST,
     MANIFEST,
+    MAX_PARTS,
+    SHOWN,
     TIED,
     UNTIED,
     VERSION,
     Manifest,
     counted,
     fields,
+    file_hash,
     fills,
+    identity,
     missing_parts,
     part_path,
     part_sizes,
-    row_hash,
+    row_key,
 )
-from kd_jax.untrusted import read_json
+from kd_jax.untrusted import read_json, shown
 
 OPEN_PARTS = 128  # files that are kept open for random reads
 
 
-def _check_manifest(path: Path, manifest: Manifest) -> None:
+def check_manifest(path: Path, manifest: Manifest) -> None:
     """Whether all is there that is read later, in its type and range."""
-    kinds = {"k": int, "vocab_size": int, "hidden_size": int, "part_rows": int, "head": str, "tokenizer": str}
-    kinds |= {"template": str, "settings": dict, "splits": dict}
-    for key, kind in kinds.items():
-        if not isinstance(manifest.get(key), kind):
+    kinds = {"head": str, "head_hash": str, "tokenizer": str, "template": str, "settings": dict, "splits": dict}
+    for key, kind in (kinds | {"teacher": dict} | dict.fromkeys(LARGEST, int)).items():
+        if type(value := manifest.get(key)) is not kind:
             raise ValueError(
-                f"{path}: {key!r} is {manifest.get(key)!r} and not of type {kind.__name__}; write the cache again."
+                f"{path}: {key!r} is {shown(value)} and not of type {kind.__name__}; write the cache again."
             )
-    low = 1 if manifest["kind"] != "hidden" else 0
-    if not (
-        low <= manifest["k"] < manifest["vocab_size"] and manifest["hidden_size"] > 0 and manifest["part_rows"] > 0
-    ):
-        raise ValueError(f"{path}: k, vocab_size, hidden_size or part_rows is out of range; write the cache again.")
+    least = {"k": 0 if manifest["kind"] == "hidden" else 1}
+    for key, largest in (LARGEST | {"k": min(LARGEST["k"], manifest["vocab_size"] - 1)}).items():
+        if not (low := least.get(key, 1)) <= manifest[key] <= largest:
+            raise ValueError(
+                f"{path}: {key}={shown(manifest[key])} is out of range, {low} to {largest}; write the cache again."
+            )
     if manifest["head"] not in (TIED, UNTIED):
-        raise ValueError(f"{path}: there is no output matrix {manifest['head']!r}; write the cache again.")
+        raise ValueError(f"{path}: there is no output matrix {shown(manifest['head'])}; write the cache again.")
+    if not isinstance(manifest["teacher"].get("path"), str):
+        raise ValueError(f"{path}: the teacher has no path; write the cache again.")
     for split in ("train", "held_out"):
         about = manifest["splits"].get(split)
         if not isinstance(about, dict) or {"rows", "tokens", "hash", "temperature"} - about.keys():
             raise ValueError(f"{path}: the split {split!r} is not described; write the cache again.")
-        if not isinstance(about["rows"], int) or about["rows"] < 1:
-            raise ValueError(f"{path}: the split {split!r} has {about['rows']!r} rows; write the cache again.")
+        if type(about["rows"]) is not int or not 1 <= about["rows"] <= MAX_PARTS * manifest["part_rows"]:
+            raise ValueError(
+                f"{path}: the split {split!r} has {shown(about['rows'])} rows, in parts of {manifest['part_rows']}; at most "
+                f"{MAX_PARTS} parts are read; choose another --part_rows."
+            )
+        if not isinstance(temperature := about["temperature"], int | float) or not 0 < temperature < 1e9:
+            raise ValueError(f"{path}: the split {split!r} has the temperature {shown(temperature)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +99,10 @@ class Cache:
         manifest = read_json(folder / MANIFEST)
         if manifest.get("version") != VERSION or manifest.get("kind") not in KINDS:
             raise ValueError(
-                f"{folder / MANIFEST} has version {manifest.get('version')!r} and kind {manifest.get('kind')!r}; this kd_jax "
-                f"reads version {VERSION} of {', '.join(KINDS)}. Write the cache again."
+                f"{folder / MANIFEST} has version {shown(manifest.get('version'))} and kind {shown(manifest.get('kind'))}; this "
+                f"kd_jax reads version {VERSION} of {', '.join(KINDS)}. Write the cache again."
             )
-        _check_manifest(folder / MANIFEST, manifest)
+        check_manifest(folder / MANIFEST, manifest)
         if missing := missing_parts(folder, manifest):
             raise ValueError(
                 f"{folder} is not complete: {len(missing)} of its parts are missing, the first one "
@@ -105,7 +118,7 @@ class Cache:
     @property
     def teacher(self) -> CachedTeacher:
         """What a step compares with."""
-        return CachedTeacher(self.kind, self.manifest["head"] == TIED)
+        return CachedTeacher(self.kind, self.manifest["head"] == TIED, self.manifest["teacher"]["path"])
 
     def load_params(self, mesh: jax.sharding.Mesh, layout: str) -> Any:
         """The output matrix on the mesh, in the tree that it has in a model; {} where no hidden states are kept.
@@ -119,6 +132,9 @@ class Cache:
         path, name = self.folder / HEAD, self.manifest["head"]
         group, leaf = name.split(".")
         try:
+            if not path.is_file() or file_hash(path) != self.manifest["head_hash"]:
+                raise ValueError(f"{path}: this is not the output matrix that was written; write the cache again.")
+            check_header(path)
             with safe_open(path, framework="numpy") as file:
                 matrix = file.get_slice(name)
                 shape = tuple(matrix.get_shape())
@@ -142,7 +158,7 @@ class Cache:
         """What is said of a cache that does not fit."""
         return (
             f"the cache teacher.cache={str(self.folder)!r} does not fit this run. Write another one with python -m "
-            f"kd_jax.cache_teacher, or take these back:\n  " + "\n  ".join(lines)
+            f"kd_jax.cache_teacher, or take these back:\n  " + "\n  ".join(lines[:SHOWN])
         )
 
 
@@ -163,7 +179,7 @@ class Kept:
     def __init__(self, cache: Cache, split: str, rows: data.Rows):
         self.fills = fills(cache.manifest)
         self._cache, self._split, self._rows = cache, split, rows
-        self._fields = fields(cache.manifest)
+        self._fields, self._identity = fields(cache.manifest), identity(cache.manifest, split)
         self._open = functools.lru_cache(OPEN_PARTS)(self._open_part)
 
     def read(self, index: int) -> dict[str, np.ndarray]:
@@ -197,9 +213,9 @@ class Kept:
         if len(content) < HEADER.itemsize:
             raise ValueError(f"it has {len(content)} bytes")
         header, start, found = np.frombuffer(content, HEADER, 1)[0], HEADER.itemsize, {}
-        expected = row_hash(rows[index], int(rows.first_counted[index]))
-        if header["row"] != index or header["tokens"].tobytes() != expected:
-            raise ValueError(f"it is row {header['row']}'s, with other tokens")
+        expected = row_key(self._identity, rows[index], int(rows.first_counted[index]))
+        if header["row"] != index or header["key"].tobytes() != expected:
+            raise ValueError(f"it is row {header['row']}'s, of other tokens or of another cache")
         shapes = {name: (count, *shape) for name, (_, shape) in self._fields.items()}
         size = start + sum(math.prod(shapes[name]) * dtype.itemsize for name, (dtype, _) in self._fields.items())
         if len(content) != size:

@@ -205,19 +205,22 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
       ValueError: before anything is written, if the config is wrong, or if the directory belongs to another one or is in use;
         or if all of its checkpoints are damaged.
       FloatingPointError: a loss or a gradient is not finite.
-      loop.Stopped: SIGTERM or a preemption notice came, and the state is saved.
+      loop.Stopped: SIGTERM or a preemption notice came, and the state is saved, or there was nothing to save.
     """
     resolved, first = config.to_dict(), jax.process_index() == 0
-    with contextlib.ExitStack() as stack:
+    with loop.Notices() as notices, contextlib.ExitStack() as stack:
         copied = remote.work_directory(workdir, jax.process_count(), writes=first)
         workdir, place = stack.enter_context(copied)  # of an address a local folder
         sharding.least_of_processes(1)  # nobody looks at what is there before the first process has it
-        if first and epath.Path(workdir).is_dir():
+        stack.enter_context(notices.raised())  # which ends before the last copy to the address
+        is_there = epath.Path(workdir).is_dir()
+        if first and is_there:
             stack.enter_context(directory.alone(workdir))  # before anything that takes long
         directory.check(workdir, resolved)
         run = build(config)
-        if first and not epath.Path(workdir).is_dir():
+        if first and not is_there:
             stack.enter_context(directory.alone(workdir))
+            directory.check(workdir, resolved)  # somebody else may have made it since
         rounding = quantisation.error(run)
         # A new run reads its student before it writes anything; a resumed one has no use for an initial state.
         state = None if checkpoint.has_steps(place.shared) else run.init_state()
@@ -229,6 +232,7 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
         manager = stack.enter_context(checkpoint.open_manager(place.shared, config.keep_checkpoints))
         if state is None:
             state, damaged = checkpoint.restore(manager, run.abstract_state, run.feed)
+            state = _allowed(state, config.max_skipped)
             for line in damaged:
                 metrics.tqdm.write(f"{line}; it is put aside, and the run goes on from step {int(state.step)}.")
         if first and not quiet:
@@ -236,8 +240,14 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
             if rounding:
                 metrics.tqdm.write(quantisation.sentence(rounding))
         with metrics.Writer(workdir, int(state.step), silent=not first) as writer:
-            state = loop.run_steps(run, state, workdir, writer, manager, quiet, place)
+            state = loop.run_steps(run, state, workdir, writer, manager, notices, quiet, place)
         return results.finish(run, state.params, workdir, quiet)
+
+
+def _allowed(state: TrainState, max_skipped: int) -> TrainState:
+    """A restored state where `max_skipped` may be less than it was: only a step that is not finite can be one too many."""
+    skipped = np.int32(min(int(state.skipped), max_skipped))
+    return dataclasses.replace(state, skipped=jax.device_put(skipped, state.skipped.sharding))
 
 
 def environment(run: Run, state: TrainState) -> str:
@@ -246,7 +256,7 @@ def environment(run: Run, state: TrainState) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     teacher = f"teacher {_count(run.models.teacher.abstract_params())}" if run.models.teacher else "no teacher"
     if run.models.cached:
-        teacher = f"teacher's {run.models.cached.kind} from its cache, without texts and KLs on the student's own"
+        teacher = f"{run.models.cached.described(run.config.teacher.path)}, without texts and KLs on the student's own"
     rows = "; ".join(f"{split} {counts}" for split, counts in run.counts.items())
     return (
         f"{len(jax.devices())} {device.platform} device(s), {jax.process_count()} process(es) | mesh {mesh} | {teacher}, "

@@ -38,6 +38,7 @@ def one_device():
         patch.setattr(
             sharding,
             "make_mesh",
-            lambda data, fsdp, tensor: make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor]),
+            # data=-1, all that are left, is one here
+            lambda data, fsdp, tensor: make_mesh(data, fsdp, tensor, jax.devices()[: abs(data) * fsdp * tensor]),
         )
         yield

@@ -38,14 +38,15 @@ def test_an_ablation_goes_on_where_it_stopped(tmp_path, data_dir, monkeypatch):
     ablate.run(config, str(tmp_path), shard=(3, 4))
     assert calls == [(0.5, 1)], "of four runs the fourth"
     text = ablate.run(config, str(tmp_path))
-    assert calls[1:] == [(0.0, 0), (0.0, 1), (0.5, 0)]
+    assert calls[1:] == [(0.0, 0), (0.5, 0), (0.0, 1)], "all points before the second seed"
     assert "Failed" in text and "alpha=0.0,beta=1.0,seed=0" in text
+    assert ablate.run(config, str(tmp_path), shard=None) == text and len(calls) == 4, "a table alone runs nothing"
     assert "the loss is nan" in (tmp_path / "alpha=0.0,beta=1.0,seed=0" / "error.txt").read_text()
     text = ablate.run(config, str(tmp_path))
     assert calls[4:] == [(0.0, 0)] and "Failed" not in text
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [(line["point"]["alpha"], line["seed"]) for line in lines] == [(0.0, 0), (0.0, 1), (0.5, 0), (0.5, 1)]
-    mean = statistics.mean(line["after"]["forward_kl"] for line in lines[:2])
+    assert [(line["point"]["alpha"], line["seed"]) for line in lines] == [(0.0, 0), (0.5, 0), (0.0, 1), (0.5, 1)]
+    mean = statistics.mean(line["after"]["forward_kl"] for line in lines[::2])
     assert f"{mean:.3f} ± " in text and text == (tmp_path / "table.md").read_text().strip()
     for name in ("bars.png", "curves.png", "heatmap.png"):
         assert (tmp_path / name).stat().st_size > 5000, name

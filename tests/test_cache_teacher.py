@@ -13,9 +13,9 @@ import pytest
 from scipy import stats
 
 from configs import base
-from kd_jax import cache_teacher, divergences, metrics, train
+from kd_jax import cache_teacher, directory, divergences, metrics, train
 from kd_jax import teacher_cache_files as files
-from kd_jax.teacher_cache import Draws, coarsen, sampled_forward_kl
+from kd_jax.teacher_cache import Draws, coarsen, draw, merged, sampled_forward_kl
 from kd_jax.teacher_cache_read import Cache
 from tests.runs import smoke
 from tests.test_processes import environment, free_port
@@ -110,7 +110,7 @@ def test_draws_have_the_frequencies_that_they_should_have(power):
     log_p = two(1, 600)[0]  # more ids than a block has
     draws, chunk = 400_000, 2000
     uniform = 1 - jax.random.uniform(jax.random.key(2), (draws // chunk, chunk, 2))
-    found = jax.lax.map(lambda u: cache_teacher.draw(log_p, u, power), uniform)
+    found = jax.lax.map(lambda u: draw(log_p, u, power), uniform)
     ids, p = np.asarray(found["teacher_ids"]).ravel(), np.exp(np.asarray(log_p, np.float64))
     proposal = p**power / (p**power).sum()
     counts = np.bincount(ids, minlength=600)
@@ -129,7 +129,7 @@ def test_the_sampled_kl_and_its_gradient_have_no_bias(power):
     uniform = 1 - jax.random.uniform(jax.random.key(4), (many, k, 2))
 
     def sampled(logits, uniform):
-        drawn = cache_teacher.draw(log_p, uniform, power)
+        drawn = draw(log_p, uniform, power)
         draws = Draws(drawn["teacher_weights"], drawn["teacher_entropy"])
         return sampled_forward_kl(draws, jax.nn.log_softmax(logits)[drawn["teacher_ids"]])
 
@@ -146,9 +146,9 @@ def test_the_sampled_kl_and_its_gradient_have_no_bias(power):
 
 def test_draws_of_one_token_are_added_up():
     ids, weights = np.array([[5, 2, 5, 5], [1, 1, 0, 3]]), np.array([[1, 2, 3, 4], [1, 2, 3, 4]], np.float32)
-    merged = cache_teacher._merged({"teacher_ids": ids, "teacher_weights": weights})
-    assert merged["teacher_ids"].tolist() == [[2, 5, 0, 0], [0, 1, 3, 0]]
-    assert merged["teacher_weights"].tolist() == [[2, 8, 0, 0], [3, 3, 4, 0]]
+    found = merged({"teacher_ids": ids, "teacher_weights": weights})
+    assert found["teacher_ids"].tolist() == [[2, 5, 0, 0], [0, 1, 3, 0]]
+    assert found["teacher_weights"].tolist() == [[2, 8, 0, 0], [3, 3, 4, 0]]
 
 
 def every_divergence(config):
@@ -282,6 +282,9 @@ def test_a_stopped_call_goes_on_and_leaves_the_same_files(caches, data_dir, tmp_
     with pytest.raises(ValueError, match=r"not complete: 4 of its parts are missing.*000002"):
         Cache.open(folder)
     monkeypatch.setattr(files, "write_part", write)
+    with directory.alone(str(folder)), pytest.raises(ValueError, match="in use by another run"):
+        cache_teacher.write(config, str(folder), "hidden", part_rows=100, quiet=True)
+    (folder / "train" / "000002.array_record.partial-77").write_text("killed")
     cache_teacher.write(config, str(folder), "hidden", part_rows=100, quiet=True)
     assert all(path.stat().st_mtime_ns == written for path, written in done)
     whole = caches("hidden")
@@ -314,7 +317,7 @@ def test_flipped_and_missing_bytes_are_found_and_named(caches, data_dir, tmp_pat
     with pytest.raises(ValueError, match=r"000001.array_record: .*records in place of 100"):
         kept(cache, rows).read(150)
     shutil.copy(files.part_path(cache.folder, "train", 0), path)
-    with pytest.raises(ValueError, match=r"it is row 50's, with other tokens"):
+    with pytest.raises(ValueError, match=r"it is row 50's, of other tokens"):
         kept(cache, rows).read(150)
     path.unlink()
     with pytest.raises(ValueError, match=r"not complete: 1 of its parts"):
@@ -388,10 +391,10 @@ def test_another_tokenizer_or_manifest_is_refused(caches, data_dir, tmp_path):
         with pytest.raises(ValueError, match=words):
             cache_teacher.write(cached(data_dir), str(tmp_path / "new"), "top_k", number, quiet=True)
     assert not (tmp_path / "new").exists()
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "a.tex").write_text("...")
-    with pytest.raises(ValueError, match="something else in it"):
+    (tmp_path / "thesis" / "tokenizer of mine").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"something else in it \(tokenizer of mine\)"):
         cache_teacher.write(cached(data_dir), str(tmp_path / "thesis"), "top_k", K, quiet=True)
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["tokenizer of mine"]
 
 
 @pytest.mark.slow
@@ -453,24 +456,41 @@ def test_a_whole_run_goes_on_bit_for_bit(kind, caches, data_dir, tmp_path, monke
     assert one == other
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data", "tensor"])  # the latter: each process has a part of every row
-def test_two_processes_write_together_what_one_writes(mesh, caches, data_dir, tmp_path):
-    whole, port = caches("top_k"), free_port()
+def by_two(data_dir, folder, *flags, its=((), ())):
+    """Exit codes and outputs of two processes with these flags, and each with its own."""
+    port = free_port()
     command = [
         sys.executable, "-m", "kd_jax.cache_teacher", "--config=configs/forward_kl.py:smoke", "--kind=top_k", f"--k={K}",
-        f"--out={tmp_path / 'cache'}", "--part_rows=100", f"--config.data.data_dir={data_dir}",
-        "--config.data.options.packages=('optax',)", "--config.mesh.data=-1",
-        f"--config.mesh.{mesh}=2",
+        f"--out={folder}", "--part_rows=100", f"--config.data.data_dir={data_dir}",
+        "--config.data.options.packages=('optax',)", "--config.mesh.data=-1", *flags,
     ]  # fmt: skip
     processes = [
         subprocess.Popen(
-            [*command, f"--processes=127.0.0.1:{port},2,{i}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [*command, f"--processes=127.0.0.1:{port},2,{i}", *own], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=environment(1), text=True,
         )
-        for i in range(2)
+        for i, own in enumerate(its)
     ]  # fmt: skip
-    texts = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], texts
+    try:
+        texts = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], texts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data", "tensor"])  # the latter: each process has a part of every row
+def test_two_processes_write_together_what_one_writes(mesh, caches, data_dir, tmp_path):
+    codes, texts = by_two(data_dir, tmp_path / "cache", f"--config.mesh.{mesh}=2")
+    assert codes == [0, 0], texts
     assert "bytes a token" in texts[0]
-    assert_same_numbers(whole, tmp_path / "cache", data_dir)
+    assert_same_numbers(caches("top_k"), tmp_path / "cache", data_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--k=8", "--power=0.5", "--part_rows=50", "--config.seed=7", "--out=elsewhere"])
+def test_processes_that_were_told_different_things_stop_before_anything_is_written(flag, data_dir, tmp_path):
+    codes, texts = by_two(data_dir, tmp_path / "cache", its=((), (flag,)))
+    assert codes == [1, 1] and all("different configs or work directories" in text for text in texts), texts
+    assert not (tmp_path / "cache").exists()

@@ -216,6 +216,30 @@ def test_a_step_of_two_that_is_not_finite_can_be_replayed_by_one(scheme, data_di
     assert codes == [0] and f"All {len(report['rows'])} rows have it" in said[0], said
 
 
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_both(data_dir, tmp_path):
+    """Each process reads its half of the arrays from a file of its own."""
+    flags = ["--config=configs/sft.py:smoke", "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.steps=6"]
+    flags += [f"--config.{key}" for key in ("eval_every=6", "checkpoint_every=2", "keep_checkpoints=3", "log_every=1")]
+    numbers = lambda: [line for line in metrics.read(tmp_path / "run") if line["split"] != "speed"]
+    codes, said = ended(run("pair", flags, data_dir, tmp_path / "run"))
+    assert codes == [0, 0], said
+    whole, folder = numbers(), tmp_path / "run" / "checkpoints"
+    for step, index in ((6, 1), (4, 0)):
+        files = (folder / str(step) / "state" / f"ocdbt.process_{index}" / "d").iterdir()
+        largest = max(files, key=lambda file: file.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    codes, said = ended(run("pair", flags, data_dir, tmp_path / "run"))
+    assert codes == [0, 0] and numbers() == whole, said
+    for process, steps in enumerate(((4, 6), (6, 4))):
+        for step, problem in zip(
+            steps, ("Exception: Encountered error", "another process cannot read it"), strict=True
+        ):
+            assert f"checkpoint {step} in {folder} is damaged: {problem}" in said[process], said[process]
+        assert "goes on from step 2." in said[process]
+    assert sorted(path.name for path in folder.glob("damaged-*")) == ["damaged-4", "damaged-6"]
+    assert (folder / "6").is_dir()
+
+
 def test_who_waits_in_vain_says_where():
     port = free_port()
     flags = ["--config=configs/sft.py:smoke", "--workdir=nowhere", f"--processes=127.0.0.1:{port},2,"]

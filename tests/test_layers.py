@@ -13,7 +13,7 @@ LAYERS = [
     {"loop"},
     {"nonfinite"},
     {"setup_rows", "results", "quantisation"},
-    {"setup_cache"},
+    {"setup_cache", "setup_checks"},
     {"evaluate"},
     {"setup", "report"},
     {"comparison"},

@@ -292,6 +292,19 @@ def test_two_runs_that_want_the_same_responses_write_them_once(tmp_path):
     assert found == [str(i) for i in range(12)] and len(drawn) == 3
 
 
+def test_what_is_written_is_never_written_again(tmp_path, monkeypatch):
+    partial, batches = tmp_path / "responses.jsonl.partial", '["é"]\n["b"]\n'
+    assert rollouts._complete_batches(partial) == 0
+    for cut in (b"", '["c", "é'.encode()[:-1]):
+        monkeypatch.undo()
+        partial.write_bytes(batches.encode() + cut)
+        monkeypatch.setattr(type(partial), "write_text", None)  # killed between emptying a file and writing, it is gone
+        written = partial.stat().st_mtime_ns
+        assert rollouts._complete_batches(partial) == 2
+        assert partial.read_bytes() == batches.encode()
+        assert cut or partial.stat().st_mtime_ns == written
+
+
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [

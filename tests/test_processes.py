@@ -21,6 +21,10 @@ MESHES = {
 # Off policy, and with every row drawn from the student as it is.
 METHODS = {"forward_kl": {}, "gkd": dict(prefixes__fraction=1.0)}
 RUNS = [("forward_kl", "fsdp"), ("forward_kl", "tensor"), ("forward_kl", "both"), ("gkd", "fsdp"), ("gkd", "both")]
+# The file LOSSES_LOG gets a line of JSON a run, the losses of the three layouts side by side; only then all combinations run, the
+# last of which takes 20 s and has nothing that is not in "both".
+LOSSES_LOG = os.environ.get("LOSSES_LOG", "")
+RUNS += [("gkd", "tensor")] if LOSSES_LOG else []
 
 
 def environment(devices):
@@ -70,6 +74,11 @@ def found(data_dir, tmp_path_factory):
 def test_losses_and_rows_are_those_of_one_device(method, mesh, found):
     (one,), *others = found
     expected = one[method]
+    if LOSSES_LOG:
+        layouts = [expected["losses"], *(processes[0][f"{method} {mesh}"]["losses"] for processes in others)]
+        side_by_side = dict(zip(("1 x 1", "1 x 8", "2 x 4"), layouts, strict=True))  # processes x devices of each
+        with open(LOSSES_LOG, "a") as file:
+            file.write(json.dumps({"method": method, "mesh": mesh} | side_by_side) + "\n")
     for processes in others:
         ours = [process[f"{method} {mesh}"] for process in processes]
         for its in ours:

@@ -1,11 +1,13 @@
 """The tokenizer of a Hugging Face folder: ids, special tokens from wherever they are named, and errors."""
 
 import json
+import time
 
 import pytest
 import tokenizers
 
-from kd_jax.data import Tokenizer
+from kd_jax.data import Tokenizer, sandbox
+from kd_jax.data.tokenizer_elsewhere import REGEXES
 
 WORDS = ["a", "b", "c", "<s>", "</s>", "<pad>"]
 
@@ -108,3 +110,81 @@ def test_errors_name_the_file(tmp_path):
     (tmp_path / "t" / "tokenizer.json").write_text("[]")
     with pytest.raises(ValueError, match=r"tokenizer\.json: expected a JSON object, found list"):
         Tokenizer.load(tmp_path / "t")
+
+
+# What follows is about time: SLOW tries every way to cut a run of blanks and letters in three, and finds none.
+SLOW = "(?:[ab ]+[ab ]+[ab ]+)(?![ab ])(?<=x)"
+
+
+def changed(folder, **fields):
+    """A folder whose tokenizer.json has these fields, and of the model those in `model`."""
+    write(folder, {"eos_token": "</s>"})
+    found = json.loads((folder / "tokenizer.json").read_text())
+    found["model"] |= fields.pop("model", {})
+    (folder / "tokenizer.json").write_text(json.dumps(found | fields))
+    return folder
+
+
+def split(regex):
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Removed", "invert": False}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        dict(pre_tokenizer=split(SLOW)),
+        dict(normalizer={"type": "Replace", "pattern": {"Regex": SLOW}, "content": ""}),
+        dict(normalizer={"type": "Sequence", "normalizers": [{"type": "NFKC"}] * 100_000}),
+        dict(model={"type": "Unigram", "unk_id": 0, "vocab": [["</s>", 0.0], *(["a" * i, -1.0] for i in range(1, 1000))]}),
+    ],
+)  # fmt: skip
+def test_what_takes_longer_than_the_text_is_long_is_ended(field, tmp_path, monkeypatch):
+    tokenizer = Tokenizer.load(changed(tmp_path / "t", **field))
+    assert len(tokenizer.encode("ab")) < 3
+    monkeypatch.setattr(sandbox, "SECONDS", 0.5)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"t: tokenizer.json cannot encode this: took longer than 0\.\d+ s"):
+        tokenizer.encode_batch(["ab " * 100] * 20 + ["a" * 30_000])  # of longer texts Oniguruma gives SLOW up
+    assert time.monotonic() - started < 5
+    monkeypatch.undo()
+    assert len(tokenizer.encode("ab")) < 3  # by another process
+
+
+def test_a_regex_of_its_own_gives_what_the_library_gives(tmp_path):
+    folder = changed(tmp_path / "t", pre_tokenizer=split("[ ;]"))
+    ours, theirs = Tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs.no_padding()
+    theirs.no_truncation()
+    texts = ["a;b c", "", "</s> x\ud7ff🙂"]
+    assert ours.encode_batch(texts) == [theirs.encode(text, add_special_tokens=False).ids for text in texts]
+    assert ours.decode([0, 4, 1], skip_special_tokens=False) == "a </s> b" and ours.decode([0, 4]) == "a"
+    assert ours.vocabulary() == theirs.get_vocab() and ours.vocab_size == 7 and ours.eos_token == "</s>"
+    other = Tokenizer.load(changed(tmp_path / "u", pre_tokenizer=split("[ :]")))
+    assert ours.fingerprint() != other.fingerprint() == Tokenizer.load(tmp_path / "u").fingerprint()
+    with pytest.raises(ValueError, match=r"v/tokenizer.json cannot be read as a tokenizer: Exception: .*end pattern"):
+        Tokenizer.load(changed(tmp_path / "v", pre_tokenizer=split("(")))
+
+
+def test_published_regexes_work_here_and_need_time_that_goes_with_the_text(tmp_path):
+    alike = [" ", "a", "A", "1", "\n", " \n", "日", "Aa", "!", "\u0301", "!\u0301", "'s", "ǅA"]
+    texts = [piece * (20_000 // len(piece)) for piece in alike] + [" " * 20_000 + "x"]
+    for number, regex in enumerate(sorted(REGEXES)):
+        tokenizer = Tokenizer.load(changed(tmp_path / str(number), pre_tokenizer=split(regex)))
+        assert isinstance(tokenizer._backend, tokenizers.Tokenizer)
+        started = time.monotonic()
+        tokenizer.encode_batch(texts)
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        dict(model={"type": "BPE", "merges": [], "continuing_subword_prefix": "u" * 1001}),
+        dict(model={"type": "BPE", "merges": [], "end_of_word_suffix": "u" * 1001}),
+        dict(model={"vocab": {"</s>": 0, "u" * 1001: 1}, "unk_token": "u" * 1001}),
+        dict(added_tokens=[{"id": 9, "content": "u" * 1001}]),
+    ],
+)  # fmt: skip
+def test_what_a_character_may_become_has_a_limit(field, tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer.json: the token, prefix or suffix 'uu.*uu' has 1001 characters"):
+        Tokenizer.load(changed(tmp_path / "t", **field))

@@ -1,68 +1,85 @@
 """Every method on one pair: SmolLM2-135M-Instruct, fine-tuned on Dolly, into ten of its thirty layers, from one student.
 
-In order, with models/SmolLM2-135M-Instruct a Hugging Face folder:
+`run.py` does all of it in order on an accelerator, at the size `medium`; by hand, with models/SmolLM2-135M-Instruct a Hugging
+Face folder:
 
-python -m kd_jax.main --config=experiments/smollm2_dolly/config.py --config.steps=240 --workdir=runs/smollm2_start
-python -m kd_jax.main --config=experiments/methods_smollm2/config.py:teacher --workdir=runs/smollm2_teacher
-python -m kd_jax.ablate --config=experiments/methods_smollm2/config.py:short --workdir=runs/methods_smollm2
+python -m kd_jax.main --config=experiments/methods_smollm2/config.py:start-SIZE --workdir=runs/smollm2_start
+python -m kd_jax.main --config=experiments/methods_smollm2/config.py:teacher-SIZE --workdir=runs/smollm2_teacher
+python -m kd_jax.ablate --config=experiments/methods_smollm2/config.py:methods-SIZE --workdir=runs/methods_smollm2
 
-`short` is what two CPU cores do in an hour; `full` is for accelerators, 2,000 steps of 64 rows and three seeds, and wants a start of
-2,000 steps, too. After a comma there may be a copy of databricks-dolly-15k: short,FILE.jsonl.gz; else it is downloaded.
+`short` is what two CPU cores do in an hour, `medium` what one accelerator does in ten minutes, and `full` is for several:
+2,000 steps of 64 rows and three seeds. After a comma there may be a copy of databricks-dolly-15k: methods-short,FILE.jsonl.gz;
+else it is downloaded.
 """
 
 import importlib
 
 from ml_collections import ConfigDict
 
-from configs import sft, table
+from configs import forward_kl, sft, table
 from configs.ablations import base
 
 START, TEACHER = "runs/smollm2_start/student", "runs/smollm2_teacher/student"
+METRICS = ("forward_kl", "reverse_kl", "total_variation", "cross_entropy", "top1_agreement", "accuracy")
+STEPS = {  # of each size
+    "short": {"start": 240, "teacher": 40, "methods": 12},
+    "medium": {"start": 1000, "teacher": 200, "methods": 200},
+    "full": {"start": 6000, "teacher": 1000, "methods": 2000},
+}
 
 
-def get_config(stage: str = "short") -> ConfigDict:
+def get_config(stage: str = "methods-short") -> ConfigDict:
     stage, _, path = stage.partition(",")
-    if stage == "teacher":
-        return _teacher(path)
-    if stage not in ("short", "full"):
-        raise ValueError(f"there is no stage {stage!r}: teacher, short or full.")
-    methods = {name: importlib.import_module(f"configs.{name}").get_config("dolly_smollm2") for name in table.METHODS}
-    for config in methods.values():
-        _data(config, path)
-        config.teacher.path = TEACHER
-        config.student.init = "pretrained"
-        config.student.path = START
-        _short(config) if stage == "short" else _full(config)
-        if config.prefixes.name == "teacher":
-            config.prefixes.num_rows = (
-                2 * config.steps * config.data.batch_size
-            )  # some have not ended, and are left out
-    metrics = ("forward_kl", "reverse_kl", "total_variation", "cross_entropy", "top1_agreement", "accuracy")
-    if stage == "short":  # what the students write is for kd_jax.evaluate
-        return base.ablation(methods, {}, seeds=(0,), metrics=metrics)
-    return base.ablation(methods, {}, metrics=(*metrics, "own_reverse_kl", "rouge_l"))
+    what, _, size = stage.partition("-")
+    stages = {"start": _start, "teacher": _teacher, "methods": _methods}
+    if size not in STEPS or what not in stages:
+        raise ValueError(f"there is no stage {stage!r}: {', '.join(stages)}, then one of -{', -'.join(STEPS)}.")
+    return stages[what](size, path)
 
 
-def _teacher(path: str) -> ConfigDict:
-    """The teacher's own fine-tuning, all of its layers on hard labels; `teacher` is what it starts from, to compare with."""
-    config = sft.get_config("dolly_smollm2")
-    _data(config, path)
-    _short(config)
-    config.steps = 40
-    config.learning_rate.init_value = 2e-5
-    config.student.layers = tuple(range(30))
-    config.eval_every = config.checkpoint_every = 20
+def _start(size: str, path: str) -> ConfigDict:
+    """The student that all methods start from: forward KL from the teacher before its fine-tuning."""
+    config = _sized(forward_kl.get_config("dolly_smollm2"), "start", size, path)
+    config.learning_rate.init_value = 1e-3
+    if size == "short":  # those of experiments/smollm2_dolly
+        config.data.max_length, config.data.max_prompt_length = 160, 96
     return config
 
 
-def _data(config: ConfigDict, path: str) -> None:
+def _teacher(size: str, path: str) -> ConfigDict:
+    """The teacher's own fine-tuning, all of its layers on hard labels; `teacher` is what it starts from, to compare with."""
+    config = _sized(sft.get_config("dolly_smollm2"), "teacher", size, path)
+    config.learning_rate.init_value = 2e-5
+    config.student.layers = tuple(range(30))
+    return config
+
+
+def _methods(size: str, path: str) -> ConfigDict:
+    """An ablation over all methods."""
+    methods = {}
+    for name in table.METHODS:
+        config = importlib.import_module(f"configs.{name}").get_config("dolly_smollm2")
+        methods[name] = _sized(config, "methods", size, path)
+        config.learning_rate.init_value = 2e-4
+        config.teacher.path = TEACHER
+        config.student.init = "pretrained"
+        config.student.path = START
+        if config.prefixes.name == "teacher":  # some have not ended, and are left out
+            config.prefixes.num_rows = (1 if size == "medium" else 2) * config.steps * config.data.batch_size
+    if size == "short":  # what the students write is for texts.py
+        return base.ablation(methods, {}, seeds=(0,), metrics=METRICS)
+    return base.ablation(methods, {}, metrics=(*METRICS, "entropy", "own_reverse_kl", "rouge_l"))
+
+
+def _sized(config: ConfigDict, what: str, size: str, path: str) -> ConfigDict:
     if path:
         config.data.options.path = path
+    config.steps = STEPS[size][what]
+    {"short": _short, "medium": _medium, "full": _full}[size](config)
+    return config
 
 
 def _short(config: ConfigDict) -> None:
-    config.steps = 12
-    config.learning_rate.init_value = 2e-4
     config.data.max_length = 112
     config.data.max_prompt_length = 64
     config.data.eval_rows = 24
@@ -73,9 +90,19 @@ def _short(config: ConfigDict) -> None:
     config.keep_checkpoints = 1
 
 
+def _medium(config: ConfigDict) -> None:
+    config.student.dtype = config.teacher.dtype = "bfloat16"
+    config.data.batch_size = 32
+    config.data.eval_batch_size = 64
+    config.data.eval_rows = 256
+    config.text.batch_size = 16
+    config.eval_every = config.steps // 2
+    config.eval_prompts = 64
+    config.checkpoint_every = config.steps
+    config.keep_checkpoints = 1
+
+
 def _full(config: ConfigDict) -> None:
-    config.steps = 2000
-    config.learning_rate.init_value = 2e-4
     config.data.max_length = 512
     config.data.max_prompt_length = 256
     config.sampling.max_new_tokens = 256
@@ -83,5 +110,5 @@ def _full(config: ConfigDict) -> None:
     config.data.eval_batch_size = 64
     config.data.eval_rows = 512
     config.text.batch_size = 64
-    config.eval_every = config.checkpoint_every = 500
+    config.eval_every = config.checkpoint_every = config.steps // 4
     config.eval_prompts = 256

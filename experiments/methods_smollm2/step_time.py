@@ -1,12 +1,13 @@
-"""Seconds a step of every method of `config.py:short`, drawing of responses included, compilation left out.
+"""Seconds a step of every method of `config.py`, drawing of responses included, compilation left out.
 
-PYTHONPATH=. python experiments/methods_smollm2/step_time.py short[,DOLLY.jsonl.gz] OUT.jsonl
+PYTHONPATH=. python experiments/methods_smollm2/step_time.py methods-short[,DOLLY.jsonl.gz] OUT.jsonl [METHOD,METHOD,... [STEPS]]
 
 Let nothing run beside it; methods that OUT has already are left out. A method's line has wall and
-CPU seconds of a step, the mean of all but the first of the twelve.
+CPU seconds of a step, the mean of all but the first of STEPS, by default twelve.
 """
 
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -17,12 +18,12 @@ from experiments.methods_smollm2 import config as methods
 from kd_jax import main, train
 
 
-def measure(config) -> dict[str, float]:
+def measure(config, steps: int) -> dict[str, float]:
     """Of a run that is not saved: what its steps take."""
     run = train.build(config)
     state = run.init_state()
     wall, cpu = [], []
-    for step in range(config.steps):
+    for step in range(steps):
         compiled = sum(compilations)
         start = time.perf_counter(), time.process_time()
         batch = run.batch(step, state.params)
@@ -31,7 +32,8 @@ def measure(config) -> dict[str, float]:
         compiled = sum(compilations) - compiled
         wall.append(time.perf_counter() - start[0] - compiled)
         cpu.append(time.process_time() - start[1] - compiled)
-    return {"wall": sum(wall[1:]) / len(wall[1:]), "cpu": sum(cpu[1:]) / len(cpu[1:]), "steps": wall}
+    found = {"wall": statistics.mean(wall[1:] or wall), "cpu": statistics.mean(cpu[1:] or cpu), "steps": wall}
+    return found | {"device": jax.devices()[0].device_kind}
 
 
 if __name__ == "__main__":
@@ -41,12 +43,14 @@ if __name__ == "__main__":
     )
     main.use_cache()
     ablation = methods.get_config(sys.argv[1])
+    wanted = sys.argv[3].split(",") if len(sys.argv) > 3 else ablation.base.keys()
     out = Path(sys.argv[2])
+    steps = int(sys.argv[4]) if len(sys.argv) > 4 else 12
     done = {json.loads(line)["method"] for line in out.read_text().splitlines()} if out.exists() else set()
     with out.open("a") as file:
         for name, base in ablation.base.items():
-            if name in done:
+            if name in done or name not in wanted:
                 continue
-            file.write(json.dumps({"method": name} | measure(base)) + "\n")
+            file.write(json.dumps({"method": name} | measure(base, steps)) + "\n")
             file.flush()
             jax.clear_caches()

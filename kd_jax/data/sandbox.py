@@ -1,15 +1,17 @@
-"""Chat templates, rendered in a process of their own: a downloaded program that gets neither our time nor our memory.
+"""Chat templates and tokenizers with regular expressions of their own, in processes that get neither our time nor our memory.
 
 Jinja's sandbox keeps a template from Python's objects, but it may still loop for ever, or multiply a string until memory ends
-(and already when it is compiled: Jinja computes what is constant). No check from outside stops one C call, so that another
-process renders, with a limit on its memory, and is ended if it takes too long. It is started once, and takes template after
-template. This file is both sides: started as a script it is that process.
+(and already when it is compiled: Jinja computes what is constant); a regular expression may try more ways through a text than
+there is time for. No check from outside stops one C call, so that another process works, with a limit on its memory, and is
+ended if it takes too long. It is started once, and takes template after template, or tokenizer after tokenizer. This file is
+both sides: started as a script it is that process.
 
 Not covered: where the system knows no RLIMIT_AS (macOS), memory is bounded by the time limit and the limit on the text alone.
 """
 
 import contextlib
 import json
+import math
 import os
 import resource
 import selectors
@@ -20,11 +22,12 @@ import time
 import weakref
 from typing import Any, NoReturn
 
-SECONDS = 10.0  # a template's: 100,000 times what one needs
+SECONDS = 10.0  # for a template or a text: 100,000 times what one needs
 START_SECONDS = 60.0  # Python's, to start from a slow disk
 MIB = 2**20
-MEMORY = 512 * MIB
+MEMORY = {"template": 512 * MIB, "tokenizer": 4096 * MIB}  # whose library has threads
 CHARACTERS = MIB  # of a rendered text, and 16 times the message's own
+BYTES_A_SECOND = MIB // 2  # that a tokenizer has more time for: of its own file and of texts
 
 
 def render(template: str, variables: dict[str, Any] | None) -> str:
@@ -37,14 +40,28 @@ def render(template: str, variables: dict[str, Any] | None) -> str:
       ValueError: whatever goes wrong, as the end of a sentence on the template: it is not Jinja, it raised something, the
         sandbox refused it, or it took too much time, memory or text.
     """
-    global _worker
     with _lock:
-        if _worker is None or not _worker.alive():
-            _worker = _Worker()
-        reply = _worker.ask({"template": template, "variables": variables})
-    if "error" in reply:
-        raise ValueError(reply["error"])
-    return reply["text"]
+        return _value(_worker("template").ask({"template": template, "variables": variables}))
+
+
+def tokenizer(content: bytes, method: str, *arguments: Any) -> Any:
+    """What a method of a `tokenizers.Tokenizer` gives, which is neither padded nor truncated.
+
+    Args:
+      content: its tokenizer.json, in UTF-8.
+      method: its name; encode_batch_fast gives ids alone.
+      *arguments: values of JSON.
+    Raises:
+      ValueError: whatever goes wrong, as for `render`.
+    """
+    with _lock:
+        worker = _worker("tokenizer")
+        request = {"method": method, "arguments": arguments}
+        if worker.holds != content:  # the process keeps the last one
+            request["content"] = content.decode()
+        reply = worker.ask(request, BYTES_A_SECOND)
+        worker.holds = content
+        return _value(reply)
 
 
 class _Failed(Exception):
@@ -54,12 +71,13 @@ class _Failed(Exception):
 class _Worker:
     """The process, from this side."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-P", os.path.abspath(__file__)]
+    def __init__(self, kind: str) -> None:
+        command = [sys.executable, "-P", os.path.abspath(__file__), kind]
         self._process: Any = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
-        )
-        self._owner = os.getpid()
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+            env=os.environ | {"RAYON_NUM_THREADS": "8"},  # each has memory of its own
+        )  # fmt: skip
+        self._owner, self._memory, self.holds = os.getpid(), MEMORY[kind], b""
         weakref.finalize(self, _end, self._process, self._owner)
         self._left = b""
         try:
@@ -72,9 +90,11 @@ class _Worker:
         """Whether it can be asked, and by this process: after a fork it is the parent's."""
         return self._owner == os.getpid() and self._process.poll() is None
 
-    def ask(self, request: dict[str, Any]) -> dict[str, str]:
+    def ask(self, request: dict[str, Any], bytes_a_second: float = math.inf) -> dict[str, Any]:
+        """The reply; to a question that is long there is more time, if so many bytes need a second."""
+        question = json.dumps(request).encode() + b"\n"
         try:
-            return json.loads(self._exchange(json.dumps(request).encode() + b"\n"))
+            return json.loads(self._exchange(question, SECONDS + len(question) / bytes_a_second))
         except _Failed as error:
             _end(self._process, self._owner)
             return {"error": str(error)}
@@ -82,16 +102,16 @@ class _Worker:
             _end(self._process, self._owner)
             raise
 
-    def _exchange(self, question: bytes) -> bytes:
+    def _exchange(self, question: bytes, seconds: float) -> bytes:
         unwritten = memoryview(question)
         try:
             while unwritten:
                 unwritten = unwritten[self._process.stdin.write(unwritten) :]
-            return self._line(SECONDS)
+            return self._line(seconds)
         except (BrokenPipeError, EOFError) as error:
-            raise _Failed(f"ended its process, which may use {MEMORY // MIB} MiB of memory") from error
+            raise _Failed(f"ended its process, which may use {self._memory // MIB} MiB of memory") from error
         except TimeoutError as error:
-            raise _Failed(f"took longer than {SECONDS:g} s") from error
+            raise _Failed(f"took longer than {seconds:.3g} s") from error
 
     def _line(self, seconds: float) -> bytes:
         """The next line that the process writes."""
@@ -118,34 +138,58 @@ def _end(process: Any, owner: int) -> None:
 
 
 _lock = threading.Lock()
-_worker: _Worker | None = None
+_workers: dict[str, _Worker] = {}
+
+
+def _worker(kind: str) -> _Worker:
+    if kind not in _workers or not _workers[kind].alive():
+        _workers[kind] = _Worker(kind)
+    return _workers[kind]
+
+
+def _value(reply: dict[str, Any]) -> Any:
+    if "error" in reply:
+        raise ValueError(reply["error"])
+    return reply["value"]
 
 
 # What follows runs in the other process.
 
 
-def _serve() -> None:
+def _serve(kind: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # writes no file
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    compiled: dict[str, Any] = {}
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY[kind], MEMORY[kind]))
+    kept: dict[str, Any] = {}
+    work = {"template": _rendered, "tokenizer": _tokenized}[kind]
     _reply({})
     for line in sys.stdin.buffer:
         try:
-            _reply({"text": _rendered(compiled, **json.loads(line))})
+            _reply({"value": work(kept, **json.loads(line))})
         except MemoryError:
-            _reply({"error": f"needed more than {MEMORY // MIB} MiB of memory"})
-        except Exception as error:  # of whatever kind: the template's own program raised it
-            message = str(error)
-            _reply(
-                {"error": message[:500] if isinstance(error, _Failed) else f"{type(error).__name__}: {message[:500]}"}
-            )
+            _reply({"error": f"needed more than {MEMORY[kind] // MIB} MiB of memory"})
+        except _Failed as error:
+            _reply({"error": str(error)[:500]})
+        except BaseException as error:  # of whatever kind: the template's own program raised it, or Rust panicked
+            _reply({"error": f"{type(error).__name__}: {str(error)[:500]}"})
 
 
-def _reply(answer: dict[str, str]) -> None:
+def _reply(answer: dict[str, Any]) -> None:
     sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
     sys.stdout.buffer.flush()
+
+
+def _tokenized(kept: dict[str, Any], method: str, arguments: list[Any], content: str | None = None) -> Any:
+    import tokenizers
+
+    if content is not None:
+        kept.clear()
+        kept["tokenizer"] = tokenizers.Tokenizer.from_str(content)
+        kept["tokenizer"].no_padding()
+        kept["tokenizer"].no_truncation()
+    found = getattr(kept["tokenizer"], method)(*arguments)
+    return [encoding.ids for encoding in found] if method == "encode_batch_fast" else found
 
 
 def _rendered(compiled: dict[str, Any], template: str, variables: dict[str, Any] | None) -> str:
@@ -197,4 +241,4 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1])

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from kd_jax import untrusted
 from kd_jax.data.tokenizer_json import check_ids, named_errors, read_backend
 
@@ -35,7 +33,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: Any,
         folder: Path,
         settings: dict[str, Any],
         chat_template: str | None,

@@ -10,9 +10,12 @@ from typing import Any
 import tokenizers
 
 from kd_jax import untrusted
+from kd_jax.data.tokenizer_elsewhere import Elsewhere, is_usual
 
+STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 MAX_GROWTH = 10_000  # of a text, by everything in a tokenizer together; in use are 2 or 3
 MAX_WORD = 1_000  # characters; WordPiece's time goes with their square
+MAX_TOKEN = 1_000  # characters, also of what marks a place in a word: of an unknown text, each may become one
 HOLES = 65_536  # ids without a token
 
 
@@ -27,15 +30,15 @@ def named_errors(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {untrusted.clip(str(error))}.") from error
 
 
-def read_backend(path: Path, content: bytes) -> tokenizers.Tokenizer:
-    """The library's tokenizer of a tokenizer.json, without padding and truncation.
+def read_backend(path: Path, content: bytes) -> Any:
+    """The library's tokenizer of a tokenizer.json, without padding and truncation, or, of an unusual one, `Elsewhere`.
 
     Args:
       path: for the messages.
       content: of the file.
     Raises:
-      ValueError: what the library cannot read, ids far beyond the number of tokens, or steps that would make a text
-        thousands of times as long.
+      ValueError: what the library cannot read, ids far beyond the number of tokens, or what would make a text thousands of
+        times as long.
     """
     fields = untrusted.parse_json(content, str(path))
     if not isinstance(fields, dict):
@@ -47,14 +50,26 @@ def read_backend(path: Path, content: bytes) -> tokenizers.Tokenizer:
             f"{path}: its normalizer, pre_tokenizer, post_processor and decoder can make a text {times} times as long; "
             f"at most {MAX_GROWTH} is accepted."
         )
-    model = fields["model"]
-    word = model.get("max_input_chars_per_word") if isinstance(model, dict) else None
+    model = fields["model"] if isinstance(fields["model"], dict) else {}
+    word = model.get("max_input_chars_per_word")
     if isinstance(word, int) and word > MAX_WORD:
         raise ValueError(f"{path}: max_input_chars_per_word is {word}; at most {MAX_WORD} is accepted.")
+    tokens, added = _texts(model.get("vocab")), _texts(fields.get("added_tokens"))
+    for text in (*_texts([model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")]), *tokens, *added):
+        if len(text) > MAX_TOKEN:
+            raise ValueError(
+                f"{path}: the token, prefix or suffix {untrusted.shown(text)} has {len(text)} characters; at most {MAX_TOKEN} "
+                f"are accepted."
+            )
+    pieces = tokens if isinstance(model.get("vocab"), list) else []
+    usual = is_usual([fields.get(step) for step in STEPS], pieces, times * sum(map(len, added)))
     with named_errors(f"{path} cannot be read as a tokenizer"):
-        backend = tokenizers.Tokenizer.from_buffer(content)
-        backend.no_padding()
-        backend.no_truncation()
+        if usual:
+            backend = tokenizers.Tokenizer.from_buffer(content)
+            backend.no_padding()
+            backend.no_truncation()
+        else:
+            backend = Elsewhere(content)
         ids = backend.get_vocab(with_added_tokens=True).values()
     if not ids:
         raise ValueError(f"{path}: its vocabulary is empty.")
@@ -63,7 +78,20 @@ def read_backend(path: Path, content: bytes) -> tokenizers.Tokenizer:
     return backend
 
 
-def check_ids(backend: tokenizers.Tokenizer, ids: Iterable[Any], where: str) -> None:
+def _texts(found: Any) -> list[str]:
+    """Of a vocabulary, in whichever of its forms, or of added tokens; what is none of them the library refuses."""
+    texts = []
+    for entry in found if isinstance(found, dict | list) else ():
+        if isinstance(entry, list) and entry:  # [token, score]
+            entry = entry[0]
+        elif isinstance(entry, dict):
+            entry = entry.get("content")
+        if isinstance(entry, str):
+            texts.append(entry)
+    return texts
+
+
+def check_ids(backend: Any, ids: Iterable[Any], where: str) -> None:
     """Each must be a whole number below the largest id plus one."""
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     for number in ids:
@@ -79,7 +107,7 @@ def growth(fields: dict[str, Any]) -> int:
       3
     """
     product = 1
-    left = [fields.get(step) for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    left = [fields.get(step) for step in STEPS]
     while left:
         found = left.pop()
         if isinstance(found, dict):
@@ -99,6 +127,8 @@ def _factor(step: dict[str, Any]) -> int:
         return max(1, len(content)) if isinstance(content, str) else 1
     if kind in ("ByteLevel", "Metaspace"):
         return 2  # a byte as two, a blank before each word
+    if kind == "BertNormalizer":
+        return 3  # a blank before and after each Chinese character, and as often as it is called
     if kind == "Precompiled":
         return _longest(step.get("precompiled_charsmap"))
     if kind == "TemplateProcessing":

@@ -93,7 +93,7 @@ def _open(file: Path, stack: contextlib.ExitStack) -> Any:
     if not file.is_file():
         raise ValueError(f"{file}: the file is missing; {INDEX} lists it.")
     try:
-        _check_header(file)
+        check_header(file)
         return stack.enter_context(safe_open(file, framework="numpy"))
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror or error}).") from error
@@ -103,7 +103,7 @@ def _open(file: Path, stack: contextlib.ExitStack) -> Any:
         ) from error
 
 
-def _check_header(file: Path) -> None:
+def check_header(file: Path) -> None:
     """What safetensors itself does not ask: that the header is strict JSON, and no longer than the file, before it is read.
 
     That a tensor's shape, type and offsets agree, and that the tensors fill the file without gap or overlap, it checks

@@ -25,7 +25,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="shards at a time")
     parser.add_argument("--state", type=Path, default=Path("runs/fuzz"), help="folder of results.jsonl and found/")
-    parser.add_argument("--seconds", type=float, default=20, help="limit for an input")
+    parser.add_argument("--seconds", type=float, default=5, help="limit for an input")
     parser.add_argument(
         "--memory", type=int, default=2048, help="MiB that a reader may take beyond what it starts with"
     )

@@ -4,13 +4,14 @@ import hashlib
 import json
 import time
 import traceback
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import hypothesis
 from hypothesis import HealthCheck, Phase, settings
 
-from tests.fuzz.readers import READERS, packed, unpacked
+from tests.fuzz.readers import READERS
 
 CORPUS = Path(__file__).parent / "corpus"
 MESSAGE = 3000  # characters of an error, at most
@@ -64,12 +65,15 @@ class Bench:
 
             @hypothesis.seed(seed * 1000 + rounds)
             @settings(
-                max_examples=2 * (goal - len(self._seen)) + 50, database=None, deadline=None, phases=[Phase.generate],
+                max_examples=goal - len(self._seen) + 10, database=None, deadline=None, phases=[Phase.generate],
                 suppress_health_check=list(HealthCheck),
             )  # fmt: skip
             @hypothesis.given(self.reader.inputs(self.folder))
             def one(files):
-                key = hashlib.blake2b(repr(sorted(files.items())).encode(), digest_size=8).digest()
+                digest = hashlib.blake2b(digest_size=8)
+                for name, content in sorted(files.items()):
+                    digest.update(name.encode() + b"\0" + content)
+                key = digest.digest()
                 if key not in self._seen and len(self._seen) < goal:
                     self._seen.add(key)
                     before()
@@ -88,6 +92,17 @@ def keep(path, files, wrong):
 def kept(path):
     """The files of an input that `keep` wrote."""
     return {name: unpacked(content) for name, content in json.loads(path.read_text())["files"].items()}
+
+
+def packed(content):
+    """Bytes as a text that a diff can show: Latin-1, or compressed where that is much shorter."""
+    small = zlib.compress(content, 9)
+    return f"zlib:{small.hex()}" if len(small) * 2 + 100 < len(content) else f"text:{content.decode('latin-1')}"
+
+
+def unpacked(text):
+    kind, _, rest = text.partition(":")
+    return zlib.decompress(bytes.fromhex(rest)) if kind == "zlib" else rest.encode("latin-1")
 
 
 def _place(error):
