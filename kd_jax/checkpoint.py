@@ -32,12 +32,13 @@ def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
       workdir: checkpoints go to its folder `checkpoints`; a folder of a step exists only when it is complete.
       keep: how many of the newest are kept; an older one goes when its successor is complete.
     """
-    folder = epath.Path(workdir) / "checkpoints"
-    folder = (
-        folder if remote.is_remote(workdir) else folder.absolute()
-    )  # which an address has no need of, and does not survive
+    folder = _absolute(epath.Path(workdir) / "checkpoints")
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
     return ocp.CheckpointManager(folder, options=options, item_names=("state", "data"))
+
+
+def _absolute(path: epath.Path) -> epath.Path:
+    return path if remote.is_remote(path) else path.absolute()  # which an address has no need of, and does not survive
 
 
 def has_steps(workdir: str) -> bool:
@@ -137,9 +138,9 @@ def restore(manager: ocp.CheckpointManager, state: Any, iterator: Any) -> tuple[
 
 
 def save_state(folder: Any, state: Any) -> None:
-    """A state alone, into a folder that does not exist yet."""
+    """A state alone, into a folder, also at an address of orbax's; of what is there already nothing stays."""
     with ocp.StandardCheckpointer() as writer:
-        writer.save(epath.Path(folder).absolute(), _raw(state))
+        writer.save(_absolute(epath.Path(folder)), _raw(state), force=True)
 
 
 def restore_state(folder: Any, state: Any) -> Any:

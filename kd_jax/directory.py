@@ -80,15 +80,12 @@ def alone(workdir: str) -> Iterator[None]:
     """Holds a work directory, which is made if it does not exist; who dies lets it go.
 
     The lock is the operating system's, on a file: it reaches as far as the file system's locks do, which on NFS and Lustre is
-    all hosts. An object store (gs://, s3://) has none, and there nobody is kept out.
+    all hosts. At an address `remote.work_directory` keeps others out.
 
     Raises:
       ValueError: another run is in it; it is named.
     """
     folder = epath.Path(workdir)
-    if "://" in str(workdir):
-        yield
-        return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+") as file:
         try:

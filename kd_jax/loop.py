@@ -11,7 +11,7 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
-from kd_jax import checkpoint, metrics, nonfinite, results, speed
+from kd_jax import checkpoint, metrics, nonfinite, remote, results, speed
 from kd_jax.setup_rows import make_sampler, show
 from kd_jax.train_step import TrainState
 
@@ -81,8 +81,9 @@ class Notices:
 
 
 def run_steps(
-    run: Any, state: TrainState, workdir: str, writer: metrics.Writer, manager: Any, notices: Notices, quiet: bool
-) -> TrainState:
+    run: Any, state: TrainState, workdir: str, writer: metrics.Writer, manager: Any, notices: Notices, quiet: bool,
+    place: remote.Place,
+) -> TrainState:  # fmt: skip
     """All steps from `state` on.
 
     A checkpoint is from before its step's evaluation, which a run that goes on from it makes first: a notice need not wait for it.
@@ -95,12 +96,13 @@ def run_steps(
       manager: of its checkpoints.
       notices: as the caller has them; here they wait for a step's end.
       quiet: no progress bar.
+      place: that the work directory stands for.
 
     Returns:
       The state after the last step, which is saved.
 
     Raises:
-      OSError: a checkpoint could not be written.
+      OSError: a checkpoint could not be written, or what belongs to it.
       FloatingPointError: a loss or a gradient that is not finite, after more than `max_skipped` others in a row.
       Stopped: SIGTERM, or a preemption notice on any host; the state is saved.
     """
@@ -132,12 +134,13 @@ def run_steps(
             keep = 0 if evaluating or saving else 1
             if len(pending) > config.log_every or keep == 0:
                 ready, pending = pending[: len(pending) - keep], pending[len(pending) - keep :]
-                lap = clock.lap(_read(run, writer, ready, state, workdir))
+                lap = clock.lap(_read(run, writer, ready, state, workdir, place))
                 writer.write(ready[-1][0], "speed", lap)
                 loss = {"loss": f"{float(ready[-1][1]['loss'][0]):.4f}"}
                 bar.set_postfix(loss | {name: f"{value:,.4g}" for name, value in lap.items()})
             bar.update()
             if saving:
+                place.store()  # metrics.jsonl is never behind a checkpoint
                 checkpoint.save(manager, step, state, run.feed)
             if stopping:
                 checkpoint.wait(manager)
@@ -167,7 +170,9 @@ def _report_samples(run: Any, writer: metrics.Writer, step: int, shown: int) -> 
     return step
 
 
-def _read(run: Any, writer: metrics.Writer, steps: Pending, state: TrainState, workdir: str) -> float:
+def _read(
+    run: Any, writer: metrics.Writer, steps: Pending, state: TrainState, workdir: str, place: remote.Place
+) -> float:
     """Writes the steps' numbers; the tokens that they saw."""
     tokens = 0.0
     for step, sums, rows in steps:
@@ -175,7 +180,7 @@ def _read(run: Any, writer: metrics.Writer, steps: Pending, state: TrainState, w
         skipped = values.pop("skipped")
         if skipped > run.config.max_skipped:
             # The steps after it have left the state as it was before it.
-            nonfinite.stop(run, state, step, rows, values, workdir)
+            nonfinite.stop(run, state, step, rows, values, workdir, place)
         tokens += values["tokens"]
         values |= {"learning_rate": float(run.learning_rate(step - 1))}
         if skipped:

@@ -8,17 +8,19 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
-from kd_jax import checkpoint, metrics, sharding
+from kd_jax import checkpoint, metrics, remote, sharding
 
 FOLDER, STATE, BATCH, REPORT = "nonfinite", "state", "batch.npz", "report.json"
 Found = list[dict[str, Any]]
 
 
 def stop(
-    run: Any, state: Any, step: int, rows: dict[str, np.ndarray], values: dict[str, float], workdir: str
-) -> NoReturn:
+    run: Any, state: Any, step: int, rows: dict[str, np.ndarray], values: dict[str, float], workdir: str,
+    place: remote.Place,
+) -> NoReturn:  # fmt: skip
     """Saves state and batch for `kd_jax.replay`, and raises.
 
     Args:
@@ -27,31 +29,32 @@ def stop(
       step: of the update, counted from 1.
       rows: this process's rows of its batch.
       values: its metrics.
-      workdir: of the run.
+      workdir: of the run; at an address each process has another one.
+      place: that it stands for, where all processes save the state together.
 
     Raises:
       FloatingPointError: always, with the step, its terms and its rows.
     """
-    batch, folder, first = _whole(rows), Path(workdir) / FOLDER / f"step_{step}", jax.process_index() == 0
-    partial = folder.with_name(f".{folder.name}.partial")  # it appears whole or not at all
+    batch, first, name = _whole(rows), jax.process_index() == 0, f"{FOLDER}/step_{step}"
+    folder = Path(workdir) / name
     if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        np.savez(partial / BATCH, allow_pickle=False, **batch)
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier call, which came to the same
+        folder.mkdir(parents=True)
+        np.savez(folder / BATCH, allow_pickle=False, **batch)
     sharding.least_of_processes(1)
-    checkpoint.save_state(partial / STATE, state)
+    checkpoint.save_state(epath.Path(place.shared) / name / STATE, state)
     found = diagnose(run, state, batch)
     if first:
         report = {"step": step, "values": {k: str(v) for k, v in values.items()}, "rows": found}
-        (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier call, which came to the same
-        partial.rename(folder)
+        partial = folder / f"{REPORT}.partial"  # last: what has it is whole
+        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        partial.replace(folder / REPORT)
     terms = ", ".join(f"{name}={value:g}" for name, value in values.items() if "/loss" in name)
     raise FloatingPointError(
         f"at step {step} the loss is {values['loss']} and the gradient's norm {values['gradient_norm']}. The loss's terms: "
-        f"{terms}. {said(found, len(batch['tokens']))} The step is undone; its batch and the state before it are in {folder}, and "
-        f"python -m kd_jax.replay --workdir={workdir} shows it again. To leave out such steps, up to N in a row, call again with "
-        f"--config.max_skipped=N: the run goes on from its last checkpoint."
+        f"{terms}. {said(found, len(batch['tokens']))} The step is undone; its batch and the state before it are in "
+        f"{place.url}/{name}, and python -m kd_jax.replay --workdir={place.url} shows it again. To leave out such steps, up to N in "
+        f"a row, call again with --config.max_skipped=N: the run goes on from its last checkpoint."
     )
 
 
@@ -97,7 +100,7 @@ def said(found: Found, count: int) -> str:
 
 def saved_steps(workdir: str) -> list[int]:
     """Steps that `stop` has left in a work directory, in order."""
-    names = (path.name.removeprefix("step_") for path in (Path(workdir) / FOLDER).glob("step_*"))
+    names = (path.parent.name.removeprefix("step_") for path in (Path(workdir) / FOLDER).glob(f"step_*/{REPORT}"))
     return sorted(int(name) for name in names if name.isdigit())
 
 

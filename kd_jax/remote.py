@@ -1,8 +1,8 @@
 """Folders and files on an object store (gs://, s3://): whatever appends, renames or locks works in a local folder beside it.
 
 The only module that knows of addresses. A run works in a temporary folder, which is copied to its address while it goes on:
-no file there is ever appended to, and the run does not wait for the store. Checkpoints on gs:// are left to orbax, which writes
-each host's part there by itself; it has no s3://, where they are copied as everything else.
+no file there is ever appended to, and the run waits for the store only before a checkpoint. Checkpoints on gs:// are left to
+orbax, which writes each host's part there by itself; it has no s3://, where they are copied as everything else.
 """
 
 import contextlib
@@ -11,19 +11,18 @@ import hashlib
 import os
 import shutil
 import tempfile
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 
-EVERY = 60.0  # seconds between looks at what is to be copied
-CHECKPOINTS = "checkpoints"
-UNREAD = ("tensorboard", "profile")  # of a work directory: what a run that goes on only adds to
+from kd_jax import remote_lease
+from kd_jax.remote_copy import CHECKPOINTS, Copy
+
+UNREAD = ("tensorboard", "profile", "nonfinite")  # of a work directory: what a run that goes on only adds to
 HEAVY = (*UNREAD, CHECKPOINTS, "student")  # what a page of it needs nothing of
-UNFINISHED = (".orbax-checkpoint-tmp", ".partial")  # in the name of what will have another one
-LOCK = "lock"
+BY_ORBAX = ("gs", "gcs")  # what it writes to by itself
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}
 
 
@@ -48,129 +47,68 @@ def filesystem(url: str) -> tuple[Any, str]:
     return system, root.rstrip("/")
 
 
+class Place(NamedTuple):
+    """What the folder that a run works in stands for.
+
+    Attributes:
+      url: the work directory as it was given.
+      shared: where all processes write together: checkpoints, and a state whose next step was not finite.
+      store: copies what is new now, or raises OSError; nothing where another process copies, or nobody has to.
+    """
+
+    url: str
+    shared: str
+    store: Callable[[], None]
+
+
 @contextlib.contextmanager
 def work_directory(
-    url: str, processes: int = 1, writes: bool = True, unread: tuple[str, ...] = UNREAD
-) -> Iterator[tuple[str, str]]:
-    """A folder to work in that stands for a work directory, and where its checkpoints go.
+    url: str, processes: int = 1, writes: bool = True, unread: tuple[str, ...] = UNREAD, alone: bool = True
+) -> Iterator[tuple[str, Place]]:
+    """A folder to work in that stands for a work directory, and what it stands for.
 
-    What is there is fetched first; what is new is copied while the caller works and, all of it, at the end.
+    What is there is fetched first; what is new is copied while the caller works, when it asks for that, and at the end. A store
+    that fails is said at once. Who asks waits for it for PATIENCE seconds, and then fails: a run does so before each
+    checkpoint, so that none goes on without being stored.
 
     Args:
       url: an address, or a local path, which stands for itself.
       processes: of the run.
       writes: whether this process is the one that copies to the address.
       unread: folders in it that are not fetched.
+      alone: whether who writes to the address keeps others out: see `remote_lease`. In a folder `directory.alone` does.
 
     Raises:
-      ValueError: an address that cannot be used, or that has something else.
-      OSError: what is new could not be copied; it is named, and stays in the temporary folder.
+      ValueError: an address that cannot be used, that has something else, or that another run is in.
+      OSError: what is new could not be copied; it is named, and stays in the temporary folder, which else goes.
     """
     if not is_remote(url):
-        yield url, url
+        yield url, Place(url, url, lambda: None)
         return
     url = url.rstrip("/")
     scheme, _, path = url.partition("://")
-    by_orbax = scheme in ("gs", "gcs")
+    by_orbax = scheme in BY_ORBAX
     if processes > 1 and not by_orbax:
         raise ValueError(
             f"--workdir={url}: the checkpoints of several processes can go to gs:// or to a folder that all share, but not to "
             f"{scheme}://, which orbax cannot write to."
         )
     system, root = filesystem(url)
-    if not system.exists(f"{root}/config.json") and system.exists(root) and system.ls(root):
+    there = {path.rpartition("/")[2] for path in system.ls(root, detail=False)} if system.exists(root) else set()
+    if "config.json" not in there and there - {remote_lease.LOCK}:
         raise ValueError(f"the work directory {url} has something else in it; choose an empty or a new one.")
-    temporary = tempfile.mkdtemp(prefix="kd_jax-")
-    folder = Path(temporary) / path  # so that what is said of it says what is meant
-    skipped = (CHECKPOINTS,) if by_orbax else ()
-    copy = Copy(system, root, folder, skipped)
-    copy.pull(unread)
-    with copy.kept_up() if writes else contextlib.nullcontext():
-        yield str(folder), url if by_orbax else str(folder)
-    shutil.rmtree(temporary)
-
-
-class Copy:
-    """A local folder and its copy at an address."""
-
-    def __init__(
-        self, system: Any, root: str, folder: Path, skipped: tuple[str, ...] = (), parts: tuple[str, ...] = UNFINISHED
-    ):
-        """Copies nothing yet, and never what is in the folder's folders `skipped` or has one of the `parts` in its name."""
-        self._system, self._root, self._folder, self._skipped, self._parts = system, root, folder, skipped, parts
-        self._there: dict[str, tuple[int, int]] = {}  # name -> size and time of what was copied
-
-    def pull(self, unread: tuple[str, ...] = ()) -> None:
-        """Fetches everything but the folders `unread`."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._system.invalidate_cache()
-        for path in self._system.find(self._root):
-            name = path.removeprefix(self._root).lstrip("/")
-            if not name or name.partition("/")[0] in (*unread, *self._skipped):
-                continue
-            target = self._folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._system.get_file(path, str(target))
-            self._there[name] = _stamp(target)
-
-    def push(self) -> None:
-        """Copies what is new or changed; a checkpoint that is gone goes there too, once its successors are whole there."""
-        # First what checkpoints there are and then the rest: what metrics.jsonl has is never behind a checkpoint.
-        names = sorted(self._files(), key=lambda name: (_of_checkpoint(name), name))
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # replaced or deleted since
-                stamp = _stamp(self._folder / name)
-                if self._there.get(name) != stamp:
-                    self._system.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
-                    self._system.put_file(str(self._folder / name), f"{self._root}/{name}")
-                    self._there[name] = stamp
-        for name in [name for name in self._there if _of_checkpoint(name) and name not in names]:
-            with contextlib.suppress(FileNotFoundError):
-                self._system.rm_file(f"{self._root}/{name}")
-            del self._there[name]
-
-    @contextlib.contextmanager
-    def kept_up(self) -> Iterator[None]:
-        """Pushes every minute from a thread, and whatever happens at the end."""
-        ended = threading.Event()
-
-        def follow() -> None:
-            while not ended.wait(EVERY):
-                with contextlib.suppress(Exception):  # the network's, perhaps: the next time, or the last, tells
-                    self.push()
-
-        thread = threading.Thread(target=follow, name="kd_jax.remote", daemon=True)
-        thread.start()
+    with remote_lease.held(system, root, url) if writes and alone else contextlib.nullcontext(lambda: None) as check:
+        temporary = tempfile.mkdtemp(prefix="kd_jax-")
+        folder = Path(temporary) / path.lstrip("/")  # so that what is said of it says what is meant
+        copy = Copy(system, root, folder, (CHECKPOINTS,) if by_orbax else (), check=check)
+        place = Place(url, url if by_orbax else str(folder), copy.store if writes else lambda: None)
         try:
-            yield
+            copy.pull(unread)
+            with copy.kept_up() if writes else contextlib.nullcontext():
+                yield str(folder), place
         finally:
-            ended.set()
-            thread.join()
-            try:
-                self.push()
-            except Exception as error:  # each store has its own
-                raise OSError(
-                    f"{self._folder} could not be copied to {self._root}; it is still there: "
-                    f"{' '.join(str(error).split())[-300:]}"
-                ) from error
-
-    def _files(self) -> list[str]:
-        found = (path for path in self._folder.rglob("*") if path.is_file())
-        names = (path.relative_to(self._folder).as_posix() for path in found)
-        return [
-            name
-            for name in names
-            if name.partition("/")[0] not in (*self._skipped, LOCK) and not any(part in name for part in self._parts)
-        ]
-
-
-def _of_checkpoint(name: str) -> bool:
-    return f"/{CHECKPOINTS}/" in f"/{name}"
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+            if not copy.problem:
+                shutil.rmtree(temporary)
 
 
 def stand_in(url: str) -> Path:

@@ -63,7 +63,8 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="which step, where several were saved; by default the last")
     args = parser.parse_args()
     try:
-        with remote.work_directory(args.workdir, writes=False, unread=remote.HEAVY) as (workdir, _):
+        unread = tuple(name for name in remote.HEAVY if name != nonfinite.FOLDER)
+        with remote.work_directory(args.workdir, writes=False, unread=unread) as (workdir, _):
             replay(workdir, args.step)
     except (ValueError, OSError) as error:
         sys.exit(f"kd_jax.replay: {error}")

@@ -210,7 +210,8 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
     resolved, first = config.to_dict(), jax.process_index() == 0
     with loop.Notices() as notices, contextlib.ExitStack() as stack:
         copied = remote.work_directory(workdir, jax.process_count(), writes=first)
-        workdir, saved = stack.enter_context(copied)  # of an address a local folder
+        workdir, place = stack.enter_context(copied)  # of an address a local folder
+        sharding.least_of_processes(1)  # nobody looks at what is there before the first process has it
         stack.enter_context(notices.raised())  # which ends before the last copy to the address
         is_there = epath.Path(workdir).is_dir()
         directory.check(workdir, resolved)  # before a lock is left in a folder of somebody else's
@@ -223,12 +224,13 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
             directory.check(workdir, resolved)  # somebody else may have made it since
         rounding = quantisation.error(run)
         # A new run reads its student before it writes anything; a resumed one has no use for an initial state.
-        state = None if checkpoint.has_steps(saved) else run.init_state()
+        state = None if checkpoint.has_steps(place.shared) else run.init_state()
         if first:
             directory.write_config(workdir, resolved)
             if rounding:
                 (epath.Path(workdir) / quantisation.FILE).write_text(json.dumps(rounding) + "\n")
-        manager = stack.enter_context(checkpoint.open_manager(saved, config.keep_checkpoints))
+        place.store()  # or the checkpoints would be there without the config that they belong to
+        manager = stack.enter_context(checkpoint.open_manager(place.shared, config.keep_checkpoints))
         if state is None:
             state, damaged = checkpoint.restore(manager, run.abstract_state, run.feed)
             state = _allowed(state, config.max_skipped)
@@ -239,7 +241,7 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
             if rounding:
                 metrics.tqdm.write(quantisation.sentence(rounding))
         with metrics.Writer(workdir, int(state.step), silent=not first) as writer:
-            state = loop.run_steps(run, state, workdir, writer, manager, notices, quiet)
+            state = loop.run_steps(run, state, workdir, writer, manager, notices, quiet, place)
         return results.finish(run, state.params, workdir, quiet)
 
 

@@ -1,11 +1,12 @@
 """python -m tests.hosts SPEC OUT: what tests/test_hosts.py looks at, by one of several processes or by one alone.
 
-Or python -m tests.hosts main STEP FLAGS: the command line, with an error before the step, if there is one.
+Or python -m tests.hosts main STEP FLAGS: the command line, with an error before the step, if there is one; file:// is as gs://.
 
 SPEC is JSON: {"processes": "" or ADDRESS:PORT,COUNT,INDEX, "data_dir": ..., "mesh": {...}, "folder": for the
 saved model, "workdirs": for checkpoints, [...]}.
 """
 
+import contextlib
 import json
 import sys
 import zlib
@@ -16,7 +17,7 @@ import numpy as np
 from absl import app
 
 from configs import base
-from kd_jax import checkpoint, evaluate, main, metrics, models, sharding, train
+from kd_jax import checkpoint, evaluate, main, metrics, models, remote, sharding, train
 from kd_jax.models import huggingface_save
 from kd_jax.models.safetensors_io import Reader
 from kd_jax.setup import folder
@@ -124,6 +125,18 @@ def look(spec):
     return found | {"parts": [part(workdir, spec["data_dir"], changes) for workdir in spec["workdirs"]]}
 
 
+def like_gs():
+    """Each process has a folder of its own for a work directory at file://, and orbax writes to the directory itself."""
+    real, remote.BY_ORBAX = remote.work_directory, ("file",)
+
+    @contextlib.contextmanager
+    def work_directory(url, *its, **options):
+        with real(url, *its, **options) as (folder, place):
+            yield folder, place._replace(shared=url.removeprefix("file://"))
+
+    remote.work_directory = work_directory
+
+
 def command_line(raise_at):
     """`kd_jax.main` with these flags, but impatient, and with an error before some step."""
     main.ARRIVE, main.HEARTBEAT = 8, 10
@@ -135,6 +148,7 @@ def command_line(raise_at):
         return put(run, batch)
 
     train.Run.put = fail
+    like_gs()
     app.run(main.main, flags_parser=main.parse)
 
 

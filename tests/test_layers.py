@@ -28,6 +28,8 @@ LAYERS = [
     {"divergences", "assistants", "schedules"},
     {"logspace", "checksum"},
     {"resolve", "untrusted", "remote"},
+    {"remote_copy"},
+    {"remote_lease"},
 ]
 MATHEMATICAL = {"objectives", "policy_gradient", "head_loss", "divergences", "assistants", "schedules", "logspace"}
 HOMES = {

@@ -10,7 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from kd_jax import checkpoint, data, loop, metrics, remote, train
+from kd_jax import checkpoint, data, loop, metrics, remote, remote_copy, remote_lease, train
 from kd_jax.report import __main__ as report_main
 from tests.runs import last_state, smoke
 
@@ -77,10 +77,49 @@ def test_a_checkpoint_goes_once_its_successor_is_whole_there(tmp_path, store, mo
     assert len(order) == 2, "what has not changed is not copied again"
 
 
+def test_no_checkpoint_goes_for_one_that_is_not_whole_there(tmp_path, store, monkeypatch):
+    """Where the next one gets its name, or goes again, while the folder is listed or copied."""
+    _, names, system = store
+    copy, folder = remote.Copy(system, "/bucket", tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    for part in "ab":
+        write(folder / "10" / part, "ten")
+        write(folder / "20.orbax-checkpoint-tmp" / part, "twenty")
+    copy.push()
+    remote.shutil.rmtree(folder / "10")
+    copy.push()  # its list was made before 20 had its name
+    assert names() == ["checkpoints/10/a", "checkpoints/10/b"]
+    (folder / "20.orbax-checkpoint-tmp").rename(folder / "20")
+    put = system.put_file
+
+    def slow(path, target):
+        put(path, target)
+        if target.endswith("20/a"):
+            write(folder / "30" / "a", "thirty")
+            remote.shutil.rmtree(folder / "20")
+
+    monkeypatch.setattr(system, "put_file", slow)
+    copy.push()
+    assert names() == ["checkpoints/10/a", "checkpoints/10/b", "checkpoints/20/a"]
+    copy.push()
+    assert names() == ["checkpoints/30/a"]
+
+
+def test_a_bucket_that_is_not_there_is_an_error(tmp_path, store, monkeypatch):
+    _, _, system = store
+
+    def missing(path, target):
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(system, "put_file", missing)
+    write(tmp_path / "run" / "config.json", "{}")
+    with pytest.raises(FileNotFoundError, match="bucket does not exist"):
+        remote.Copy(system, "/bucket", tmp_path / "run").push()
+
+
 def test_another_machine_finds_what_the_first_left(tmp_path, store):
     url, names, _ = store
-    with remote.work_directory(f"{url}/run/") as (folder, checkpoints):
-        assert folder == checkpoints and folder.endswith("bucket/run")
+    with remote.work_directory(f"{url}/run/") as (folder, place):
+        assert folder == place.shared and folder.endswith("bucket/run") and place.url == f"{url}/run"
         write(remote.Path(folder) / "config.json", "{}")
         write(remote.Path(folder) / "checkpoints" / "3" / "a", "three")
         write(remote.Path(folder) / "tensorboard" / "events", "x")
@@ -95,7 +134,7 @@ def test_another_machine_finds_what_the_first_left(tmp_path, store):
 
 def test_what_is_written_is_there_before_the_end(tmp_path, store, monkeypatch):
     url, names, _ = store
-    monkeypatch.setattr(remote, "EVERY", 0.01)
+    monkeypatch.setattr(remote_copy, "EVERY", 0.01)
     with remote.work_directory(f"{url}/run") as (folder, _):
         write(remote.Path(folder) / "config.json", "{}")
         for _ in range(500):
@@ -106,13 +145,128 @@ def test_what_is_written_is_there_before_the_end(tmp_path, store, monkeypatch):
     assert not [thread for thread in threading.enumerate() if thread.name == "kd_jax.remote"]
 
 
-def test_what_cannot_be_copied_stays_and_is_named(store, monkeypatch):
+def failing(monkeypatch, system, times):
+    """The store, of which the first writes fail."""
+    put, left = system.put_file, iter(range(times))
+    monkeypatch.setattr(system, "put_file", lambda *its: 1 / 0 if next(left, None) is not None else put(*its))
+
+
+def test_what_cannot_be_copied_stays_and_is_named(store, monkeypatch, capsys):
     url, _, system = store
-    monkeypatch.setattr(system, "put_file", lambda *_: 1 / 0)
-    with pytest.raises(OSError, match="bucket/run could not be copied .* still there: division"):
+    monkeypatch.setattr(remote_copy, "PATIENCE", 0.0)
+    failing(monkeypatch, system, 9)
+    with pytest.raises(OSError, match="bucket/run could not be copied .* still there: ZeroDivisionError: division"):
         with remote.work_directory(f"{url}/run") as (folder, _):
             write(remote.Path(folder) / "config.json", "{}")
     assert (remote.Path(folder) / "config.json").exists()
+    assert capsys.readouterr().err.count("for /bucket/run cannot be copied, and is tried again (ZeroDivision") == 1
+
+
+def test_a_run_waits_for_a_store_that_fails_but_not_for_long(store, monkeypatch, capsys):
+    url, names, system = store
+    monkeypatch.setattr(remote_copy, "AGAIN", 0.01)
+    with remote.work_directory(f"{url}/run") as (folder, place):
+        write(remote.Path(folder) / "config.json", "{}")
+        with monkeypatch.context() as patch:
+            failing(patch, system, 3)
+            place.store()
+        assert "run/config.json" in names()
+        first, second = capsys.readouterr().err.splitlines()
+        assert "cannot be copied" in first and "can be copied again" in second
+    monkeypatch.setattr(remote_copy, "PATIENCE", 0.05)
+    with pytest.raises(OSError, match="could not be copied"), remote.work_directory(f"{url}/run") as (folder, place):
+        write(remote.Path(folder) / "metrics.jsonl", "1")
+        with monkeypatch.context() as patch:
+            failing(patch, system, 10**9)
+            place.store()
+    assert "run/metrics.jsonl" in names() and not os.path.exists(folder), "at the end it could be"
+
+
+# --- two at once
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    for name, seconds in dict(RENEW=0.02, STALE=0.5, LOOK=0.01).items():
+        monkeypatch.setattr(remote_lease, name, seconds)
+    ticks = iter(range(10**9))  # or what is renewed within a second is the same
+    monkeypatch.setattr(remote_lease.time, "strftime", lambda *_: f"tick {next(ticks)}")
+
+
+def test_a_second_run_at_an_address_is_refused(store, impatient, capsys):
+    url, names, system = store
+    with remote.work_directory(f"{url}/run") as (folder, _):
+        write(remote.Path(folder) / "config.json", "{}")
+        with pytest.raises(ValueError, match=rf"bucket/run is in use by another run \(process {os.getpid()} on .*tick"):
+            with remote.work_directory(f"{url}/run"):
+                pass
+        with remote.work_directory(f"{url}/run", writes=False), remote.work_directory(f"{url}/run", alone=False):
+            assert "run/lock" in names()
+        with remote.work_directory(f"{url}/other"):
+            pass
+        assert not (remote.Path(folder) / "lock").exists()
+    assert names() == ["run/config.json"]
+    with remote.work_directory(f"{url}/run"):
+        pass
+    assert capsys.readouterr().err.count("to see whether that run is still there") == 1
+    assert not [thread for thread in threading.enumerate() if thread.name == "kd_jax.remote_lease"]
+
+
+def test_what_a_kill_left_is_taken_over(store, impatient, capsys):
+    url, names, system = store
+    system.pipe("/bucket/run/lock", b"process 7 on host")
+    with remote.work_directory(f"{url}/run"):
+        said = capsys.readouterr().err
+        assert "bucket/run/lock is that of process 7 on host; for up to 0.5 s" in said and "is taken over" in said
+        assert f"process {os.getpid()} on" in system.cat("/bucket/run/lock").decode()
+    assert not names()
+
+
+def test_who_is_let_go_meanwhile_is_not_waited_for(store, impatient, monkeypatch, capsys):
+    url, _, system = store
+    monkeypatch.setattr(remote_lease, "STALE", 300.0)
+    system.pipe("/bucket/run/lock", b"process 7 on host")
+    threading.Timer(0.1, system.rm_file, ("/bucket/run/lock",)).start()
+    with remote.work_directory(f"{url}/run"):
+        assert "taken over" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [b"process 7 on host", None])
+def test_who_was_taken_over_writes_no_more(store, impatient, there):
+    url, names, system = store
+    with pytest.raises(OSError, match="could not be copied .* another run has taken memory://bucket/run over") as error:
+        with remote.work_directory(f"{url}/run") as (folder, place):
+            write(remote.Path(folder) / "config.json", "{}")
+            system.rm_file("/bucket/run/lock") if there is None else system.pipe("/bucket/run/lock", there)
+            place.store()
+    assert names() == ([] if there is None else ["run/lock"]) and (remote.Path(folder) / "config.json").exists()
+    assert folder in str(error.value)
+
+
+# --- how runs end
+
+
+def test_nothing_is_left_of_a_run_that_ends_early(store, tmp_path):
+    url, names, system = store
+    system.pipe("/bucket/run/config.json", b"{}")
+    for writes in (True, False):
+        with pytest.raises(ZeroDivisionError), remote.work_directory(f"{url}/run", writes=writes) as (folder, _):
+            write(remote.Path(folder) / str(writes), "x")
+            1 / 0  # noqa: B018
+        assert not os.path.exists(folder)
+    assert names() == ["run/True", "run/config.json"]
+    with remote.work_directory(f"{url}/run"):  # which nobody is in any more
+        pass
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(store, tmp_path):
+    url, _, system = store
+    system.pipe("/bucket/run/config.json", b"{}")
+    system.pipe("/bucket/run/../../evil", b"")
+    with pytest.raises(ValueError, match=r"bucket/run/\.\./\.\./evil has a name that leads out of /bucket/run"):
+        with remote.work_directory(f"{url}/run"):
+            pass
+    assert not list(tmp_path.rglob("evil"))
 
 
 def test_refusals(store, monkeypatch):
@@ -153,6 +307,7 @@ def goes_on(url, tmp_path, data_dir, monkeypatch, fetch):
     config = smoke("taid", data_dir, **SHORT)
     train.train(config, str(tmp_path / "whole"), quiet=True)
     stopped(config, f"{url}/run", monkeypatch, at=2)
+    monkeypatch.setattr(remote_lease, "_left", lambda *_: pytest.fail("who was stopped has let it go"))
     train.train(config, f"{url}/run", quiet=True)
     fetch(f"{url}/run", str(tmp_path / "fetched"))
     ours, theirs = last_state(tmp_path / "fetched"), last_state(tmp_path / "whole")
@@ -168,6 +323,28 @@ def goes_on(url, tmp_path, data_dir, monkeypatch, fetch):
     assert kept(tmp_path / "fetched") == kept(tmp_path / "whole")
     with checkpoint.open_manager(str(tmp_path / "fetched"), 2) as manager:
         assert list(manager.all_steps()) == [3, 4]
+
+
+@pytest.mark.slow
+def test_what_is_there_is_never_behind_a_checkpoint(store, data_dir, monkeypatch):
+    """As where orbax writes to the address at once, and SIGKILL comes at once after it."""
+    url, names, system = store
+    monkeypatch.setattr(remote_copy, "EVERY", 3600.0)
+    opened, saved, there = checkpoint.open_manager, checkpoint.save, []
+
+    def opens(*its):
+        assert "run/config.json" in names()
+        return opened(*its)
+
+    def saves(manager, step, *rest):
+        lines = map(json.loads, system.cat("/bucket/run/metrics.jsonl").splitlines())
+        there.append((step, [line["step"] for line in lines if line["split"] == "train"]))
+        saved(manager, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "open_manager", opens)
+    monkeypatch.setattr(checkpoint, "save", saves)
+    train.train(smoke("sft", data_dir, **SHORT | dict(checkpoint_every=2)), f"{url}/run", quiet=True)
+    assert there == [(2, [1, 2]), (4, [1, 2, 3, 4])]
 
 
 @pytest.mark.slow

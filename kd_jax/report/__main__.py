@@ -18,7 +18,8 @@ def main() -> None:
     try:
         with contextlib.ExitStack() as stack:
             copies = (
-                remote.work_directory(folder, writes=not args.out, unread=remote.HEAVY) for folder in args.folders
+                remote.work_directory(folder, writes=not args.out, unread=remote.HEAVY, alone=False)
+                for folder in args.folders
             )
             print(f"wrote {report.write([stack.enter_context(copy)[0] for copy in copies], args.out)}")
     except (ValueError, OSError) as error:

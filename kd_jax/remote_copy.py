@@ -1,0 +1,160 @@
+"""A local folder and its copy at an address: fetched, kept up while the folder is written in, and whole at the end."""
+
+import contextlib
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kd_jax.remote_lease import LOCK, Taken
+
+EVERY = 60.0  # seconds between looks at what is to be copied
+PATIENCE, AGAIN = 120.0, 5.0  # seconds that a run waits for a store that fails, and between its tries
+CHECKPOINTS = "checkpoints"
+UNFINISHED = (".orbax-checkpoint-tmp", ".partial")  # in the name of what will have another one
+
+
+class Copy:
+    """A local folder and its copy at an address.
+
+    Attributes:
+      problem: why it is not stored, if the last try failed.
+    """
+
+    def __init__(
+        self, system: Any, root: str, folder: Path, skipped: tuple[str, ...] = (), parts: tuple[str, ...] = UNFINISHED,
+        check: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        """Copies nothing yet.
+
+        Args:
+          system: fsspec's file system of the address.
+          root: its path there.
+          folder: the local one.
+          skipped: folders in it that are not copied, in either direction.
+          parts: what has one of them in its name is not copied to the address.
+          check: called before whatever is; raises Taken where that must not be any more.
+        """
+        self._system, self._root, self._folder, self._skipped = system, root, folder, (*skipped, LOCK)
+        self._parts, self._check = parts, check
+        self._there: dict[str, tuple[int, int]] = {}  # name -> size and time of what was copied
+        self._pushing, self._patience, self.problem = threading.Lock(), PATIENCE, ""
+
+    def pull(self, unread: tuple[str, ...] = ()) -> None:
+        """Fetches everything but the folders `unread`.
+
+        Raises:
+          ValueError: an object would come to lie outside the folder.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._system.invalidate_cache()
+        for path in self._system.find(self._root):
+            name = path.removeprefix(self._root).lstrip("/")
+            if not name or name.partition("/")[0] in (*unread, *self._skipped):
+                continue
+            if ".." in name.split("/"):
+                raise ValueError(f"{path} has a name that leads out of {self._root}; delete it there, or rename it.")
+            target = self._folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._system.get_file(path, str(target))
+            self._there[name] = _stamp(target)
+
+    def push(self) -> None:
+        """Copies what is new or changed; of a checkpoint that is gone here what is there goes once a newer one is whole there."""
+        # First what checkpoints there are and then the rest: what metrics.jsonl has is never behind a checkpoint.
+        names = set(self._files())
+        for name in sorted(names, key=lambda name: (_of_checkpoint(name), name)):
+            try:
+                stamp = _stamp(self._folder / name)
+                if self._there.get(name) != stamp:
+                    self._system.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
+                    self._system.put_file(str(self._folder / name), f"{self._root}/{name}")
+                    self._there[name] = stamp
+            except FileNotFoundError:
+                if (self._folder / name).exists():
+                    raise  # what is not found is the bucket
+        # A step that came or went meanwhile may be there in part: the list of its files is then another one by now.
+        changed = {_step(name) for name in names ^ set(self._files())}
+        newest = dict(sorted(step for step in {_step(name) for name in names} - changed if step))
+        for name in self._there.keys() - names:
+            if (step := _step(name)) and step[1] <= newest.get(step[0], -1):
+                with contextlib.suppress(FileNotFoundError):
+                    self._system.rm_file(f"{self._root}/{name}")
+                del self._there[name]
+
+    def store(self) -> None:
+        """Pushes, and again while that fails.
+
+        Raises:
+          OSError: it has failed for PATIENCE seconds, or another run has the address.
+        """
+        started = time.monotonic()
+        while not self._tried():
+            if time.monotonic() >= started + self._patience:
+                self._patience = 0.0  # at the end it is tried once more
+                raise OSError(f"{self._folder} could not be copied to {self._root}; it is still there: {self.problem}")
+            time.sleep(AGAIN)
+
+    @contextlib.contextmanager
+    def kept_up(self) -> Iterator[None]:
+        """Pushes every minute from a thread, and whatever happens at the end."""
+        ended = threading.Event()
+
+        def follow() -> None:
+            while not ended.wait(EVERY):
+                self._tried()
+
+        thread = threading.Thread(target=follow, name="kd_jax.remote", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self.store()
+
+    def _tried(self) -> bool:
+        """Whether it could be pushed; that it cannot, and that it can again, is said."""
+        with self._pushing:
+            before, self.problem = self.problem, "it was interrupted"
+            try:
+                self._check()
+                self.push()
+                problem = ""
+            except Exception as error:  # each store has its own
+                self._patience *= not isinstance(error, Taken)
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+            if bool(before) != bool(problem):
+                what = f"cannot be copied, and is tried again ({problem})" if problem else "can be copied again"
+                tqdm.write(f"kd_jax: what is new for {self._root} {what}.", file=sys.stderr)
+            self.problem = problem
+            return not problem
+
+    def _files(self) -> list[str]:
+        found = (path for path in self._folder.rglob("*") if path.is_file())
+        names = (path.relative_to(self._folder).as_posix() for path in found)
+        return [
+            name
+            for name in names
+            if name.partition("/")[0] not in self._skipped and not any(part in name for part in self._parts)
+        ]
+
+
+def _of_checkpoint(name: str) -> bool:
+    return f"/{CHECKPOINTS}/" in f"/{name}"
+
+
+def _step(name: str) -> tuple[str, int] | None:
+    """Of a checkpoint's file the folder of checkpoints and the step."""
+    found = re.fullmatch(rf"(.*/)?{CHECKPOINTS}/(\d+)/.*", name)
+    return (found[1] or "", int(found[2])) if found else None
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
