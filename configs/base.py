@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     config.teacher.cache = ""  # a folder of kd_jax.cache_teacher, used in place of the model: path is not loaded
     config.teacher.dtype = "float32"  # of parameters and computation
     config.teacher.weights = "float"  # float: in dtype; int8: the layers' matrices, with a scale for each output
-    config.teacher.int8_report = True  # the start measures what int8 changes; the teacher in dtype must fit for that
+    config.teacher.int8_report = True  # the start measures what int8 changes, with one layer at a time also in dtype
     config.teacher.sharding = "student"  # as it lies; spread: also over data; tensor: over that alone; whole: copies
 
     config.student = ConfigDict()

@@ -1,5 +1,6 @@
 """What a teacher's weights in int8 change: its distributions beside those of the same teacher in float."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 from jaxtyping import Array
 
 from kd_jax import models, sharding
-from kd_jax.compare import compare
 from kd_jax.divergences import forward_kl
+from kd_jax.head_loss import token_sum
 from kd_jax.setup import folder
 
 FILE = "teacher_int8.json"
@@ -18,7 +19,7 @@ NEEDED = ("tokens", "mask", "loss_mask")
 
 
 def error(run: Any) -> dict[str, float]:
-    """The error of a run's int8 teacher on the first held-out batch, for which it is loaded in float beside it, and let go.
+    """The error of a run's int8 teacher on the first held-out batch, for which it is read in float, one layer at a time.
 
     Args:
       run: a `train.Run`.
@@ -30,8 +31,13 @@ def error(run: Any) -> dict[str, float]:
     if not (ours.int8_report and ours.path and ours.weights == "int8") or ours.cache:
         return {}
     place = partial(sharding.tree_shardings, run.mesh, layout=ours.sharding)
-    _, whole = models.load_pretrained(folder(ours.path), dtype=ours.dtype, shardings=place)
-    return difference(run, run.models.teacher_params, whole)
+
+    def layer(i: int) -> Any:
+        load = partial(models.load_pretrained, folder(ours.path), dtype=ours.dtype, shardings=place)
+        return load(only=f"layers/{i}/")[1]["layers"][str(i)]
+
+    params = run.models.teacher_params
+    return _difference(run, params, params, layer, run.models.teacher.abstract_params())
 
 
 def difference(run: Any, params: Any, whole: Any) -> dict[str, float]:
@@ -49,9 +55,17 @@ def difference(run: Any, params: Any, whole: Any) -> dict[str, float]:
       tokens: so many.
       bytes, float_bytes: of all parameters, wherever they are.
     """
+    return _difference(run, params, whole, lambda i: whole["layers"][str(i)], whole)
+
+
+def _difference(run: Any, params: Any, outer: Any, layer: Callable[[int], Any], sizes: Any) -> dict[str, float]:
+    """`difference` from whole parameters, of which `outer` has all but the layers."""
     teacher, batch, chunk = run.models.teacher, next(run.eval_batches()), run.config.loss.chunk or None
     placed = run.put({name: batch[name] for name in NEEDED})
-    values = _values(teacher, params, whole, placed, vocab_size=run.tokenizer.vocab_size, chunk=chunk, mesh=run.mesh)
+    inputs = placed["tokens"], placed["mask"]
+    hidden = teacher.hidden_by_layers(sharding.for_lookup(run.mesh, outer), layer, *inputs)
+    heads = teacher.stored_head(outer)[0], hidden
+    values = _values(teacher, params, heads, placed, vocab_size=run.tokenizer.vocab_size, chunk=chunk, mesh=run.mesh)
     found = sharding.fetch_whole(values)[sharding.fetch_whole(placed["loss_mask"])]
     return {
         "kl": float(found[:, 0].mean(dtype=np.float64)),
@@ -59,7 +73,7 @@ def difference(run: Any, params: Any, whole: Any) -> dict[str, float]:
         "largest_difference": float(found[:, 2].max()),
         "tokens": len(found),
         "bytes": _bytes(params),
-        "float_bytes": _bytes(whole),
+        "float_bytes": _bytes(sizes),
     }
 
 
@@ -73,15 +87,20 @@ def sentence(found: dict[str, float]) -> str:
 
 
 @partial(jax.jit, static_argnames=("teacher", "vocab_size", "chunk", "mesh"))
-def _values(teacher: Any, params: Any, whole: Any, batch: dict[str, Array], **options: Any) -> Array:
-    def values(log_p: Array, seen: Array, log_q: Array) -> Array:
+def _values(teacher: Any, params: Any, whole: Any, batch: dict[str, Array], mesh: Any, **options: Any) -> Array:
+    def values(log_p: Array, log_q: Array) -> Array:
         agree = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
         largest = jnp.abs(jnp.where(log_p > -jnp.inf, log_p - log_q, 0)).max(axis=-1)
         return jnp.stack([forward_kl(log_p, log_q), agree.astype(log_q.dtype), largest], axis=-1)
 
+    whole_head, whole_hidden = whole
+    hidden = teacher.hidden(sharding.for_lookup(mesh, params), batch["tokens"], batch["mask"])
+    head, tied = teacher.stored_head(params)
     counted = jnp.repeat(batch["loss_mask"][..., None].astype(jnp.float32), 3, axis=-1)
-    return compare(values, teacher, params, teacher, whole, batch, counted, **options)[1]
+    return token_sum(
+        values, hidden, head, whole_hidden, whole_head, counted, tied=(tied, tied), mesh=mesh, **options
+    )[1]  # fmt: skip
 
 
 def _bytes(params: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

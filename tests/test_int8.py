@@ -152,6 +152,25 @@ def test_a_run_trains_by_its_int8_teacher_and_knows_how_far_that_is_from_float(d
 
 
 @pytest.mark.usefixtures("one_device")
+def test_its_error_is_that_beside_the_whole_float_teacher_of_which_one_layer_is_there_at_a_time(data_dir, monkeypatch):
+    run, whole, there = alone(data_dir)[0], load()[1], []
+    expected = quantisation.difference(run, run.models.teacher_params, whole)
+    held = sum(leaf.nbytes for leaf in jax.live_arrays())
+    read = models.load_pretrained
+
+    def counted(*args, **options):
+        there.append(sum(leaf.nbytes for leaf in jax.live_arrays()) - held)
+        return read(*args, **options)
+
+    monkeypatch.setattr(models, "load_pretrained", counted)
+    found = quantisation.error(run)
+    assert found == pytest.approx(expected, rel=1e-5)
+    layer = sum(leaf.nbytes for leaf in jax.tree.leaves(whole["layers"]["0"]))
+    assert len(there) == len(whole["layers"])
+    assert max(there) < layer / 2  # the activations
+
+
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize(
     "layout", ["whole", *(pytest.param(name, marks=pytest.mark.slow) for name in ("student", "spread", "tensor"))]
 )

@@ -78,6 +78,23 @@ class Model:
         """
         return self._apply(params, tokens, mask, None)[0]
 
+    def hidden_by_layers(
+        self, params: Params, layer: Callable[[int], Params], tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]
+    ) -> Float[Array, "B L D"]:
+        """`hidden` of a model of which only one layer need be in memory at a time. Not to be traced.
+
+        Args:
+          params: all but the layers; what else is there is not looked at.
+          layer: its number -> its parameters.
+          tokens, mask: as in `hidden`.
+        """
+        one = dataclasses.replace(self, config=dataclasses.replace(self.config, num_layers=1))
+        x, last = None, self.config.num_layers - 1
+        for i in range(last):
+            x = _one_layer(one, {**params, "layers": {"0": layer(i)}}, x, tokens, mask, last=False)
+            x.block_until_ready()  # before the next is read
+        return _one_layer(one, {**params, "layers": {"0": layer(last)}}, x, tokens, mask, last=True)
+
     def head(self, params: Params) -> Float[Array, "D V"]:
         """The output matrix, in the computation's type: the embedding transposed where the two are tied."""
         matrix, tied = self.stored_head(params)
@@ -179,6 +196,14 @@ def take_layers(model: Model, params: Params, layers: Sequence[int]) -> tuple[Mo
     config = dataclasses.replace(model.config, num_layers=len(layers))
     chosen = {str(new): params["layers"][str(old)] for new, old in enumerate(layers)}
     return dataclasses.replace(model, config=config), {**params, "layers": chosen}
+
+
+@functools.partial(jax.jit, static_argnames=("model", "last"))
+def _one_layer(model: Model, params: Params, x: Array | None, tokens: Array, mask: Array, last: bool) -> Array:
+    module = nnx.merge(_split(model)[0], params)
+    first, rotary, attend, _ = module.begin(tokens, mask, None)
+    x, _ = module.layers["0"](first if x is None else x, rotary, attend)
+    return module.end(x) if last else x
 
 
 def _module(model: Model, key: Array) -> Transformer:

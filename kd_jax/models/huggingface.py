@@ -77,6 +77,7 @@ def load_pretrained(
     dtype: DTypeLike = jnp.float32,
     shardings: Shardings | None = None,
     matrices_in_int8: bool = False,
+    only: str = "",
 ) -> tuple[Model, Params]:
     """A Hugging Face folder as a model and its parameters.
 
@@ -89,6 +90,7 @@ def load_pretrained(
       shardings: from the abstract parameters (`Model.abstract_params`) to a tree of shardings; by default
         everything lies, uncommitted, on the default device.
       matrices_in_int8: the matrices of the layers become int8 and scales, each as it is read: a model to be asked, not trained.
+      only: what the parameters' names begin with that are read, such as 'layers/3/'; the others stay abstract.
     Returns:
       The model and a plain nested dict of arrays, and of `qwix.QArray`s where they are in int8.
     Raises:
@@ -109,6 +111,8 @@ def load_pretrained(
 
         def place(path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None) -> Any:
             key = jax.tree_util.keystr(path, simple=True, separator="/")
+            if not key.startswith(only):
+                return leaf
             tensor, name = layout[key], names[layout[key].name]
             _check_shape(reader, name, tensor, leaf.shape)
             small = matrices_in_int8 and int8.is_matrix(key)

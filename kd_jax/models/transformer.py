@@ -151,16 +151,7 @@ class Transformer(nnx.Module):
         mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
-        attend, positions, cache = _see(tokens, mask, cache)
-        if mask is not None:  # a masked id is never read, not even where it is no id
-            tokens = jnp.where(mask != 0, tokens, 0)
-        x = self.embed(tokens).astype(self.dtype)
-        rotary = None
-        if self.positions is None:
-            angles = positions[..., None, None] * rotary_frequencies(self.config)
-            rotary = jnp.cos(angles), jnp.sin(angles)
-        else:
-            x = x + self.positions(jnp.minimum(positions, self.config.max_positions - 1)).astype(self.dtype)
+        x, rotary, attend, cache = self.begin(tokens, mask, cache)
         written = []
         for i in range(self.config.num_layers):
             block = self.layers[str(i)]
@@ -174,7 +165,25 @@ class Transformer(nnx.Module):
         if cache is not None:
             keys, values = zip(*written, strict=True)
             cache = cache._replace(keys=keys, values=values, index=cache.index + tokens.shape[1])
-        return self.norm(x).astype(self.dtype), cache
+        return self.end(x), cache
+
+    def begin(self, tokens: Array, mask: Array | None, cache: Cache | None) -> Any:
+        """What the first block takes."""
+        attend, positions, cache = _see(tokens, mask, cache)
+        if mask is not None:  # a masked id is never read, not even where it is no id
+            tokens = jnp.where(mask != 0, tokens, 0)
+        x = self.embed(tokens).astype(self.dtype)
+        rotary = None
+        if self.positions is None:
+            angles = positions[..., None, None] * rotary_frequencies(self.config)
+            rotary = jnp.cos(angles), jnp.sin(angles)
+        else:
+            x = x + self.positions(jnp.minimum(positions, self.config.max_positions - 1)).astype(self.dtype)
+        return x, rotary, attend, cache
+
+    def end(self, x: Array) -> Array:
+        """What becomes of what the last block gives."""
+        return self.norm(x).astype(self.dtype)
 
 
 def _see(tokens, mask, cache):
