@@ -60,7 +60,7 @@ def tokenizer(content: bytes, method: str, *arguments: Any) -> Any:
         if worker.holds != content:  # the process keeps the last one
             request["content"] = content.decode()
         reply = worker.ask(request, BYTES_A_SECOND)
-        worker.holds = content
+        worker.holds = b"" if "error" in reply else content
         return _value(reply)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from kd_jax.data import sandbox
 
-STEPS = 100
+MAX_STEPS = 100
 PIECE = 64  # characters of a token of Unigram's, whose time goes with the number of tokens that begin at a place
 ADDED = 10**7  # characters that the added tokens become, which are normalised when they are read
 REGEXES = frozenset({
@@ -90,7 +90,7 @@ def is_usual(steps: list[Any], pieces: list[str], added: int) -> bool:
     regexes = {regex for step in found if isinstance(regex := step.get("Regex", ""), str) and "Regex" in step}
     return (
         regexes <= REGEXES
-        and sum("type" in step for step in found) <= STEPS
+        and sum("type" in step for step in found) <= MAX_STEPS
         and max(map(len, pieces), default=0) <= PIECE
         and added <= ADDED
     )
