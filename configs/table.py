@@ -56,3 +56,7 @@ def _spec(spec: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
+
+
+if __name__ == "__main__":
+    print(methods())

@@ -35,7 +35,8 @@ def run(config: Any, workdir: str, shard: tuple[int, int] | None = (0, 1)) -> st
       shard: (i, n): of all runs, in their order, every n-th from the i-th on. None: no run.
 
     Raises:
-      ValueError: an axis whose key the base does not have, a shard out of range, or a directory of another ablation.
+      ValueError: an axis whose key the base does not have, a shard out of range, or a directory of another ablation; without a
+        shard, of none.
     """
     part, parts = shard or (0, 1)
     axes = comparison.axes_of(config)
@@ -51,10 +52,13 @@ def run(config: Any, workdir: str, shard: tuple[int, int] | None = (0, 1)) -> st
     if twice := [folder.name for folder in folders if folders.count(folder) > 1]:
         raise ValueError(f"two runs would have the folder {twice[0]!r}: a value or a seed is there twice, or nearly.")
     resolved = config.to_dict()
+    if shard is None and directory.config_difference(workdir, resolved) is None:
+        raise ValueError(f"there is no ablation in the work directory {workdir} to make a table of.")
     directory.check(workdir, resolved)
     directory.write_config(workdir, resolved)
-    for folder, its_config in list(zip(folders, configs, strict=True))[part::parts] if shard else []:
-        run_one(its_config, folder)
+    mine = list(zip(folders, configs, strict=True))[part::parts] if shard else []
+    for place, (folder, its_config) in enumerate(mine, start=1):
+        run_one(its_config, folder, f"{place} of {len(mine)}")
     done = [
         {"point": point, "seed": seed, "folder": folder.name} | json.loads((folder / "result.json").read_text())
         for (point, seed), folder in zip(jobs, folders, strict=True)
@@ -96,11 +100,11 @@ def name_of(point: Point, seed: int) -> str:
     return re.sub(r"[^\w=.,()-]+", "", ",".join(f"{label}={value}" for label, value in pairs))
 
 
-def run_one(config: Any, folder: Path) -> None:
+def run_one(config: Any, folder: Path, place: str) -> None:
     """One run, unless its result is there; an error goes into its folder."""
     if (folder / "result.json").exists():
         return
-    metrics.tqdm.write(f"=== {folder.name}")
+    metrics.tqdm.write(f"=== {place}: {folder.name}")
     error = folder / "error.txt"
     try:
         result = train.train(config, str(folder / "run"), quiet=True)
@@ -150,6 +154,7 @@ def _main(argv: list[str]) -> None:
             )
         with remote.work_directory(workdir) as (folder, _):
             print(run(main.CONFIG.value, folder, None if _TABLE.value else (int(part), int(parts))))
+        print(f"\nwrote {workdir}/report.html")
     except (ValueError, OSError) as error:
         sys.exit(f"kd_jax.ablate: {error}")
 

@@ -26,11 +26,13 @@ def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
     Raises:
       ValueError: nothing is saved there.
     """
+    if not (Path(workdir) / directory.CONFIG).is_file():
+        raise ValueError(f"there is no run in the work directory {workdir}.")
     steps = nonfinite.saved_steps(workdir)
     if not steps or (step is not None and step not in steps):
         raise ValueError(
-            f"there is no step {'' if step is None else f'{step} '}to replay in {Path(workdir) / nonfinite.FOLDER}; there are "
-            f"{steps or 'none: a run leaves one when its loss or gradient is not finite'}."
+            f"there is no step {'' if step is None else f'{step} '}to replay in {Path(workdir) / nonfinite.FOLDER}; "
+            f"{f'there are {steps}' if steps else 'a run leaves one when its loss or gradient is not finite'}."
         )
     step = steps[-1] if step is None else step
     config = ConfigDict(json.loads((Path(workdir) / directory.CONFIG).read_text()))

@@ -394,9 +394,21 @@ def test_two_processes_may_build_at_once(tmp_path, monkeypatch):
     assert not re.search("incomplete", " ".join(map(str, (tmp_path / "tfds").rglob("*"))))
 
 
+def test_of_a_few_rows_one_is_held_out_and_one_is_not(tmp_path):
+    sizes = lambda prompts, **options: [
+        sum(1 for row in rows())
+        for rows in jsonl.source(
+            write_lines(tmp_path / "few.jsonl", [{"prompt": p, "response": "r"} for p in prompts]), **options
+        )[1].values()
+    ]
+    assert min(jsonl.fraction(prompt) for prompt in "abcde") > 0.02
+    assert sizes("abcde") == [4, 1] and sizes("ab") == [1, 1]
+    assert sizes("aa") == [2, 0] and sizes("abcde", validation_fraction=0.0) == [5, 0]
+
+
 def test_rows_are_sequences_of_str(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [{"prompt": f"p{i}", "response": "é"} for i in range(3)])
-    load = lambda: data.load("jsonl", split="train", data_dir=str(tmp_path), path=path, validation_fraction=1e-9)
+    load = lambda: data.load("jsonl", split="train", data_dir=str(tmp_path), path=path, validation_fraction=0.0)
     source = load()
     assert len(source) == 3 and [row for row in source] == [source[i] for i in range(3)] == list(load())
     assert {type(value) for row in source for value in row.values()} == {str}

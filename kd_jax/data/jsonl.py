@@ -31,7 +31,8 @@ def source(
       response_field: the field of the response.
       context_field: the field of the context; empty: there is none.
       validation_path: a file of held-out rows; empty: a part of `path` is held out.
-      validation_fraction: the share that is held out then, by a hash of the prompt.
+      validation_fraction: the share that is held out then, by a hash of the prompt; above 0 at least one
+        prompt's rows, if there are two prompts.
 
     Raises:
       ValueError: a file that does not exist, a line that is not JSON, a row without its field.
@@ -42,15 +43,24 @@ def source(
     if context_field:
         fields["context"] = context_field
     files = [remote.local_file(p) for p in (path, validation_path) if p]
-    fingerprint = digest(files, str((fields, validation_fraction if not validation_path else "")))
+    fingerprint = digest(files, str((fields, validation_fraction if not validation_path else "", "at least one")))
 
     def rows(held_out: bool) -> Iterator[dict[str, str]]:
         if validation_path:
             yield from read(files[held_out], fields)
-        else:
-            yield from (r for r in read(files[0], fields) if (fraction(r["prompt"]) < validation_fraction) == held_out)
+            return
+        limit = _limit(files[0], fields, validation_fraction) if validation_fraction else 0.0
+        yield from (row for row in read(files[0], fields) if (fraction(row["prompt"]) < limit) == held_out)
 
     return fingerprint, {"train": lambda: rows(False), "validation": lambda: rows(True)}
+
+
+def _limit(path: Path, fields: dict[str, str], share: float) -> float:
+    """Below which prompts' `fraction` are held out: of a few rows none may be below the share."""
+    low, high = 1.0, 0.0
+    for row in read(path, fields):
+        low, high = min(low, fraction(row["prompt"])), max(high, fraction(row["prompt"]))
+    return math.nextafter(low, 1) if share <= low < high else share
 
 
 def read(path: Path, fields: dict[str, str], several: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:

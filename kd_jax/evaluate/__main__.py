@@ -216,6 +216,7 @@ def main() -> None:
     args = arguments()
     try:
         print(table(run(args)))
+        print(f"\nwrote {args.out}/report.html")
     except (ValueError, OSError) as error:
         sys.exit(f"kd_jax.evaluate: {error}")
 

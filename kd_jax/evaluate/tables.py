@@ -11,10 +11,10 @@ BUCKETS = (0, 4, 16, 64, 256)  # the first places of the parts of a response by 
 PLACES = tuple(f"{a + 1} to {b}" for a, b in zip(BUCKETS, (*BUCKETS[1:], "..."), strict=True))
 
 
-def over_seeds(lines: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation of each number over the seeds."""
+def over_seeds(lines: list[dict[str, float]]) -> dict[str, tuple[float, float | None]]:
+    """Mean and standard deviation of each number over the seeds; of one seed there is no deviation."""
     columns = {name: [line[name] for line in lines] for name in (lines[0] if lines else ()) if name != "seed"}
-    return {n: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for n, v in columns.items()}
+    return {n: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else None) for n, v in columns.items()}
 
 
 def by_place(values: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
@@ -32,14 +32,12 @@ def table(found: dict[str, Any]) -> str:
     own = any(name.startswith("own_") for name in seeds)
     parts = []
     if seeds:
-        shown = [[name, f"{m:.4f} ± {d:.4f}"] for name, (m, d) in seeds.items() if not name.startswith("own_")]
+        shown = [[name, _spread(*both)] for name, both in seeds.items() if not name.startswith("own_")]
         parts.append(metrics.table([["what it writes", f"{found['rows']} prompts"], *shown]))
     rows = [["tokens", "given text", *(("own text",) if own else ())]]
     for name, value in found["given"].items():
-        mean, deviation = seeds.get(f"own_{name}", (None, None))
-        rows.append(
-            [name, f"{value:.4f}", *(("" if mean is None else f"{mean:.4f} ± {deviation:.4f}",) if own else ())]
-        )
+        both = seeds.get(f"own_{name}")
+        rows.append([name, f"{value:.4f}", *((_spread(*both) if both else "",) if own else ())])
     parts.append(metrics.table(rows))
     if "own" in (places := found.get("by_place", {})):
         number = lambda value: "" if value is None else f"{value:.4f}"
@@ -59,3 +57,7 @@ def table(found: dict[str, Any]) -> str:
             rows.append([s["task"], s["metric"], *counts, f"{s['value']:.4f}{error}"])
         parts.append(metrics.table(rows))
     return "\n\n".join(parts)
+
+
+def _spread(mean: float, deviation: float | None) -> str:
+    return f"{mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")

@@ -125,7 +125,7 @@ def _run(folder: Path, name: str) -> Section:
 def _evaluation(folder: Path, name: str) -> Section:
     *seeds, found = _lines_of(folder / "results.jsonl")
     given, over = found["given"], found["seeds"]
-    cards, verdict = [], [f"{found['rows']:,} prompts, {len(seeds)} generation seeds."]
+    cards, verdict = [], [f"{found['rows']:,} prompts, {len(seeds)} generation seed{'s' * (len(seeds) != 1)}."]
     for metric in (n for n in COLUMNS if n in over or n in given):
         mean, deviation = over.get(metric) or (given[metric], None)
         spread = "" if deviation is None else f" ± {deviation:.3f}"
