@@ -23,7 +23,7 @@ VERSION = 2  # 1: a record's hash knew nothing of the teacher, and nothing that 
 HEADER = np.dtype([("row", "<u8"), ("key", "u1", 16), ("count", "<u8")])
 # What a cache may have; a split also as many parts as MAX_PARTS.
 LARGEST = {"k": 2**16, "vocab_size": 2**24, "hidden_size": 2**20, "part_rows": 2**32}
-MAX_PARTS = 2**20
+MAX_PARTS = 2**16  # each of which is looked for
 SHOWN = 20  # lines of what differs
 Manifest = dict[str, Any]
 

@@ -39,6 +39,7 @@ from kd_jax.teacher_cache_files import (
 )
 from kd_jax.untrusted import read_json, shown
 
+SPLITS = ("train", "held_out")
 OPEN_PARTS = 128  # files that are kept open for random reads
 
 
@@ -60,7 +61,11 @@ def check_manifest(path: Path, manifest: Manifest) -> None:
         raise ValueError(f"{path}: there is no output matrix {shown(manifest['head'])}; write the cache again.")
     if not isinstance(manifest["teacher"].get("path"), str):
         raise ValueError(f"{path}: the teacher has no path; write the cache again.")
-    for split in ("train", "held_out"):
+    if set(manifest["splits"]) - set(SPLITS):
+        raise ValueError(
+            f"{path}: it has the splits {shown(list(manifest['splits']))}, not {SPLITS}; write the cache again."
+        )
+    for split in SPLITS:
         about = manifest["splits"].get(split)
         if not isinstance(about, dict) or {"rows", "tokens", "hash", "temperature"} - about.keys():
             raise ValueError(f"{path}: the split {split!r} is not described; write the cache again.")

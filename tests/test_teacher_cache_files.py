@@ -41,7 +41,7 @@ def manifest_of(folder, **changes):
     for name, value in changes.items():
         split, _, key = name.partition("__")
         if key:
-            manifest["splits"][split][key] = value
+            manifest["splits"].setdefault(split, {})[key] = value
         else:
             manifest[name] = value
     (folder / files.MANIFEST).write_text(json.dumps(manifest))
@@ -75,8 +75,10 @@ def test_records_are_of_one_tokenizer_template_and_way_to_draw(changes, made, tm
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(train__rows=10**18, part_rows=1), "'train' has 1000000000000000000 rows, in parts of 1; at most 1048576"),
+        (dict(train__rows=10**18, part_rows=1), "'train' has 1000000000000000000 rows, in parts of 1; at most 65536"),
+        (dict(held_out__rows=2**18 + 1), "'held_out' has 262145 rows, in parts of 4"),
         (dict(held_out__rows=True), "'held_out' has True rows"),
+        (dict(other__rows=1), r"it has the splits \['train', 'held_out', 'other'\]"),
         (dict(kind="top_k", vocab_size=2**20, k=2**17), "k=131072 is out of range, 1 to 65536"),
         (dict(vocab_size=2**40), r"vocab_size=1099511627776 is out of range"),
         (dict(hidden_size=2**40), "hidden_size=1099511627776 is out of range"),

@@ -1,5 +1,6 @@
 """One input at a time: put beside the files that are right, read, judged, and taken away again."""
 
+import gc
 import hashlib
 import json
 import time
@@ -15,6 +16,7 @@ from tests.fuzz.readers import READERS
 
 CORPUS = Path(__file__).parent / "corpus"
 MESSAGE = 3000  # characters of an error, at most
+LARGE = 2**20  # bytes
 
 
 class Bench:
@@ -56,6 +58,8 @@ class Bench:
                 (self.folder / name).unlink()
             else:
                 (self.folder / name).write_bytes(self._right[name])
+        if sum(map(len, files.values())) > LARGE:
+            gc.collect()  # a refusal's traceback holds it, in a cycle: the next input's memory would not be its own
         return wrong
 
     def fuzz(self, seed, inputs, before=lambda: None, after=lambda files, wrong: None):

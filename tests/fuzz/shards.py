@@ -51,7 +51,7 @@ class Shards:
             print(f"{self.name}, shard {shard}, input {inputs}: {wrong}", flush=True)
             names = (Path(self.folder.name) / "current").read_text().split("\n") if inputs else []
             files = {name: (Path(self.folder.name) / "files" / name).read_bytes() for name in names}
-            keep(self.args.state / "found" / self.name / f"{self.args.seed}-{shard}-{inputs}.json", files, wrong)
+            keep(self.args.state / "found" / self.name / f"{self.args.seed}-{shard}-{inputs}-last.json", files, wrong)
             line = dict(
                 loaded=loaded, refused=refused, found=found + 1, inputs=loaded + refused + found + 1,
                 seconds=time.monotonic() - self.started, slowest=seconds, mebibytes=0,
