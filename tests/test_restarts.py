@@ -162,7 +162,12 @@ def test_sigterm_at_an_address_loses_nothing(name, told, whole, tmp_path, assemb
     system, root = remote.filesystem("memory://restarts/run")
     remote.Copy(system, root, until(2, whole, tmp_path / "run")).push()
     try:
-        told(*{"finish": (loop.results, "finish"), "push": (remote.Copy, "push")}[name])
+        finish = loop.results.finish
+        if name == "finish":
+            told(loop.results, "finish")
+        else:  # the last push of several
+            ends = lambda *arguments: (finish(*arguments), told(remote.Copy, "push"))[0]
+            monkeypatch.setattr(loop.results, "finish", ends)
         with pytest.raises(loop.Stopped) if name == "finish" else contextlib.nullcontext():
             train.train(assembled.config, "memory://restarts/run", quiet=True)
         remote.Copy(system, root, tmp_path / "fetched").pull()
