@@ -23,6 +23,7 @@ PASSING = re.compile(
     "^(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED):"
     f"|os_error_code='{errno.EIO}'"
 )
+STORES = ("aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3")  # whose errors carry no errno
 
 
 def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
@@ -181,6 +182,7 @@ def _may_pass(error: BaseException | None) -> bool:
     absent = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
     while error is not None:
         kind = isinstance(error, PermissionError | ConnectionError | TimeoutError | MemoryError)
+        kind = kind or type(error).__module__.partition(".")[0] in STORES
         if kind or getattr(error, "errno", None) not in absent or PASSING.search(str(error)):
             return True
         error = error.__cause__ or error.__context__

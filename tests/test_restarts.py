@@ -336,6 +336,7 @@ IN_THE_WAY = {
     "network": (answer(OSError(errno.ENETUNREACH, "no route")), "no route"),
     "device's memory": (answer(RuntimeError("RESOURCE_EXHAUSTED: Out of memory")), "Out of memory"),
     "rights": (answer(led_to(ValueError("PERMISSION_DENIED: Error reading"))), "Encountered"),
+    "store": (answer(type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("503")), "HttpError: 503"),
     "disk": (answer(led_to(ValueError("UNKNOWN: Error reading [os_error_code='5']"))), "Encountered"),
 }
 
