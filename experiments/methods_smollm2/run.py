@@ -29,7 +29,10 @@ def main() -> None:
     parser.add_argument("--sets", type=Path, required=True, help="MiniLLM's sets as NAME.jsonl")
     parser.add_argument("--size", default="medium")
     parser.add_argument(
-        "--jobs", type=int, default=4, help="processes beside each other, nine were too many for 80 GB; all compile at once"
+        "--jobs",
+        type=int,
+        default=4,
+        help="processes beside each other, nine were too many for 80 GB; all compile at once",
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="when methods are stopped, from the call on")
     parser.add_argument("--rows", type=int, default=64, help="of each set")
