@@ -69,9 +69,9 @@ def write(
         raise ValueError("a cache is made with the teacher itself: set teacher.path, and leave teacher.cache empty.")
     mesh = sharding.make_mesh(**config.mesh)
     check_mesh(config, mesh)
-    tokenizer = load_tokenizer(config)
+    loaded = load_models(config, load_tokenizer(config), mesh, True)
+    tokenizer = loaded.tokenizer
     _check_numbers(kind, k, power, part_rows, tokenizer.vocab_size)
-    loaded = load_models(config, tokenizer, mesh, True)
     check_length(config, loaded)
     rows = {
         "train": load_rows(config, tokenizer, config.data.train_split)[0],

@@ -28,7 +28,7 @@ def error(run: Any) -> dict[str, float]:
       As `difference`; {} where the teacher is not in int8, or the config does without.
     """
     ours = run.config.teacher
-    if not (ours.int8_report and ours.path and ours.weights == "int8") or ours.cache:
+    if not (ours.int8_report and ours.path and ours.weights == "int8") or run.models.teacher is None:
         return {}
     place = partial(sharding.tree_shardings, run.mesh, layout=ours.sharding)
 

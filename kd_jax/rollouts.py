@@ -14,12 +14,13 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from kd_jax import data, models, sharding
+from kd_jax import data, models, sharding, untrusted
 from kd_jax.checksum import checksums
 from kd_jax.objectives import ORIGINS
 
 # Rows by name, an entry a row in each array: tokens [M, L + 1], lengths, prompt_lengths and origin [M], log_probs [M, L].
 Rows = dict[str, np.ndarray]
+RESPONSES_VERSION = 2  # 1: without ids, and known by less than all that decides them
 DRAWS = 2**31 - 1  # folded into the seed's key before all else; the run's own keys fold in a step
 
 
@@ -29,7 +30,7 @@ class Sampler:
 
     Attributes:
       mesh: where the models' parameters are.
-      tokenizer: its end token ends a response.
+      tokenizer: each of its `end_ids` ends a response.
       max_length: tokens of a model's input; a row has at most one more.
       max_new_tokens: of a response.
       temperature, top_p, top_k, no_repeat_ngram_size: as in `models.generate`.
@@ -66,7 +67,7 @@ class Sampler:
             model, params, *(sharding.put_whole(self.mesh, array) for array in (tokens, mask)),
             max_new_tokens=self.max_new_tokens, key=key, temperature=self.temperature, top_p=self.top_p,
             top_k=self.top_k, no_repeat_ngram_size=self.no_repeat_ngram_size, mixture=mixture,
-            vocab_size=self.tokenizer.vocab_size, eos_id=self.tokenizer.eos_id, pad_id=pad,
+            vocab_size=self.tokenizer.vocab_size, eos_id=self.tokenizer.end_ids, pad_id=pad,
         )  # fmt: skip
         tokens, mask, log_probs = map(sharding.fetch_whole, drawn)
         count = len(prompts)
@@ -91,10 +92,14 @@ class Sampler:
         return [row[begin:end].tolist() for row, begin, end in ends]
 
     def text(self, rows: Rows) -> list[tuple[str, str]]:
-        """Prompt and response of each row."""
+        """Returns prompt and response of each row, the response without its end token."""
         prompts = (row[:end].tolist() for row, end in zip(rows["tokens"], rows["prompt_lengths"], strict=True))
-        decode = self.tokenizer.decode
-        return [(decode(prompt), decode(ids)) for prompt, ids in zip(prompts, self.responses(rows), strict=True)]
+        decode, strip = self.tokenizer.decode, self.tokenizer.strip_ends
+        return [(decode(prompt), decode(strip(ids))) for prompt, ids in zip(prompts, self.responses(rows), strict=True)]
+
+    def has_ended(self, response: Sequence[int]) -> bool:
+        """Whether a response's last token is an end token."""
+        return bool(response) and response[-1] in self.tokenizer.end_ids
 
     def report(self, rows: Rows) -> dict[str, float]:
         """Of the responses: tokens, share that ended, share of 4-grams that the same response has before, and entropy.
@@ -106,7 +111,7 @@ class Sampler:
         total, distinct = sum(map(len, grams)), sum(len(set(g)) for g in grams)
         return {
             "length": float(np.mean([len(ids) for ids in texts])),
-            "finished": float(np.mean([bool(ids) and ids[-1] == self.tokenizer.eos_id for ids in texts])),
+            "finished": float(np.mean([self.has_ended(ids) for ids in texts])),
             "repetition": 1 - distinct / total if total else 0.0,
             "entropy": -float(rows["log_probs"].sum()) / max(1, sum(map(len, texts))),
         }
@@ -148,11 +153,11 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
 
 
 def write_responses(
-    folder: Path, rows: Sequence[dict[str, str]], encode: Callable[[list[dict[str, str]]], list[list[int] | None]],
-    sampler: Sampler, model: models.Model, params: Any, *, batch_size: int, seed: int, settings: dict[str, Any],
+    folder: Path, rows: Sequence[dict[str, str]], prompts: Sequence[list[int] | None], sampler: Sampler,
+    model: models.Model, params: Any, *, batch_size: int, seed: int, settings: dict[str, Any],
     progress: Callable[..., Any],
 ) -> Path:  # fmt: skip
-    """A model's responses to a dataset's prompts as a file of JSON lines, for the dataset `jsonl`.
+    """Writes a model's responses to a dataset's prompts as a file of JSON lines, which `read_responses` reads.
 
     What is drawn depends on the row's place and the seed alone: an interrupted call goes on where it was, and the file has
     its name only when it is complete. All processes of a run call it; the first one looks and writes, so that the folder must
@@ -161,27 +166,30 @@ def write_responses(
     Args:
       folder: the file is `responses.jsonl` in it.
       rows: with prompt and context.
-      encode: rows -> the ids of their prompts, None for one that is left out.
+      prompts: the ids of each row's prompt; None or [] for a row without a response.
       sampler: how responses are drawn.
-      model: who writes.
+      model: the model that writes.
       params: its parameters.
-      batch_size: rows drawn at a time.
+      batch_size: the number of rows drawn at a time.
       seed: of the draws.
       settings: what is to be known about the file, written beside it.
       progress: iterable -> the same with a progress bar.
 
     Returns:
-      The file. Its rows have prompt, context and response; responses that have not ended are left out, and so are empty ones.
+      The file. Responses that have not ended, and empty ones, are not in it.
+
+    Raises:
+      ValueError: no response has ended. Nothing is kept then, so that the next call draws again.
     """
     first = jax.process_index() == 0
     if first:
         folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder) if first else contextlib.nullcontext():
-        return _write(folder, rows, encode, sampler, model, params, batch_size, seed, settings, progress, first)
+        return _write(folder, rows, prompts, sampler, model, params, batch_size, seed, settings, progress, first)
 
 
 def _write(
-    folder: Path, rows: Any, encode: Any, sampler: Sampler, model: models.Model, params: Any, batch_size: int, seed: int,
+    folder: Path, rows: Any, prompts: Any, sampler: Sampler, model: models.Model, params: Any, batch_size: int, seed: int,
     settings: dict[str, Any], progress: Callable[..., Any], first: bool,
 ) -> Path:  # fmt: skip
     path, partial = folder / "responses.jsonl", folder / "responses.jsonl.partial"
@@ -190,29 +198,49 @@ def _write(
         done = len(rows) if path.exists() else _complete_batches(partial) * batch_size
     # What the first process has seen holds for all: the draws below are theirs together.
     for start in progress(range(sharding.from_first_process(done), len(rows), batch_size)):
-        some = list(rows[start : start + batch_size])
-        kept = [(row, ids) for row, ids in zip(some, encode(some), strict=True) if ids]
-        lines: list[dict[str, str]] = []
+        stop = min(start + batch_size, len(rows))
+        kept = [(rows[i], prompts[i]) for i in range(start, stop) if prompts[i]]
+        lines: list[dict[str, Any]] = []
         if kept:
-            prompts = [ids for _, ids in kept]
-            filled = prompts + [prompts[-1]] * (batch_size - len(prompts))  # one shape
+            asked = [ids for _, ids in kept]
+            filled = asked + [asked[-1]] * (batch_size - len(asked))  # one shape
             drawn = sampler.rows(model, params, filled, draw_key(seed, start), "teacher")
-            for (row, _), ids in zip(kept, sampler.responses(drawn), strict=False):
-                response = sampler.tokenizer.decode(ids)
-                if ids[-1] == sampler.tokenizer.eos_id and response:
-                    lines.append({"prompt": row["prompt"], "context": row["context"], "response": response})
+            for (row, prompt_ids), ids in zip(kept, sampler.responses(drawn), strict=False):
+                own = sampler.tokenizer.strip_ends(ids)
+                response = sampler.tokenizer.decode(own)
+                if sampler.has_ended(ids) and response:
+                    text = {"prompt": row["prompt"], "context": row["context"], "response": response}
+                    lines.append(text | {"prompt_ids": prompt_ids, "response_ids": own})
         if first:  # a line a batch, so that a batch is there or is not
             with partial.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(lines) + "\n")
+    found = 1
     if first and not path.exists():
         batches = (json.loads(line) for line in partial.read_text(encoding="utf-8").splitlines())
-        whole = folder / "responses.jsonl.whole"
-        whole.write_text("".join(json.dumps(row) + "\n" for batch in batches for row in batch), encoding="utf-8")
-        (folder / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
-        whole.replace(path)
+        written = [row for batch in batches for row in batch]
+        found = len(written)
+        if written:
+            whole = folder / "responses.jsonl.whole"
+            whole.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
+            (folder / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
+            whole.replace(path)
         partial.unlink()
-    sharding.from_first_process(0)  # nobody reads before it is there
+    if not sharding.from_first_process(found):  # nobody reads before the file is there
+        raise ValueError(
+            f"none of the teacher's {len(rows)} responses ended within max_new_tokens={sampler.max_new_tokens}, and a response "
+            f"that has not ended is not used. Raise sampling.max_new_tokens, or check that the teacher's folder names the token "
+            f"that ends its answers: its end tokens are {', '.join(map(sampler.tokenizer.shown, sampler.tokenizer.end_ids))}."
+        )
     return path
+
+
+def read_responses(path: Path) -> list[dict[str, Any]]:
+    """Reads what `write_responses` wrote: rows of prompt, context and response, with prompt_ids and response_ids.
+
+    The ids of a response are those that were drawn, without an end token.
+    """
+    lines = path.read_bytes().splitlines()
+    return [untrusted.parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
 @contextlib.contextmanager

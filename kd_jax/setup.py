@@ -18,17 +18,34 @@ PACKINGS = ("none", "rows", "stream")
 
 
 @dataclasses.dataclass(frozen=True)
-class Models:
-    """The two models of a run; `init_student` makes the student's initial parameters, placed on the mesh.
+class Writer:
+    """A teacher whose tokenizer is not the student's: the student learns from its text, and is not compared with it."""
 
-    Where a cache is in the teacher's place, `teacher` is None, `cached` a `CachedTeacher`, and the parameters are what that has.
+    model: models.Model
+    params: Any
+    tokenizer: data.Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The two models of a run.
+
+    Attributes:
+      student: its config names every end token of the run, so that the exported model stops at each of them.
+      init_student: makes the student's initial parameters from a key, placed on the mesh.
+      tokenizer: of both models. Its `end_ids` are its own, the prompt template's and those that the two models' folders name.
+      teacher, teacher_params: None without a teacher that the student is compared with.
+      cached: a `CachedTeacher` in the teacher's place, or None; `teacher_params` are then what the cache has.
+      writer: a teacher that only writes text, or None.
     """
 
     student: models.Model
     init_student: Callable[[jax.Array], Any]
-    teacher: Any
-    teacher_params: Any
+    tokenizer: data.Tokenizer
+    teacher: Any = None
+    teacher_params: Any = None
     cached: Any = None
+    writer: Writer | None = None
 
     @property
     def compared(self) -> Any:
@@ -121,23 +138,41 @@ def check_mesh(config: Any, mesh: jax.sharding.Mesh) -> None:
             )
 
 
-def load_tokenizer(config: Any) -> data.Tokenizer:
-    """Of tokenizer.path, or else of the teacher's cache or folder, or else of the student's."""
+def load_tokenizer(config: Any, text_only: bool = False) -> data.Tokenizer:
+    """Loads the tokenizer of tokenizer.path, or else of the teacher's cache or folder, or else of the student's.
+
+    Args:
+      config: of the run.
+      text_only: whether the student learns from the teacher's text alone. A pretrained student then keeps its own tokenizer, if
+        that is not the teacher's.
+    """
     cached = f"{config.teacher.cache}/tokenizer" if config.teacher.cache else ""
     path = config.tokenizer.path or cached or config.teacher.path or config.student.path
     if not path:
         raise ValueError("nothing names a tokenizer: set tokenizer.path, teacher.path or student.path to a folder.")
-    return data.Tokenizer.load(folder(path))
+    tokenizer = data.Tokenizer.load(folder(path))
+    if text_only and not config.tokenizer.path and config.student.init == "pretrained" and config.student.path:
+        own = data.Tokenizer.load(folder(config.student.path))
+        tokenizer = tokenizer if own.vocabulary() == tokenizer.vocabulary() else own
+    return data.with_template_end(tokenizer, config.data.template)
 
 
-def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher: bool) -> Models:
-    """Teacher and student as the config describes them, each array placed on the mesh as it is read.
+def load_models(
+    config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher: bool, text_only: bool = False
+) -> Models:
+    """Loads teacher and student as the config describes them, each array placed on the mesh as it is read.
+
+    Args:
+      config: of the run.
+      tokenizer: of `load_tokenizer`.
+      mesh: of the run.
+      needs_teacher: whether a term of the objective compares with the teacher.
+      text_only: as in `load_tokenizer`; the teacher may then have another tokenizer.
 
     Raises:
       ValueError: a folder, a size or a vocabulary that does not fit.
     """
-    place = partial(sharding.tree_shardings, mesh)
-    init, student_options = config.student.init, dict(config.student.config)
+    init = config.student.init
     if init not in INITS:
         raise ValueError(f"student.init={init!r} is not one of {', '.join(INITS)}.")
     path_of_teacher = "" if config.teacher.cache else config.teacher.path
@@ -146,22 +181,55 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
             "teacher.path is empty, but the objective or student.init='layers' needs a teacher; name its folder."
         )
     teacher: Any = None
-    teacher_params: Any = None
+    params: Any = None
+    writer = None
     if path_of_teacher:  # also where no term needs it: what is measured is then measured against it too
-        path = folder(config.teacher.path)
-        _check_vocabulary(config.teacher.path, models.load_config(path), tokenizer, "teacher")
-        if config.tokenizer.path:
+        path = folder(path_of_teacher)
+        own = data.with_template_end(data.Tokenizer.load(path), config.data.template) if text_only else tokenizer
+        writes_only = own.vocabulary() != tokenizer.vocabulary()
+        teachers_tokenizer = own if writes_only else tokenizer
+        _check_vocabulary(path_of_teacher, models.load_config(path), teachers_tokenizer, "teacher")
+        if config.tokenizer.path and not writes_only:
             check_same_tokenizer(path, tokenizer, "teacher")
-        teacher, teacher_params = models.load_pretrained(
-            path,
-            dtype=config.teacher.dtype,
-            shardings=partial(place, layout=config.teacher.sharding),
-            matrices_in_int8=config.teacher.weights == "int8",
-        )
-        teacher = dataclasses.replace(teacher, attention=config.attention)
+        teacher, params = _load_teacher(config, path, mesh)
+        if writes_only:
+            writer = Writer(teacher, params, own.with_ends(own.eos_id, end_ids(teacher.config)))
+            teacher = params = None
+    student, init_student = _make_student(config, tokenizer, mesh, teacher, params)
+    # A text ends wherever one of the two models' folders says that it does.
+    others = [number for model in (student, teacher) if model is not None for number in end_ids(model.config)]
+    tokenizer = tokenizer.with_ends(tokenizer.eos_id, others)
+    ends = tokenizer.end_ids[0] if len(tokenizer.end_ids) == 1 else tokenizer.end_ids
+    pad_id = tokenizer.pad_id if student.config.pad_id is None else student.config.pad_id
+    named = dataclasses.replace(student.config, eos_id=ends, pad_id=pad_id)
+    student = dataclasses.replace(student, config=named)
+    return Models(student, init_student, tokenizer, teacher, params, writer=writer)
 
+
+def end_ids(config: models.ModelConfig) -> tuple[int, ...]:
+    """Returns the tokens at which a model's folder says that a text ends."""
+    found = config.eos_id
+    return found if isinstance(found, tuple) else () if found is None else (found,)
+
+
+def _load_teacher(config: Any, path: Path, mesh: Any) -> tuple[models.Model, Any]:
+    teacher, params = models.load_pretrained(
+        path,
+        dtype=config.teacher.dtype,
+        shardings=partial(sharding.tree_shardings, mesh, layout=config.teacher.sharding),
+        matrices_in_int8=config.teacher.weights == "int8",
+    )
+    return dataclasses.replace(teacher, attention=config.attention), params
+
+
+def _make_student(
+    config: Any, tokenizer: data.Tokenizer, mesh: Any, teacher: Any, teacher_params: Any
+) -> tuple[models.Model, Callable[[jax.Array], Any]]:
+    """Returns the student and the function that makes its initial parameters."""
+    place = partial(sharding.tree_shardings, mesh)
     how = dict(dtype=config.student.dtype, remat=config.student.remat, attention=config.attention)
-    if init == "random":
+    if config.student.init == "random":
+        student_options = dict(config.student.config)
         sizes: dict[str, Any] = {
             "vocab_size": tokenizer.vocab_size,
             "eos_id": tokenizer.eos_id,
@@ -173,9 +241,9 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
             known = ", ".join(field.name for field in dataclasses.fields(models.ModelConfig))
             raise ValueError(f"student.config={student_options}: {error}; it takes {known}.") from error
         _check_vocabulary("student.config", student.config, tokenizer, "student")
-        return Models(student, partial(student.init, shardings=place), teacher, teacher_params)
+        return student, partial(student.init, shardings=place)
 
-    if init == "pretrained":
+    if config.student.init == "pretrained":
         if not config.student.path:
             raise ValueError("student.init='pretrained' needs student.path, the folder of the student to start from.")
         path = folder(config.student.path)
@@ -183,8 +251,7 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
         check_same_tokenizer(path, tokenizer, "student")
         student = models.from_config(models.load_config(path), **how)
         # Read when the state is made, so that nothing but the state holds the initial parameters.
-        load = lambda key: models.load_pretrained(path, dtype=jnp.float32, shardings=place)[1]
-        return Models(student, load, teacher, teacher_params)
+        return student, lambda key: models.load_pretrained(path, dtype=jnp.float32, shardings=place)[1]
 
     student, params = models.take_layers(teacher, teacher_params, tuple(config.student.layers))
     student = dataclasses.replace(student, param_dtype=jnp.float32, **how)
@@ -194,7 +261,7 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
         lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), whole(tree)),
         out_shardings=place(student.abstract_params()),
     )
-    return Models(student, lambda key: copy(params), teacher, teacher_params)
+    return student, lambda key: copy(params)
 
 
 def _check_vocabulary(path: str, config: models.ModelConfig, tokenizer: data.Tokenizer, who: str) -> None:

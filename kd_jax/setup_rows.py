@@ -1,6 +1,5 @@
 """The rows of a config: its dataset, its second stream, a teacher's responses, and the feed that serves them."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from kd_jax import data, evaluate, metrics, prefixes, remote, resolve, rollouts,
 from kd_jax.feed import Author, Feed
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
-from kd_jax.setup import Models
+from kd_jax.setup import Models, Writer
 from kd_jax.setup_cache import kept_rows
 from kd_jax.setup_checks import check_room, check_sampling, check_term, name_of
 from kd_jax.teacher_cache_read import Cache
@@ -73,8 +72,12 @@ def _source(config: Any, split: str) -> Any:
 
 
 def _training_rows(config: Any, tokenizer: data.Tokenizer, source: Any) -> tuple[Any, dict[str, int]]:
+    return _packed(config, *_tokenize(config, tokenizer, source, config.data.loss_on))
+
+
+def _packed(config: Any, tokenized: data.Rows, counts: dict[str, int]) -> tuple[Any, dict[str, int]]:
+    """Returns the rows as `data.packing` combines them."""
     options = config.data
-    tokenized, counts = _tokenize(config, tokenizer, source, options.loss_on)
     if options.packing == "none":
         return tokenized, counts
     combine = data.pack_rows if options.packing == "rows" else data.join
@@ -123,45 +126,54 @@ def load_text(config: Any, tokenizer: data.Tokenizer) -> data.Rows:
     return data.join(_tokenize(config, tokenizer, source, "all")[0], max_length=length)
 
 
-def load_responses(
-    config: Any, source: prefixes.teacher, tokenizer: data.Tokenizer, loaded: Models, mesh: Any
-) -> tuple[Any, dict[str, int]]:
-    """The dataset's prompts with the teacher's responses, which are drawn first if they are not on disk."""
-    options = config.data
+def learns_from_text(config: Any, source: Source, terms: tuple[Term, ...]) -> bool:
+    """Whether the student learns from the teacher's text alone, so that the two may have different tokenizers."""
+    writes = isinstance(source, prefixes.teacher) and config.student.init != "layers"
+    return writes and not any(term.needs_teacher for term in terms)
+
+
+def load_responses(config: Any, source: prefixes.teacher, loaded: Models, mesh: Any) -> tuple[Any, dict[str, int]]:
+    """Returns the dataset's prompts with the teacher's responses, which the teacher writes first if they are not on disk.
+
+    Rows have the ids that the teacher drew. Only where the teacher's tokenizer is another one is its text encoded again.
+    """
+    options, tokenizer = config.data, loaded.tokenizer
+    writer = loaded.writer or Writer(loaded.teacher, loaded.teacher_params, tokenizer)
     split = _source(config, options.train_split)
     rows = [split[i] for i in range(min(source.num_rows or len(split), len(split)))]
-    sampler = make_sampler(config, tokenizer, mesh)
-    prompts = [row["prompt"] + "\0" + row["context"] for row in rows]
-    encode = partial(
-        data.encode_prompts, tokenizer=tokenizer, template=options.template, max_length=options.max_prompt_length,
+    sampler = make_sampler(config, writer.tokenizer, mesh)
+    if options.max_prompt_length + sampler.max_new_tokens > writer.model.config.max_positions:
+        raise ValueError(
+            f"data.max_prompt_length={options.max_prompt_length} and sampling.max_new_tokens={sampler.max_new_tokens} are more "
+            f"than the {writer.model.config.max_positions} positions of the teacher; lower one of them."
+        )
+    prompts = data.encode_prompts(
+        rows, tokenizer=writer.tokenizer, template=options.template, max_length=options.max_prompt_length,
         cut=options.long_prompts == "cut",
     )  # fmt: skip
     settings = {key: config.sampling[key] for key in ("max_new_tokens", "temperature", "top_p", "top_k")}
     settings |= {key: options[key] for key in ("template", "max_prompt_length", "long_prompts", "batch_size")}
-    settings |= {"seed": source.seed, "teacher": str(loaded.teacher.config), "dtype": config.teacher.dtype}
-    settings["first prompts"] = encode(rows[:8])  # as template and tokenizer make them
-    made_from = rollouts.fingerprint(loaded.teacher_params, [settings, prompts])
+    settings |= {"seed": source.seed, "teacher": str(writer.model.config), "dtype": config.teacher.dtype}
+    settings |= {"tokenizer": writer.tokenizer.fingerprint(), "ends": writer.tokenizer.end_ids}
+    made_from = rollouts.fingerprint(writer.params, [rollouts.RESPONSES_VERSION, settings, prompts])
     where = f"{options.data_dir or data.DEFAULT_DIR}/kd_jax_responses/{made_from}"
     with remote.folder_beside(where, writes=jax.process_index() == 0) as folder:
         rollouts.write_responses(
-            folder, rows, encode, sampler, loaded.teacher, loaded.teacher_params, batch_size=options.batch_size,
+            folder, rows, prompts, sampler, writer.model, writer.params, batch_size=options.batch_size,
             seed=source.seed, settings=settings | {"path": config.teacher.path, "data": options.name, "rows": len(rows)},
             progress=lambda it: metrics.tqdm(it, desc="the teacher writes", unit="batch"),
         )  # fmt: skip
     sharding.from_first_process(0)  # it has been copied
     path = remote.local_file(f"{where}/responses.jsonl")
-    if not path.stat().st_size:
-        raise ValueError(
-            f"none of the teacher's {len(rows)} responses ended within sampling.max_new_tokens={sampler.max_new_tokens}, and one "
-            f"that has not is left out; raise it."
-        )
-    metrics.tqdm.write(f"the teacher's responses: {path}")
-    written: Any = data.load(
-        "jsonl", split="train", data_dir=options.data_dir or None, path=str(path), context_field="context",
-        validation_fraction=0.0,
-    )  # fmt: skip
-    tokenized, counts = _training_rows(config, tokenizer, written)
-    return tokenized, {"prompts": len(rows)} | counts
+    written = rollouts.read_responses(path)
+    metrics.tqdm.write(f"the teacher's responses: {path}, {len(written)} of {len(rows)} ended and are used")
+    if loaded.writer:
+        tokenized, counts = _tokenize(config, tokenizer, written, options.loss_on)
+    else:
+        ids = [(row["prompt_ids"], row["response_ids"]) for row in written]
+        tokenized, counts = data.from_ids(ids, tokenizer, max_length=options.max_length, loss_on=options.loss_on)
+    packed, counts = _packed(config, tokenized, counts)
+    return packed, {"prompts": len(rows)} | counts
 
 
 def make_sampler(config: Any, tokenizer: data.Tokenizer, mesh: Any) -> rollouts.Sampler:

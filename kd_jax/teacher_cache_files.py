@@ -196,7 +196,7 @@ def file_hash(path: Path) -> str:
 
 
 def write_tokenizer(folder: Path, tokenizer: data.Tokenizer) -> None:
-    """Writes the tokenizer, with the ids that some have in their model's config."""
+    """Writes the tokenizer, and its special ids, some of which only the model's configuration names."""
     tokenizer.save(folder / TOKENIZER)
-    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_id") for kind in ("bos", "eos", "pad")}
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_ids, "pad_token_id": tokenizer.pad_id}
     (folder / TOKENIZER / "generation_config.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")

@@ -35,6 +35,7 @@ from kd_jax.setup_cache import kept_rows, open_cache
 from kd_jax.setup_rows import (
     batch_options,
     check_length,
+    learns_from_text,
     load_examples,
     load_responses,
     load_rows,
@@ -140,8 +141,9 @@ def build(config: Any) -> Run:
     mesh = sharding.make_mesh(**config.mesh)
     check_mesh(config, mesh)
     cache = open_cache(config, terms, source)
-    tokenizer = load_tokenizer(config)
-    loaded = load_models(config, tokenizer, mesh, any(term.needs_teacher for term in terms))
+    needs_teacher, text_only = any(term.needs_teacher for term in terms), learns_from_text(config, source, terms)
+    loaded = load_models(config, load_tokenizer(config, text_only), mesh, needs_teacher, text_only)
+    tokenizer = loaded.tokenizer
     if cache:
         loaded = dataclasses.replace(
             loaded, cached=cache.teacher, teacher_params=cache.load_params(mesh, config.teacher.sharding)
@@ -174,7 +176,7 @@ def build(config: Any) -> Run:
     )  # fmt: skip
     # Last, since it may take long: what a teacher has written stays, whatever else is wrong.
     if isinstance(source, prefixes.teacher):
-        train_rows, counts[config.data.train_split] = load_responses(config, source, tokenizer, loaded, mesh)
+        train_rows, counts[config.data.train_split] = load_responses(config, source, loaded, mesh)
     else:
         train_rows, counts[config.data.train_split] = load_rows(config, tokenizer, config.data.train_split)
     return Run(

@@ -7,27 +7,24 @@ import numpy as np
 import pytest
 
 from kd_jax import data
+from tests import folders
 
-END, BOS, PAD = 0, 1, 99
+PAD = 99
 
 
-class Letters:
-    """A tokenizer whose ids are a letter's place in the alphabet, plus 10."""
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return folders.letters(tmp_path_factory.mktemp("tokenizer") / "letters")
 
-    eos_id, pad_id, folder, chat_template = END, PAD, "letters", "{{ messages[0].content }}"
-    bos_token, eos_token = "", ""
 
-    def encode_batch(self, texts, add_special_tokens=False):
-        return [[BOS] * add_special_tokens + [ord(letter) - ord("a") + 10 for letter in text.strip()] for text in texts]
+@pytest.fixture
+def tokenize(tokenizer):
+    options = {"template": "plain", "max_length": 6, "max_prompt_length": 4}
+    return lambda source, **changes: data.tokenize(source, tokenizer, **options | changes)
 
 
 def row(prompt, response):
     return {"prompt": prompt, "context": "", "response": response}
-
-
-def tokenize(source, **options):
-    options = {"template": "plain", "max_length": 6, "max_prompt_length": 4} | options
-    return data.tokenize(source, Letters(), **options)
 
 
 def batches(rows, **options):
@@ -46,7 +43,7 @@ def numbers(batch):
     return np.where(batch["mask"][:, 0], batch["targets"][:, 0] - 100, -1).tolist()
 
 
-def test_masks_position_by_position():
+def test_masks_position_by_position(tokenize):
     rows, counts = tokenize([row("ab", "cd"), row("", "c")])
     assert [rows[i].tolist() for i in range(2)] == [[1, 10, 11, 12, 13, 0], [1, 12, 0]]
     assert rows.prompt_lengths.tolist() == [3, 1]
@@ -61,7 +58,7 @@ def test_masks_position_by_position():
     }  # fmt: skip
 
 
-def test_loss_on_all_counts_the_prompt_but_not_its_first_token():
+def test_loss_on_all_counts_the_prompt_but_not_its_first_token(tokenize):
     rows, _ = tokenize([row("ab", "cd")], loss_on="all")
     (batch,) = batches(rows, shuffle=False, num_epochs=1, batch_size=1)
     np.testing.assert_array_equal(batch["loss_mask"], [[1, 1, 1, 1, 1, 0]])
@@ -69,7 +66,7 @@ def test_loss_on_all_counts_the_prompt_but_not_its_first_token():
     assert rows.prompt_lengths.tolist() == [3]
 
 
-def test_a_chat_template_writes_its_own_special_tokens():
+def test_a_chat_template_writes_its_own_special_tokens(tokenize):
     rows, _ = tokenize([row("ab", "c")], template="chat")
     assert rows[0].tolist() == [10, 11, 12, 0]
 
@@ -84,7 +81,7 @@ SOURCE = [
 ]
 
 
-def test_what_is_too_long_is_cut():
+def test_what_is_too_long_is_cut(tokenize):
     rows, counts = tokenize(SOURCE, long_prompts="cut", long_responses="cut")
     assert [rows[i].tolist() for i in range(len(rows))] == [
         [1, 10, 11, 12, 0],
@@ -97,14 +94,14 @@ def test_what_is_too_long_is_cut():
     assert counts["prompts_dropped"] == counts["responses_dropped"] == 0
 
 
-def test_what_is_too_long_is_dropped():
+def test_what_is_too_long_is_dropped(tokenize):
     rows, counts = tokenize(SOURCE, long_prompts="drop", long_responses="drop")
     assert [rows[i].tolist() for i in range(len(rows))] == [[1, 10, 11, 12, 0], [1, 10, 11, 12, 13, 14, 0]]
     assert (counts["prompts_dropped"], counts["responses_dropped"], counts["empty"], counts["kept"]) == (1, 2, 1, 2)
     assert counts["read"] == 6
 
 
-def test_tokenize_errors():
+def test_tokenize_errors(tokenize):
     with pytest.raises(ValueError, match="max_prompt_length=6 must be at least 1 and less than max_length=6"):
         tokenize(SOURCE, max_prompt_length=6)
     with pytest.raises(ValueError, match="long_prompts must be one of drop, cut, but is 'skip'"):
@@ -119,9 +116,9 @@ def test_tokenize_errors():
         tokenize([SOURCE[1], SOURCE[2], SOURCE[5]], long_responses="drop")
 
 
-def test_pack_counts_each_token_once():
+def test_pack_counts_each_token_once(tokenizer):
     source = [row("", "abc"), row("", "de"), row("", ""), row("", "fghi")]
-    rows, counts = data.pack(source, Letters(), max_length=4)
+    rows, counts = data.pack(source, tokenizer, max_length=4)
     stream = [10, 11, 12, 0, 13, 14, 0, 15, 16, 17, 18, 0]
     assert [rows[i].tolist() for i in range(len(rows))] == [stream[0:5], stream[4:9], stream[8:]]
     assert counts == {"read": 4, "kept": 3}
@@ -131,9 +128,9 @@ def test_pack_counts_each_token_once():
     ]
     assert list(itertools.chain(*targets)) == stream[1:]
     with pytest.raises(ValueError, match="no text to pack in the 1 rows"):
-        data.pack([row("", "")], Letters(), max_length=4)
+        data.pack([row("", "")], tokenizer, max_length=4)
     with pytest.raises(ValueError, match="max_length must be at least 1, but is 0"):
-        data.pack(source, Letters(), max_length=0)
+        data.pack(source, tokenizer, max_length=0)
 
 
 def test_an_evaluation_reads_each_row_once_in_order_and_fills_up():
@@ -202,7 +199,7 @@ def test_batches_leave_no_thread_behind():
     assert not any(thread.is_alive() for thread in started)
 
 
-def test_batches_errors():
+def test_batches_errors(tokenize):
     rows = numbered(4)
     with pytest.raises(ValueError, match="batch_size=5 is not a multiple of the number of processes, 2"):
         batches(rows, batch_size=5, process_count=2)
@@ -214,7 +211,7 @@ def test_batches_errors():
         batches(tokenize(SOURCE)[0], max_length=5)
 
 
-def test_a_source_needs_only_a_length_and_an_index():
+def test_a_source_needs_only_a_length_and_an_index(tokenize):
     # What tfds gives raises no IndexError at its end, so nothing may iterate over it
     source = type("Source", (), {"__len__": lambda self: 1, "__getitem__": lambda self, i: SOURCE[0]})()
     assert tokenize(source)[1]["read"] == 1

@@ -248,7 +248,9 @@ def test_a_teachers_responses_are_written_once_and_go_on_where_they_stopped(data
     (whole,) = written()
     assert len(calls) == 3 + 3, "five batches of eight, two of which were there"
     rows = [json.loads(line) for line in whole.read_text().splitlines()]
-    assert 0 < len(rows) == run.counts["train"]["kept"] and set(rows[0]) == {"prompt", "context", "response"}
+    assert 0 < len(rows) == run.counts["train"]["kept"] and set(rows[0]) == {
+        "prompt", "context", "response", "prompt_ids", "response_ids",
+    }  # fmt: skip
     assert json.loads((whole.parent / "settings.json").read_text())["max_new_tokens"] == 12
     batch = run.feed.next(0, None)
     assert np.all(batch["origin"] == TEACHER)
@@ -268,7 +270,8 @@ def test_two_runs_that_want_the_same_responses_write_them_once(tmp_path):
     drawn = []
 
     class Writer:
-        tokenizer = types.SimpleNamespace(eos_id=0, decode=lambda ids: f"response {ids[0]}")
+        tokenizer = types.SimpleNamespace(decode=lambda ids: f"response {ids[0]}", strip_ends=lambda ids: ids[:-1])
+        has_ended = staticmethod(lambda ids: True)
 
         def rows(self, model, params, prompts, key, origin):
             drawn.append(prompts)
@@ -279,9 +282,9 @@ def test_two_runs_that_want_the_same_responses_write_them_once(tmp_path):
             return [[ids[0], 0] for ids in prompts]
 
     rows = [{"prompt": str(i), "context": ""} for i in range(12)]
-    encode = lambda some: [[int(row["prompt"])] for row in some]
+    prompts = [[i] for i in range(12)]
     write = lambda: rollouts.write_responses(
-        tmp_path, rows, encode, Writer(), None, None, batch_size=4, seed=0, settings={}, progress=iter
+        tmp_path, rows, prompts, Writer(), None, None, batch_size=4, seed=0, settings={}, progress=iter
     )
     threads = [threading.Thread(target=write) for _ in range(2)]
     for thread in threads:

@@ -1,8 +1,8 @@
 """Text in, batches of tokens out: datasets, prompts, the tokenizer, and the pipeline from one to the other."""
 
 from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, load, load_references
-from kd_jax.data.pipeline import batches, encode_prompts, pack, pad, prompt_of, tokenize
-from kd_jax.data.prompts import TEMPLATES, make_render
+from kd_jax.data.pipeline import batches, encode_prompts, from_ids, pack, pad, prompt_of, tokenize
+from kd_jax.data.prompts import TEMPLATES, make_render, with_template_end
 from kd_jax.data.rows import Beside, Packed, Rows, join, pack_rows
 from kd_jax.data.tokenizer import Tokenizer
 
@@ -16,6 +16,7 @@ __all__ = [
     "Tokenizer",
     "batches",
     "encode_prompts",
+    "from_ids",
     "join",
     "load",
     "load_references",
@@ -25,4 +26,5 @@ __all__ = [
     "pad",
     "prompt_of",
     "tokenize",
+    "with_template_end",
 ]

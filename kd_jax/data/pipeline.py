@@ -1,19 +1,18 @@
 """From rows of text to batches of tokens: tokenised once, in a global order that the seed gives, resumable anywhere."""
 
-import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
-from kd_jax.data import prompts
+from kd_jax.data.encoding import Encoded, Encoder
 from kd_jax.data.rows import Beside, Packed, Rows, from_pieces
 from kd_jax.data.tokenizer import Tokenizer
 
-ENCODED_AT_ONCE = 4096  # rows: enough for all cores, few enough to hold as Python lists
+COUNTS = ("read", "prompts_cut", "prompts_dropped", "responses_cut", "responses_dropped", "empty", "own_prefix")
 
 
 def tokenize(
@@ -27,28 +26,29 @@ def tokenize(
     long_responses: str = "cut",
     loss_on: str = "response",
 ) -> tuple[Rows, dict[str, int]]:
-    """Every row of the source as prompt, response and end token, at most max_length + 1 of them.
+    """Returns every row of the source as prompt, response and one end token, at most max_length + 1 tokens.
 
-    One more than `max_length` because a row gives inputs [:-1] and targets [1:]. Prompt and response are encoded apart,
-    so that the prompt's ids are the same here and when the model is asked to continue it.
+    A row has one more token than `max_length` because it gives inputs [:-1] and targets [1:]. Prompt and response are encoded
+    as one text (`Tokenizer.encode_pairs`).
 
     Args:
       source: rows with prompt, context and response.
-      tokenizer: its ids; its eos ends a response.
+      tokenizer: its `eos_id` is the end token.
       template: plain, alpaca or chat (`kd_jax.data.prompts`).
-      max_length: tokens of a model's input.
-      max_prompt_length: tokens of a prompt.
-      long_prompts: of a longer prompt, "cut" keeps the first `max_prompt_length` tokens; "drop" leaves the row out.
-      long_responses: of a response that does not fit with its end token, "cut" keeps what fits, without an end token
-        (the response has not ended there); "drop" leaves the row out.
+      max_length: the number of tokens of a model's input.
+      max_prompt_length: the largest number of tokens of a prompt.
+      long_prompts: what happens to a longer prompt. "cut" truncates the user's text, its context first, and never the
+        template's own tokens; "drop" drops the row.
+      long_responses: what happens to a response that does not fit with its end token. "cut" truncates it, without an end token,
+        since the response does not end there; "drop" drops the row.
       loss_on: "response" counts the response and its end token, "all" the prompt as well.
     Returns:
-      The rows, and counts: read, prompts_cut, prompts_dropped, responses_cut, responses_dropped, empty (without a token
-      of a response: dropped) and kept.
+      The rows, and counts: read, prompts_cut, prompts_dropped, responses_cut, responses_dropped, empty (rows whose response
+      has no token, which are dropped), own_prefix (prompts that begin with the tokenizer's bos as text) and kept.
     Raises:
-      ValueError: for a `max_prompt_length` that leaves no room, an unknown choice, or if no row is left.
+      ValueError: `max_prompt_length` leaves no room for a response or for the template, a choice is unknown, or no row is left.
     References:
-      Cutting a prompt to its first tokens: DistiLLM; dropping it: MiniLLM.
+      Long prompts are truncated in DistiLLM and dropped in MiniLLM.
     """
     _check_choice("long_prompts", long_prompts, ("drop", "cut"))
     _check_choice("long_responses", long_responses, ("cut", "drop"))
@@ -58,20 +58,53 @@ def tokenize(
             f"max_prompt_length={max_prompt_length} must be at least 1 and less than max_length={max_length}, or no "
             f"response fits."
         )
-    counts = dict.fromkeys(("read", "prompts_cut", "prompts_dropped", "responses_cut", "responses_dropped", "empty"), 0)
+    encoder = Encoder(tokenizer, template, max_prompt_length, truncates=long_prompts == "cut")
+    rows, counts = _assemble(encoder.rows(source), tokenizer, max_length, max_prompt_length, long_responses, loss_on)
+    if not counts["kept"]:
+        raise ValueError(
+            f"no row is left of {counts['read']}: {counts['prompts_dropped']} prompts are longer than "
+            f"max_prompt_length={max_prompt_length} tokens (raise it, or long_prompts='cut'), "
+            f"{counts['responses_dropped']} responses do not fit into max_length={max_length} (raise it, or "
+            f"long_responses='cut'), {counts['empty']} responses are empty."
+        )
+    return rows, counts
+
+
+def from_ids(
+    pairs: Sequence[tuple[list[int], list[int]]], tokenizer: Tokenizer, *, max_length: int, loss_on: str = "response"
+) -> tuple[Rows, dict[str, int]]:
+    """Returns rows of which the ids are at hand, such as those that a model drew, each with one end token.
+
+    Args:
+      pairs: the ids of a prompt and of its response; an end token after the response is replaced by the one that is trained.
+      tokenizer, max_length, loss_on: as in `tokenize`. Longer responses are truncated.
+
+    Returns:
+      Rows and counts as `tokenize` returns them.
+    """
+    encoded = (Encoded(prompt, response, False, False) for prompt, response in pairs)
+    return _assemble(encoded, tokenizer, max_length, max_length, "cut", loss_on)
+
+
+def _assemble(
+    encoded_rows: Iterable[Encoded], tokenizer: Tokenizer, max_length: int, max_prompt_length: int, long_responses: str,
+    loss_on: str,
+) -> tuple[Rows, dict[str, int]]:  # fmt: skip
+    """Puts prompt, response and end token together, and counts what is dropped or truncated."""
+    counts = dict.fromkeys(COUNTS, 0)
     pieces: list[Int[np.ndarray, " L"]] = []
     prompt_lengths: list[int] = []
-    for prompt, response in _encode(source, tokenizer, template):
+    for encoded in encoded_rows:
         counts["read"] += 1
+        counts["prompts_cut"] += encoded.truncated
+        counts["own_prefix"] += encoded.own_prefix
+        prompt, response = encoded.prompt, tokenizer.strip_ends(encoded.response)
         if not response:
             counts["empty"] += 1
             continue
         if len(prompt) > max_prompt_length:
-            if long_prompts == "drop":
-                counts["prompts_dropped"] += 1
-                continue
-            counts["prompts_cut"] += 1
-            prompt = prompt[:max_prompt_length]
+            counts["prompts_dropped"] += 1
+            continue
         room = max_length + 1 - len(prompt)
         response = [*response, tokenizer.eos_id]
         if len(response) > room:
@@ -83,13 +116,6 @@ def tokenize(
         pieces.append(np.array(prompt + response, np.int32))
         prompt_lengths.append(len(prompt))
     counts["kept"] = len(pieces)
-    if not pieces:
-        raise ValueError(
-            f"no row is left of {counts['read']}: {counts['prompts_dropped']} prompts are longer than "
-            f"max_prompt_length={max_prompt_length} tokens (raise it, or long_prompts='cut'), "
-            f"{counts['responses_dropped']} responses do not fit into max_length={max_length} (raise it, or "
-            f"long_responses='cut'), {counts['empty']} responses are empty."
-        )
     lengths = np.array(prompt_lengths, np.int32)
     return from_pieces(pieces, lengths, lengths if loss_on == "response" else np.zeros_like(lengths)), counts
 
@@ -111,9 +137,9 @@ def pack(source: Sequence[dict[str, str]], tokenizer: Tokenizer, *, max_length: 
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, but is {max_length}.")
     pieces = [
-        np.array([*response, tokenizer.eos_id], np.int32)
-        for _, response in _encode(source, tokenizer, "plain")
-        if response
+        np.array([*tokenizer.strip_ends(encoded.response), tokenizer.eos_id], np.int32)
+        for encoded in Encoder(tokenizer, "plain").rows(source)
+        if encoded.response
     ]
     if not pieces:
         raise ValueError(f"there is no text to pack in the {len(source)} rows.")
@@ -242,27 +268,23 @@ def pad(
     return {"tokens": tokens, "targets": targets, "mask": segments, "loss_mask": loss_mask, **more}
 
 
-def _encode(
-    source: Sequence[dict[str, str]], tokenizer: Tokenizer, template: str
-) -> Iterator[tuple[list[int], list[int]]]:
-    """The ids of each row's rendered prompt and of its response."""
-    render = prompts.make_render(template, tokenizer)
-    special = prompts.adds_special_tokens(template)
-    rows = (source[i] for i in range(len(source)))  # tfds' sources end in no IndexError
-    while some := list(itertools.islice(rows, ENCODED_AT_ONCE)):
-        texts = [render(row["prompt"], row["context"]) for row in some]
-        responses = tokenizer.encode_batch([row["response"] for row in some])
-        yield from zip(tokenizer.encode_batch(texts, add_special_tokens=special), responses, strict=True)
-
-
 def encode_prompts(
-    rows: Sequence[dict[str, str]], *, tokenizer: Tokenizer, template: str, max_length: int, cut: bool
+    rows: Sequence[Mapping[str, str]], *, tokenizer: Tokenizer, template: str, max_length: int, cut: bool
 ) -> list[list[int] | None]:
-    """The ids of each row's rendered prompt, as in `tokenize`; None for one that is too long and not to be cut."""
-    render = prompts.make_render(template, tokenizer)
-    texts = [render(row["prompt"], row["context"]) for row in rows]
-    encoded = tokenizer.encode_batch(texts, add_special_tokens=prompts.adds_special_tokens(template))
-    return [ids if len(ids) <= max_length else ids[:max_length] if cut else None for ids in encoded]
+    """Returns the ids of each row's rendered prompt.
+
+    Args:
+      rows: with prompt and context.
+      tokenizer, template: as in `tokenize`.
+      max_length: the largest number of tokens of a prompt.
+      cut: whether the user's text of a longer prompt is truncated, as in `tokenize`; otherwise the row gives None.
+
+    Raises:
+      ValueError: as in `tokenize`.
+    """
+    encoder = Encoder(tokenizer, template, max_length, truncates=cut)
+    found = (encoded.prompt for encoded in encoder.rows([{**row, "response": ""} for row in rows]))
+    return [ids if len(ids) <= max_length else None for ids in found]
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

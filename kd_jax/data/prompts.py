@@ -69,6 +69,30 @@ def alpaca(prompt: str, context: str) -> str:
     )
 
 
+def with_template_end(tokenizer: Tokenizer, name: str) -> Tokenizer:
+    """Returns the tokenizer with the end that the template writes after a response as the end that is trained.
+
+    A chat template often ends a turn with another token than the tokenizer's end token: `<|im_end|>` in place of
+    `<|endoftext|>`. The first token after an answer is that end, if it is an added token. The tokenizer's own end token
+    still ends a response. The templates plain and alpaca write no end, and the tokenizer stays as it is.
+
+    Args:
+      tokenizer: as loaded.
+      name: plain, alpaca or chat.
+    """
+    if name != "chat" or tokenizer.chat_template is None:
+        return tokenizer
+    answer = "kd_jax"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+    try:
+        text = _render_chat(tokenizer, messages, add_generation_prompt=False)
+    except ValueError:  # a template without a turn of the assistant
+        return tokenizer
+    after = text.rpartition(answer)[2].lstrip(" ")
+    ids = tokenizer.encode(after) if after and answer in text else []
+    return tokenizer.with_ends(ids[0]) if ids and tokenizer.is_added(ids[0]) else tokenizer
+
+
 def _make_chat(tokenizer: Tokenizer) -> Render:
     """The tokenizer's own template, with one user's message, up to where the answer begins; it runs in `sandbox`."""
     if tokenizer.chat_template is None:
@@ -77,23 +101,28 @@ def _make_chat(tokenizer: Tokenizer) -> Render:
             f"tokenizer_config.json nor as chat_template.jinja. Use a chat model's tokenizer, or the template plain or "
             f"alpaca."
         )
-    template, folder = tokenizer.chat_template, tokenizer.folder
+    folder = tokenizer.folder
     try:
-        sandbox.render(template, None)
+        sandbox.render(tokenizer.chat_template, None)
     except ValueError as error:
         raise ValueError(f"the chat_template of {folder} {error}.") from error
 
     def chat(prompt: str, context: str) -> str:
         content = "\n\n".join(part for part in (prompt, context) if part)
-        variables = {
-            "messages": [{"role": "user", "content": content}],
-            "add_generation_prompt": True,
-            "bos_token": tokenizer.bos_token,
-            "eos_token": tokenizer.eos_token,
-        }
         try:
-            return sandbox.render(template, variables)
+            return _render_chat(tokenizer, [{"role": "user", "content": content}], add_generation_prompt=True)
         except ValueError as error:
             raise ValueError(f"the chat_template of {folder} failed on the prompt {prompt[:60]!r}: {error}.") from error
 
     return chat
+
+
+def _render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    """Returns the messages as the tokenizer's template writes them."""
+    variables = {
+        "messages": messages,
+        "add_generation_prompt": add_generation_prompt,
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+    }
+    return sandbox.render(tokenizer.chat_template or "", variables)

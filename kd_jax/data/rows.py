@@ -68,7 +68,8 @@ def from_pieces(
     """Rows out of one array each."""
     offsets = np.zeros(len(pieces) + 1, np.int64)
     np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
-    return Rows(np.concatenate(pieces), offsets, prompt_lengths, first)
+    tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+    return Rows(tokens, offsets, prompt_lengths, first)
 
 
 def join(rows: Rows, *, max_length: int) -> Rows:

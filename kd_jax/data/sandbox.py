@@ -49,7 +49,7 @@ def tokenizer(content: bytes, method: str, *arguments: Any) -> Any:
 
     Args:
       content: its tokenizer.json, in UTF-8.
-      method: its name; encode_batch_fast gives ids alone.
+      method: its name. encode_batch gives ids and offsets, encode_batch_fast ids alone.
       *arguments: values of JSON.
     Raises:
       ValueError: whatever goes wrong, as for `render`.
@@ -189,6 +189,8 @@ def _tokenized(kept: dict[str, Any], method: str, arguments: list[Any], content:
         kept["tokenizer"].no_padding()
         kept["tokenizer"].no_truncation()
     found = getattr(kept["tokenizer"], method)(*arguments)
+    if method == "encode_batch":
+        return [(encoding.ids, encoding.offsets) for encoding in found]
     return [encoding.ids for encoding in found] if method == "encode_batch_fast" else found
 
 

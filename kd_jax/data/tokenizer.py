@@ -1,13 +1,15 @@
 """Text to ids and back: a Hugging Face folder's tokenizer.json, read by the tokenizers library."""
 
 import contextlib
+import copy
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kd_jax import untrusted
-from kd_jax.data.tokenizer_json import check_ids, named_errors, read_backend
+from kd_jax.data.tokenizer_json import added_tokens, check_ids, named_errors, read_backend
 
 # The largest tokenizer.json in use, Gemma's, has 33 MB.
 FILES = {
@@ -16,6 +18,7 @@ FILES = {
     "special_tokens_map.json": 8 * untrusted.MIB,
     "chat_template.jinja": untrusted.MIB,
 }
+NAMING = ("tokenizer_config.json", "special_tokens_map.json")  # the files that name the end token
 
 
 class Tokenizer:
@@ -23,10 +26,13 @@ class Tokenizer:
 
     Attributes:
       vocab_size: the largest id plus one.
-      eos_id: ends a response.
+      eos_id: the end token that is written after a response, so that a model learns it.
+      end_ids: every token that ends a response; the first one is `eos_id`.
       bos_id: begins a text, or None.
-      eos_token, bos_token: the two as text, "" for none.
-      pad_id: fills rows; the end token where the folder names none.
+      eos_token, bos_token: the folder's end and first token as text, "" for none; chat templates see them.
+      pad_id: fills rows; the folder's end token where the folder names no padding.
+      prefix_ids: the tokens that the post-processor puts before a text, such as a bos. What it puts after a text is never used:
+        an end token there would stand between a prompt and its response.
       chat_template: Jinja, or None.
       folder: where it was loaded from.
     """
@@ -44,6 +50,9 @@ class Tokenizer:
         self.eos_token, self.bos_token = settings["eos_token"], settings["bos_token"]
         self.eos_id, self.bos_id = settings["eos_id"], settings["bos_id"]
         self.pad_id = self.eos_id if settings["pad_id"] is None else settings["pad_id"]
+        self._added = {backend.token_to_id(token) for token in added_tokens(files["tokenizer.json"])}
+        self.end_ids: tuple[int, ...] = (self.eos_id,)
+        self.prefix_ids = self._find_prefix()
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
@@ -90,7 +99,20 @@ class Tokenizer:
                 f"{folder} names no end token: set eos_token in tokenizer_config.json or eos_token_id in config.json; "
                 f"without one a response has no end."
             )
-        return cls(backend, folder, settings, _chat_template(folder, named), files)
+        tokenizer = cls(backend, folder, settings, _chat_template(folder, named), files)
+        return tokenizer.with_ends(tokenizer.eos_id, _as_ids(ids.get("eos_token_id")))
+
+    def with_ends(self, eos_id: int, others: Iterable[int] = ()) -> "Tokenizer":
+        """Returns the same tokenizer with another trained end, and with more ends.
+
+        Args:
+          eos_id: the token that is written after a response.
+          others: more tokens that end a response. Ids that the tokenizer does not have are ignored: no text contains them.
+        """
+        changed = copy.copy(self)
+        known = [number for number in (*self.end_ids, *others) if 0 <= number < self.vocab_size]
+        changed.eos_id, changed.end_ids = eos_id, tuple(dict.fromkeys((eos_id, *known)))
+        return changed
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Ids of a text; special tokens are what the tokenizer's own post-processor adds."""
@@ -105,11 +127,66 @@ class Tokenizer:
         with self._named("encode"):
             encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         rows = [encoding.ids for encoding in encoded]
+        self._check_known(rows)
+        return rows
+
+    def _check_known(self, rows: Iterable[list[int]]) -> None:
         if (largest := max((max(ids) for ids in rows if ids), default=0)) >= self.vocab_size:
             raise ValueError(
                 f"{self.folder}: tokenizer.json gives the id {largest}, and its tokens have ids below {self.vocab_size}."
             )
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Returns the ids of prompts and of the responses that follow them, each pair encoded as one text.
+
+        Encoded apart, a response would begin as a text begins: SentencePiece-like tokenizers put a "▁" there. The text is split
+        before the token that holds the response's first character, so that a token with characters of both belongs to the
+        response. No special token is added.
+
+        Args:
+          pairs: (rendered prompt, response).
+
+        Raises:
+          ValueError: as in `encode_batch`.
+        """
+        with self._named("encode"):
+            encoded = self._backend.encode_batch([prompt + text for prompt, text in pairs], add_special_tokens=False)
+        self._check_known(encoding.ids for encoding in encoded)
+        rows = []
+        for (prompt, _), encoding in zip(pairs, encoded, strict=True):
+            begin = len(prompt)
+            split = next((i for i, (_, end) in enumerate(encoding.offsets) if end > begin), len(encoding.ids))
+            rows.append((encoding.ids[:split], encoding.ids[split:]))
         return rows
+
+    def encode_offsets(self, text: str) -> list[tuple[int, int]]:
+        """Returns where each token of a text begins and ends, in characters."""
+        with self._named("encode"):
+            return self._backend.encode_batch([text], add_special_tokens=False)[0].offsets
+
+    def begins_with_prefix(self, ids: Sequence[int]) -> bool:
+        """Whether a text has, as text, the tokens that the post-processor would put before it."""
+        return bool(self.prefix_ids) and tuple(ids[: len(self.prefix_ids)]) == self.prefix_ids
+
+    def strip_ends(self, ids: Sequence[int]) -> list[int]:
+        """Returns a response without the end tokens after it."""
+        length = len(ids)
+        while length and ids[length - 1] in self.end_ids:
+            length -= 1
+        return list(ids[:length])
+
+    def with_prefix(self, ids: list[int]) -> list[int]:
+        """Returns a text's ids with `prefix_ids` before them, unless the text begins with these tokens itself."""
+        return ids if self.begins_with_prefix(ids) else [*self.prefix_ids, *ids]
+
+    def _find_prefix(self) -> tuple[int, ...]:
+        """Returns what the post-processor puts before the first of these texts that has a token."""
+        for text in ("a", "0", " ", "."):
+            bare, whole = (self.encode(text, special) for special in (False, True))
+            if bare:
+                starts = (i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
+                return tuple(whole[: next(starts, 0)])
+        return ()
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids."""
@@ -120,19 +197,47 @@ class Tokenizer:
         return named_errors(f"{self.folder}: tokenizer.json cannot {what} this")
 
     def fingerprint(self) -> str:
-        """Of all that decides the ids of a text: the tokenizer itself, its first and its end token."""
+        """A hash of all that decides the ids of a row: the tokenizer itself, its first token and the end that is trained."""
         what = self._backend.to_str() + str((self.bos_id, self.eos_id))
         return hashlib.sha256(what.encode()).hexdigest()[:12]
+
+    def shown(self, number: int) -> str:
+        """Returns an id and its token, as a message can quote them."""
+        with self._named("name"):
+            return f"{number} ({untrusted.shown(self._backend.id_to_token(number))})"
+
+    def is_added(self, number: int) -> bool:
+        """Whether an id is that of an added token, such as a control token, and not of the model's own vocabulary."""
+        return number in self._added
 
     def vocabulary(self) -> dict[str, int]:
         """Token -> id, added tokens included."""
         return self._backend.get_vocab(with_added_tokens=True)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the files it was loaded from, unchanged, so that what opens the one folder opens the other."""
+        """Writes the files that it was loaded from. They are unchanged, unless they name another end token than `eos_id`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, content in self._files.items():
+        for name, content in (self._files | self._files_with_end()).items():
             (Path(folder) / name).write_bytes(content)
+
+    def _files_with_end(self) -> dict[str, bytes]:
+        """Returns the files in which `eos_id` has to be named as the end token, and is not."""
+        with self._named("name the end token of"):
+            token = self._backend.id_to_token(self.eos_id)
+        if token == self.eos_token:
+            return {}
+        named = {"tokenizer_config.json": b"{}"} | {name: self._files[name] for name in NAMING if name in self._files}
+        changed = {name: json.loads(content) for name, content in named.items()}
+        for fields in changed.values():
+            before = fields.get("eos_token")
+            fields["eos_token"] = before | {"content": token} if isinstance(before, dict) else token
+        return {name: (json.dumps(fields, indent=2) + "\n").encode() for name, fields in changed.items()}
+
+
+def _as_ids(found: Any) -> list[int]:
+    """Returns a field that has an id, a list of ids, or nothing, as a list."""
+    found = found if isinstance(found, list) else [found]
+    return [number for number in found if isinstance(number, int) and not isinstance(number, bool)]
 
 
 def _read(path: Path) -> dict[str, Any]:

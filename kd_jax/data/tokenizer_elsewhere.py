@@ -71,6 +71,10 @@ class Elsewhere:
         rows = self._call("encode_batch_fast", texts, False, add_special_tokens)
         return [SimpleNamespace(ids=ids) for ids in rows]
 
+    def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[SimpleNamespace]:
+        rows = self._call("encode_batch", texts, False, add_special_tokens)
+        return [SimpleNamespace(ids=ids, offsets=offsets) for ids, offsets in rows]
+
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._call("decode", ids, skip_special_tokens)
 

@@ -78,6 +78,11 @@ def read_backend(path: Path, content: bytes) -> Any:
     return backend
 
 
+def added_tokens(content: bytes) -> list[str]:
+    """Returns the added tokens of a tokenizer.json that `read_backend` has accepted."""
+    return _texts(untrusted.parse_json(content, "tokenizer.json").get("added_tokens"))
+
+
 def _texts(found: Any) -> list[str]:
     """Of a vocabulary, in whichever of its forms, or of added tokens; what is none of them the library refuses."""
     texts = []
