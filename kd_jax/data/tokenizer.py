@@ -2,20 +2,24 @@
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kd_jax import untrusted
-from kd_jax.data.tokenizer_json import check_ids, named_errors, read_backend
+from kd_jax.data import special_tokens
+from kd_jax.data.tokenizer_json import check_ids, named_errors, read_backend, read_fields, with_added
 
 # The largest tokenizer.json in use, Gemma's, has 33 MB.
 FILES = {
     "tokenizer.json": 128 * untrusted.MIB,
     "tokenizer_config.json": 8 * untrusted.MIB,
     "special_tokens_map.json": 8 * untrusted.MIB,
+    "added_tokens.json": 8 * untrusted.MIB,
     "chat_template.jinja": untrusted.MIB,
 }
+TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class Tokenizer:
@@ -49,8 +53,12 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> "Tokenizer":
         """Reads tokenizer.json, and beside it the special tokens and the chat template.
 
+        The special tokens are those that transformers finds (`special_tokens.resolve`). Where no file of the tokenizer names
+        one, the model's config.json and generation_config.json do.
+
         Raises:
-          ValueError: no tokenizer.json, one that cannot be read, or no end token anywhere.
+          ValueError: no tokenizer.json, one that cannot be read, no end token anywhere, or a special token for which the
+            model has no id.
         """
         folder = Path(folder).expanduser()
         path = folder / "tokenizer.json"
@@ -61,20 +69,24 @@ class Tokenizer:
             for name, limit in FILES.items()
             if (folder / name).exists()
         }
-        backend = read_backend(path, files["tokenizer.json"])
-        where = folder / "tokenizer_config.json"
-        named = _read(where)
-        ids = _read(folder / "config.json") | _read(folder / "generation_config.json")
+        model = _read(folder / "config.json")
+        ids = model | _read(folder / "generation_config.json")
+        fields = read_fields(path, files["tokenizer.json"])
+        named, special_map, more = (_parsed(files, folder, name) for name in TOKEN_FILES)
+        found = special_tokens.Files(folder, fields, named, special_map, more, model.get("model_type"))
+        tokens, added = special_tokens.resolve(found)
+        content = files["tokenizer.json"]
+        if added:
+            fields = with_added(fields, added)
+            content = json.dumps(fields).encode()
+        backend = read_backend(path, content, fields)
+        _check_room(backend, found, tokens, model)
         settings: dict[str, Any] = {}
         for kind in ("bos", "eos", "pad"):
-            token = _special_token(named, kind, where)
-            with named_errors(f"{where}: the {kind}_token"):
+            token = tokens.get(f"{kind}_token")
+            with named_errors(f"{found.where(f'{kind}_token')}: the {kind}_token"):
                 number = backend.token_to_id(token) if token else None
-            if token and number is None:
-                raise ValueError(
-                    f"{where}: the {kind}_token {untrusted.shown(token)} is not in the vocabulary of tokenizer.json."
-                )
-            if f"{kind}_token" not in named or (kind == "eos" and not token):
+            if f"{kind}_token" not in tokens or (kind == "eos" and not token):
                 # As GPT-2's folder has it; a bos_token of null says that there is none.
                 number = ids.get(f"{kind}_token_id")
             number = number[0] if isinstance(number, list) and number else number
@@ -139,12 +151,32 @@ def _read(path: Path) -> dict[str, Any]:
     return untrusted.read_json(path, FILES["tokenizer_config.json"]) if path.exists() else {}
 
 
-def _special_token(named: dict[str, Any], kind: str, where: Path) -> str | None:
-    token = named.get(f"{kind}_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    if token is not None and not isinstance(token, str):
-        raise ValueError(f"{where}: the {kind}_token is {untrusted.shown(token)}; expected a text.")
-    return token
+def _parsed(files: dict[str, bytes], folder: Path, name: str) -> dict[str, Any]:
+    found = untrusted.parse_json(files.get(name, b"{}"), str(folder / name))
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder / name}: expected a JSON object, found {type(found).__name__}.")
+    return found
+
+
+def _check_room(
+    backend: Any, files: special_tokens.Files, tokens: dict[str, str | None], model: dict[str, Any]
+) -> None:
+    """Checks that the model beside the tokenizer has an id for a special token that tokenizer.json lacks.
+
+    Without a config.json there is no model to check; what loads one compares the sizes.
+    """
+    own, size = special_tokens.own_tokens(files.tokenizer), model.get("vocab_size")
+    for kind in ("bos_token", "eos_token", "pad_token"):
+        token = tokens.get(kind)
+        if not model or token is None or token in own:
+            continue
+        with named_errors(f"{files.where(kind)}: the {kind}"):
+            number = backend.token_to_id(token)
+        if not isinstance(size, int) or number is None or number >= size:
+            raise ValueError(
+                f"{files.where(kind)}: the {kind} {untrusted.shown(token)} is not in the vocabulary of tokenizer.json. It would "
+                f"get the id {number}, and config.json's vocab_size is {untrusted.shown(size)}: name a token that the model has."
+            )
 
 
 def _chat_template(folder: Path, named: dict[str, Any]) -> str | None:
