@@ -4,21 +4,24 @@ import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kd_jax import untrusted
-from kd_jax.data.tokenizer_json import added_tokens, check_ids, named_errors, read_backend
+from kd_jax.data import special_tokens
+from kd_jax.data.tokenizer_json import added_tokens, check_ids, named_errors, read_backend, read_fields, with_added
 
 # The largest tokenizer.json in use, Gemma's, has 33 MB.
 FILES = {
     "tokenizer.json": 128 * untrusted.MIB,
     "tokenizer_config.json": 8 * untrusted.MIB,
     "special_tokens_map.json": 8 * untrusted.MIB,
+    "added_tokens.json": 8 * untrusted.MIB,
     "chat_template.jinja": untrusted.MIB,
 }
-NAMING = ("tokenizer_config.json", "special_tokens_map.json")  # the files that name the end token
+TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+NAMING = TOKEN_FILES[:2]  # the files that name the end token
 
 
 class Tokenizer:
@@ -50,7 +53,7 @@ class Tokenizer:
         self.eos_token, self.bos_token = settings["eos_token"], settings["bos_token"]
         self.eos_id, self.bos_id = settings["eos_id"], settings["bos_id"]
         self.pad_id = self.eos_id if settings["pad_id"] is None else settings["pad_id"]
-        self._added = {backend.token_to_id(token) for token in added_tokens(files["tokenizer.json"])}
+        self._added = {backend.token_to_id(token) for token in settings["added"]}
         self.end_ids: tuple[int, ...] = (self.eos_id,)
         self.prefix_ids = self._find_prefix()
 
@@ -58,8 +61,12 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> "Tokenizer":
         """Reads tokenizer.json, and beside it the special tokens and the chat template.
 
+        The special tokens are those that transformers finds (`special_tokens.resolve`). Where no file of the tokenizer names
+        one, the model's config.json and generation_config.json do.
+
         Raises:
-          ValueError: no tokenizer.json, one that cannot be read, or no end token anywhere.
+          ValueError: no tokenizer.json, one that cannot be read, no end token anywhere, or a special token for which the
+            model has no id.
         """
         folder = Path(folder).expanduser()
         path = folder / "tokenizer.json"
@@ -70,20 +77,24 @@ class Tokenizer:
             for name, limit in FILES.items()
             if (folder / name).exists()
         }
-        backend = read_backend(path, files["tokenizer.json"])
-        where = folder / "tokenizer_config.json"
-        named = _read(where)
-        ids = _read(folder / "config.json") | _read(folder / "generation_config.json")
-        settings: dict[str, Any] = {}
+        model = _read(folder / "config.json")
+        ids = model | _read(folder / "generation_config.json")
+        fields = read_fields(path, files["tokenizer.json"])
+        named, special_map, more = (_parsed(files, folder, name) for name in TOKEN_FILES)
+        found = special_tokens.Files(folder, fields, named, special_map, more, model.get("model_type"))
+        tokens, added = special_tokens.resolve(found)
+        content = files["tokenizer.json"]
+        if added:
+            fields = with_added(fields, added)
+            content = json.dumps(fields).encode()
+        backend = read_backend(path, content, fields)
+        _check_room(backend, found, tokens, model)
+        settings: dict[str, Any] = {"added": added_tokens(fields)}
         for kind in ("bos", "eos", "pad"):
-            token = _special_token(named, kind, where)
-            with named_errors(f"{where}: the {kind}_token"):
+            token = tokens.get(f"{kind}_token")
+            with named_errors(f"{found.where(f'{kind}_token')}: the {kind}_token"):
                 number = backend.token_to_id(token) if token else None
-            if token and number is None:
-                raise ValueError(
-                    f"{where}: the {kind}_token {untrusted.shown(token)} is not in the vocabulary of tokenizer.json."
-                )
-            if f"{kind}_token" not in named or (kind == "eos" and not token):
+            if f"{kind}_token" not in tokens or (kind == "eos" and not token):
                 # As GPT-2's folder has it; a bos_token of null says that there is none.
                 number = ids.get(f"{kind}_token_id")
             number = number[0] if isinstance(number, list) and number else number
@@ -240,16 +251,54 @@ def _as_ids(found: Any) -> list[int]:
     return [number for number in found if isinstance(number, int) and not isinstance(number, bool)]
 
 
+def differing_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[tuple[str, int | None, int | None]]:
+    """Tokens that two vocabularies number differently, or that only one of them has, in the order of their ids.
+
+    Args:
+      ours: token -> id.
+      theirs: token -> id.
+    Returns:
+      (token, its id in `ours`, its id in `theirs`) for each such token; None where the vocabulary lacks the token.
+
+    Example:
+      >>> differing_tokens({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 2, "d": 3})
+      [('b', 1, 2), ('c', 2, None), ('d', None, 3)]
+    """
+    found = [(token, number, theirs.get(token)) for token, number in ours.items() if theirs.get(token) != number]
+    found += [(token, None, number) for token, number in theirs.items() if token not in ours]
+    return sorted(found, key=lambda row: (row[2] if row[1] is None else row[1], row[0]))
+
+
 def _read(path: Path) -> dict[str, Any]:
     return untrusted.read_json(path, FILES["tokenizer_config.json"]) if path.exists() else {}
 
 
-def _special_token(named: dict[str, Any], kind: str, where: Path) -> str | None:
-    token = named.get(f"{kind}_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    if token is not None and not isinstance(token, str):
-        raise ValueError(f"{where}: the {kind}_token is {untrusted.shown(token)}; expected a text.")
-    return token
+def _parsed(files: dict[str, bytes], folder: Path, name: str) -> dict[str, Any]:
+    found = untrusted.parse_json(files.get(name, b"{}"), str(folder / name))
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder / name}: expected a JSON object, found {type(found).__name__}.")
+    return found
+
+
+def _check_room(
+    backend: Any, files: special_tokens.Files, tokens: dict[str, str | None], model: dict[str, Any]
+) -> None:
+    """Checks that the model beside the tokenizer has an id for a special token that tokenizer.json lacks.
+
+    Without a config.json there is no model to check; what loads one compares the sizes.
+    """
+    own, size = special_tokens.own_tokens(files.tokenizer), model.get("vocab_size")
+    for kind in ("bos_token", "eos_token", "pad_token"):
+        token = tokens.get(kind)
+        if not model or token is None or token in own:
+            continue
+        with named_errors(f"{files.where(kind)}: the {kind}"):
+            number = backend.token_to_id(token)
+        if not isinstance(size, int) or number is None or number >= size:
+            raise ValueError(
+                f"{files.where(kind)}: the {kind} {untrusted.shown(token)} is not in the vocabulary of tokenizer.json. It would "
+                f"get the id {number}, and config.json's vocab_size is {untrusted.shown(size)}: name a token that the model has."
+            )
 
 
 def _chat_template(folder: Path, named: dict[str, Any]) -> str | None:

@@ -30,21 +30,40 @@ def named_errors(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {untrusted.clip(str(error))}.") from error
 
 
-def read_backend(path: Path, content: bytes) -> Any:
-    """The library's tokenizer of a tokenizer.json, without padding and truncation, or, of an unusual one, `Elsewhere`.
+def read_fields(path: Path, content: bytes) -> dict[str, Any]:
+    """Returns the fields of a tokenizer.json.
 
-    Args:
-      path: for the messages.
-      content: of the file.
     Raises:
-      ValueError: what the library cannot read, ids far beyond the number of tokens, or what would make a text thousands of
-        times as long.
+      ValueError: no JSON object, or none of a tokenizer.
     """
     fields = untrusted.parse_json(content, str(path))
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(fields).__name__}.")
     if "model" not in fields:
         raise ValueError(f"{path} has no field 'model': it is not a tokenizer's file.")
+    return fields
+
+
+def with_added(fields: dict[str, Any], tokens: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the fields with more added tokens behind those that they have.
+
+    The library reads added tokens in order, and gives a token that the vocabulary lacks the next free id. It ignores the id
+    in the file, but needs one.
+    """
+    return fields | {"added_tokens": [*(fields.get("added_tokens") or ()), *({"id": 0} | token for token in tokens)]}
+
+
+def read_backend(path: Path, content: bytes, fields: dict[str, Any]) -> Any:
+    """The library's tokenizer of a tokenizer.json, without padding and truncation, or, of an unusual one, `Elsewhere`.
+
+    Args:
+      path: for the messages.
+      content: of the file, or what `with_added` made of it.
+      fields: the same as `read_fields` returns them.
+    Raises:
+      ValueError: what the library cannot read, ids far beyond the number of tokens, or what would make a text thousands of
+        times as long.
+    """
     if (times := growth(fields)) > MAX_GROWTH:
         raise ValueError(
             f"{path}: its normalizer, pre_tokenizer, post_processor and decoder can make a text {times} times as long; "
@@ -78,9 +97,9 @@ def read_backend(path: Path, content: bytes) -> Any:
     return backend
 
 
-def added_tokens(content: bytes) -> list[str]:
-    """Returns the added tokens of a tokenizer.json that `read_backend` has accepted."""
-    return _texts(untrusted.parse_json(content, "tokenizer.json").get("added_tokens"))
+def added_tokens(fields: dict[str, Any]) -> list[str]:
+    """Returns the added tokens among the fields of a tokenizer.json."""
+    return _texts(fields.get("added_tokens"))
 
 
 def _texts(found: Any) -> list[str]:

@@ -14,7 +14,7 @@ SLOW = "(?:[ab ]+[ab ]+[ab ]+)(?![ab ])(?<=x)"  # tries every way to cut a run o
 
 
 class TokenizerFiles:
-    """tokenizer.json, and beside it tokenizer_config.json or config.json; then texts there and back."""
+    """tokenizer.json, and beside it the files that name special tokens or config.json; then texts there and back."""
 
     share = 0.2
     texts = (
@@ -93,6 +93,13 @@ class TokenizerFiles:
                         lambda content, path=f"{name}/{file}", more=more: {path: content} | more
                     )
                 )
+            named = {"eos_token": "</s>", "pad_token": token("<pad>"), "additional_special_tokens": ["<x>"]}
+            decoder = {"eos_token": "</s>", "added_tokens_decoder": {"1": token("</s>"), "9": token("<x>")}}
+            for file, base in {
+                "special_tokens_map.json": named, "added_tokens.json": {"<x>": 9, "<y>": 10}, "tokenizer_config.json": decoder,
+            }.items():  # fmt: skip
+                changed = documents(base, (*base, *keys), self.values)
+                choices.append(changed.map(lambda content, path=f"{name}/{file}": {path: content}))
         choices *= 3
         for name, fields, model in self.slow:
             base = json.loads((folder / name / "tokenizer.json").read_text()) | fields
@@ -111,6 +118,10 @@ class TokenizerFiles:
                 assert all(type(token) is int and 0 <= token < tokenizer.vocab_size for token in ids)
                 assert len(ids) < 1_000_000
                 tokenizer.decode(ids, skip_special_tokens=special_tokens)
+
+
+def token(content):
+    return {"content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}  # fmt: skip
 
 
 def _tokenizers():
