@@ -122,12 +122,19 @@ def check_mesh(config: Any, mesh: jax.sharding.Mesh) -> None:
 
 
 def load_tokenizer(config: Any) -> data.Tokenizer:
-    """Of tokenizer.path, or else of the teacher's cache or folder, or else of the student's."""
+    """Loads the tokenizer of tokenizer.path, or else of the teacher's cache or folder, or else of the student's.
+
+    Raises:
+      ValueError: a folder without a tokenizer, or a template of prompts that does not fit the tokenizer.
+    """
     cached = f"{config.teacher.cache}/tokenizer" if config.teacher.cache else ""
     path = config.tokenizer.path or cached or config.teacher.path or config.student.path
     if not path:
         raise ValueError("nothing names a tokenizer: set tokenizer.path, teacher.path or student.path to a folder.")
-    return data.Tokenizer.load(folder(path))
+    tokenizer = data.Tokenizer.load(folder(path))
+    if config.data.name != "text":  # whose rows have no prompts
+        data.make_render(data.Template.of(config.data), tokenizer)  # whatever is wrong with the template is said early
+    return tokenizer
 
 
 def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher: bool) -> Models:

@@ -85,7 +85,7 @@ def _training_rows(config: Any, tokenizer: data.Tokenizer, source: Any) -> tuple
 def _tokenize(config: Any, tokenizer: data.Tokenizer, source: Any, loss_on: str) -> tuple[data.Rows, dict[str, int]]:
     options = config.data
     return data.tokenize(
-        source, tokenizer, template=options.template, max_length=options.max_length,
+        source, tokenizer, template=data.Template.of(options), max_length=options.max_length,
         max_prompt_length=options.max_prompt_length, long_prompts=options.long_prompts,
         long_responses=options.long_responses, loss_on=loss_on,
     )  # fmt: skip
@@ -108,7 +108,7 @@ def load_examples(config: Any, tokenizer: data.Tokenizer) -> list[evaluate.Examp
     source = _source(config, options.eval_split)
     rows = [source[i] for i in range(min(config.eval_prompts, len(source)))]
     return evaluate.read_examples(
-        [row | {"references": [row["response"]]} for row in rows], tokenizer, template=options.template,
+        [row | {"references": [row["response"]]} for row in rows], tokenizer, template=data.Template.of(options),
         max_prompt_length=options.max_prompt_length, cut=options.long_prompts == "cut",
     )  # fmt: skip
 
@@ -127,17 +127,18 @@ def load_responses(
     config: Any, source: prefixes.teacher, tokenizer: data.Tokenizer, loaded: Models, mesh: Any
 ) -> tuple[Any, dict[str, int]]:
     """The dataset's prompts with the teacher's responses, which are drawn first if they are not on disk."""
-    options = config.data
+    options, template = config.data, data.Template.of(config.data)
     split = _source(config, options.train_split)
     rows = [split[i] for i in range(min(source.num_rows or len(split), len(split)))]
     sampler = make_sampler(config, tokenizer, mesh)
     prompts = [row["prompt"] + "\0" + row["context"] for row in rows]
     encode = partial(
-        data.encode_prompts, tokenizer=tokenizer, template=options.template, max_length=options.max_prompt_length,
+        data.encode_prompts, tokenizer=tokenizer, template=template, max_length=options.max_prompt_length,
         cut=options.long_prompts == "cut",
     )  # fmt: skip
     settings = {key: config.sampling[key] for key in ("max_new_tokens", "temperature", "top_p", "top_k")}
     settings |= {key: options[key] for key in ("template", "max_prompt_length", "long_prompts", "batch_size")}
+    settings |= template.set_apart()
     settings |= {"seed": source.seed, "teacher": str(loaded.teacher.config), "dtype": config.teacher.dtype}
     settings["first prompts"] = encode(rows[:8])  # as template and tokenizer make them
     made_from = rollouts.fingerprint(loaded.teacher_params, [settings, prompts])

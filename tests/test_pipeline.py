@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ class Letters:
     """A tokenizer whose ids are a letter's place in the alphabet, plus 10."""
 
     eos_id, pad_id, folder, chat_template = END, PAD, "letters", "{{ messages[0].content }}"
-    bos_token, eos_token = "", ""
+    special_tokens: ClassVar = {}
 
     def encode_batch(self, texts, add_special_tokens=False):
         return [[BOS] * add_special_tokens + [ord(letter) - ord("a") + 10 for letter in text.strip()] for text in texts]

@@ -193,3 +193,21 @@ def test_published_regexes_work_here_and_need_time_that_goes_with_the_text(tmp_p
 def test_what_a_character_may_become_has_a_limit(field, tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer.json: the token, prefix or suffix 'uu.*uu' has 1001 characters"):
         Tokenizer.load(changed(tmp_path / "t", **field))
+
+
+def test_special_tokens_by_the_names_that_transformers_gives_a_template(tmp_path):
+    """As `special_tokens_map` of transformers 5.24 for the same folder."""
+    config = {
+        "bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}, "unk_token": None,
+        "add_bos_token": True, "boi_token": "<boi>", "extra_special_tokens": {"image_token": "<img>"},
+    }  # fmt: skip
+    older = {"pad_token": {"content": "<pad>"}, "bos_token": "<pad>"}
+    expected = {"bos_token": "<s>", "eos_token": "</s>", "boi_token": "<boi>", "image_token": "<img>"}
+    folder = write(tmp_path / "t", config | {"added_tokens_decoder": {}})
+    (folder / "special_tokens_map.json").write_text(json.dumps(older))
+    assert Tokenizer.load(folder).special_tokens == expected
+    folder = write(tmp_path / "u", config | {"bos_token": None})
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "<pad>"}}))
+    assert Tokenizer.load(folder).special_tokens == {k: v for k, v in expected.items() if k != "bos_token"} | {
+        "pad_token": "<pad>"
+    }

@@ -20,7 +20,7 @@ def tokenize(
     source: Sequence[dict[str, str]],
     tokenizer: Tokenizer,
     *,
-    template: str,
+    template: str | prompts.Template,
     max_length: int,
     max_prompt_length: int,
     long_prompts: str = "drop",
@@ -243,7 +243,7 @@ def pad(
 
 
 def _encode(
-    source: Sequence[dict[str, str]], tokenizer: Tokenizer, template: str
+    source: Sequence[dict[str, str]], tokenizer: Tokenizer, template: str | prompts.Template
 ) -> Iterator[tuple[list[int], list[int]]]:
     """The ids of each row's rendered prompt and of its response."""
     render = prompts.make_render(template, tokenizer)
@@ -256,7 +256,12 @@ def _encode(
 
 
 def encode_prompts(
-    rows: Sequence[dict[str, str]], *, tokenizer: Tokenizer, template: str, max_length: int, cut: bool
+    rows: Sequence[dict[str, str]],
+    *,
+    tokenizer: Tokenizer,
+    template: str | prompts.Template,
+    max_length: int,
+    cut: bool,
 ) -> list[list[int] | None]:
     """The ids of each row's rendered prompt, as in `tokenize`; None for one that is too long and not to be cut."""
     render = prompts.make_render(template, tokenizer)

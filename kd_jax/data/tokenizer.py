@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax import untrusted
-from kd_jax.data.tokenizer_json import check_ids, named_errors, read_backend
+from kd_jax.data.tokenizer_json import check_ids, named_errors, named_tokens, read_backend
 
 # The largest tokenizer.json in use, Gemma's, has 33 MB.
 FILES = {
@@ -26,6 +26,7 @@ class Tokenizer:
       eos_id: ends a response.
       bos_id: begins a text, or None.
       eos_token, bos_token: the two as text, "" for none.
+      special_tokens: the special tokens that the folder names, by the names that a chat template reads, such as pad_token.
       pad_id: fills rows; the end token where the folder names none.
       chat_template: Jinja, or None.
       folder: where it was loaded from.
@@ -43,6 +44,8 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_token, self.bos_token = settings["eos_token"], settings["bos_token"]
         self.eos_id, self.bos_id = settings["eos_id"], settings["bos_id"]
+        own = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        self.special_tokens = named_tokens(files) | {name: token for name, token in own.items() if token}
         self.pad_id = self.eos_id if settings["pad_id"] is None else settings["pad_id"]
 
     @classmethod

@@ -3,7 +3,7 @@
 import base64
 import binascii
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ MAX_GROWTH = 10_000  # of a text, by everything in a tokenizer together; in use 
 MAX_WORD = 1_000  # characters; WordPiece's time goes with their square
 MAX_TOKEN = 1_000  # characters, also of what marks a place in a word: of an unknown text, each may become one
 HOLES = 65_536  # ids without a token
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @contextlib.contextmanager
@@ -146,3 +147,27 @@ def _longest(charsmap: Any) -> int:
     except (binascii.Error, TypeError, ValueError):
         return 1  # the library refuses it
     return max(map(len, content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")), default=1) or 1
+
+
+def named_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Returns the special tokens that transformers gives a chat template as variables, by the variables' names.
+
+    Besides the usual names there are a model's own: keys that end in _token, and the names in extra_special_tokens.
+
+    Args:
+      files: the contents of tokenizer_config.json and special_tokens_map.json, as far as the folder has them. The second one
+        counts where the first one has no added_tokens_decoder: older versions of transformers wrote both.
+    """
+    config = _object(files, "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config = config | _object(files, "special_tokens_map.json")
+    extra = config.get("extra_special_tokens")
+    found = {name: token for name, token in config.items() if name in NAMED or name.endswith("_token")}
+    found |= extra if isinstance(extra, dict) else {}
+    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+    return {name: token for name, token in tokens.items() if isinstance(token, str)}
+
+
+def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    found = untrusted.parse_json(files[name], name) if name in files else {}
+    return found if isinstance(found, dict) else {}
