@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax import metrics
+from kd_jax.evaluate.words import DESCRIBED
 
 BUCKETS = (0, 4, 16, 64, 256)  # the first places of the parts of a response by which exposure bias is shown
 PLACES = tuple(f"{a + 1} to {b}" for a, b in zip(BUCKETS, (*BUCKETS[1:], "..."), strict=True))
@@ -34,6 +35,7 @@ def table(found: dict[str, Any]) -> str:
     if seeds:
         shown = [[name, _spread(*both)] for name, both in seeds.items() if not name.startswith("own_")]
         parts.append(metrics.table([["what it writes", f"{found['rows']} prompts"], *shown]))
+        parts.append(rouge_line(found["rouge_l_words"]))
     rows = [["tokens", "given text", *(("own text",) if own else ())]]
     for name, value in found["given"].items():
         both = seeds.get(f"own_{name}")
@@ -57,6 +59,17 @@ def table(found: dict[str, Any]) -> str:
             rows.append([s["task"], s["metric"], *counts, f"{s['value']:.4f}{error}"])
         parts.append(metrics.table(rows))
     return "\n\n".join(parts)
+
+
+def rouge_line(counts: dict[str, int]) -> str:
+    """Says how the references were compared, of `scores.rouge_tokens`'s counts.
+
+    Example:
+      >>> rouge_line({"papers": 1200, "unicode": 0})
+      'ROUGE-L compares 1,200 references by words of a to z and 0 to 9, stemmed, as in the papers.'
+    """
+    parts = [f"{counts[kind]:,} references by {text}" for kind, text in DESCRIBED.items() if counts[kind]]
+    return f"ROUGE-L compares {'; and '.join(parts)}."
 
 
 def _spread(mean: float, deviation: float | None) -> str:
