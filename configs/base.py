@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, FieldReference
 
 _OPEN = (
     "options",
+    "template_options",
     "config",
     "learning_rate",
     "optimizer",
@@ -78,6 +79,9 @@ def get_config() -> ConfigDict:
     config.data.eval_split = "validation"  # split of held-out rows
     config.data.eval_rows = 512  # held-out rows to evaluate on, the first of the split; 0: all
     config.data.template = "plain"  # plain, alpaca, or chat (the tokenizer's own)
+    # Variables of a chat template, such as enable_thinking=False. `date` is also what its strftime_now gives: 2026-01-01 by default.
+    config.data.template_options = ConfigDict()
+    config.data.system = ""  # system message of a chat; empty: none
     config.data.max_length = 512  # tokens that the models see of a row
     config.data.max_prompt_length = 256  # of which the prompt, at most
     config.data.long_prompts = "drop"  # drop the row, or cut the prompt to its first tokens

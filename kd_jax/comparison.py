@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax import metrics
+from kd_jax.data.words import DESCRIBED
 from kd_jax.plots import Chart, style, text
 
 HIGHER = (
@@ -77,6 +78,17 @@ def number(values: Sequence[float]) -> str:
         return ""
     deviation = f" ± {_deviation(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{deviation}"
+
+
+def rouge_line(counts: dict[str, int]) -> str:
+    """Says how the references were compared, of `scores.rouge_tokens`'s counts.
+
+    Example:
+      >>> rouge_line({"papers": 1200, "unicode": 0})
+      'ROUGE-L compares 1,200 references by words of a to z and 0 to 9, stemmed, as in the papers.'
+    """
+    parts = [f"{counts[kind]:,} references by {text}" for kind, text in DESCRIBED.items() if counts[kind]]
+    return f"ROUGE-L compares {'; and '.join(parts)}."
 
 
 def _deviation(values: Sequence[float]) -> float:

@@ -147,6 +147,9 @@ def load_tokenizer(config: Any, text_only: bool = False) -> data.Tokenizer:
       config: of the run.
       text_only: whether the student learns from the teacher's text alone. A pretrained student then keeps its own tokenizer, if
         that is not the teacher's.
+
+    Raises:
+      ValueError: a folder without a tokenizer, or a template of prompts that does not fit the tokenizer.
     """
     cached = f"{config.teacher.cache}/tokenizer" if config.teacher.cache else ""
     path = config.tokenizer.path or cached or config.teacher.path or config.student.path
@@ -156,7 +159,10 @@ def load_tokenizer(config: Any, text_only: bool = False) -> data.Tokenizer:
     if text_only and not config.tokenizer.path and config.student.init == "pretrained" and config.student.path:
         own = data.Tokenizer.load(folder(config.student.path))
         tokenizer = tokenizer if own.vocabulary() == tokenizer.vocabulary() else own
-    return data.with_template_end(tokenizer, config.data.template)
+    template = data.Template.of(config.data)
+    if config.data.name != "text":  # whose rows have no prompts
+        data.make_render(template, tokenizer)  # whatever is wrong with the template is said early
+    return data.with_template_end(tokenizer, template)
 
 
 def load_models(
@@ -187,7 +193,9 @@ def load_models(
     writer = None
     if path_of_teacher:  # also where no term needs it: what is measured is then measured against it too
         path = folder(path_of_teacher)
-        own = data.with_template_end(data.Tokenizer.load(path), config.data.template) if text_only else tokenizer
+        own = (
+            data.with_template_end(data.Tokenizer.load(path), data.Template.of(config.data)) if text_only else tokenizer
+        )
         writes_only = own.vocabulary() != tokenizer.vocabulary()
         teachers_tokenizer = own if writes_only else tokenizer
         _check_vocabulary(path_of_teacher, models.load_config(path), teachers_tokenizer, "teacher")

@@ -1,6 +1,7 @@
 """A config whose teacher is a cache: what it can be used for, and whether it is this run's."""
 
 import hashlib
+import json
 from typing import Any
 
 from kd_jax import data, divergences, remote, resolve
@@ -18,9 +19,10 @@ DECIDE = (
 
 def made_from(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
     """What a cache and a run must share beside their rows, and under "settings" what explains rows that differ."""
-    template = config.data.template
-    text = template + (tokenizer.chat_template or "" if template == "chat" else "")
-    settings = {f"data.{key}": config.data[key] for key in DECIDE}
+    template = data.Template.of(config.data)
+    text = template.name + (tokenizer.chat_template or "" if template.name == "chat" else "")
+    text += json.dumps(more, sort_keys=True) if (more := template.set_apart()) else ""
+    settings = {f"data.{key}": config.data[key] for key in DECIDE} | {f"data.{key}": more[key] for key in more}
     settings["data.packing"] = "stream" if config.data.packing == "stream" else "none or rows"
     settings["data.options"] = {key: str(value) for key, value in dict(config.data.options).items()}
     return {

@@ -88,7 +88,7 @@ def _packed(config: Any, tokenized: data.Rows, counts: dict[str, int]) -> tuple[
 def _tokenize(config: Any, tokenizer: data.Tokenizer, source: Any, loss_on: str) -> tuple[data.Rows, dict[str, int]]:
     options = config.data
     return data.tokenize(
-        source, tokenizer, template=options.template, max_length=options.max_length,
+        source, tokenizer, template=data.Template.of(options), max_length=options.max_length,
         max_prompt_length=options.max_prompt_length, long_prompts=options.long_prompts,
         long_responses=options.long_responses, loss_on=loss_on,
     )  # fmt: skip
@@ -111,7 +111,7 @@ def load_examples(config: Any, tokenizer: data.Tokenizer) -> list[evaluate.Examp
     source = _source(config, options.eval_split)
     rows = [source[i] for i in range(min(config.eval_prompts, len(source)))]
     return evaluate.read_examples(
-        [row | {"references": [row["response"]]} for row in rows], tokenizer, template=options.template,
+        [row | {"references": [row["response"]]} for row in rows], tokenizer, template=data.Template.of(options),
         max_prompt_length=options.max_prompt_length, cut=options.long_prompts == "cut",
     )  # fmt: skip
 
@@ -137,7 +137,7 @@ def load_responses(config: Any, source: prefixes.teacher, loaded: Models, mesh: 
 
     Rows have the ids that the teacher drew. Only where the teacher's tokenizer is another one is its text encoded again.
     """
-    options, tokenizer = config.data, loaded.tokenizer
+    options, tokenizer, template = config.data, loaded.tokenizer, data.Template.of(config.data)
     writer = loaded.writer or Writer(loaded.teacher, loaded.teacher_params, tokenizer)
     split = _source(config, options.train_split)
     rows = [split[i] for i in range(min(source.num_rows or len(split), len(split)))]
@@ -148,11 +148,12 @@ def load_responses(config: Any, source: prefixes.teacher, loaded: Models, mesh: 
             f"than the {writer.model.config.max_positions} positions of the teacher; lower one of them."
         )
     prompts = data.encode_prompts(
-        rows, tokenizer=writer.tokenizer, template=options.template, max_length=options.max_prompt_length,
+        rows, tokenizer=writer.tokenizer, template=template, max_length=options.max_prompt_length,
         cut=options.long_prompts == "cut",
     )  # fmt: skip
     settings = {key: config.sampling[key] for key in ("max_new_tokens", "temperature", "top_p", "top_k")}
     settings |= {key: options[key] for key in ("template", "max_prompt_length", "long_prompts", "batch_size")}
+    settings |= template.set_apart()
     settings |= {"seed": source.seed, "teacher": str(writer.model.config), "dtype": config.teacher.dtype}
     settings |= {"tokenizer": writer.tokenizer.fingerprint(), "ends": writer.tokenizer.end_ids}
     made_from = rollouts.fingerprint(writer.params, [rollouts.RESPONSES_VERSION, settings, prompts])

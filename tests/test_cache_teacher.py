@@ -1,10 +1,12 @@
 """Teachers' caches: what is kept is right, is found again or refused, and trains as the teacher itself would."""
 
+import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import pytest
 from scipy import stats
 
 from configs import base
-from kd_jax import cache_teacher, directory, divergences, metrics, train
+from kd_jax import cache_teacher, directory, divergences, metrics, setup_cache, train
 from kd_jax import teacher_cache_files as files
 from kd_jax.teacher_cache import Draws, coarsen, draw, merged, sampled_forward_kl
 from kd_jax.teacher_cache_read import Cache
@@ -344,6 +346,18 @@ def test_what_does_not_fit_is_refused_with_what_differs(changes, words, caches, 
     with pytest.raises(ValueError, match=r".") as error:
         train.build(cached(data_dir, **dict(teacher__cache=str(caches("top_k"))) | changes))
     assert all(word in str(error.value) for word in words)
+
+
+def test_the_options_of_a_chat_template_and_its_system_message_decide_the_fingerprint(data_dir):
+    tokenizer = SimpleNamespace(chat_template="{{ messages }}", fingerprint=lambda: "t", vocab_size=9)
+    changes = [{}, {"data__system": "Be brief."}, {"data__template_options__enable_thinking": False}]
+    made = [
+        setup_cache.made_from(smoke("forward_kl", data_dir, data__template="chat", **change), tokenizer)
+        for change in changes
+    ]
+    assert made[0]["template"] == hashlib.sha256(b"chat{{ messages }}").hexdigest()[:12], "as before there were any"
+    assert len({one["template"] for one in made}) == 3
+    assert "data.system" not in made[0]["settings"] and made[1]["settings"]["data.system"] == "Be brief."
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from rouge_score import rouge_scorer
 
 from kd_jax import data, evaluate, setup, sharding
 from kd_jax.evaluate import __main__ as command
@@ -70,8 +71,46 @@ def test_scores_of_texts():
     assert evaluate.rouge_l("", references) == 0
     assert evaluate.exact_match("the CAT sat, on the mat", references) == 100
     assert evaluate.exact_match("the cat sat on", references) == 0
+    assert evaluate.exact_match("«Да», — сказал он…", ["да сказал он"]) == 100
     for text, right in (("So 3 + 4 = 7.", 1), ("7.0", 1), ("$1,007", 0), ("none", 0), ("-7", 0), ("7 of 10", 0)):
         assert evaluate.number_match(text, ["... #### 7"]) == 100 * right, text
+
+
+@pytest.mark.parametrize(
+    ("text", "close", "score"),
+    [
+        ("我喜欢红色的猫。", "我喜欢黑色的猫", 100 * 6 / 7),
+        ("東京タワーへ行った", "東京タワーへ行く", 100 * 14 / 17),  # 7 of 9 and of 8 characters
+        ("ฉันชอบแมว", "ฉันชอบหมา", None),
+        ("Я люблю красных кошек.", "я люблю чёрных кошек", 75),
+        ("Η γάτα κάθεται.", "η γάτα τρέχει", 100 * 2 / 3),
+        ("मुझे लाल बिल्ली पसंद है", "मुझे काली बिल्ली पसंद है", 80),
+        ("אני אוהב חתולים", "אני אוהב כלבים", 100 * 2 / 3),
+        ("أنا أحب القطط", "أنا أحب الكلاب", 100 * 2 / 3),
+        ("나는 고양이를 좋아한다", "나는 개를 좋아한다", 100 * 2 / 3),
+        ("ខ្ញុំស្រឡាញ់ឆ្មា", "ខ្ញុំស្រឡាញ់ឆ្កែ", None),
+        ("É", "é", 100),
+    ],
+)
+def test_rouge_l_of_every_script(text, close, score):
+    assert evaluate.rouge_l(text, [text]) == 100 and evaluate.rouge_l("the cat 5", [text]) == 0
+    assert evaluate.rouge_tokens([text]) == {"papers": 0, "unicode": 1}
+    if score is None:
+        assert 0 < evaluate.rouge_l(close, [text]) < 100
+    else:
+        assert evaluate.rouge_l(close, [text]) == pytest.approx(score)
+
+
+def test_latin_text_has_the_papers_numbers():
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    texts = (
+        "The cats sat.", "Un café déjà vu, s'il vous plaît", "Übung macht den Meister", "Tiếng Việt rất khó", "x_1 = 5%", "42",
+        "The word 猫 means cat", "",
+    )  # fmt: skip
+    for reference in texts[:-1]:
+        for text in (*texts, "猫", "the cat already sat"):
+            assert evaluate.rouge_l(text, [reference]) == 100 * scorer.score(reference, text)["rougeL"].fmeasure
+    assert evaluate.rouge_tokens(texts[:-1]) == {"papers": 7, "unicode": 0}
 
 
 def test_the_pieces_of_a_text_are_the_text():
@@ -107,6 +146,8 @@ def test_the_command_leaves_a_table_and_every_text(tmp_path):
     results = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
     assert len(results) == 3 and json.loads(results[-1])["rows"] == 6
     table = (tmp_path / "out" / "table.md").read_text()
+    assert found["rouge_l_words"] == {"papers": 12, "unicode": 0}
+    assert "ROUGE-L compares 12 references by words of a to z and 0 to 9, stemmed, as in the papers." in table
     assert "rouge_l" in table and "exposure bias" in table and "calibration_error" in table
     with pytest.raises(ValueError, match="has something in it"):
         command.run(arguments(tmp_path))

@@ -3,8 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
+from ml_collections import ConfigDict
 
-from kd_jax.data import make_render
+from kd_jax.data import Template, make_render, sandbox
 from kd_jax.data.prompts import adds_special_tokens
 
 # The layout of the chat models that use <|im_start|>, with a block tag on its own line.
@@ -18,8 +19,9 @@ CHATML = (
 )
 
 
-def tokenizer(template=None):
-    return SimpleNamespace(chat_template=template, folder="models/tiny", bos_token="<s>", eos_token="</s>")
+def tokenizer(template=None, **tokens):
+    tokens = tokens or {"bos_token": "<s>", "eos_token": "</s>"}
+    return SimpleNamespace(chat_template=template, folder="models/tiny", special_tokens=tokens)
 
 
 def test_plain():
@@ -79,3 +81,102 @@ def test_errors():
         make_render("chat", tokenizer())
     with pytest.raises(ValueError, match="models/tiny is not valid Jinja: line 2"):
         make_render("chat", tokenizer("\n{% if %}"))
+
+
+# The expected texts are what transformers 5.24 renders for the message "Hi" of a user.
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}\n{%- if add_generation_prompt %}\n<assistant>\n"
+            "{%- generation %} now{% set seen = 1 %} {%- endgeneration %}{{ seen }}\n{% endif %}",
+            "<user>Hi\n<assistant> now\n",
+        ),
+        (
+            "{% if true %}\n  {% generation %}\n  x {{ messages[0].content }}\n  {% endgeneration %}\n{% endif %}\nend\n",
+            "  x Hi\nend",
+        ),
+        (
+            "{{ tools is none }} {{ tools is defined }} {{ documents is none }} {{ unk_token is defined }} {{ pad_token }} "
+            "{{ image_token }} {{ sep_token is defined }}",
+            "True True True False <pad> <img> False",
+        ),
+        (
+            "{{ {'b': 'é<', 'a': [1, 2]} | tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}",
+            '{"a":[1,2],"b":"\\u00e9<"}',
+        ),
+        ("{{ {'b': 1, 'a': 'é'} | tojson(indent='\t') }}|{{ 'é' | tojson(true) }}", '{\n\t"b": 1,\n\t"a": "é"\n}|"\\u00e9"'),
+        (
+            "{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 3 %}{% break %}{% endif %}{{ i }}"
+            "{% endfor %}",
+            "02",
+        ),
+        (
+            "{% set ns = namespace(self=1, n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+            "{{ ns.n }}{{ ns.self }}{{ dict(a=1).a }}{{ dict.fromkeys(['k']) }}",
+            "111{'k': None}",
+        ),
+    ],
+)  # fmt: skip
+def test_the_sandbox_renders_as_transformers_does(template, expected):
+    assert make_render("chat", tokenizer(template, pad_token="<pad>", image_token="<img>"))("Hi", "") == expected
+
+
+@pytest.mark.parametrize("template", ["{{ namespace(_n=0) }}", "{% set ns = namespace() %}{% set ns._n = 1 %}"])
+def test_a_namespace_has_no_hidden_attributes(template):
+    with pytest.raises(ValueError, match="a namespace cannot have the attribute '_n'"):
+        make_render("chat", tokenizer(template))("Hi", "")
+
+
+DATED = (
+    '{% if not day is defined %}{% set day = strftime_now("%d %b %Y") %}{% endif %}{{ day }} {{ messages[0].content }}'
+)
+
+
+def test_the_date_of_a_template_is_fixed():
+    assert sandbox.names(DATED) == ["date", "day", "messages"]
+    assert make_render("chat", tokenizer(DATED))("Hi", "") == "01 Jan 2026 Hi"
+    dated = Template("chat", {"date": "2024-07-26"})
+    assert make_render(dated, tokenizer(DATED))("Hi", "") == "26 Jul 2024 Hi"
+    assert make_render(Template("chat", {"day": "today"}), tokenizer(DATED))("Hi", "") == "today Hi"
+
+
+def test_a_template_reads_its_options_and_a_system_message():
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+        "{% if tools %}{{ tools[0].name }}{% endif %}"
+    )
+    options = ConfigDict({"enable_thinking": False, "tools": ({"name": "f"},), "bos_token": "<b>"})
+    given = Template.of(ConfigDict({"template": "chat", "template_options": options, "system": "Be brief."}))
+    assert given == Template("chat", options.to_dict() | {"tools": [{"name": "f"}]}, "Be brief.")
+    text = "<b>system: Be brief.\nuser: Hi\n<think></think>f"
+    assert make_render(given, tokenizer(template))("Hi", "") == text
+    assert Template.of(ConfigDict({"template": "chat"})) == Template("chat"), "a run from before the two keys"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("chat", {"enable_thinkin": 1}), r"never reads 'enable_thinkin' \(did you mean 'enable_thinking'\?\); .* enable_thinking"),
+        (("chat", {"date": "2026-01-01"}), "data.template_options.date: the chat_template of models/tiny never reads 'date'"),
+        (("chat", {"date": "May"}), "data.template_options.date='May' must be a date such as '2026-01-01'"),
+        (("chat", {"messages": []}), "data.template_options.messages: each row's prompt decides this variable"),
+        (("chat", {"x": float("nan")}), "data.template_options={'x': nan}: .* a finite number"),
+        (("chat", {"x": {1, 2}}), "is no value of JSON"),
+        (("chat", [1]), "must be an object of JSON"),
+        (("chat", {}, "Be brief."), "models/tiny does not write a system message"),
+        (("plain", {}, "Be brief."), "data.system='Be brief.' .* the template plain has no place"),
+        (("alpaca", {"x": 1}), "data.template_options={'x': 1} .* the template alpaca has no place"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused(arguments, message):
+    reads = "{% if enable_thinking %}{% endif %}{{ messages[-1].content }}{{ tools }}"
+    with pytest.raises(ValueError, match=message):
+        make_render(Template(*arguments), tokenizer(reads))
+
+
+def test_a_template_that_refuses_a_system_message_is_named():
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    with pytest.raises(ValueError, match="the chat_template of models/tiny failed .*: no system role"):
+        make_render(Template("chat", system="Be brief."), tokenizer(refuses))

@@ -226,3 +226,21 @@ def test_a_token_that_one_side_lacks_differs():
     assert differing_tokens({"a": 0, "b": 1}, {"a": 0}) == [("b", 1, None)]
     assert differing_tokens({"a": 0}, {"a": 0, "b": 1}) == [("b", None, 1)]
     assert differing_tokens({"a": 0}, {"a": 0}) == []
+
+
+def test_special_tokens_by_the_names_that_transformers_gives_a_template(tmp_path):
+    """As `special_tokens_map` of transformers 5.24 for the same folder."""
+    config = {
+        "bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}, "unk_token": None,
+        "add_bos_token": True, "boi_token": "<boi>", "extra_special_tokens": {"image_token": "<img>"},
+    }  # fmt: skip
+    older = {"pad_token": {"content": "<pad>"}, "bos_token": "<pad>"}
+    expected = {"bos_token": "<s>", "eos_token": "</s>", "boi_token": "<boi>", "image_token": "<img>"}
+    folder = write(tmp_path / "t", config | {"added_tokens_decoder": {}})
+    (folder / "special_tokens_map.json").write_text(json.dumps(older))
+    assert Tokenizer.load(folder).special_tokens == expected
+    folder = write(tmp_path / "u", config | {"bos_token": None})
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "<pad>"}}))
+    assert Tokenizer.load(folder).special_tokens == {k: v for k, v in expected.items() if k != "bos_token"} | {
+        "pad_token": "<pad>"
+    }

@@ -1,7 +1,6 @@
 """Every method from the same fine-tuned student, on the docstrings: the same number of tokens, the same seeds, the same sampler.
 
 python -m kd_jax.main --config=configs/sft.py --workdir=runs/start --config.steps=300
-pip install rouge-score
 python -m experiments.methods_docstrings.run --start=runs/start/student --out=experiments/methods_docstrings/results.jsonl
 
 A line a run; what is in the file already is not run again.
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from rouge_score import rouge_scorer
 
 from configs.table import METHODS
 from kd_jax import data, evaluate, metrics, rollouts, train
@@ -51,14 +49,13 @@ def measure(run: train.Run, params, who: str = "student") -> dict[str, float]:
     references = [run.tokenizer.decode(row["targets"][row["loss_mask"]].tolist()) for row in rows]
     # Not the config's own: distillm2's temperature and top-p would be measured with it.
     sampler = rollouts.Sampler(run.mesh, run.tokenizer, run.config.data.max_length, run.config.sampling.max_new_tokens)
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     values, scores, reports = [], [], []
     for start in range(0, PROMPTS, 32):
         key = jax.random.fold_in(jax.random.key(1), start)
         drawn = sampler.rows(model, params, prompts[start : start + 32], key, "student")
         reports.append(sampler.report(drawn))
         for reference, (_, text) in zip(references[start:], sampler.text(drawn), strict=False):
-            scores.append(100 * scorer.score(reference, text)["rougeL"].fmeasure)
+            scores.append(evaluate.rouge_l(text, [reference]))
         both = model, params, run.models.teacher, run.models.teacher_params
         own = evaluate.own_batches(drawn, 32)
         values.append(evaluate.collect(*both, own, run.mesh, vocab_size=run.tokenizer.vocab_size))

@@ -2,7 +2,7 @@
 
 from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, load, load_references
 from kd_jax.data.pipeline import batches, encode_prompts, from_ids, pack, pad, prompt_of, tokenize
-from kd_jax.data.prompts import TEMPLATES, make_render, with_template_end
+from kd_jax.data.prompts import TEMPLATES, Template, make_render, with_template_end
 from kd_jax.data.rows import Beside, Packed, Rows, join, pack_rows
 from kd_jax.data.tokenizer import Tokenizer
 
@@ -13,6 +13,7 @@ __all__ = [
     "Beside",
     "Packed",
     "Rows",
+    "Template",
     "Tokenizer",
     "batches",
     "encode_prompts",

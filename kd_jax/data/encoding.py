@@ -34,13 +34,13 @@ class Encoder:
 
     Attributes:
       tokenizer: gives the ids.
-      template: plain, alpaca or chat (`kd_jax.data.prompts`).
+      template: how prompts are written (`kd_jax.data.prompts`).
       max_prompt_length: the largest number of tokens of a prompt.
       truncates: whether the user's text of a longer prompt is truncated. Otherwise the caller decides what happens to the row.
     """
 
     tokenizer: Tokenizer
-    template: str
+    template: str | prompts.Template
     max_prompt_length: int = sys.maxsize
     truncates: bool = False
 
@@ -75,8 +75,9 @@ class Encoder:
             elif prompt:
                 prompt = self._shortened(prompt, excess)
             else:
+                name = prompts.as_template(self.template).name
                 raise ValueError(
-                    f"the template {self.template} writes {length} tokens around an empty prompt, and max_prompt_length is "
+                    f"the template {name} writes {length} tokens around an empty prompt, and max_prompt_length is "
                     f"{self.max_prompt_length}: no prompt can be truncated to fit. Raise max_prompt_length."
                 )
             ids, response = self.tokenizer.encode_pairs([(render(prompt, context), row["response"])])[0]

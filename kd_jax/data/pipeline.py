@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from kd_jax.data.encoding import Encoded, Encoder
+from kd_jax.data.prompts import Template
 from kd_jax.data.rows import Beside, Packed, Rows, from_pieces
 from kd_jax.data.tokenizer import Tokenizer
 
@@ -19,7 +20,7 @@ def tokenize(
     source: Sequence[dict[str, str]],
     tokenizer: Tokenizer,
     *,
-    template: str,
+    template: str | Template,
     max_length: int,
     max_prompt_length: int,
     long_prompts: str = "drop",
@@ -269,7 +270,7 @@ def pad(
 
 
 def encode_prompts(
-    rows: Sequence[Mapping[str, str]], *, tokenizer: Tokenizer, template: str, max_length: int, cut: bool
+    rows: Sequence[Mapping[str, str]], *, tokenizer: Tokenizer, template: str | Template, max_length: int, cut: bool
 ) -> list[list[int] | None]:
     """Returns the ids of each row's rendered prompt.
 

@@ -1,38 +1,103 @@
 """From a row's prompt and context to the text that a model is given."""
 
-from collections.abc import Callable
+import dataclasses
+import datetime
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from kd_jax.data import sandbox
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.resolve import nearest
 
 TEMPLATES = ("plain", "alpaca", "chat")
+DATE = (
+    "2026-01-01"  # of strftime_now, unless the option `date` names another one: a resumed run has the rows that it had
+)
+OURS = ("messages", "add_generation_prompt")  # variables of a chat template that a row decides
 Render = Callable[[str, str], str]  # (prompt, context) -> text
 
 
-def make_render(name: str, tokenizer: Tokenizer) -> Render:
-    """The template of that name as a function of a row's prompt and context.
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How prompts are written.
+
+    Attributes:
+      name: plain, alpaca or chat.
+      options: variables of a chat template, such as enable_thinking, with values of JSON. The option `date` is also the date
+        of the templates' function strftime_now, which is `DATE` by default.
+      system: the system message of a chat; "" for none.
+
+    Raises:
+      ValueError: an unknown name, an option that is no value of JSON or that a row decides, a date that is none, or options or
+        a system message for a template that takes none.
+    """
+
+    name: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    system: str = ""
+
+    def __post_init__(self) -> None:
+        if self.name not in TEMPLATES:
+            near = nearest(self.name, TEMPLATES)
+            raise ValueError(f"unknown prompt template {self.name!r}{near}; there are {', '.join(TEMPLATES)}.")
+        object.__setattr__(self, "options", _json_object(self.options))
+        if not isinstance(self.system, str):
+            raise ValueError(f"data.system={self.system!r} must be a text; an empty text is no system message.")
+        if self.name != "chat" and (self.options or self.system):
+            key, value = ("template_options", self.options) if self.options else ("system", self.system)
+            raise ValueError(
+                f"data.{key}={value!r} (--{key}) is for a tokenizer's chat template, and the template {self.name} has no place "
+                f"for it. Set data.template (--template) to chat, or leave data.{key} empty."
+            )
+        for name in OURS:
+            if name in self.options:
+                raise ValueError(
+                    f"data.template_options.{name}: each row's prompt decides this variable; take the option away."
+                )
+        _check_date(self.options.get("date", DATE))
+
+    @classmethod
+    def of(cls, options: Any) -> "Template":
+        """Returns the template that the `data` part of a config names; a config of an older run may lack the newer keys."""
+        return cls(options["template"], options.get("template_options", {}), options.get("system", ""))
+
+    def set_apart(self) -> dict[str, Any]:
+        """Returns the options and the system message, as far as there are any: a fingerprint without them stays as it was.
+
+        Example:
+          >>> Template("chat", system="Be brief.").set_apart(), Template("chat").set_apart()
+          ({'system': 'Be brief.'}, {})
+        """
+        return {name: value for name, value in (("template_options", self.options), ("system", self.system)) if value}
+
+
+def as_template(template: str | Template) -> Template:
+    """Returns the template itself, or the template of that name without options and system message."""
+    return Template(template) if isinstance(template, str) else template
+
+
+def make_render(template: str | Template, tokenizer: Tokenizer) -> Render:
+    """Returns the template as a function of a row's prompt and context.
 
     Args:
-      name: plain, alpaca or chat.
+      template: a `Template`, or the name of one: plain, alpaca or chat.
       tokenizer: whose template chat uses; the others do not look at it.
     Returns:
       (prompt, context) -> the text whose continuation is the response.
     Raises:
-      ValueError: for an unknown name; for chat, if the tokenizer has no template or one that Jinja cannot read.
+      ValueError: for an unknown name; for chat, if the tokenizer has no template or one that Jinja cannot read, or one that does
+        not read an option or does not write the system message.
     """
-    if name == "chat":
-        return _make_chat(tokenizer)
-    if name == "alpaca":
-        return alpaca
-    if name == "plain":
-        return plain
-    raise ValueError(f"unknown prompt template {name!r}{nearest(name, TEMPLATES)}; there are {', '.join(TEMPLATES)}.")
+    template = as_template(template)
+    if template.name == "chat":
+        return _make_chat(template, tokenizer)
+    return alpaca if template.name == "alpaca" else plain
 
 
-def adds_special_tokens(name: str) -> bool:
+def adds_special_tokens(template: str | Template) -> bool:
     """Whether a rendered prompt is to be encoded with special tokens, such as a bos: a chat template writes its own."""
-    return name != "chat"
+    return as_template(template).name != "chat"
 
 
 def plain(prompt: str, context: str) -> str:
@@ -69,7 +134,7 @@ def alpaca(prompt: str, context: str) -> str:
     )
 
 
-def with_template_end(tokenizer: Tokenizer, name: str) -> Tokenizer:
+def with_template_end(tokenizer: Tokenizer, template: str | Template) -> Tokenizer:
     """Returns the tokenizer with the end that the template writes after a response as the end that is trained.
 
     A chat template often ends a turn with another token than the tokenizer's end token: `<|im_end|>` in place of
@@ -78,14 +143,15 @@ def with_template_end(tokenizer: Tokenizer, name: str) -> Tokenizer:
 
     Args:
       tokenizer: as loaded.
-      name: plain, alpaca or chat.
+      template: as in `make_render`.
     """
-    if name != "chat" or tokenizer.chat_template is None:
+    template = as_template(template)
+    if template.name != "chat" or tokenizer.chat_template is None:
         return tokenizer
     answer = "kd_jax"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
     try:
-        text = _render_chat(tokenizer, messages, add_generation_prompt=False)
+        text = _render_chat(template, tokenizer, messages, add_generation_prompt=False)
     except ValueError:  # a template without a turn of the assistant
         return tokenizer
     after = text.rpartition(answer)[2].lstrip(" ")
@@ -93,7 +159,7 @@ def with_template_end(tokenizer: Tokenizer, name: str) -> Tokenizer:
     return tokenizer.with_ends(ids[0]) if ids and tokenizer.is_added(ids[0]) else tokenizer
 
 
-def _make_chat(tokenizer: Tokenizer) -> Render:
+def _make_chat(template: Template, tokenizer: Tokenizer) -> Render:
     """The tokenizer's own template, with one user's message, up to where the answer begins; it runs in `sandbox`."""
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -103,26 +169,78 @@ def _make_chat(tokenizer: Tokenizer) -> Render:
         )
     folder = tokenizer.folder
     try:
-        sandbox.render(tokenizer.chat_template, None)
+        read = sandbox.names(tokenizer.chat_template)
     except ValueError as error:
         raise ValueError(f"the chat_template of {folder} {error}.") from error
+    _check_read(template, read, folder)
+
+    def written(system: str, prompt: str, context: str) -> str:
+        content = "\n\n".join(part for part in (prompt, context) if part)
+        messages = [{"role": "system", "content": system}] if system else []
+        return _render_chat(template, tokenizer, [*messages, {"role": "user", "content": content}])
 
     def chat(prompt: str, context: str) -> str:
-        content = "\n\n".join(part for part in (prompt, context) if part)
         try:
-            return _render_chat(tokenizer, [{"role": "user", "content": content}], add_generation_prompt=True)
+            return written(template.system, prompt, context)
         except ValueError as error:
             raise ValueError(f"the chat_template of {folder} failed on the prompt {prompt[:60]!r}: {error}.") from error
 
+    if template.system and chat("Hello.", "") == written("", "Hello.", ""):
+        raise ValueError(
+            f"the chat_template of {folder} does not write a system message, which data.system (--system) gives. Leave it "
+            f"empty, and put the text into the prompts."
+        )
     return chat
 
 
-def _render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    """Returns the messages as the tokenizer's template writes them."""
-    variables = {
-        "messages": messages,
-        "add_generation_prompt": add_generation_prompt,
-        "bos_token": tokenizer.bos_token,
-        "eos_token": tokenizer.eos_token,
-    }
-    return sandbox.render(tokenizer.chat_template or "", variables)
+def _render_chat(
+    template: Template, tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = True
+) -> str:
+    """Returns the messages as the tokenizer's chat template writes them.
+
+    As in transformers, a template sees tools and documents as none, and of the special tokens those that there are.
+    """
+    variables = tokenizer.special_tokens | {"tools": None, "documents": None} | dict(template.options)
+    variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+    return sandbox.render(tokenizer.chat_template or "", variables, template.options.get("date", DATE))
+
+
+def _check_read(template: Template, read: list[str], folder: Any) -> None:
+    """Refuses an option that the chat template never reads: a misspelt one would change nothing."""
+    for name in template.options:
+        if name not in read:
+            others = [other for other in read if other not in OURS]
+            known = f"the variables that it reads are {', '.join(others)}" if others else "it reads no such variable"
+            raise ValueError(
+                f"data.template_options.{name}: the chat_template of {folder} never reads {name!r}{nearest(name, others)}; "
+                f"{known}."
+            )
+
+
+def _check_date(date: Any) -> None:
+    try:
+        datetime.datetime.fromisoformat(date)
+    except (TypeError, ValueError):
+        raise ValueError(f"data.template_options.date={date!r} must be a date such as {DATE!r}.") from None
+
+
+def _json_object(options: Any) -> dict[str, Any]:
+    """Options as JSON has them; a ConfigDict is an object, and a tuple is an array."""
+
+    def plain_value(value: Any) -> Any:
+        if hasattr(value, "to_dict"):
+            return value.to_dict()
+        raise TypeError(f"{value!r} is no value of JSON")
+
+    try:
+        made = json.loads(json.dumps(options, default=plain_value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"data.template_options={options!r}: {error}. A value may be a text, a finite number, true, false, null, a list or an "
+            f"object."
+        ) from error
+    if not isinstance(made, dict):
+        raise ValueError(
+            f"data.template_options={options!r} must be an object of JSON, such as {{'enable_thinking': False}}."
+        )
+    return made

@@ -3,45 +3,58 @@
 Jinja's sandbox keeps a template from Python's objects, but it may still loop for ever, or multiply a string until memory ends
 (and already when it is compiled: Jinja computes what is constant); a regular expression may try more ways through a text than
 there is time for. No check from outside stops one C call, so that another process works, with a limit on its memory, and is
-ended if it takes too long. It is started once, and takes template after template, or tokenizer after tokenizer. This file is
-both sides: started as a script it is that process.
+ended if it takes too long. It is started once, and takes template after template, or tokenizer after tokenizer. Its program is
+`sandbox_process.py`.
 
 Not covered: where the system knows no RLIMIT_AS (macOS), memory is bounded by the time limit and the limit on the text alone.
 """
 
-import contextlib
 import json
 import math
 import os
-import resource
 import selectors
 import subprocess
 import sys
 import threading
 import time
 import weakref
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 SECONDS = 10.0  # for a template or a text: 100,000 times what one needs
 START_SECONDS = 60.0  # Python's, to start from a slow disk
 MIB = 2**20
 MEMORY = {"template": 512 * MIB, "tokenizer": 4096 * MIB}  # whose library has threads
-CHARACTERS = MIB  # of a rendered text, and 16 times the message's own
 BYTES_A_SECOND = MIB // 2  # that a tokenizer has more time for: of its own file and of texts
 
 
-def render(template: str, variables: dict[str, Any] | None) -> str:
-    """The template's text, as transformers' settings render it.
+def render(template: str, variables: dict[str, Any], date: str) -> str:
+    """Returns the template's text, as transformers renders it.
 
     Args:
       template: Jinja.
-      variables: what it sees: values of JSON. None: the template is compiled only, and the text empty.
+      variables: the values that the template may read, each of them a value of JSON.
+      date: the date, in the form of ISO 8601, that `strftime_now` gives in place of the present one.
     Raises:
       ValueError: whatever goes wrong, as the end of a sentence on the template: it is not Jinja, it raised something, the
         sandbox refused it, or it took too much time, memory or text.
     """
     with _lock:
-        return _value(_worker("template").ask({"template": template, "variables": variables}))
+        return _value(_worker("template").ask({"template": template, "variables": variables, "date": date}))
+
+
+def names(template: str) -> list[str]:
+    """Compiles the template, and returns the names of the variables that the template reads.
+
+    The name `date` stands for a call of `strftime_now`, whose date `render` is given.
+
+    Args:
+      template: Jinja.
+    Raises:
+      ValueError: as for `render`.
+    """
+    with _lock:
+        return _value(_worker("template").ask({"template": template}))
 
 
 def tokenizer(content: bytes, method: str, *arguments: Any) -> Any:
@@ -65,14 +78,15 @@ def tokenizer(content: bytes, method: str, *arguments: Any) -> Any:
 
 
 class _Failed(Exception):
-    """With a message that says all."""
+    """A failure of the process, whose message is the end of a sentence."""
 
 
 class _Worker:
     """The process, from this side."""
 
     def __init__(self, kind: str) -> None:
-        command = [sys.executable, "-P", os.path.abspath(__file__), kind]
+        program = str(Path(__file__).with_name("sandbox_process.py").absolute())
+        command = [sys.executable, "-P", program, kind, str(MEMORY[kind])]
         self._process: Any = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
             env=os.environ | {"RAYON_NUM_THREADS": "8"},  # each has memory of its own
@@ -151,96 +165,3 @@ def _value(reply: dict[str, Any]) -> Any:
     if "error" in reply:
         raise ValueError(reply["error"])
     return reply["value"]
-
-
-# What follows runs in the other process.
-
-
-def _serve(kind: str) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # writes no file
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY[kind], MEMORY[kind]))
-    kept: dict[str, Any] = {}
-    work = {"template": _rendered, "tokenizer": _tokenized}[kind]
-    _reply({})
-    for line in sys.stdin.buffer:
-        try:
-            _reply({"value": work(kept, **json.loads(line))})
-        except MemoryError:
-            _reply({"error": f"needed more than {MEMORY[kind] // MIB} MiB of memory"})
-        except _Failed as error:
-            _reply({"error": str(error)[:500]})
-        except BaseException as error:  # of whatever kind: the template's own program raised it, or Rust panicked
-            _reply({"error": f"{type(error).__name__}: {str(error)[:500]}"})
-
-
-def _reply(answer: dict[str, Any]) -> None:
-    sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
-    sys.stdout.buffer.flush()
-
-
-def _tokenized(kept: dict[str, Any], method: str, arguments: list[Any], content: str | None = None) -> Any:
-    import tokenizers
-
-    if content is not None:
-        kept.clear()
-        kept["tokenizer"] = tokenizers.Tokenizer.from_str(content)
-        kept["tokenizer"].no_padding()
-        kept["tokenizer"].no_truncation()
-    found = getattr(kept["tokenizer"], method)(*arguments)
-    if method == "encode_batch":
-        return [(encoding.ids, encoding.offsets) for encoding in found]
-    return [encoding.ids for encoding in found] if method == "encode_batch_fast" else found
-
-
-def _rendered(compiled: dict[str, Any], template: str, variables: dict[str, Any] | None) -> str:
-    import jinja2
-
-    if template not in compiled:
-        compiled.clear()
-        try:
-            compiled[template] = _environment().from_string(template)
-        except jinja2.TemplateSyntaxError as error:
-            raise _Failed(f"is not valid Jinja: line {error.lineno}: {error.message}") from error
-    if variables is None:
-        return ""
-    limit = CHARACTERS + 16 * len(json.dumps(variables))
-    pieces, length = [], 0
-    try:
-        for piece in compiled[template].generate(**variables):
-            pieces.append(piece)
-            length += len(piece)
-            if length > limit:
-                raise _Failed(f"writes more than {limit} characters")
-    except jinja2.TemplateError as error:  # raise_exception and what the sandbox refuses, among others
-        raise _Failed(str(error)) from error
-    return "".join(pieces)
-
-
-def _environment() -> Any:
-    """With transformers' settings, so that a template gives here what it gives there."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment: Any = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    # No strftime_now: today's date in a prompt would change a resumed run's rows. Templates do without it.
-    return environment
-
-
-def _raise_exception(message: str) -> NoReturn:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # Jinja's own escapes HTML.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1])

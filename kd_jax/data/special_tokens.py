@@ -69,8 +69,9 @@ def resolve(files: Files) -> tuple[dict[str, str | None], list[dict[str, Any]]]:
     which the model has never seen.
 
     Returns:
-      "eos_token" and so on -> the token's text, or None where a file says that there is none. A kind that no file names
-      is missing. And the tokens to append to `added_tokens` of tokenizer.json, in order, without ids.
+      "eos_token" and so on, and the names of a model's own tokens such as "image_token" -> the token's text, or None where a
+      file says that there is none. A kind that no file names is missing. And the tokens to append to `added_tokens` of
+      tokenizer.json, in order, without ids.
     Raises:
       ValueError: an entry of the wrong type, with its file and key.
     """
@@ -100,7 +101,8 @@ def resolve(files: Files) -> tuple[dict[str, str | None], list[dict[str, Any]]]:
 
     decoder = [by_id[number] for number in sorted(by_id)]
     added = _in_order(decoder, list(listed.values()), [*map(kinds.get, KINDS), *others], extra)
-    texts = {kind: None if token is None else _content(token) for kind, token in kinds.items()}
+    own = dict(zip(specific, others, strict=True))
+    texts = {kind: None if token is None else _content(token) for kind, token in (kinds | own).items()}
     return texts, [token for token in added if token not in listed.values()]
 
 

@@ -32,7 +32,8 @@ class Tokenizer:
       eos_id: the end token that is written after a response, so that a model learns it.
       end_ids: every token that ends a response; the first one is `eos_id`.
       bos_id: begins a text, or None.
-      eos_token, bos_token: the folder's end and first token as text, "" for none; chat templates see them.
+      eos_token, bos_token: the folder's end and first token as text, "" for none.
+      special_tokens: the special tokens that the folder names, by the names that a chat template reads, such as pad_token.
       pad_id: fills rows; the folder's end token where the folder names no padding.
       prefix_ids: the tokens that the post-processor puts before a text, such as a bos. What it puts after a text is never used:
         an end token there would stand between a prompt and its response.
@@ -52,6 +53,8 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_token, self.bos_token = settings["eos_token"], settings["bos_token"]
         self.eos_id, self.bos_id = settings["eos_id"], settings["bos_id"]
+        own = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        self.special_tokens = settings["named"] | {name: token for name, token in own.items() if token}
         self.pad_id = self.eos_id if settings["pad_id"] is None else settings["pad_id"]
         self._added = {backend.token_to_id(token) for token in settings["added"]}
         self.end_ids: tuple[int, ...] = (self.eos_id,)
@@ -89,7 +92,7 @@ class Tokenizer:
             content = json.dumps(fields).encode()
         backend = read_backend(path, content, fields)
         _check_room(backend, found, tokens, model)
-        settings: dict[str, Any] = {"added": added_tokens(fields)}
+        settings: dict[str, Any] = {"added": added_tokens(fields), "named": {k: v for k, v in tokens.items() if v}}
         for kind in ("bos", "eos", "pad"):
             token = tokens.get(f"{kind}_token")
             with named_errors(f"{found.where(f'{kind}_token')}: the {kind}_token"):

@@ -17,6 +17,7 @@ import numpy as np
 from kd_jax import data, metrics, models, remote, report, rollouts, setup, sharding
 from kd_jax.data import jsonl
 from kd_jax.evaluate import harness, texts, tokens
+from kd_jax.evaluate.scores import rouge_tokens
 from kd_jax.evaluate.tables import PLACES, by_place, over_seeds, table
 
 
@@ -119,6 +120,8 @@ def _run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         written += its_texts
         own.append(its_tokens)
     found: dict[str, Any] = {"rows": len(examples), "given": tokens.summary(given), "seeds": over_seeds(lines)}
+    if lines:
+        found["rouge_l_words"] = rouge_tokens(text for example in examples for text in example.references)
     if of.teacher is not None:
         places = {"given": by_place(given)} | ({"own": by_place(_joined(own))} if own else {})
         found["by_place"] = {"places": PLACES, **places}

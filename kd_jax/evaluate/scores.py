@@ -1,42 +1,70 @@
-"""How good a text is, against one or several references."""
+"""How good a text is, against one or several references, in any script."""
 
 import functools
 import re
 import string
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from decimal import Decimal, InvalidOperation
 
 from rouge_score import rouge_scorer
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+from kd_jax.data.words import PAPERS, UNICODE, UnicodeTokenizer, normal, tokenizer_of
+
+# First a number with points between its thousands and a comma before its fraction.
+_NUMBER = re.compile(r"-?[1-9]\d{0,2}(?:\.\d{3})+,\d+|-?\d+(?:,\d+)*(?:\.\d+)?|-?\.\d+")
+# Spaces that do not break, thin spaces and apostrophes between thousands.
+_BETWEEN_THOUSANDS = re.compile(r"(?<=\d)(?<!\d{4})[\u00a0\u202f\u2009'\u2019](?=\d{3}(?!\d))")
+# Minus signs, and the points and commas of Arabic and of full-width numbers. A full-width comma separates clauses.
+_SIGNS = str.maketrans({"\u2212": "-", "\uff0d": "-", "\u066b": ".", "\uff0e": ".", "\u066c": ","})
 
 
 def rouge_l(text: str, references: Sequence[str]) -> float:
-    """The F-measure of ROUGE-L, stemmed, for the reference it fits best; in [0, 100].
+    """Returns the F-measure of ROUGE-L for the reference that the text fits best, in [0, 100].
+
+    A reference in Latin letters is compared by the papers' words: a to z and 0 to 9, stemmed. A reference in another script is
+    compared by words of that script's letters and digits, and by single characters where a script has no spaces between words,
+    as in Chinese, Japanese and Thai. `words.tokenizer_of` decides, and `rouge_tokens` counts.
 
     Example:
       >>> round(rouge_l("the cats sat", ["no", "the cat sat down"]), 1)
       85.7
+      >>> rouge_l("我喜欢猫", ["我喜欢狗"]), rouge_l("Привет, мир!", ["привет мир"])
+      (75.0, 100.0)
 
     References:
       Lin, "ROUGE", https://aclanthology.org/W04-1013, 2004, by the package rouge-score; the best over references and the
       stemmer as in MiniLLM's and DistiLLM's evaluation.
     """
-    return 100 * max(_scorer().score(reference, text)["rougeL"].fmeasure for reference in references)
+    return 100 * max(
+        _scorer(tokenizer_of(reference)).score(reference, text)["rougeL"].fmeasure for reference in references
+    )
+
+
+def rouge_tokens(references: Iterable[str]) -> dict[str, int]:
+    """Returns how many references ROUGE-L compares by the papers' words, and how many by words of any script.
+
+    Example:
+      >>> rouge_tokens(["A cat.", "猫"])
+      {'papers': 1, 'unicode': 1}
+    """
+    counts = Counter(map(tokenizer_of, references))
+    return {kind: counts[kind] for kind in (PAPERS, UNICODE)}
 
 
 def exact_match(text: str, references: Sequence[str]) -> float:
-    """100 if the text is one of the references but for case, punctuation and white space, else 0.
+    """Returns 100 if the text is one of the references but for case, punctuation and white space, else 0.
 
     Example:
-      >>> exact_match("Paris. ", ["London", "paris"])
-      100.0
+      >>> exact_match("Paris. ", ["London", "paris"]), exact_match("「東京」。", ["東京"]), exact_match("?", ["!"])
+      (100.0, 100.0, 0.0)
     """
     return 100.0 * any(_normalised(text) == _normalised(reference) for reference in references)
 
 
 def number_match(text: str, references: Sequence[str]) -> float:
-    """100 if the last number of the text is the last number of a reference, else 0: the accuracy of GSM8K.
+    """Returns 100 if the last number of the text is the last number of a reference, else 0: the accuracy of GSM8K.
 
     Example:
       >>> number_match("6 x 200 is $1,200.00.", ["So it is 1200 #### 1200"])
@@ -47,20 +75,47 @@ def number_match(text: str, references: Sequence[str]) -> float:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The last number in a text, without thousands' commas; None where there is none."""
-    numbers = _NUMBER.findall(text)
+    """Returns the last number in a text, in the digits of any script; None where there is none.
+
+    A comma before three digits separates thousands, as in English. A single comma before other digits begins the fraction, and
+    several such commas separate numbers.
+
+    Example:
+      >>> [str(final_number(text)) for text in ("1,200.50", "1.200,50", "3,5", "1,2,3", "１２个", "٣٫٥", "1\u202f200", "\u22125")]
+      ['1200.50', '1200.50', '3.5', '3', '12', '3.5', '1200', '-5']
+    """
+    numbers = _NUMBER.findall(_BETWEEN_THOUSANDS.sub("", text.translate(_SIGNS)))
     if not numbers:
         return None
     try:
-        return Decimal(numbers[-1].replace(",", ""))
+        return Decimal(_with_a_point(numbers[-1]))
     except InvalidOperation:
         return None
 
 
+def _with_a_point(number: str) -> str:
+    """Returns the number without separators of thousands, and with a point before its fraction."""
+    if -1 < number.find(".") < number.find(","):
+        return number.replace(".", "").replace(",", ".")
+    _, *groups = number.partition(".")[0].split(",")
+    sizes = [len(group) for group in groups]
+    if sizes[-1:] in ([], [3]) and set(sizes[:-1]) <= {2, 3}:  # 2 as in India: 1,00,000
+        return number.replace(",", "")
+    return number.replace(",", ".") if len(groups) == 1 and "." not in number else number.rpartition(",")[2]
+
+
 @functools.cache
-def _scorer() -> rouge_scorer.RougeScorer:
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+def _scorer(kind: str) -> rouge_scorer.RougeScorer:
+    options = {"use_stemmer": True} if kind == PAPERS else {"tokenizer": UnicodeTokenizer()}
+    return rouge_scorer.RougeScorer(["rougeL"], **options)
 
 
 def _normalised(text: str) -> str:
-    return " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
+    text = normal(text)
+    kept = "".join(character for character in text if not _is_punctuation(character)).split()
+    return " ".join(kept or text.split())  # of a text without words the punctuation is all there is
+
+
+@functools.lru_cache(maxsize=65536)
+def _is_punctuation(character: str) -> bool:
+    return character in string.punctuation or unicodedata.category(character).startswith("P")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax import metrics
+from kd_jax.comparison import rouge_line
 
 BUCKETS = (0, 4, 16, 64, 256)  # the first places of the parts of a response by which exposure bias is shown
 PLACES = tuple(f"{a + 1} to {b}" for a, b in zip(BUCKETS, (*BUCKETS[1:], "..."), strict=True))
@@ -34,6 +35,7 @@ def table(found: dict[str, Any]) -> str:
     if seeds:
         shown = [[name, _spread(*both)] for name, both in seeds.items() if not name.startswith("own_")]
         parts.append(metrics.table([["what it writes", f"{found['rows']} prompts"], *shown]))
+        parts.append(rouge_line(found["rouge_l_words"]))
     rows = [["tokens", "given text", *(("own text",) if own else ())]]
     for name, value in found["given"].items():
         both = seeds.get(f"own_{name}")

@@ -25,7 +25,12 @@ class Example:
 
 
 def read_examples(
-    rows: Sequence[Mapping[str, Any]], tokenizer: data.Tokenizer, *, template: str, max_prompt_length: int, cut: bool
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: data.Tokenizer,
+    *,
+    template: str | data.Template,
+    max_prompt_length: int,
+    cut: bool,
 ) -> list[Example]:
     """Rows with prompt, context and references as examples; a prompt that is too long is cut or its row left out.
 

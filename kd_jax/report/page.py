@@ -8,6 +8,7 @@ import jinja2
 import numpy as np
 
 from kd_jax import comparison, plots
+from kd_jax.data.words import words
 from kd_jax.report import sections
 
 MOST = 200  # generations on a page
@@ -101,4 +102,4 @@ def _coloured(generations: Sequence[sections.Generation]) -> bool:
 
 
 def _words(text: str) -> int:
-    return len(text.split())
+    return len(words(text))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax import comparison, plots
+from kd_jax.comparison import rouge_line
 
 COLUMNS = ("forward_kl", "reverse_kl", "own_reverse_kl", "cross_entropy", "rouge_l", "top1_agreement", "number_match")
 AUTHORS = {"teacher": "teacher", "before": "student before", "after": "student after"}  # of a run
@@ -130,6 +131,8 @@ def _evaluation(folder: Path, name: str) -> Section:
         mean, deviation = over.get(metric) or (given[metric], None)
         spread = "" if deviation is None else f" ± {deviation:.3f}"
         cards.append((comparison.title(metric), (("model", f"{mean:.3f}{spread}"),)))
+    if "rouge_l_words" in found:  # not in an evaluation by an older version
+        verdict.append(rouge_line(found["rouge_l_words"]))
     charts: list[plots.Chart] = []
     if "own" in (places := found.get("by_place", {})):
         bias = over["own_reverse_kl"][0] - given["reverse_kl"]
