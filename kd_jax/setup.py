@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kd_jax import data, models, remote, sharding
+from kd_jax import data, models, remote, sharding, untrusted
+from kd_jax.data.tokenizer import differing_tokens
 
 PACKAGED = "package:"
 INITS = ("random", "pretrained", "layers")
 PACKINGS = ("none", "rows", "stream")
+SHOWN_TOKENS = 5  # of those that two tokenizers number differently
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,12 +208,32 @@ def _check_vocabulary(path: str, config: models.ModelConfig, tokenizer: data.Tok
 
 
 def check_same_tokenizer(path: Path, tokenizer: data.Tokenizer, who: str) -> None:
+    """Checks that the tokenizer in a model's folder numbers every token as the run's tokenizer does.
+
+    Args:
+      path: the model's folder.
+      tokenizer: of the run.
+      who: 'teacher' or 'student', for the message.
+
+    Raises:
+      ValueError: the folder has no tokenizer, or the two vocabularies differ; up to five differing tokens are named.
+    """
     if not (path / "tokenizer.json").exists():
         raise ValueError(f"{path} has no tokenizer.json, so its vocabulary cannot be compared with the run's; add it.")
     own = data.Tokenizer.load(path)
-    if own.vocabulary() != tokenizer.vocabulary():
-        different = sum(own.vocabulary().get(token) != i for token, i in tokenizer.vocabulary().items())
+    different = differing_tokens(tokenizer.vocabulary(), own.vocabulary())
+    if different:
+        first = "; ".join(
+            f"{untrusted.shown(token)} has {_as_id(ours)} in the run's and {_as_id(theirs)} in the {who}'s"
+            for token, ours, theirs in different[:SHOWN_TOKENS]
+        )
         raise ValueError(
             f"the {who}'s tokenizer ({path}, {own.vocab_size} ids) is not the run's ({tokenizer.vocab_size} ids): "
-            f"{different} tokens have another id or none. A divergence compares id by id; choose models that share a tokenizer."
+            f"{len(different)} {'token differs' if len(different) == 1 else 'tokens differ'}: {first}"
+            f"{'; ...' if len(different) > SHOWN_TOKENS else ''}. "
+            "A divergence compares id by id; choose models that share a tokenizer."
         )
+
+
+def _as_id(number: int | None) -> str:
+    return "no id" if number is None else f"id {number}"

@@ -6,7 +6,9 @@ import time
 import pytest
 import tokenizers
 
+from kd_jax import setup
 from kd_jax.data import Tokenizer, sandbox
+from kd_jax.data.tokenizer import differing_tokens
 from kd_jax.data.tokenizer_elsewhere import REGEXES
 
 WORDS = ["a", "b", "c", "<s>", "</s>", "<pad>"]
@@ -193,3 +195,34 @@ def test_published_regexes_work_here_and_need_time_that_goes_with_the_text(tmp_p
 def test_what_a_character_may_become_has_a_limit(field, tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer.json: the token, prefix or suffix 'uu.*uu' has 1001 characters"):
         Tokenizer.load(changed(tmp_path / "t", **field))
+
+
+def test_large_vocabularies_are_compared_in_linear_time_and_five_tokens_are_named(tmp_path, monkeypatch):
+    size = 150_000
+    theirs = {**{f"w{i}": i for i in range(size)}, "</s>": size}
+    ours = theirs | {f"w{i}": 10 + (i - 9) % 7 for i in range(10, 17)}  # seven tokens take each other's ids
+    start = time.process_time()
+    found = differing_tokens(ours, theirs)
+    assert time.process_time() - start < 1
+    assert found == [("w16", 10, 16), *((f"w{i}", i + 1, i) for i in range(10, 16))]
+
+    for name, words in {"ours": ours, "theirs": theirs}.items():
+        (tmp_path / name).mkdir()
+        words = tokenizers.models.WordLevel(words, unk_token="w0")
+        tokenizers.Tokenizer(words).save(str(tmp_path / name / "tokenizer.json"))
+        (tmp_path / name / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer, calls, vocabulary = Tokenizer.load(tmp_path / "ours"), [], Tokenizer.vocabulary
+    monkeypatch.setattr(Tokenizer, "vocabulary", lambda self: calls.append(1) or vocabulary(self))
+    with pytest.raises(ValueError) as caught:
+        setup.check_same_tokenizer(tmp_path / "theirs", tokenizer, "student")
+    message = str(caught.value)
+    assert len(calls) == 2  # each builds a dictionary of the whole vocabulary
+    assert "7 tokens differ" in message and message.count(f"{size + 1} ids") == 2
+    assert "'w13' has id 14 in the run's and id 13 in the student's; ..." in message and "'w14'" not in message
+    setup.check_same_tokenizer(tmp_path / "ours", tokenizer, "student")
+
+
+def test_a_token_that_one_side_lacks_differs():
+    assert differing_tokens({"a": 0, "b": 1}, {"a": 0}) == [("b", 1, None)]
+    assert differing_tokens({"a": 0}, {"a": 0, "b": 1}) == [("b", None, 1)]
+    assert differing_tokens({"a": 0}, {"a": 0}) == []

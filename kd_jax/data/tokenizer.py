@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,24 @@ class Tokenizer:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
             (Path(folder) / name).write_bytes(content)
+
+
+def differing_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[tuple[str, int | None, int | None]]:
+    """Tokens that two vocabularies number differently, or that only one of them has, in the order of their ids.
+
+    Args:
+      ours: token -> id.
+      theirs: token -> id.
+    Returns:
+      (token, its id in `ours`, its id in `theirs`) for each such token; None where the vocabulary lacks the token.
+
+    Example:
+      >>> differing_tokens({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 2, "d": 3})
+      [('b', 1, 2), ('c', 2, None), ('d', None, 3)]
+    """
+    found = [(token, number, theirs.get(token)) for token, number in ours.items() if theirs.get(token) != number]
+    found += [(token, None, number) for token, number in theirs.items() if token not in ours]
+    return sorted(found, key=lambda row: (row[2] if row[1] is None else row[1], row[0]))
 
 
 def _read(path: Path) -> dict[str, Any]:
