@@ -45,10 +45,36 @@ class Models:
 
 
 def folder(path: str) -> Path:
-    """The folder that a config's path means; 'package:NAME' is one that ships with kd_jax."""
-    if path.startswith(PACKAGED):
-        return Path(__file__).parent / "assets" / path.removeprefix(PACKAGED)
-    return remote.local_folder(path)
+    """Returns the folder that a config's path means; 'package:NAME' is one that ships with kd_jax.
+
+    Raises:
+      ValueError: kd_jax has no model NAME, or the path is an address.
+    """
+    if not path.startswith(PACKAGED):
+        return remote.local_folder(path)
+    assets, name = Path(__file__).parent / "assets", path.removeprefix(PACKAGED)
+    known = sorted(where.name for where in assets.iterdir() if (where / "config.json").exists())
+    if name not in known:
+        raise ValueError(
+            f"{path}: kd_jax has no model {name!r}; it has {', '.join(PACKAGED + other for other in known)}."
+        )
+    return assets / name
+
+
+def model_folder(path: str, key: str) -> Path:
+    """Returns the folder of a model, after a look at its config.json.
+
+    Args:
+      path: as in `folder`.
+      key: of the setting that names the path, for the message.
+
+    Raises:
+      ValueError: the folder does not exist, is an adapter's, or its config.json describes no model that is supported.
+    """
+    where = folder(path)
+    models.check_folder(where, key)
+    models.load_config(where)
+    return where
 
 
 def check_numbers(config: Any) -> None:
@@ -124,12 +150,29 @@ def check_mesh(config: Any, mesh: jax.sharding.Mesh) -> None:
 
 
 def load_tokenizer(config: Any) -> data.Tokenizer:
-    """Of tokenizer.path, or else of the teacher's cache or folder, or else of the student's."""
-    cached = f"{config.teacher.cache}/tokenizer" if config.teacher.cache else ""
-    path = config.tokenizer.path or cached or config.teacher.path or config.student.path
-    if not path:
+    """Loads the tokenizer of tokenizer.path, or else of the teacher's cache or folder, or else of the student's.
+
+    The models' folders are looked at first: where one of them is wrong, its tokenizer is not what is amiss.
+
+    Raises:
+      ValueError: nothing names a tokenizer, or a folder that does not exist or has no model or no tokenizer.
+    """
+    if config.teacher.path and not config.teacher.cache:
+        model_folder(config.teacher.path, "teacher.path")
+    if config.student.path and config.student.init == "pretrained":
+        model_folder(config.student.path, "student.path")
+    paths = {
+        "tokenizer.path": config.tokenizer.path,
+        "teacher.cache": f"{config.teacher.cache}/tokenizer" if config.teacher.cache else "",
+        "teacher.path": config.teacher.path,
+        "student.path": config.student.path,
+    }
+    key = next((key for key, path in paths.items() if path), None)
+    if key is None:
         raise ValueError("nothing names a tokenizer: set tokenizer.path, teacher.path or student.path to a folder.")
-    return data.Tokenizer.load(folder(path))
+    where = folder(paths[key])
+    untrusted.check_folder(where, key)
+    return data.Tokenizer.load(where)
 
 
 def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher: bool) -> Models:

@@ -473,7 +473,7 @@ FILE_ERRORS = [
         lambda folder: (folder / "config.json").write_text("[]"),
         "config.json: expected a JSON object, found list",
     ),
-    (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
+    (lambda folder: (folder / "config.json").unlink(), "the folder has no config.json"),
     (
         lambda folder: (folder / "model.safetensors.index.json").unlink(),
         "neither model.safetensors nor model.safet",

@@ -50,9 +50,10 @@ class Tokenizer:
         """Reads tokenizer.json, and beside it the special tokens and the chat template.
 
         Raises:
-          ValueError: no tokenizer.json, one that cannot be read, or no end token anywhere.
+          ValueError: no such folder, no tokenizer.json, one that cannot be read, or no end token anywhere.
         """
         folder = Path(folder).expanduser()
+        untrusted.check_folder(folder)
         path = folder / "tokenizer.json"
         if not path.exists():
             raise ValueError(f"{folder} has no tokenizer.json; save the tokenizer there in its fast form.")
