@@ -62,10 +62,36 @@ class Models:
 
 
 def folder(path: str) -> Path:
-    """The folder that a config's path means; 'package:NAME' is one that ships with kd_jax."""
-    if path.startswith(PACKAGED):
-        return Path(__file__).parent / "assets" / path.removeprefix(PACKAGED)
-    return remote.local_folder(path)
+    """Returns the folder that a config's path means; 'package:NAME' is one that ships with kd_jax.
+
+    Raises:
+      ValueError: kd_jax has no model NAME, or the path is an address.
+    """
+    if not path.startswith(PACKAGED):
+        return remote.local_folder(path)
+    assets, name = Path(__file__).parent / "assets", path.removeprefix(PACKAGED)
+    known = sorted(where.name for where in assets.iterdir() if (where / "config.json").exists())
+    if name not in known:
+        raise ValueError(
+            f"{path}: kd_jax has no model {name!r}; it has {', '.join(PACKAGED + other for other in known)}."
+        )
+    return assets / name
+
+
+def model_folder(path: str, key: str) -> Path:
+    """Returns the folder of a model, after a look at its config.json.
+
+    Args:
+      path: as in `folder`.
+      key: of the setting that names the path, for the message.
+
+    Raises:
+      ValueError: the folder does not exist, is an adapter's, or its config.json describes no model that is supported.
+    """
+    where = folder(path)
+    models.check_folder(where, key)
+    models.load_config(where)
+    return where
 
 
 def check_numbers(config: Any) -> None:
@@ -143,20 +169,35 @@ def check_mesh(config: Any, mesh: jax.sharding.Mesh) -> None:
 def load_tokenizer(config: Any, text_only: bool = False) -> data.Tokenizer:
     """Loads the tokenizer of tokenizer.path, or else of the teacher's cache or folder, or else of the student's.
 
+    The models' folders are checked first: where one of them is wrong, the message is about that folder and not its tokenizer.
+
     Args:
       config: of the run.
       text_only: whether the student learns from the teacher's text alone. A pretrained student then keeps its own tokenizer, if
         that is not the teacher's.
 
     Raises:
-      ValueError: a folder without a tokenizer, or a template of prompts that does not fit the tokenizer.
+      ValueError: nothing names a tokenizer, a folder that does not exist or has no model or no tokenizer, or a template of
+        prompts that does not fit the tokenizer.
     """
-    cached = f"{config.teacher.cache}/tokenizer" if config.teacher.cache else ""
-    path = config.tokenizer.path or cached or config.teacher.path or config.student.path
-    if not path:
+    if config.teacher.path and not config.teacher.cache:
+        model_folder(config.teacher.path, "teacher.path")
+    pretrained = bool(config.student.path) and config.student.init == "pretrained"
+    if pretrained:
+        model_folder(config.student.path, "student.path")
+    paths = {
+        "tokenizer.path": config.tokenizer.path,
+        "teacher.cache": f"{config.teacher.cache}/tokenizer" if config.teacher.cache else "",
+        "teacher.path": config.teacher.path,
+        "student.path": config.student.path,
+    }
+    key = next((key for key, path in paths.items() if path), None)
+    if key is None:
         raise ValueError("nothing names a tokenizer: set tokenizer.path, teacher.path or student.path to a folder.")
-    tokenizer = data.Tokenizer.load(folder(path))
-    if text_only and not config.tokenizer.path and config.student.init == "pretrained" and config.student.path:
+    where = folder(paths[key])
+    untrusted.check_folder(where, key)
+    tokenizer = data.Tokenizer.load(where)
+    if text_only and pretrained and not config.tokenizer.path:
         own = data.Tokenizer.load(folder(config.student.path))
         tokenizer = tokenizer if own.vocabulary() == tokenizer.vocabulary() else own
     template = data.Template.of(config.data)

@@ -2,11 +2,43 @@
 
 import json
 import math
+import re
 import reprlib
 from pathlib import Path
 from typing import Any, NoReturn
 
 MIB = 2**20
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # ORG/NAME, as the Hugging Face hub names a model
+
+
+def check_folder(folder: Path, named: str = "") -> None:
+    """Checks that a folder exists.
+
+    Args:
+      folder: the folder.
+      named: the setting that names the folder, such as 'teacher.path', for the message.
+
+    Raises:
+      ValueError: the folder does not exist, or is a file. Of a name like those of the Hugging Face hub, the message says
+        how to download the model.
+
+    Example:
+      >>> check_folder(Path("/nowhere/teacher"), "teacher.path")
+      Traceback (most recent call last):
+      ValueError: teacher.path: the folder /nowhere/teacher does not exist.
+    """
+    if folder.is_dir():
+        return
+    where, hint = f"{named}: " if named else "", ""
+    if folder.exists():
+        raise ValueError(f"{where}{folder} is a file; expected the folder that the file is in.")
+    if HUB_NAME.fullmatch(str(folder)) and not folder.parent.is_dir():
+        target = f"models/{folder.name}"
+        hint = (
+            f" If this is a name on the Hugging Face hub, download the model, e.g. hf download {folder} --local-dir {target}, "
+            f"and give the folder {target}."
+        )
+    raise ValueError(f"{where}the folder {folder} does not exist.{hint}")
 
 
 def read_bytes(file: Path, limit: int) -> bytes:

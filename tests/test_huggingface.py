@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from kd_jax import models, sharding
 from kd_jax.models.families.fields import Llama3Scaling
 from kd_jax.models.safetensors_io import Reader
+from kd_jax.models.transformer import rotary_frequencies
 
 TINY = Path(__file__).parent / "golden" / "hf_tiny"
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
@@ -225,6 +226,65 @@ def test_both_spellings_of_the_rotary_embedding_are_one(copy):
     assert models.load_config(folder).rope_theta == 10000.0  # as the first Llama, which names no base
 
 
+L3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+PLAIN, LLAMA3 = {"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "llama3", **L3}
+# config.json -> the base, the length before the scaling (0: none), and frequencies 1 and 2 of transformers 5.24 in a
+# head of 16.
+ROTARIES = {
+    "rope_scaling is used, and the base of rope_parameters is not": (
+        {"rope_parameters": PLAIN, "rope_scaling": LLAMA3}, 1e4, 32, (0.095840, 0.0125),
+    ),
+    "the base at the top level goes with rope_scaling": (
+        {"rope_theta": 2e4, "rope_parameters": PLAIN, "rope_scaling": LLAMA3}, 2e4, 32, (0.076580, 0.010511),
+    ),
+    "a base in rope_scaling comes before the top level": (
+        {"rope_theta": 2e4, "rope_scaling": {**LLAMA3, "rope_theta": 3e4}}, 3e4, 32, (0.066928, 0.009498),
+    ),
+    "a base in rope_parameters comes before the top level": (
+        {"rope_theta": 2e4, "rope_parameters": PLAIN}, 5e5, 0, (0.193923, 0.037606),
+    ),
+    "rope_scaling of the default type is used, too": (
+        {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "rope_scaling": {"rope_type": "default"}}, 1e4, 0, (0.316228, 0.1),
+    ),
+    "an empty rope_scaling is none": (
+        {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "rope_scaling": {}}, 5e5, 32, (0.024240, 0.004701),
+    ),
+    "rope_type comes before type": ({"rope_scaling": {**LLAMA3, "type": "linear"}}, 1e4, 32, (0.095840, 0.0125)),
+    "rope_type comes before type, and is the default": (
+        {"rope_scaling": {**LLAMA3, "type": "llama3", "rope_type": "default"}}, 1e4, 0, (0.316228, 0.1),
+    ),
+    "the original length at the top level comes first": (
+        {"original_max_position_embeddings": 16, "rope_scaling": LLAMA3}, 1e4, 16, (0.039528, 0.0125),
+    ),
+    "the original length is the model's own where none is named": (
+        {"rope_scaling": {name: LLAMA3[name] for name in LLAMA3 if name[0] != "o"}}, 1e4, 64, (0.244385, 0.013042),
+    ),
+    "what a rope_scaling replaces is not read": (
+        {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}, "rope_scaling": LLAMA3}, 1e4, 32, (0.095840, 0.0125),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ROTARIES)
+def test_the_rotary_embedding_is_read_as_transformers_reads_it(case, copy):
+    fields, base, original, frequencies = ROTARIES[case]
+    folder = copy("llama")
+    edit_config(folder, **({"rope_parameters": "absent", "max_position_embeddings": 64, "head_dim": 16} | fields))
+    config = models.load_config(folder)
+    assert config.rope_theta == base
+    assert (config.rope_scaling.original_max_positions if config.rope_scaling else 0) == original
+    np.testing.assert_allclose(rotary_frequencies(config)[1:3], frequencies, atol=1e-6)
+
+
+def test_both_spellings_of_gpt2_are_read_and_the_common_one_comes_first(copy):
+    folder = copy("gpt2")
+    config = models.load_config(folder)
+    edit_config(folder, n_head="absent", num_attention_heads=config.num_heads)
+    assert models.load_config(folder) == config
+    edit_config(folder, n_head=1)  # of n_head = 1 and num_attention_heads transformers 5.24 uses the latter
+    assert models.load_config(folder) == config
+
+
 def test_the_ending_ids_of_generation_config_win(copy):
     folder = copy("llama")
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7], "pad_token_id": 0}')
@@ -292,7 +352,19 @@ CONFIG_ERRORS = [
         "full_attention.*not supported",
     ),
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_scaling = .*'linear'",
+    ),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    ("llama", {"is_causal": False}, "is_causal = False is not supported; expected true"),
+    ("gpt2", {"per_layer_config": {"0": {"n_inner": 8}}}, "per_layer_config"),
+    (
+        "llama",
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "attention_bias": True},
+        "attention_bias = True is not supported; expected false in a mistral config",
+    ),
     (
         "llama",
         {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 63},
@@ -401,7 +473,7 @@ FILE_ERRORS = [
         lambda folder: (folder / "config.json").write_text("[]"),
         "config.json: expected a JSON object, found list",
     ),
-    (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
+    (lambda folder: (folder / "config.json").unlink(), "the folder has no config.json"),
     (
         lambda folder: (folder / "model.safetensors.index.json").unlink(),
         "neither model.safetensors nor model.safet",

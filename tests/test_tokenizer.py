@@ -97,6 +97,9 @@ def test_save_writes_the_files_unchanged(tmp_path):
 
 
 def test_errors_name_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"^the folder .*/t does not exist\.$"):
+        Tokenizer.load(tmp_path / "t")
+    (tmp_path / "t").mkdir()
     with pytest.raises(ValueError, match=r"t has no tokenizer\.json"):
         Tokenizer.load(tmp_path / "t")
     with pytest.raises(ValueError, match=r"t names no end token: set eos_token in tokenizer_config.json"):

@@ -68,10 +68,11 @@ class Tokenizer:
         one, the model's config.json and generation_config.json do.
 
         Raises:
-          ValueError: no tokenizer.json, one that cannot be read, no end token anywhere, or a special token for which the
-            model has no id.
+          ValueError: no such folder, no tokenizer.json, one that cannot be read, no end token anywhere, or a special token for which
+            the model has no id.
         """
         folder = Path(folder).expanduser()
+        untrusted.check_folder(folder)
         path = folder / "tokenizer.json"
         if not path.exists():
             raise ValueError(f"{folder} has no tokenizer.json; save the tokenizer there in its fast form.")

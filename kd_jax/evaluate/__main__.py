@@ -106,7 +106,7 @@ def _run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         rows, of.tokenizer, template=args.template, max_prompt_length=args.max_prompt_length, cut=True
     )
     # First, since a task may have to be downloaded, and that may fail.
-    tasks = lm_eval(model_folder(args.model)) if lm_eval is not None and jax.process_index() == 0 else []
+    tasks = lm_eval(model_folder(args.model, "--model")) if lm_eval is not None and jax.process_index() == 0 else []
     given = tokens.collect(
         *of.both, given_batches(args, of.tokenizer, rows), of.mesh, vocab_size=of.tokenizer.vocab_size
     )
@@ -146,14 +146,14 @@ def load(args: argparse.Namespace) -> Models:
         raise ValueError(
             f"--batch_size={args.batch_size} must be a multiple of the {ways} devices that divide a batch."
         )
-    folder, place = model_folder(args.model), partial(sharding.tree_shardings, mesh)
+    folder, place = model_folder(args.model, "--model"), partial(sharding.tree_shardings, mesh)
+    teacher_folder = model_folder(args.teacher, "--teacher") if args.teacher else None  # before anything is loaded
     tokenizer = data.Tokenizer.load(folder)
     model, params = models.load_pretrained(folder, dtype=args.dtype, shardings=place)
     teacher, teacher_params = None, None
-    if args.teacher:
-        folder = model_folder(args.teacher)
-        setup.check_same_tokenizer(folder, tokenizer, "teacher")
-        teacher, teacher_params = models.load_pretrained(folder, dtype=args.dtype, shardings=place)
+    if teacher_folder:
+        setup.check_same_tokenizer(teacher_folder, tokenizer, "teacher")
+        teacher, teacher_params = models.load_pretrained(teacher_folder, dtype=args.dtype, shardings=place)
     room = min(m.config.max_positions for m in (model, teacher) if m is not None)
     if args.max_prompt_length + args.max_new_tokens > room:
         raise ValueError(
@@ -163,10 +163,14 @@ def load(args: argparse.Namespace) -> Models:
     return Models(mesh, tokenizer, model, params, teacher, teacher_params)
 
 
-def model_folder(path: str) -> Path:
-    """A work directory's student, or the folder itself."""
-    folder = setup.folder(path)
-    return folder / "student" if (folder / "student" / "config.json").exists() else folder
+def model_folder(path: str, flag: str) -> Path:
+    """Returns a work directory's student, or the folder itself, after a look at its config.json.
+
+    Raises:
+      ValueError: as `setup.model_folder`; the message names the flag.
+    """
+    student = setup.folder(path) / "student"
+    return setup.model_folder(str(student) if (student / "config.json").exists() else path, flag)
 
 
 def read_rows(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Language models as pure functions of their parameters, with Hugging Face folders in and out."""
 
 from kd_jax.models.config import ModelConfig
+from kd_jax.models.folders import check_folder
 from kd_jax.models.functional import Model, from_config, take_layers
 from kd_jax.models.generate import generate, left_pad
 from kd_jax.models.huggingface import load_config, load_pretrained
@@ -10,6 +11,7 @@ from kd_jax.models.int8 import dequantise
 __all__ = [
     "Model",
     "ModelConfig",
+    "check_folder",
     "dequantise",
     "from_config",
     "generate",

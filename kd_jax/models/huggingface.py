@@ -16,7 +16,8 @@ from kd_jax import untrusted
 from kd_jax.models import int8
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.families import FAMILIES
-from kd_jax.models.families.fields import Tensor
+from kd_jax.models.families.fields import Tensor, refuse_another_function
+from kd_jax.models.folders import check_folder
 from kd_jax.models.functional import Model, Params, Shardings, from_config
 from kd_jax.models.safetensors_io import Reader, open_folder
 
@@ -33,8 +34,10 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     Returns:
       The config; its family is one of ours, so Mistral's is 'llama'.
     Raises:
-      ValueError: no such file, an architecture or a setting that is not supported, or sizes that do not fit.
+      ValueError: no such folder or file, an adapter's folder, an architecture or a setting that is not supported, or
+        sizes that do not fit.
     """
+    check_folder(Path(path))
     file = Path(path) / "config.json"
     fields = untrusted.read_json(file)
     family = _family(file, fields)
@@ -43,6 +46,7 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     if ids.get("pad_token_id") == -1:  # what the first Llama folders write for none
         ids["pad_token_id"] = None
     try:
+        refuse_another_function(fields)
         settings = FAMILIES[family].from_hf(fields)
         return ModelConfig(
             family=family,

@@ -81,6 +81,12 @@ def refuse_unless(supported: bool, fields: Fields, name: str, expected: str) -> 
         raise ValueError(f"{name} = {untrusted.shown(fields.get(name))} is not supported; expected {expected}.")
 
 
+def refuse_another_function(fields: Fields) -> None:
+    """Refuses the fields by which transformers gives any model another function."""
+    refuse_unless(flag(fields, "is_causal", True), fields, "is_causal", "true")
+    refuse_unless(not fields.get("per_layer_config"), fields, "per_layer_config", "null")
+
+
 def refuse_window(fields: Fields) -> None:
     """Every layer attends to everything: a sliding window that could cut anything off is refused."""
     used = flag(fields, "use_sliding_window", True) and fields.get("sliding_window") is not None
@@ -89,12 +95,13 @@ def refuse_window(fields: Fields) -> None:
 
 
 def rotary_from_hf(fields: Fields) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` from either spelling.
+    """Returns `rope_theta` and `rope_scaling`, read from every spelling that transformers 5.24 reads.
 
-    Up to transformers 4 both lie at the top level and `rope_scaling` is null for the plain embedding; since
-    transformers 5 there is one `rope_parameters`, which holds the base as well.
+    Up to transformers 4 both fields are at the top level, and `rope_scaling` is null for the plain embedding. Since
+    transformers 5 one field, `rope_parameters`, holds the base as well. Where both fields are set, transformers uses
+    `rope_scaling` and ignores `rope_parameters`, its base included.
     """
-    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     rope = fields.get(name) or {}
     refuse_unless(isinstance(rope, Mapping), fields, name, "an object, or null")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -102,20 +109,27 @@ def rotary_from_hf(fields: Fields) -> dict[str, Any]:
     both |= {key: source[key] for source in (fields, rope) for key in both if source.get(key) is not None}
     if kind not in ("default", "llama3") or any(isinstance(value, Mapping) for value in rope.values()):
         raise ValueError(
-            f"the rotary embedding {untrusted.shown(dict(rope))} is not supported; expected rope_type 'default' or 'llama3'."
+            f"the rotary embedding {name} = {untrusted.shown(dict(rope))} is not supported; expected rope_type 'default' "
+            "or 'llama3'."
         )
     refuse_unless(both["partial_rotary_factor"] == 1.0, both, "partial_rotary_factor", "1.0")
-    scaling = None
-    if kind == "llama3":
-        scaling = Llama3Scaling(
-            factor=real(rope, "factor"),
-            low_freq_factor=real(rope, "low_freq_factor"),
-            high_freq_factor=real(rope, "high_freq_factor"),
-            original_max_positions=whole(rope, "original_max_position_embeddings"),
-        )
-        ordered = scaling.low_freq_factor < scaling.high_freq_factor
-        refuse_unless(ordered, rope, "low_freq_factor", f"less than high_freq_factor = {scaling.high_freq_factor}")
+    scaling = _llama3_scaling(fields, rope) if kind == "llama3" else None
     return {"rope_theta": real(both, "rope_theta"), "rope_scaling": scaling}
+
+
+def _llama3_scaling(fields: Fields, rope: Fields) -> Llama3Scaling:
+    """Returns the scaling; the length before it is named at the top level, or in `rope`, or is the model's own."""
+    name = "original_max_position_embeddings"
+    named = fields if fields.get(name) is not None else rope
+    scaling = Llama3Scaling(
+        factor=real(rope, "factor"),
+        low_freq_factor=real(rope, "low_freq_factor"),
+        high_freq_factor=real(rope, "high_freq_factor"),
+        original_max_positions=whole(named, name, fields.get("max_position_embeddings")),
+    )
+    ordered = scaling.low_freq_factor < scaling.high_freq_factor
+    refuse_unless(ordered, rope, "low_freq_factor", f"less than high_freq_factor = {scaling.high_freq_factor}")
+    return scaling
 
 
 def rotary_to_hf(theta: float, scaling: Llama3Scaling | None) -> dict[str, Any]:

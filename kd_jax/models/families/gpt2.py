@@ -24,6 +24,13 @@ PREFIX = "transformer."
 # The causal mask and its fill value, which old checkpoints carry as buffers.
 TOLERATED = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",)
 TIED = "lm_head.weight"
+# Other spellings of four fields; where both are given, transformers uses the other spelling.
+SPELLINGS = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
 
 
 def check(config: ModelConfig) -> None:
@@ -38,6 +45,7 @@ def check(config: ModelConfig) -> None:
 
 def from_hf(fields: Fields) -> dict[str, Any]:
     """The keywords of `ModelConfig` from config.json."""
+    fields = {**fields, **{SPELLINGS[name]: value for name, value in fields.items() if name in SPELLINGS}}
     by_layer = flag(fields, "scale_attn_by_inverse_layer_idx", False)
     refuse_unless(not by_layer, fields, "scale_attn_by_inverse_layer_idx", "false")
     refuse_unless(flag(fields, "scale_attn_weights", True), fields, "scale_attn_weights", "true")

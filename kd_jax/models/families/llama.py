@@ -53,6 +53,8 @@ def from_hf(fields: Fields) -> dict[str, Any]:
     if fields["model_type"] == "mistral":
         refuse_window(fields)
         required(fields, "num_key_value_heads")  # transformers' default is 8 there, not the number of heads
+        for name in ("attention_bias", "mlp_bias"):  # transformers reads neither, and its Mistral has no biases
+            refuse_unless(not flag(fields, name, False), fields, name, "false in a mistral config")
     bias = flag(fields, "attention_bias", False)
     return common_from_hf(fields) | {
         "attention_bias": bias,
