@@ -72,6 +72,7 @@ def write(
     tokenizer = load_tokenizer(config)
     _check_numbers(kind, k, power, part_rows, tokenizer.vocab_size)
     loaded = load_models(config, tokenizer, mesh, True)
+    tokenizer = loaded.tokenizer
     check_length(config, loaded)
     rows = {
         "train": load_rows(config, tokenizer, config.data.train_split)[0],

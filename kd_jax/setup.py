@@ -10,18 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kd_jax import data, models, remote, sharding, untrusted
+from kd_jax import data, metrics, models, remote, sharding
+from kd_jax.data.limited import common_ids, shown_difference, shown_tokens
 from kd_jax.data.tokenizer import differing_tokens
 
 PACKAGED = "package:"
 INITS = ("random", "pretrained", "layers")
 PACKINGS = ("none", "rows", "stream")
-SHOWN_TOKENS = 5  # of those that two tokenizers number differently
 
 
 @dataclasses.dataclass(frozen=True)
 class Models:
     """The two models of a run; `init_student` makes the student's initial parameters, placed on the mesh.
+
+    `tokenizer` is the run's, limited to the ids that both models know.
 
     Where a cache is in the teacher's place, `teacher` is None, `cached` a `CachedTeacher`, and the parameters are what that has.
     """
@@ -30,6 +32,7 @@ class Models:
     init_student: Callable[[jax.Array], Any]
     teacher: Any
     teacher_params: Any
+    tokenizer: data.Tokenizer
     cached: Any = None
 
     @property
@@ -151,9 +154,9 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
     teacher_params: Any = None
     if path_of_teacher:  # also where no term needs it: what is measured is then measured against it too
         path = folder(config.teacher.path)
-        _check_vocabulary(config.teacher.path, models.load_config(path), tokenizer, "teacher")
         if config.tokenizer.path:
-            check_same_tokenizer(path, tokenizer, "teacher")
+            tokenizer = check_same_tokenizer(path, tokenizer, "teacher")
+        tokenizer = fit_tokenizer(config.teacher.path, models.load_config(path), tokenizer, "teacher")
         teacher, teacher_params = models.load_pretrained(
             path,
             dtype=config.teacher.dtype,
@@ -175,18 +178,18 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
             known = ", ".join(field.name for field in dataclasses.fields(models.ModelConfig))
             raise ValueError(f"student.config={student_options}: {error}; it takes {known}.") from error
         _check_vocabulary("student.config", student.config, tokenizer, "student")
-        return Models(student, partial(student.init, shardings=place), teacher, teacher_params)
+        return Models(student, partial(student.init, shardings=place), teacher, teacher_params, tokenizer)
 
     if init == "pretrained":
         if not config.student.path:
             raise ValueError("student.init='pretrained' needs student.path, the folder of the student to start from.")
         path = folder(config.student.path)
-        _check_vocabulary(config.student.path, models.load_config(path), tokenizer, "student")
-        check_same_tokenizer(path, tokenizer, "student")
+        tokenizer = check_same_tokenizer(path, tokenizer, "student")
+        tokenizer = fit_tokenizer(config.student.path, models.load_config(path), tokenizer, "student")
         student = models.from_config(models.load_config(path), **how)
         # Read when the state is made, so that nothing but the state holds the initial parameters.
         load = lambda key: models.load_pretrained(path, dtype=jnp.float32, shardings=place)[1]
-        return Models(student, load, teacher, teacher_params)
+        return Models(student, load, teacher, teacher_params, tokenizer)
 
     student, params = models.take_layers(teacher, teacher_params, tuple(config.student.layers))
     student = dataclasses.replace(student, param_dtype=jnp.float32, **how)
@@ -196,7 +199,7 @@ def load_models(config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher
         lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), whole(tree)),
         out_shardings=place(student.abstract_params()),
     )
-    return Models(student, lambda key: copy(params), teacher, teacher_params)
+    return Models(student, lambda key: copy(params), teacher, teacher_params, tokenizer)
 
 
 def _check_vocabulary(path: str, config: models.ModelConfig, tokenizer: data.Tokenizer, who: str) -> None:
@@ -207,33 +210,68 @@ def _check_vocabulary(path: str, config: models.ModelConfig, tokenizer: data.Tok
         )
 
 
-def check_same_tokenizer(path: Path, tokenizer: data.Tokenizer, who: str) -> None:
-    """Checks that the tokenizer in a model's folder numbers every token as the run's tokenizer does.
+def fit_tokenizer(path: str, config: models.ModelConfig, tokenizer: data.Tokenizer, who: str) -> data.Tokenizer:
+    """Returns the tokenizer without the few added tokens, if any, for which a model has no ids, and says so.
+
+    Raises:
+      ValueError: the model lacks ids of other tokens, or of too many.
+    """
+    try:
+        fitting = tokenizer.limited(config.vocab_size)
+    except ValueError as error:
+        raise ValueError(
+            f"the {who} ({path}) has an output of {config.vocab_size} ids, fewer than the tokenizer's {tokenizer.vocab_size}: "
+            f"teacher, student and tokenizer must share one vocabulary (padding beyond it is fine). {error}"
+        ) from error
+    if fitting is not tokenizer:
+        gone = shown_tokens(tokenizer.tokens_beyond(config.vocab_size))
+        _say(
+            f"The {who} ({path}) has {config.vocab_size} ids and the tokenizer {tokenizer.vocab_size}. The run leaves out {gone}."
+        )
+    return fitting
+
+
+def check_same_tokenizer(path: Path, tokenizer: data.Tokenizer, who: str) -> data.Tokenizer:
+    """Compares the tokenizer in a model's folder with the run's, and returns the one to use.
+
+    The two may differ in a few added tokens at the end. The run then uses the ids that both have, and this is said.
 
     Args:
       path: the model's folder.
       tokenizer: of the run.
       who: 'teacher' or 'student', for the message.
 
+    Returns:
+      The run's tokenizer, limited to the ids that both have.
+
     Raises:
-      ValueError: the folder has no tokenizer, or the two vocabularies differ; up to five differing tokens are named.
+      ValueError: the folder has no tokenizer, or the two vocabularies differ in more; up to five differing tokens are named.
     """
     if not (path / "tokenizer.json").exists():
         raise ValueError(f"{path} has no tokenizer.json, so its vocabulary cannot be compared with the run's; add it.")
     own = data.Tokenizer.load(path)
-    different = differing_tokens(tokenizer.vocabulary(), own.vocabulary())
-    if different:
-        first = "; ".join(
-            f"{untrusted.shown(token)} has {_as_id(ours)} in the run's and {_as_id(theirs)} in the {who}'s"
-            for token, ours, theirs in different[:SHOWN_TOKENS]
-        )
+    ours, theirs = tokenizer.vocabulary(), own.vocabulary()
+    different = differing_tokens(ours, theirs)
+    if not different:
+        return tokenizer
+    size = common_ids(ours, theirs)
+    try:
+        own.tokens_beyond(size)
+        fitting = tokenizer.limited(size)
+    except ValueError as error:
         raise ValueError(
             f"the {who}'s tokenizer ({path}, {own.vocab_size} ids) is not the run's ({tokenizer.vocab_size} ids): "
-            f"{len(different)} {'token differs' if len(different) == 1 else 'tokens differ'}: {first}"
-            f"{'; ...' if len(different) > SHOWN_TOKENS else ''}. "
-            "A divergence compares id by id; choose models that share a tokenizer."
-        )
+            f"{shown_difference(different, who)}. A divergence compares id by id; choose models that share a tokenizer. They may "
+            f"differ in a few added tokens at the end only. {error}"
+        ) from error
+    gone = [token for token, *_ in different]
+    _say(
+        f"The {who}'s tokenizer ({path}, {own.vocab_size} ids) and the run's ({tokenizer.vocab_size} ids) have the first {size} ids "
+        f"in common. The run leaves out {shown_tokens(gone)}."
+    )
+    return fitting
 
 
-def _as_id(number: int | None) -> str:
-    return "no id" if number is None else f"id {number}"
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        metrics.tqdm.write(line)

@@ -142,6 +142,7 @@ def build(config: Any) -> Run:
     cache = open_cache(config, terms, source)
     tokenizer = load_tokenizer(config)
     loaded = load_models(config, tokenizer, mesh, any(term.needs_teacher for term in terms))
+    tokenizer = loaded.tokenizer
     if cache:
         loaded = dataclasses.replace(
             loaded, cached=cache.teacher, teacher_params=cache.load_params(mesh, config.teacher.sharding)

@@ -146,11 +146,13 @@ def load(args: argparse.Namespace) -> Models:
     folder, place = model_folder(args.model), partial(sharding.tree_shardings, mesh)
     tokenizer = data.Tokenizer.load(folder)
     model, params = models.load_pretrained(folder, dtype=args.dtype, shardings=place)
+    tokenizer = setup.fit_tokenizer(args.model, model.config, tokenizer, "model")
     teacher, teacher_params = None, None
     if args.teacher:
         folder = model_folder(args.teacher)
-        setup.check_same_tokenizer(folder, tokenizer, "teacher")
+        tokenizer = setup.check_same_tokenizer(folder, tokenizer, "teacher")
         teacher, teacher_params = models.load_pretrained(folder, dtype=args.dtype, shardings=place)
+        tokenizer = setup.fit_tokenizer(args.teacher, teacher.config, tokenizer, "teacher")
     room = min(m.config.max_positions for m in (model, teacher) if m is not None)
     if args.max_prompt_length + args.max_new_tokens > room:
         raise ValueError(
