@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kd_jax import data, models, remote, sharding, untrusted
+from kd_jax import data, metrics, models, remote, sharding, untrusted
+from kd_jax.data.limited import common_ids, shown_difference, shown_tokens
 from kd_jax.data.tokenizer import differing_tokens
 
 PACKAGED = "package:"
 INITS = ("random", "pretrained", "layers")
 PACKINGS = ("none", "rows", "stream")
-SHOWN_TOKENS = 5  # of those that two tokenizers number differently
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,19 +234,19 @@ def load_models(
     writer = None
     if path_of_teacher:  # also where no term needs it: what is measured is then measured against it too
         path = folder(path_of_teacher)
-        own = (
-            data.with_template_end(data.Tokenizer.load(path), data.Template.of(config.data)) if text_only else tokenizer
-        )
+        template = data.Template.of(config.data)
+        own = data.with_template_end(data.Tokenizer.load(path), template) if text_only else tokenizer
         writes_only = own.vocabulary() != tokenizer.vocabulary()
-        teachers_tokenizer = own if writes_only else tokenizer
-        _check_vocabulary(path_of_teacher, models.load_config(path), teachers_tokenizer, "teacher")
         if config.tokenizer.path and not writes_only:
-            check_same_tokenizer(path, tokenizer, "teacher")
+            tokenizer = check_same_tokenizer(path, tokenizer, "teacher")
+        own = fit_tokenizer(path_of_teacher, models.load_config(path), own if writes_only else tokenizer, "teacher")
         teacher, params = _load_teacher(config, path, mesh)
         if writes_only:
             writer = Writer(teacher, params, own.with_ends(own.eos_id, end_ids(teacher.config)))
             teacher = params = None
-    student, init_student = _make_student(config, tokenizer, mesh, teacher, params)
+        else:
+            tokenizer = own
+    student, init_student, tokenizer = _make_student(config, tokenizer, mesh, teacher, params)
     # A text ends wherever one of the two models' folders says that it does.
     others = [number for model in (student, teacher) if model is not None for number in end_ids(model.config)]
     tokenizer = tokenizer.with_ends(tokenizer.eos_id, others)
@@ -275,8 +275,8 @@ def _load_teacher(config: Any, path: Path, mesh: Any) -> tuple[models.Model, Any
 
 def _make_student(
     config: Any, tokenizer: data.Tokenizer, mesh: Any, teacher: Any, teacher_params: Any
-) -> tuple[models.Model, Callable[[jax.Array], Any]]:
-    """Returns the student and the function that makes its initial parameters."""
+) -> tuple[models.Model, Callable[[jax.Array], Any], data.Tokenizer]:
+    """Returns the student, the function that makes its initial parameters, and the tokenizer, limited to ids that it has."""
     place = partial(sharding.tree_shardings, mesh)
     how = dict(dtype=config.student.dtype, remat=config.student.remat, attention=config.attention)
     if config.student.init == "random":
@@ -292,17 +292,17 @@ def _make_student(
             known = ", ".join(field.name for field in dataclasses.fields(models.ModelConfig))
             raise ValueError(f"student.config={student_options}: {error}; it takes {known}.") from error
         _check_vocabulary("student.config", student.config, tokenizer, "student")
-        return student, partial(student.init, shardings=place)
+        return student, partial(student.init, shardings=place), tokenizer
 
     if config.student.init == "pretrained":
         if not config.student.path:
             raise ValueError("student.init='pretrained' needs student.path, the folder of the student to start from.")
         path = folder(config.student.path)
-        _check_vocabulary(config.student.path, models.load_config(path), tokenizer, "student")
-        check_same_tokenizer(path, tokenizer, "student")
+        tokenizer = check_same_tokenizer(path, tokenizer, "student")
+        tokenizer = fit_tokenizer(config.student.path, models.load_config(path), tokenizer, "student")
         student = models.from_config(models.load_config(path), **how)
         # Read when the state is made, so that nothing but the state holds the initial parameters.
-        return student, lambda key: models.load_pretrained(path, dtype=jnp.float32, shardings=place)[1]
+        return student, lambda key: models.load_pretrained(path, dtype=jnp.float32, shardings=place)[1], tokenizer
 
     student, params = models.take_layers(teacher, teacher_params, tuple(config.student.layers))
     student = dataclasses.replace(student, param_dtype=jnp.float32, **how)
@@ -312,7 +312,7 @@ def _make_student(
         lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), whole(tree)),
         out_shardings=place(student.abstract_params()),
     )
-    return student, lambda key: copy(params)
+    return student, lambda key: copy(params), tokenizer
 
 
 def _check_vocabulary(path: str, config: models.ModelConfig, tokenizer: data.Tokenizer, who: str) -> None:
@@ -323,33 +323,68 @@ def _check_vocabulary(path: str, config: models.ModelConfig, tokenizer: data.Tok
         )
 
 
-def check_same_tokenizer(path: Path, tokenizer: data.Tokenizer, who: str) -> None:
-    """Checks that the tokenizer in a model's folder numbers every token as the run's tokenizer does.
+def fit_tokenizer(path: str, config: models.ModelConfig, tokenizer: data.Tokenizer, who: str) -> data.Tokenizer:
+    """Returns the tokenizer without the few added tokens, if any, for which a model has no ids, and says so.
+
+    Raises:
+      ValueError: the model lacks ids of other tokens, or of too many.
+    """
+    try:
+        fitting = tokenizer.limited(config.vocab_size)
+    except ValueError as error:
+        raise ValueError(
+            f"the {who} ({path}) has an output of {config.vocab_size} ids, fewer than the tokenizer's {tokenizer.vocab_size}: "
+            f"teacher, student and tokenizer must share one vocabulary (padding beyond it is fine). {error}"
+        ) from error
+    if fitting is not tokenizer:
+        gone = shown_tokens(tokenizer.tokens_beyond(config.vocab_size))
+        _say(
+            f"The {who} ({path}) has {config.vocab_size} ids and the tokenizer {tokenizer.vocab_size}. The run leaves out {gone}."
+        )
+    return fitting
+
+
+def check_same_tokenizer(path: Path, tokenizer: data.Tokenizer, who: str) -> data.Tokenizer:
+    """Compares the tokenizer in a model's folder with the run's, and returns the one to use.
+
+    The two may differ in a few added tokens at the end. The run then uses the ids that both have, and this is said.
 
     Args:
       path: the model's folder.
       tokenizer: of the run.
       who: 'teacher' or 'student', for the message.
 
+    Returns:
+      The run's tokenizer, limited to the ids that both have.
+
     Raises:
-      ValueError: the folder has no tokenizer, or the two vocabularies differ; up to five differing tokens are named.
+      ValueError: the folder has no tokenizer, or the two vocabularies differ in more; up to five differing tokens are named.
     """
     if not (path / "tokenizer.json").exists():
         raise ValueError(f"{path} has no tokenizer.json, so its vocabulary cannot be compared with the run's; add it.")
     own = data.Tokenizer.load(path)
-    different = differing_tokens(tokenizer.vocabulary(), own.vocabulary())
-    if different:
-        first = "; ".join(
-            f"{untrusted.shown(token)} has {_as_id(ours)} in the run's and {_as_id(theirs)} in the {who}'s"
-            for token, ours, theirs in different[:SHOWN_TOKENS]
-        )
+    ours, theirs = tokenizer.vocabulary(), own.vocabulary()
+    different = differing_tokens(ours, theirs)
+    if not different:
+        return tokenizer
+    size = common_ids(ours, theirs)
+    try:
+        own.tokens_beyond(size)
+        fitting = tokenizer.limited(size)
+    except ValueError as error:
         raise ValueError(
             f"the {who}'s tokenizer ({path}, {own.vocab_size} ids) is not the run's ({tokenizer.vocab_size} ids): "
-            f"{len(different)} {'token differs' if len(different) == 1 else 'tokens differ'}: {first}"
-            f"{'; ...' if len(different) > SHOWN_TOKENS else ''}. "
-            "A divergence compares id by id; choose models that share a tokenizer."
-        )
+            f"{shown_difference(different, who)}. A divergence compares id by id; choose models that share a tokenizer. They may "
+            f"differ in a few added tokens at the end only. {error}"
+        ) from error
+    gone = [token for token, *_ in different]
+    _say(
+        f"The {who}'s tokenizer ({path}, {own.vocab_size} ids) and the run's ({tokenizer.vocab_size} ids) have the first {size} ids "
+        f"in common. The run leaves out {shown_tokens(gone)}."
+    )
+    return fitting
 
 
-def _as_id(number: int | None) -> str:
-    return "no id" if number is None else f"id {number}"
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        metrics.tqdm.write(line)

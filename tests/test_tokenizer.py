@@ -219,7 +219,7 @@ def test_large_vocabularies_are_compared_in_linear_time_and_five_tokens_are_name
     with pytest.raises(ValueError) as caught:
         setup.check_same_tokenizer(tmp_path / "theirs", tokenizer, "student")
     message = str(caught.value)
-    assert len(calls) == 2  # each builds a dictionary of the whole vocabulary
+    assert len(calls) == 3  # each builds a dictionary of the whole vocabulary
     assert "7 tokens differ" in message and message.count(f"{size + 1} ids") == 2
     assert "'w13' has id 14 in the run's and id 13 in the student's; ..." in message and "'w14'" not in message
     setup.check_same_tokenizer(tmp_path / "ours", tokenizer, "student")

@@ -108,13 +108,17 @@ def resolve(files: Files) -> tuple[dict[str, str | None], list[dict[str, Any]]]:
 
 def own_tokens(tokenizer: dict[str, Any]) -> set[str]:
     """Returns the tokens of a tokenizer.json: the vocabulary of its model, and its added tokens."""
-    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    added = tokenizer.get("added_tokens")
+    return model_tokens(tokenizer) | {_content(token) for token in (added if isinstance(added, list) else ())}
+
+
+def model_tokens(tokenizer: dict[str, Any]) -> set[str]:
+    """Returns the tokens that the model of a tokenizer.json has in its vocabulary."""
+    model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, list):  # of Unigram: [token, score]
         vocabulary = [entry[0] for entry in vocabulary if isinstance(entry, list) and entry]
-    words = vocabulary if isinstance(vocabulary, dict | list) else ()
-    found = [*words, *map(_content, added if isinstance(added, list) else ())]
-    return {token for token in found if isinstance(token, str)}
+    return {token for token in vocabulary if isinstance(token, str)} if isinstance(vocabulary, dict | list) else set()
 
 
 def _in_order(

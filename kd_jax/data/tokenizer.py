@@ -4,12 +4,13 @@ import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kd_jax import untrusted
-from kd_jax.data import special_tokens
+from kd_jax.data import limited, special_tokens
 from kd_jax.data.tokenizer_json import added_tokens, check_ids, named_errors, read_backend, read_fields, with_added
 
 # The largest tokenizer.json in use, Gemma's, has 33 MB.
@@ -40,6 +41,8 @@ class Tokenizer:
       chat_template: Jinja, or None.
       folder: where it was loaded from.
     """
+
+    _models: tuple[dict[str, Any], ...]  # config.json and generation_config.json beside it
 
     def __init__(
         self,
@@ -81,9 +84,27 @@ class Tokenizer:
             for name, limit in FILES.items()
             if (folder / name).exists()
         }
-        model = _read(folder / "config.json")
-        ids = model | _read(folder / "generation_config.json")
-        fields = read_fields(path, files["tokenizer.json"])
+        models = tuple(_read(folder / name) for name in ("config.json", "generation_config.json"))
+        return cls._of(folder, files, models, partial(_chat_template, folder))
+
+    @classmethod
+    def _of(
+        cls,
+        folder: Path,
+        files: dict[str, bytes],
+        models: tuple[dict[str, Any], ...],
+        chat_template: Callable[[dict[str, Any]], str | None],
+    ) -> "Tokenizer":
+        """Makes a tokenizer of its files' content.
+
+        Args:
+          folder: for the messages.
+          files: name -> content.
+          models: config.json and generation_config.json beside them.
+          chat_template: tokenizer_config.json -> the template.
+        """
+        model, ids = models[0], models[0] | models[1]
+        fields = read_fields(folder / "tokenizer.json", files["tokenizer.json"])
         named, special_map, more = (_parsed(files, folder, name) for name in TOKEN_FILES)
         found = special_tokens.Files(folder, fields, named, special_map, more, model.get("model_type"))
         tokens, added = special_tokens.resolve(found)
@@ -91,7 +112,7 @@ class Tokenizer:
         if added:
             fields = with_added(fields, added)
             content = json.dumps(fields).encode()
-        backend = read_backend(path, content, fields)
+        backend = read_backend(folder / "tokenizer.json", content, fields)
         _check_room(backend, found, tokens, model)
         settings: dict[str, Any] = {"added": added_tokens(fields), "named": {k: v for k, v in tokens.items() if v}}
         for kind in ("bos", "eos", "pad"):
@@ -114,7 +135,8 @@ class Tokenizer:
                 f"{folder} names no end token: set eos_token in tokenizer_config.json or eos_token_id in config.json; "
                 f"without one a response has no end."
             )
-        tokenizer = cls(backend, folder, settings, _chat_template(folder, named), files)
+        tokenizer = cls(backend, folder, settings, chat_template(named), files)
+        tokenizer._models = models
         return tokenizer.with_ends(tokenizer.eos_id, _as_ids(ids.get("eos_token_id")))
 
     def with_ends(self, eos_id: int, others: Iterable[int] = ()) -> "Tokenizer":
@@ -128,6 +150,46 @@ class Tokenizer:
         known = [number for number in (*self.end_ids, *others) if 0 <= number < self.vocab_size]
         changed.eos_id, changed.end_ids = eos_id, tuple(dict.fromkeys((eos_id, *known)))
         return changed
+
+    def limited(self, size: int) -> "Tokenizer":
+        """Returns this tokenizer without its added tokens of id `size` or more, which it then finds in no text.
+
+        Args:
+          size: ids that stay.
+        Raises:
+          ValueError: what has such an id is no added token, or not rare (`limited.tokens_beyond`), or ends, begins or pads a
+            text.
+        """
+        if size >= self.vocab_size:
+            return self
+        gone = self.tokens_beyond(size)
+        for kind in ("eos", "bos", "pad"):
+            number = getattr(self, f"{kind}_id")
+            if number is not None and number >= size:
+                token = untrusted.shown(self._backend.id_to_token(number))
+                raise ValueError(
+                    f"{self.folder}: the {kind}_token {token} has the id {number}; it must be below {size}."
+                )
+        left = limited.without(self._files, set(gone))
+        found = self._of(self.folder, left, self._models, lambda named: self.chat_template)
+        if found.vocabulary() != {token: i for token, i in self.vocabulary().items() if i < size}:
+            raise ValueError(
+                f"{self.folder}: without its {len(gone)} last added tokens, other tokens change their ids."
+            )
+        found.encode("", add_special_tokens=True)  # refuses a post-processor with an id that is gone
+        return found.with_ends(self.eos_id, self.end_ids)
+
+    def tokens_beyond(self, size: int) -> list[str]:
+        """Returns the added tokens of id `size` or more.
+
+        Raises:
+          ValueError: as `limited.tokens_beyond`.
+        """
+        if size >= self.vocab_size:
+            return []
+        fields = read_fields(self.folder / "tokenizer.json", self._files["tokenizer.json"])
+        with named_errors(str(self.folder)):
+            return limited.tokens_beyond(self.vocabulary(), fields, size)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Ids of a text; special tokens are what the tokenizer's own post-processor adds."""

@@ -150,10 +150,12 @@ def load(args: argparse.Namespace) -> Models:
     teacher_folder = model_folder(args.teacher, "--teacher") if args.teacher else None  # before anything is loaded
     tokenizer = data.Tokenizer.load(folder)
     model, params = models.load_pretrained(folder, dtype=args.dtype, shardings=place)
+    tokenizer = setup.fit_tokenizer(args.model, model.config, tokenizer, "model")
     teacher, teacher_params = None, None
     if teacher_folder:
-        setup.check_same_tokenizer(teacher_folder, tokenizer, "teacher")
+        tokenizer = setup.check_same_tokenizer(teacher_folder, tokenizer, "teacher")
         teacher, teacher_params = models.load_pretrained(teacher_folder, dtype=args.dtype, shardings=place)
+        tokenizer = setup.fit_tokenizer(args.teacher, teacher.config, tokenizer, "teacher")
     room = min(m.config.max_positions for m in (model, teacher) if m is not None)
     if args.max_prompt_length + args.max_new_tokens > room:
         raise ValueError(
