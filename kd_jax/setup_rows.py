@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from kd_jax import data, evaluate, metrics, prefixes, remote, resolve, rollouts, sharding
+from kd_jax.data import counts
 from kd_jax.feed import Author, Feed
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
@@ -74,21 +75,22 @@ def _source(config: Any, split: str) -> Any:
 
 def _training_rows(config: Any, tokenizer: data.Tokenizer, source: Any) -> tuple[Any, dict[str, int]]:
     options = config.data
-    tokenized, counts = _tokenize(config, tokenizer, source, options.loss_on)
+    tokenized, found = _tokenize(config, tokenizer, source, options.loss_on)
     if options.packing == "none":
-        return tokenized, counts
+        return tokenized, found
     combine = data.pack_rows if options.packing == "rows" else data.join
     packed = combine(tokenized, max_length=options.max_length)
-    return packed, counts | {"packed into": len(packed)}
+    return packed, found | {"packed into": len(packed)}
 
 
 def _tokenize(config: Any, tokenizer: data.Tokenizer, source: Any, loss_on: str) -> tuple[data.Rows, dict[str, int]]:
-    options = config.data
-    return data.tokenize(
-        source, tokenizer, template=data.Template.of(options), max_length=options.max_length,
+    options, template = config.data, data.Template.of(config.data)
+    rows, found = data.tokenize(
+        source, tokenizer, template=template, max_length=options.max_length,
         max_prompt_length=options.max_prompt_length, long_prompts=options.long_prompts,
         long_responses=options.long_responses, loss_on=loss_on,
     )  # fmt: skip
+    return rows, counts.with_length(found, source, tokenizer, template)
 
 
 def load_examples(config: Any, tokenizer: data.Tokenizer) -> list[evaluate.Example]:
@@ -161,8 +163,8 @@ def load_responses(
         "jsonl", split="train", data_dir=options.data_dir or None, path=str(path), context_field="context",
         validation_fraction=0.0,
     )  # fmt: skip
-    tokenized, counts = _training_rows(config, tokenizer, written)
-    return tokenized, {"prompts": len(rows)} | counts
+    tokenized, found = _training_rows(config, tokenizer, written)
+    return tokenized, {"prompts": len(rows)} | found
 
 
 def make_sampler(config: Any, tokenizer: data.Tokenizer, mesh: Any) -> rollouts.Sampler:

@@ -1,6 +1,6 @@
 """Text in, batches of tokens out: datasets, prompts, the tokenizer, and the pipeline from one to the other."""
 
-from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, load, load_references
+from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, load, load_references, splits
 from kd_jax.data.pipeline import batches, encode_prompts, pack, pad, prompt_of, tokenize
 from kd_jax.data.prompts import TEMPLATES, Template, make_render
 from kd_jax.data.rows import Beside, Packed, Rows, join, pack_rows
@@ -25,5 +25,6 @@ __all__ = [
     "pack_rows",
     "pad",
     "prompt_of",
+    "splits",
     "tokenize",
 ]
