@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from kd_jax import data, evaluate, metrics, prefixes, remote, resolve, rollouts, sharding
+from kd_jax.data import counts
 from kd_jax.feed import Author, Feed
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
@@ -75,23 +76,24 @@ def _training_rows(config: Any, tokenizer: data.Tokenizer, source: Any) -> tuple
     return _packed(config, *_tokenize(config, tokenizer, source, config.data.loss_on))
 
 
-def _packed(config: Any, tokenized: data.Rows, counts: dict[str, int]) -> tuple[Any, dict[str, int]]:
+def _packed(config: Any, tokenized: data.Rows, found: dict[str, int]) -> tuple[Any, dict[str, int]]:
     """Returns the rows as `data.packing` combines them."""
     options = config.data
     if options.packing == "none":
-        return tokenized, counts
+        return tokenized, found
     combine = data.pack_rows if options.packing == "rows" else data.join
     packed = combine(tokenized, max_length=options.max_length)
-    return packed, counts | {"packed into": len(packed)}
+    return packed, found | {"packed into": len(packed)}
 
 
 def _tokenize(config: Any, tokenizer: data.Tokenizer, source: Any, loss_on: str) -> tuple[data.Rows, dict[str, int]]:
-    options = config.data
-    return data.tokenize(
-        source, tokenizer, template=data.Template.of(options), max_length=options.max_length,
+    options, template = config.data, data.Template.of(config.data)
+    rows, found = data.tokenize(
+        source, tokenizer, template=template, max_length=options.max_length,
         max_prompt_length=options.max_prompt_length, long_prompts=options.long_prompts,
         long_responses=options.long_responses, loss_on=loss_on,
     )  # fmt: skip
+    return rows, counts.with_length(found, source, tokenizer, template)
 
 
 def load_examples(config: Any, tokenizer: data.Tokenizer) -> list[evaluate.Example]:
@@ -169,12 +171,12 @@ def load_responses(config: Any, source: prefixes.teacher, loaded: Models, mesh: 
     written = rollouts.read_responses(path)
     metrics.tqdm.write(f"the teacher's responses: {path}, {len(written)} of {len(rows)} ended and are used")
     if loaded.writer:
-        tokenized, counts = _tokenize(config, tokenizer, written, options.loss_on)
+        tokenized, found = _tokenize(config, tokenizer, written, options.loss_on)
     else:
         ids = [(row["prompt_ids"], row["response_ids"]) for row in written]
-        tokenized, counts = data.from_ids(ids, tokenizer, max_length=options.max_length, loss_on=options.loss_on)
-    packed, counts = _packed(config, tokenized, counts)
-    return packed, {"prompts": len(rows)} | counts
+        tokenized, found = data.from_ids(ids, tokenizer, max_length=options.max_length, loss_on=options.loss_on)
+    packed, found = _packed(config, tokenized, found)
+    return packed, {"prompts": len(rows)} | found
 
 
 def make_sampler(config: Any, tokenizer: data.Tokenizer, mesh: Any) -> rollouts.Sampler:

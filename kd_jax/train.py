@@ -28,6 +28,7 @@ from kd_jax import (
     schedules,
     sharding,
 )
+from kd_jax.data.counts import sentence, warnings
 from kd_jax.feed import Feed
 from kd_jax.objectives import Term, make_terms
 from kd_jax.setup import Models, check_mesh, check_numbers, load_models, load_tokenizer
@@ -240,6 +241,8 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
                 metrics.tqdm.write(f"{line}; it is put aside, and the run goes on from step {int(state.step)}.")
         if first and not quiet:
             metrics.tqdm.write(environment(run, state))
+            for line in too_long(run):
+                metrics.tqdm.write(line)
             if rounding:
                 metrics.tqdm.write(quantisation.sentence(rounding))
         with metrics.Writer(workdir, int(state.step), silent=not first) as writer:
@@ -260,11 +263,26 @@ def environment(run: Run, state: TrainState) -> str:
     teacher = f"teacher {_count(run.models.teacher.abstract_params())}" if run.models.teacher else "no teacher"
     if run.models.cached:
         teacher = f"{run.models.cached.described(run.config.teacher.path)}, without texts and KLs on the student's own"
-    rows = "; ".join(f"{split} {counts}" for split, counts in run.counts.items())
+    rows = "; ".join(sentence(split, counts) for split, counts in run.counts.items())
     return (
         f"{len(jax.devices())} {device.platform} device(s), {jax.process_count()} process(es) | mesh {mesh} | {teacher}, "
         f"student {_count(state.params)} parameters | {rows} | step {int(state.step)} of {run.config.steps}"
     )
+
+
+def too_long(run: Run) -> list[str]:
+    """Warnings of splits in which many prompts or responses are too long, and what to change."""
+    options = run.config.data
+    other = {"drop": "cut, which truncates the prompts", "cut": "drop, which leaves such rows out"}[
+        options.long_prompts
+    ]
+    advice = {
+        "prompts": f"Raise data.max_prompt_length={options.max_prompt_length}, and data.max_length={options.max_length} with it; "
+        f"or set data.long_prompts to {other}.",
+        "responses": f"Raise data.max_length={options.max_length}, or lower data.max_prompt_length="
+        f"{options.max_prompt_length}.",
+    }
+    return [line for split, counts in run.counts.items() for line in warnings(split, counts, **advice)]
 
 
 def _count(params: Any) -> str:

@@ -1,6 +1,6 @@
 """Text in, batches of tokens out: datasets, prompts, the tokenizer, and the pipeline from one to the other."""
 
-from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, load, load_references
+from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, load, load_references, splits
 from kd_jax.data.pipeline import batches, encode_prompts, from_ids, pack, pad, prompt_of, tokenize
 from kd_jax.data.prompts import TEMPLATES, Template, make_render, with_template_end
 from kd_jax.data.rows import Beside, Packed, Rows, join, pack_rows
@@ -26,6 +26,7 @@ __all__ = [
     "pack_rows",
     "pad",
     "prompt_of",
+    "splits",
     "tokenize",
     "with_template_end",
 ]

@@ -185,8 +185,13 @@ def load_references(name: str, *, split: str, data_dir: str | None = None, **opt
     return list(_open(name, SOURCES | EVALUATION, split, options)[1][split]())
 
 
+def splits(name: str, **options: Any) -> tuple[str, ...]:
+    """Returns the names of the splits of a dataset, to train or to evaluate on, with these options."""
+    return tuple(_open(name, SOURCES | EVALUATION, None, options)[1])
+
+
 def _open(
-    name: str, sources: Mapping[str, Any], split: str, options: Mapping[str, Any]
+    name: str, sources: Mapping[str, Any], split: str | None, options: Mapping[str, Any]
 ) -> tuple[str, Mapping[str, Any]]:
     """Fingerprint and splits of a dataset, its name, options and split checked."""
     if name not in sources:
@@ -201,6 +206,6 @@ def _open(
     if missing:
         raise ValueError(f"the dataset {name} needs data.options.{missing[0]}.")
     fingerprint, splits = sources[name](**options)
-    if split not in splits:
+    if split is not None and split not in splits:
         raise ValueError(f"the dataset {name} has no split {split!r}; it has {', '.join(splits)}.")
     return fingerprint, splits

@@ -1,6 +1,8 @@
-"""python -m kd_jax.evaluate --model=FOLDER --data=NAME-OR-FILE --out=DIR [--teacher=FOLDER] ...
+"""python -m kd_jax.evaluate --model=FOLDER [--data=NAME-OR-FILE] --out=DIR [--teacher=FOLDER] ...
 
-Leaves in DIR report.html, table.md, results.jsonl (a line a generation seed, and one of all) and generations.jsonl (every text).
+Of a finished run's work directory, or of its exported student, the run's dataset, template and lengths are the defaults. The
+command leaves in DIR report.html, table.md, results.jsonl (a line for each generation seed, and one for all) and every text in
+generations.jsonl.
 """
 
 import argparse
@@ -15,41 +17,54 @@ import jax
 import numpy as np
 
 from kd_jax import data, metrics, models, remote, report, rollouts, setup, sharding
-from kd_jax.data import jsonl
+from kd_jax.data import counts, jsonl
 from kd_jax.evaluate import harness, texts, tokens
+from kd_jax.evaluate.of_run import DEFAULTS, filled, model_folder, template_of
 from kd_jax.evaluate.scores import rouge_tokens
 from kd_jax.evaluate.tables import PLACES, by_place, over_seeds, table
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the flags; those that a run may fill in are absent where they are not given (`of_run.filled`)."""
     parser = argparse.ArgumentParser(
         prog="python -m kd_jax.evaluate",
         description="A model's texts against references, and its distributions against a teacher's.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
+
+    def of_the_run(name: str, kind: Any = str, help: str = "", **more: Any) -> None:
+        default = DEFAULTS.get(name, "none")
+        said = f"{help} (default: the run's, where --model is one's; else {default if default != '' else 'none'})"
+        add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=said, **more)
+
     add("--model", required=True, help="a Hugging Face folder, a work directory of a finished run, or package:NAME")
     add("--teacher", default="", help="the same, to compare with; empty: nothing is compared")
-    add(
-        "--data",
-        required=True,
-        help=f"a file of JSON lines, or a dataset's name: docstrings, dolly, gsm8k, {', '.join(data.EVALUATION)}",
-    )
+    names = ", ".join(data.EVALUATION)
+    of_the_run("data", help=f"a file of JSON lines, or a dataset's name: docstrings, dolly, gsm8k, {names}")
+    of_the_run("data_options", _json, "options of a named dataset, as JSON")
     add("--out", required=True, help="a new folder for the results")
-    add("--split", default="test", help="of a named dataset")
+    of_the_run("split", help="of a named dataset; of a run's dataset test, or else what the run is evaluated on")
     add(
         "--data_path", default="", help="of a named dataset that would otherwise be downloaded: its file or folder here"
     )
     add("--data_sha256", default="", help="of that file, or of the download, where kd_jax does not know it")
-    add("--data_dir", default="", help="where built datasets are; empty: tensorflow_datasets' default")
+    of_the_run("data_dir", help="where built datasets are; empty: tensorflow_datasets' default")
     add("--rows", type=int, default=0, help="the first so many; 0: all")
     add("--prompt_field", default="prompt", help="of a file")
     add("--context_field", default="", help="of a file; empty: there is none")
     add("--reference_field", default="response", help="of a file: a text, or a list of texts that are all good answers")
-    add("--template", default="plain", choices=data.TEMPLATES, help="how prompts are written")
-    add("--max_prompt_length", type=int, default=256, help="tokens; longer prompts are cut to their first so many")
-    add("--max_new_tokens", type=int, default=256, help="of a response")
-    add("--temperature", type=float, default=1.0, help="0: the likeliest token")
+    of_the_run("template", help="how prompts are written", choices=data.TEMPLATES)
+    of_the_run("template_options", _json, "variables of a chat template, as JSON: '{\"enable_thinking\": false}'")
+    of_the_run("system", help="system message of a chat")
+    of_the_run("max_prompt_length", int, "tokens; longer prompts are truncated")
+    of_the_run("max_new_tokens", int, "tokens of a response")
+    add(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="0: the likeliest token; whatever a run draws its training text at",
+    )
     add("--top_p", type=float, default=1.0)
     add("--top_k", type=int, default=0)
     add("--no_repeat_ngram_size", type=int, default=0, help="MiniLLM's and DistiLLM's evaluation has 6")
@@ -95,7 +110,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out={out} has something in it; choose a new folder.")
-    seeds = _seeds(args.seeds)
+    args, said = filled(args)
+    template, seeds = template_of(args), _seeds(args.seeds)
+    for line in said if jax.process_index() == 0 else ():
+        metrics.tqdm.write(line)
     lm_eval = None
     if args.lm_eval:
         options = {"batch_size": args.batch_size, "limit": args.lm_eval_limit or None}
@@ -103,13 +121,12 @@ def _run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     of = load(args)
     rows = read_rows(args)
     examples = texts.read_examples(
-        rows, of.tokenizer, template=args.template, max_prompt_length=args.max_prompt_length, cut=True
+        rows, of.tokenizer, template=template, max_prompt_length=args.max_prompt_length, cut=True
     )
     # First, since a task may have to be downloaded, and that may fail.
     tasks = lm_eval(model_folder(args.model, "--model")) if lm_eval is not None and jax.process_index() == 0 else []
-    given = tokens.collect(
-        *of.both, given_batches(args, of.tokenizer, rows), of.mesh, vocab_size=of.tokenizer.vocab_size
-    )
+    batches, prompts = given_batches(args, of.tokenizer, rows)
+    given = tokens.collect(*of.both, batches, of.mesh, vocab_size=of.tokenizer.vocab_size)
     lines, written, own = [], [], []
     for seed in seeds:
         line, its_texts, its_tokens = texts.assess(
@@ -119,7 +136,12 @@ def _run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         lines.append({"seed": seed} | line)
         written += its_texts
         own.append(its_tokens)
-    found: dict[str, Any] = {"rows": len(examples), "given": tokens.summary(given), "seeds": over_seeds(lines)}
+    found: dict[str, Any] = {
+        "rows": len(examples),
+        "prompts": prompts,
+        "given": tokens.summary(given),
+        "seeds": over_seeds(lines),
+    }
     if lines:
         found["rouge_l_words"] = rouge_tokens(text for example in examples for text in example.references)
     if of.teacher is not None:
@@ -148,7 +170,7 @@ def load(args: argparse.Namespace) -> Models:
         )
     folder, place = model_folder(args.model, "--model"), partial(sharding.tree_shardings, mesh)
     teacher_folder = model_folder(args.teacher, "--teacher") if args.teacher else None  # before anything is loaded
-    tokenizer = data.Tokenizer.load(folder)
+    tokenizer = data.with_template_end(data.Tokenizer.load(folder), template_of(args))
     model, params = models.load_pretrained(folder, dtype=args.dtype, shardings=place)
     tokenizer = setup.fit_tokenizer(args.model, model.config, tokenizer, "model")
     teacher, teacher_params = None, None
@@ -163,16 +185,6 @@ def load(args: argparse.Namespace) -> Models:
             f"positions that the models have; lower one of them."
         )
     return Models(mesh, tokenizer, model, params, teacher, teacher_params)
-
-
-def model_folder(path: str, flag: str) -> Path:
-    """Returns a work directory's student, or the folder itself, after a look at its config.json.
-
-    Raises:
-      ValueError: as `setup.model_folder`; the message names the flag.
-    """
-    student = setup.folder(path) / "student"
-    return setup.model_folder(str(student) if (student / "config.json").exists() else path, flag)
 
 
 def read_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -191,24 +203,34 @@ def read_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                 f"name a file in --data and its fields instruction and input in --prompt_field and --context_field."
             )
         options = {"path": args.data_path, "sha256": args.data_sha256}
-        options = {name: value for name, value in options.items() if value}
+        options = dict(args.data_options) | {name: value for name, value in options.items() if value}
         rows = data.load_references(args.data, split=args.split, data_dir=args.data_dir or None, **options)
     return rows[: args.rows] if args.rows else rows
 
 
-def given_batches(args: argparse.Namespace, tokenizer: data.Tokenizer, rows: list[dict[str, Any]]) -> Any:
-    """Prompts with their first references, in the rows' order."""
+def given_batches(
+    args: argparse.Namespace, tokenizer: data.Tokenizer, rows: list[dict[str, Any]]
+) -> tuple[Any, dict[str, int]]:
+    """Returns prompts with their first references, in the rows' order, and what became of the rows, which is printed."""
     length = args.max_prompt_length + args.max_new_tokens
     responses = [row | {"response": row["references"][0]} for row in rows]
-    given, _ = data.tokenize(
-        responses, tokenizer, template=args.template, max_length=length, max_prompt_length=args.max_prompt_length,
+    given, found = data.tokenize(
+        responses, tokenizer, template=template_of(args), max_length=length, max_prompt_length=args.max_prompt_length,
         long_prompts="cut",
     )  # fmt: skip
     batches = data.batches(
         given, batch_size=args.batch_size, max_length=length, seed=0, shuffle=False, num_epochs=1,
         pad_id=tokenizer.pad_id, process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    return metrics.tqdm(batches, desc="given text", unit="batch", total=-(-len(given) // args.batch_size))
+    found = counts.with_length(found, responses, tokenizer, template_of(args))
+    if jax.process_index() == 0:
+        advice = {
+            "prompts": f"Raise --max_prompt_length={args.max_prompt_length}.",
+            "responses": f"Raise --max_new_tokens={args.max_new_tokens}, up to which references are read.",
+        }
+        for line in (counts.sentence(args.data, found), *counts.warnings(args.data, found, **advice)):
+            metrics.tqdm.write(line)
+    return metrics.tqdm(batches, desc="given text", unit="batch", total=-(-len(given) // args.batch_size)), found
 
 
 def make_sampler(args: argparse.Namespace, of: Models) -> rollouts.Sampler:
@@ -232,6 +254,17 @@ def main() -> None:
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _json(text: str) -> dict[str, Any]:
+    """A flag's JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); write it as '{{\"name\": value}}'") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} must be an object of JSON, such as '{{\"name\": value}}'")
+    return found
 
 
 def _seeds(text: str) -> list[int]:

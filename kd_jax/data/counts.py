@@ -1,0 +1,86 @@
+"""What became of a dataset's rows, in words."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kd_jax.data import pipeline
+from kd_jax.data.prompts import Template
+from kd_jax.data.tokenizer import Tokenizer
+
+MANY = 0.1  # share of the rows above which a warning is due
+SAMPLE = 1000  # rows whose prompts are measured for a warning
+KEEPS_MOST = "prompt_length_90"  # the count's name: tokens that nine of ten prompts have at most
+NAMES = {
+    "read": "rows read",
+    "prompts_cut": "prompts truncated",
+    "prompts_dropped": "rows dropped for their prompts",
+    "responses_cut": "responses truncated",
+    "responses_dropped": "rows dropped for their responses",
+    "empty": "empty responses dropped",
+    "own_prefix": "prompts that begin with the tokenizer's first token, which is not added again",
+}
+
+
+def sentence(split: str, counts: Mapping[str, int]) -> str:
+    """Returns the counts of `data.tokenize` or `data.pack` in words; what did not happen is not mentioned.
+
+    Example:
+      >>> sentence("train", {"read": 1034, "prompts_cut": 969, "prompts_dropped": 0, "empty": 12, "kept": 1022})
+      'train: 1,034 rows read, 969 prompts truncated (94 %), 12 empty responses dropped (1 %), 1,022 kept'
+    """
+    parts = []
+    for name, count in counts.items():
+        if name == KEEPS_MOST or not (count or name in ("read", "kept")):
+            continue
+        share = f" ({_percent(count, counts['read'])})" if name in NAMES and name != "read" else ""
+        parts.append(f"{count:,} {NAMES.get(name, name.replace('_', ' '))}{share}")
+    return f"{split}: {', '.join(parts)}"
+
+
+def warnings(split: str, counts: Mapping[str, int], *, prompts: str, responses: str) -> list[str]:
+    """Returns a warning where more than a tenth of the prompts, or of the responses, is truncated or dropped.
+
+    Args:
+      split: of the dataset.
+      counts: of `data.tokenize`, and perhaps `KEEPS_MOST`.
+      prompts: what to change where it is the prompts.
+      responses: what to change where it is the responses.
+
+    Example:
+      >>> counts = {"read": 1034, "prompts_cut": 981, "prompts_dropped": 0, "prompt_length_90": 310}
+      >>> print(*warnings("train", counts, prompts="Raise data.max_prompt_length=32.", responses=""))
+      Warning: 95 % of the 1,034 rows of train have a prompt that is too long, and 981 prompts are truncated. Raise \
+data.max_prompt_length=32. Nine of ten prompts have at most 310 tokens.
+      >>> warnings("train", counts | {"prompts_cut": 100}, prompts="", responses="")
+      []
+    """
+    found = []
+    for what, advice in (("prompt", prompts), ("response", responses)):
+        cut, dropped = counts.get(f"{what}s_cut", 0), counts.get(f"{what}s_dropped", 0)
+        if cut + dropped <= MANY * counts["read"]:
+            continue
+        done = [f"{cut:,} {what}s are truncated"] * bool(cut) + [f"{dropped:,} rows are dropped"] * bool(dropped)
+        keeps = f" Nine of ten prompts have at most {counts[KEEPS_MOST]:,} tokens." if KEEPS_MOST in counts else ""
+        found.append(
+            f"Warning: {_percent(cut + dropped, counts['read'])} of the {counts['read']:,} rows of {split} have a {what} that is "
+            f"too long, and {' and '.join(done)}. {advice}{keeps if what == 'prompt' else ''}"
+        )
+    return found
+
+
+def with_length(
+    counts: dict[str, int], source: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: str | Template
+) -> dict[str, int]:
+    """Adds `KEEPS_MOST`, measured on up to a thousand rows from all of the source, where too many prompts are too long."""
+    if counts["prompts_cut"] + counts["prompts_dropped"] <= MANY * counts["read"]:
+        return counts
+    step = max(1, len(source) // SAMPLE)
+    rows = [{name: source[i][name] for name in ("prompt", "context")} for i in range(0, len(source), step)]
+    encoded = pipeline.encode_prompts(rows, tokenizer=tokenizer, template=template, max_length=2**31, cut=False)
+    lengths = sorted(len(ids or ()) for ids in encoded)
+    return counts | {KEEPS_MOST: lengths[math.ceil(0.9 * len(lengths)) - 1]}
+
+
+def _percent(count: int, total: int) -> str:
+    return f"{count / total:.0%}".replace("%", " %") if count >= 0.005 * total else "under 1 %"

@@ -1,0 +1,122 @@
+"""What an evaluation takes from the run whose student it evaluates."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from kd_jax import data, directory, setup, untrusted
+
+# Of a model that no run has left.
+DEFAULTS: dict[str, Any] = {
+    "data_options": {}, "split": "test", "data_dir": "", "template": "plain", "template_options": {}, "system": "",
+    "max_prompt_length": 256, "max_new_tokens": 256,
+}  # fmt: skip
+STUDENT = "student"  # the exported folder in a work directory
+
+
+def config_of(path: str) -> dict[str, Any] | None:
+    """Returns the config of the run that a path means: a work directory, or its exported student; None for another folder.
+
+    Raises:
+      ValueError: a config.json that cannot be read.
+    """
+    if path.startswith(setup.PACKAGED):
+        return None
+    folder = setup.folder(path).absolute()
+    for place in (folder, *([folder.parent] if folder.name == STUDENT else [])):
+        file = place / directory.CONFIG
+        if file.is_file():
+            found = untrusted.read_json(file)
+            if {"data", "objective", "student"} <= found.keys():  # a model's config.json has other keys
+                return found
+    return None
+
+
+def model_folder(path: str, flag: str) -> Path:
+    """Returns the folder of a model, of a run's work directory the exported student, after a look at its config.json.
+
+    Raises:
+      ValueError: a work directory whose run has not exported a student, or as `setup.model_folder`, where the message names the
+        flag.
+    """
+    folder = setup.folder(path)
+    if (folder / STUDENT / "config.json").exists():
+        return setup.model_folder(str(folder / STUDENT), flag)
+    if folder.name != STUDENT and config_of(path) is not None:
+        raise ValueError(
+            f"{flag}={path} is the work directory of a run that has not finished: it has no folder {STUDENT}. The run's own "
+            f"command goes on with it."
+        )
+    return setup.model_folder(path, flag)
+
+
+def filled(args: argparse.Namespace) -> tuple[argparse.Namespace, list[str]]:
+    """Fills in what the flags leave open, from the run of --model or else from `DEFAULTS`.
+
+    A flag that is given wins. Temperature, top_p and top_k are never the run's: the papers' evaluation draws at temperature 1
+    from all tokens, however a run has drawn its training text.
+
+    Args:
+      args: of the command's parser, which leaves out the flags that are not given.
+
+    Returns:
+      All arguments; and lines on what was taken from the run, and on a teacher that was trained in another way.
+
+    Raises:
+      ValueError: no --data, and no run that has a dataset with prompts.
+    """
+    given, config = vars(args), config_of(args.model)
+    of_run = {} if config is None else _settings(config, given)
+    if "data" not in given and not of_run.get("data"):
+        why = f"{args.model} is no work directory of a run, whose dataset would be taken"
+        why = why if config is None else "the rows of the run's dataset, text, have no prompts"
+        raise ValueError(f"--data is missing, and {why}: give a file of JSON lines or a dataset's name.")
+    made = argparse.Namespace(**DEFAULTS | of_run | given)
+    lines = []
+    if of_run:
+        taken = " ".join(f"--{name}={_text(value)}" for name, value in of_run.items() if name not in given)
+        lines = [f"from the run of {args.model}: {taken or 'nothing, since all is given'}"]
+    if args.teacher and (config := config_of(args.teacher)):
+        theirs, ours = data.Template.of(config["data"]), template_of(made)
+        if theirs != ours:
+            lines.append(
+                f"Note: the prompts are written in {_described(ours)}; the teacher, {args.teacher}, was trained with "
+                f"{_described(theirs)}."
+            )
+    return made, lines
+
+
+def template_of(args: argparse.Namespace) -> data.Template:
+    """Returns the template that the arguments name."""
+    return data.Template(args.template, args.template_options, args.system)
+
+
+def _settings(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the run's settings as arguments; a run of an older version lacks some."""
+    options, sampling = config["data"], config.get("sampling", {})
+    found: dict[str, Any] = {}
+    if "data" not in given and options.get("name") and options["name"] != "text":
+        found["data"] = options["name"]
+        # JSON has no tuples, and lists would be another dataset's options.
+        own = {name: tuple(v) if isinstance(v, list) else v for name, v in options.get("options", {}).items()}
+        found["data_options"] = own | given.get("data_options", {})
+        found["data_dir"] = options.get("data_dir", "")
+        splits = data.splits(found["data"], **found["data_options"]) if "split" not in given else ()
+        found["split"] = "test" if "test" in splits else options.get("eval_split", "validation")
+    template = data.Template.of(options)
+    if given.get("data") in data.EVALUATION:
+        template = data.Template("plain")  # the prompts of these sets have Alpaca's template already
+    if given.get("template", template.name) == template.name:
+        found |= {"template": template.name, "template_options": template.options, "system": template.system}
+    found["max_prompt_length"] = options.get("max_prompt_length")
+    found["max_new_tokens"] = sampling.get("max_new_tokens")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _described(template: data.Template) -> str:
+    return " ".join([f"the template {template.name}", *(f"{n}={_text(v)}" for n, v in template.set_apart().items())])
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) or " " in value else value
