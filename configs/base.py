@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-_OPEN = (
+OPEN = (
     "options",
     "config",
     "learning_rate",
@@ -185,7 +185,7 @@ def lock(config: ConfigDict) -> ConfigDict:
         for key in node:
             value = node[key]
             if isinstance(value, ConfigDict):
-                value.unlock() if key in _OPEN else open_specs(value)
+                value.unlock() if key in OPEN else open_specs(value)
 
     open_specs(config)
     return config

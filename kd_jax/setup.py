@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax import data, models, remote, sharding
+from kd_jax.value_types import check_types
 
 PACKAGED = "package:"
 INITS = ("random", "pretrained", "layers")
@@ -53,8 +54,9 @@ def check_numbers(config: Any) -> None:
     """What can be said of a config's numbers before anything is read.
 
     Raises:
-      ValueError: one that is out of range, with its key.
+      ValueError: one that is out of range or of the wrong type, with its key.
     """
+    check_declared(config)
     least = {
         "seed": 0,
         "steps": 1,
@@ -104,6 +106,24 @@ def check_numbers(config: Any) -> None:
         size = config[name].batch_size
         if (name == "data" or config.text.name) and size % config.microbatches:
             raise ValueError(f"{name}.batch_size={size} does not divide into microbatches={config.microbatches}.")
+
+
+def check_declared(config: Any) -> None:
+    """Checks that a config has the keys that `configs/base.py` declares, and values of their types.
+
+    Raises:
+      ValueError: a key is missing, or a value has another type.
+    """
+    from configs import base  # here, since the rest of kd_jax needs no configs
+
+    check_types(base.get_config(), config, base.OPEN)
+    for name, term in config.objective.terms.items():
+        if term is not None:
+            check_types(base.term(), term, base.OPEN, f"objective.terms.{name}.")
+    for key in ("student.layers", "profile_steps"):
+        value = operator.attrgetter(key)(config)
+        if not all(isinstance(number, int) and not isinstance(number, bool) for number in value):
+            raise ValueError(f"{key}={value!r} must be a tuple of whole numbers, such as (0, 3, 6).")
 
 
 def check_mesh(config: Any, mesh: jax.sharding.Mesh) -> None:
