@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, FieldReference
 
 OPEN = (
     "options",
+    "defaults",
     "config",
     "learning_rate",
     "optimizer",
@@ -73,6 +74,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "docstrings"  # docstrings, dolly, gsm8k, jsonl, text
     config.data.options = ConfigDict()  # keywords of that builder, such as path
+    config.data.defaults = ConfigDict()  # name of a dataset -> keywords that hold for it unless options has others
     config.data.data_dir = ""  # where built datasets are kept; empty: tensorflow_datasets' default
     config.data.train_split = "train"  # split to train on
     config.data.eval_split = "validation"  # split of held-out rows
@@ -89,7 +91,7 @@ def get_config() -> ConfigDict:
 
     config.text = ConfigDict()  # a second stream, for terms with rows="text": every token of it counts
     config.text.name = ""  # a dataset as in data; empty: there is none
-    config.text.options = ConfigDict()  # keywords of that builder; empty: data's, if it is the same dataset
+    config.text.options = ConfigDict()  # keywords of that builder; empty: data.options, if it is the same dataset
     config.text.split = config.data.get_oneway_ref("train_split")  # of that dataset; as data.train_split unless set
     config.text.batch_size = 8  # rows an update beside the first stream's, each data.max_length tokens
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kd_jax import data, models, remote, sharding
+from kd_jax import data, models, remote, resolve, sharding
 from kd_jax.value_types import check_types
 
 PACKAGED = "package:"
@@ -139,6 +139,28 @@ def check_mesh(config: Any, mesh: jax.sharding.Mesh) -> None:
                 f"{name}={operator.attrgetter(name)(config)} leaves {rows} rows at a time (microbatches={config.microbatches}), "
                 f"which the mesh cannot divide over data x fsdp = {ways} devices; choose a multiple."
             )
+
+
+def dataset_options(config: Any, section: str = "data") -> dict[str, Any]:
+    """The keywords of the dataset that a section of the config names: the setting's for that dataset, and the section's own.
+
+    Args:
+      config: of the run.
+      section: data, or text, whose empty options stand for those of data, if that is the same dataset.
+
+    Raises:
+      ValueError: `data.defaults` has keywords for a dataset that does not exist.
+    """
+    name, own, defaults = config[section].name, config[section].options, config.data.defaults
+    for known in defaults:
+        if known not in data.SOURCES:
+            raise ValueError(
+                f"data.defaults has keywords for the dataset {known!r}{resolve.nearest(known, data.SOURCES)}; the datasets are "
+                f"{', '.join(data.SOURCES)}."
+            )
+    if not own and name == config.data.name:
+        own = config.data.options
+    return dict(defaults[name] if name in defaults else {}) | dict(own)
 
 
 def load_tokenizer(config: Any) -> data.Tokenizer:

@@ -6,6 +6,7 @@ from typing import Any
 from kd_jax import data, divergences, remote, resolve
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
+from kd_jax.setup import dataset_options
 from kd_jax.teacher_cache_files import about_rows, differences
 from kd_jax.teacher_cache_read import Cache, Kept
 
@@ -22,7 +23,7 @@ def made_from(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
     text = template + (tokenizer.chat_template or "" if template == "chat" else "")
     settings = {f"data.{key}": config.data[key] for key in DECIDE}
     settings["data.packing"] = "stream" if config.data.packing == "stream" else "none or rows"
-    settings["data.options"] = {key: str(value) for key, value in dict(config.data.options).items()}
+    settings["data.options"] = {key: str(value) for key, value in dataset_options(config).items()}
     return {
         "tokenizer": tokenizer.fingerprint(),
         "vocab_size": tokenizer.vocab_size,

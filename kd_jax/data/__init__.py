@@ -1,6 +1,6 @@
 """Text in, batches of tokens out: datasets, prompts, the tokenizer, and the pipeline from one to the other."""
 
-from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, load, load_references
+from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, SOURCES, load, load_references
 from kd_jax.data.pipeline import batches, encode_prompts, pack, pad, prompt_of, tokenize
 from kd_jax.data.prompts import TEMPLATES, make_render
 from kd_jax.data.rows import Beside, Packed, Rows, join, pack_rows
@@ -9,6 +9,7 @@ from kd_jax.data.tokenizer import Tokenizer
 __all__ = [
     "DEFAULT_DIR",
     "EVALUATION",
+    "SOURCES",
     "TEMPLATES",
     "Beside",
     "Packed",
