@@ -117,7 +117,10 @@ def read_back(builder: tfds.core.DatasetBuilder, split: str) -> _Decoded:
     sizes = {known_split: info.num_examples for known_split, info in builder.info.splits.items()}
     if not sizes.get(split):
         name = builder.builder_config.name.rpartition("-")[0]
-        raise ValueError(f"the split {split!r} of {name} is empty; rows of each split: {sizes}, in {folder}.")
+        raise ValueError(
+            f"the split {split!r} of {name} is empty; rows of each split: {sizes}, in {folder}. Give the dataset more data or a "
+            f"file of held-out rows, or choose another split (data.train_split, data.eval_split)."
+        )
     with _named(folder):
         for file in builder.info.splits[split].filepaths:
             if file.parent != folder:
