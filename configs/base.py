@@ -9,9 +9,10 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-_OPEN = (
+OPEN = (
     "options",
     "template_options",
+    "defaults",
     "config",
     "learning_rate",
     "optimizer",
@@ -74,6 +75,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "docstrings"  # docstrings, dolly, gsm8k, jsonl, text
     config.data.options = ConfigDict()  # keywords of that builder, such as path
+    config.data.defaults = ConfigDict()  # name of a dataset -> keywords that hold for it unless options has others
     config.data.data_dir = ""  # where built datasets are kept; empty: tensorflow_datasets' default
     config.data.train_split = "train"  # split to train on
     config.data.eval_split = "validation"  # split of held-out rows
@@ -93,7 +95,7 @@ def get_config() -> ConfigDict:
 
     config.text = ConfigDict()  # a second stream, for terms with rows="text": every token of it counts
     config.text.name = ""  # a dataset as in data; empty: there is none
-    config.text.options = ConfigDict()  # keywords of that builder; empty: data's, if it is the same dataset
+    config.text.options = ConfigDict()  # keywords of that builder; empty: data.options, if it is the same dataset
     config.text.split = config.data.get_oneway_ref("train_split")  # of that dataset; as data.train_split unless set
     config.text.batch_size = 8  # rows an update beside the first stream's, each data.max_length tokens
 
@@ -189,7 +191,7 @@ def lock(config: ConfigDict) -> ConfigDict:
         for key in node:
             value = node[key]
             if isinstance(value, ConfigDict):
-                value.unlock() if key in _OPEN else open_specs(value)
+                value.unlock() if key in OPEN else open_specs(value)
 
     open_specs(config)
     return config

@@ -40,7 +40,7 @@ def smoke(config: ConfigDict) -> None:
     config.student.config = ConfigDict(
         dict(family="llama", hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_positions=64)
     )
-    config.data.options = ConfigDict(dict(packages=("optax", "flax"), standard_library=False))
+    config.data.defaults.docstrings = ConfigDict(dict(packages=("optax", "flax"), standard_library=False))
     config.data.long_prompts = "cut"
     config.data.max_length = 48
     config.data.max_prompt_length = 32

@@ -18,6 +18,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from kd_jax import comparison, directory, main, metrics, plots, remote, report, train
+from kd_jax.setup import check_declared
 
 Point = dict[str, Any]  # an axis's label -> its value
 _SHARD = flags.DEFINE_string(
@@ -46,6 +47,10 @@ def run(config: Any, workdir: str, shard: tuple[int, int] | None = (0, 1)) -> st
         if not values:
             raise ValueError(f"the axis {label!r} has no values.")
     # Seed by seed, so that all points can be compared before the first is repeated.
+    if odd := [seed for seed in config.seeds if not isinstance(seed, int) or isinstance(seed, bool)]:
+        raise ValueError(
+            f"seeds={tuple(config.seeds)} must be a tuple of whole numbers such as (0, 1, 2); {odd[0]!r} is none."
+        )
     jobs = [(point, seed) for seed in config.seeds for point in points(config)]
     configs = [configured(config, point, seed) for point, seed in jobs]  # whatever is wrong with a key is told now
     folders = [Path(workdir) / name_of(point, seed) for point, seed in jobs]
@@ -91,6 +96,7 @@ def configured(config: Any, point: Point, seed: int) -> Any:
             text = ", ".join(f"{name}={its!r}" for name, its in changes.items())
             raise ValueError(f"the axis {label!r}: {text} does not fit the base ({error}).") from error
     its_own.seed = seed
+    check_declared(its_own)
     return its_own
 
 

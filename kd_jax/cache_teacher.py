@@ -27,14 +27,15 @@ from kd_jax.setup_rows import check_length, load_rows, make_source
 from kd_jax.teacher_cache import KINDS, coarsen, draw, merged
 from kd_jax.teacher_cache_read import check_manifest
 from kd_jax.untrusted import clip, read_json
+from kd_jax.value_types import WholeNumberParser
 
 flags.DEFINE_alias("out", "workdir")
 KIND = flags.DEFINE_enum(
     "kind", "hidden", list(KINDS), "hidden: exact; top_k: k tokens and the rest; samples: k draws."
 )
-K = flags.DEFINE_integer("k", 64, "Tokens kept, or drawn, at each token, with kind top_k or samples.")
+K = flags.DEFINE(WholeNumberParser(), "k", 64, "Tokens kept, or drawn, at each token, with kind top_k or samples.")
 POWER = flags.DEFINE_float("power", 1.0, "With samples: the teacher's probabilities are drawn from to this power.")
-PART_ROWS = flags.DEFINE_integer("part_rows", 512, "Rows of a file.")
+PART_ROWS = flags.DEFINE(WholeNumberParser(), "part_rows", 512, "Rows of a file.")
 
 CHUNK_BYTES = 2**28  # of logits that a device holds at a time
 

@@ -22,6 +22,10 @@ FREE = (
     "teacher.int8_report",
 )
 
+# Keys that earlier versions did not have, each with the value that means what those versions did. The keys of an ablation's
+# base end with these.
+ADDED = {"data.defaults": {}}
+
 
 def check(workdir: str, config: dict[str, Any]) -> None:
     """Refuses a directory of another run, or one with something else in it, and says what differs.
@@ -58,6 +62,9 @@ def config_difference(workdir: str, config: dict[str, Any]) -> list[str] | None:
     if not path.exists():
         return None
     old, new = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(config)))
+    for key, value in ADDED.items():
+        for added in [name for name in new if name == key or name.endswith(f".{key}")]:
+            old.setdefault(added, value)
     absent = "(absent)"
     return [
         f"{key}: {old.get(key, absent)!r} there, {new.get(key, absent)!r} now"

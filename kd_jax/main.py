@@ -16,12 +16,14 @@ from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from kd_jax import directory, loop, sharding, train
 from kd_jax.resolve import nearest
+from kd_jax.value_types import EXPECTED, register
 
 # Configs lock the keys that they declare, so that a typo is an error; only specs ({"name": ..., ...}) take new ones.
+register()
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file, and after a colon its setting.", lock_config=False, accept_new_attributes=True
 )
@@ -180,22 +182,39 @@ def parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         CONFIG.value.keys()  # a config file that is not there is found out by the first reading
         return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        while cause := error.__cause__ or error.__context__:  # what the config file said, under what absl made of it
-            error = cause
-        if missing := re.search(r"No such file or directory: '(.*\.py)", str(error)):
-            path = Path(missing[1])
-            hint = nearest(path.stem, [file.stem for file in path.parent.glob("*.py")])
-            sys.exit(f"kd_jax: there is no config file {path}{hint}.")
-        # A locked ConfigDict shows all its fields before it says which one was meant.
-        others = r"Other fields present:.*(?=Did you mean)|Other fields present:.*"
-        said = re.sub(others, "", str(error), flags=re.DOTALL).strip("'\" ")
-        if key := re.search(r'Key "(\w+)" does not exist', said):  # perhaps it does, somewhere else
-            config = flags.FLAGS["config"].value
-            names = directory.flat(config.to_dict()) if config else {}
-            if places := [name for name in names if name.rpartition(".")[2] == key[1]]:
-                said = f"there is no key {key[1]!r} there; there is {', '.join(places)}."
-        sys.exit(f"kd_jax: {said}")
+    except flags.Error as error:
+        if "Error whilst parsing config file" in str(error):
+            sys.exit(f"kd_jax: {_of_config(error)}")
+        takes = f"the key takes {EXPECTED[ConfigDict]}."
+        said = re.sub(r"Failed to parse .* as a ConfigDict: .*", lambda _: takes, str(error), flags=re.DOTALL)
+        sys.exit(f"kd_jax: {said.removeprefix('flag ')}")
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        sys.exit(f"kd_jax: {_of_config(error)}")
+
+
+def _of_config(error: BaseException) -> str:
+    """The problem with a config file or with one of its keys, from the exception at the root of what absl raised."""
+    while (cause := error.__cause__ or error.__context__) and "Could not override field" not in str(error)[:30]:
+        error = cause
+    if missing := re.search(r"No such file or directory: '(.*\.py)", str(error)):
+        path = Path(missing[1])
+        return f"there is no config file {path}{nearest(path.stem, [file.stem for file in path.parent.glob('*.py')])}."
+    # A locked ConfigDict shows all its fields before it says which one was meant.
+    others = r"Other fields present:.*(?=Did you mean)|Other fields present:.*"
+    said = re.sub(others, "", str(error), flags=re.DOTALL).strip("'\" ")
+    if key := re.search(r'Key "(\w+)" does not exist', said):  # perhaps it does, somewhere else
+        config = flags.FLAGS["config"].value
+        names = directory.flat(config.to_dict()) if config else {}
+        if places := [name for name in names if name.rpartition(".")[2] == key[1]]:
+            return f"there is no key {key[1]!r} there; there is {', '.join(places)}."
+    types = r"override field '(\w+)'.*?\)\. (.*) is of original type <class '(\w+)'>.*<class '(\w+)'>"
+    if wrong := re.search(types, said, re.DOTALL):
+        key, value, kind, wanted = wrong.groups()
+        expected = {known.__name__: text for known, text in EXPECTED.items()}.get(wanted, wanted)
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "get_config"]
+        where = f" ({frames[0].filename}, line {frames[0].lineno})" if frames else ""
+        return f"the key {key!r} takes {expected}, and not {value!r}, which is of type {kind}{where}."
+    return said
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def look_up(
       The function, and the keywords to call it with.
 
     Raises:
-      ValueError: for an unknown name or keyword, or a missing keyword.
+      ValueError: for an unknown name or keyword, a missing keyword, or a text in place of a number.
     """
     if not isinstance(spec, str) and not hasattr(spec, "keys"):
         raise ValueError(f"{spec!r} is no spec: a name, a call such as name(keyword=1.0), or a mapping with a name.")
@@ -145,6 +145,11 @@ def look_up(
     missing = [o for o, default in options.items() if default is inspect.Parameter.empty and o not in keywords]
     if missing:
         raise ValueError(f"the spec {_show(spec)} lacks {', '.join(missing)}, for which {name} has no default.")
+    for keyword, value in keywords.items():
+        default = options.get(keyword)
+        if isinstance(value, str) and isinstance(default, numbers.Real):
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise ValueError(f"{keyword}={value!r} in the spec {_show(spec)} must be {kind}, such as {default!r}.")
     return function, keywords
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kd_jax import data, metrics, models, remote, sharding, untrusted
+from kd_jax import data, metrics, models, remote, resolve, sharding, untrusted
 from kd_jax.data.limited import common_ids, shown_difference, shown_tokens
 from kd_jax.data.tokenizer import differing_tokens
+from kd_jax.value_types import check_types
 
 PACKAGED = "package:"
 INITS = ("random", "pretrained", "layers")
@@ -98,8 +99,9 @@ def check_numbers(config: Any) -> None:
     """What can be said of a config's numbers before anything is read.
 
     Raises:
-      ValueError: one that is out of range, with its key.
+      ValueError: one that is out of range or of the wrong type, with its key.
     """
+    check_declared(config)
     least = {
         "seed": 0,
         "steps": 1,
@@ -151,6 +153,24 @@ def check_numbers(config: Any) -> None:
             raise ValueError(f"{name}.batch_size={size} does not divide into microbatches={config.microbatches}.")
 
 
+def check_declared(config: Any) -> None:
+    """Checks that a config has the keys that `configs/base.py` declares, and values of their types.
+
+    Raises:
+      ValueError: a key is missing, or a value has another type.
+    """
+    from configs import base  # here, since the rest of kd_jax needs no configs
+
+    check_types(base.get_config(), config, base.OPEN)
+    for name, term in config.objective.terms.items():
+        if term is not None:
+            check_types(base.term(), term, base.OPEN, f"objective.terms.{name}.")
+    for key in ("student.layers", "profile_steps"):
+        value = operator.attrgetter(key)(config)
+        if not all(isinstance(number, int) and not isinstance(number, bool) for number in value):
+            raise ValueError(f"{key}={value!r} must be a tuple of whole numbers, such as (0, 3, 6).")
+
+
 def check_mesh(config: Any, mesh: jax.sharding.Mesh) -> None:
     """Whether the mesh can divide the rows that are worked on at a time."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -164,6 +184,28 @@ def check_mesh(config: Any, mesh: jax.sharding.Mesh) -> None:
                 f"{name}={operator.attrgetter(name)(config)} leaves {rows} rows at a time (microbatches={config.microbatches}), "
                 f"which the mesh cannot divide over data x fsdp = {ways} devices; choose a multiple."
             )
+
+
+def dataset_options(config: Any, section: str = "data") -> dict[str, Any]:
+    """Returns the keywords of the dataset that a section names: the setting's for that dataset, and the section's own.
+
+    Args:
+      config: of the run.
+      section: data, or text, whose empty options stand for those of data, if that is the same dataset.
+
+    Raises:
+      ValueError: `data.defaults` has keywords for a dataset that does not exist.
+    """
+    name, own, defaults = config[section].name, config[section].options, config.data.defaults
+    for known in defaults:
+        if known not in data.SOURCES:
+            raise ValueError(
+                f"data.defaults has keywords for the dataset {known!r}{resolve.nearest(known, data.SOURCES)}; the datasets are "
+                f"{', '.join(data.SOURCES)}."
+            )
+    if not own and name == config.data.name:
+        own = config.data.options
+    return dict(defaults[name] if name in defaults else {}) | dict(own)
 
 
 def load_tokenizer(config: Any, text_only: bool = False) -> data.Tokenizer:

@@ -7,6 +7,7 @@ from typing import Any
 from kd_jax import data, divergences, remote, resolve
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
+from kd_jax.setup import dataset_options
 from kd_jax.teacher_cache_files import about_rows, differences
 from kd_jax.teacher_cache_read import Cache, Kept
 
@@ -24,7 +25,7 @@ def made_from(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
     text += json.dumps(more, sort_keys=True) if (more := template.set_apart()) else ""
     settings = {f"data.{key}": config.data[key] for key in DECIDE} | {f"data.{key}": more[key] for key in more}
     settings["data.packing"] = "stream" if config.data.packing == "stream" else "none or rows"
-    settings["data.options"] = {key: str(value) for key, value in dict(config.data.options).items()}
+    settings["data.options"] = {key: str(value) for key, value in dataset_options(config).items()}
     return {
         "tokenizer": tokenizer.fingerprint(),
         "vocab_size": tokenizer.vocab_size,

@@ -10,7 +10,7 @@ from kd_jax.data import counts
 from kd_jax.feed import Author, Feed
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
-from kd_jax.setup import Models, Writer
+from kd_jax.setup import Models, Writer, dataset_options
 from kd_jax.setup_cache import kept_rows
 from kd_jax.setup_checks import check_room, check_sampling, check_term, name_of
 from kd_jax.teacher_cache_read import Cache
@@ -69,7 +69,7 @@ def load_rows(config: Any, tokenizer: data.Tokenizer, split: str, limit: int = 0
 
 def _source(config: Any, split: str) -> Any:
     options = config.data
-    return data.load(options.name, split=split, data_dir=options.data_dir or None, **dict(options.options))
+    return data.load(options.name, split=split, data_dir=options.data_dir or None, **dataset_options(config))
 
 
 def _training_rows(config: Any, tokenizer: data.Tokenizer, source: Any) -> tuple[Any, dict[str, int]]:
@@ -121,8 +121,8 @@ def load_examples(config: Any, tokenizer: data.Tokenizer) -> list[evaluate.Examp
 def load_text(config: Any, tokenizer: data.Tokenizer) -> data.Rows:
     """The second stream: rows end to end, of which every token counts."""
     options, length = config.text, config.data.max_length
-    keywords = options.options or (config.data.options if options.name == config.data.name else {})
-    source: Any = data.load(options.name, split=options.split, data_dir=config.data.data_dir or None, **dict(keywords))
+    keywords = dataset_options(config, "text")
+    source: Any = data.load(options.name, split=options.split, data_dir=config.data.data_dir or None, **keywords)
     if options.name == "text":
         return data.pack(source, tokenizer, max_length=length)[0]
     return data.join(_tokenize(config, tokenizer, source, "all")[0], max_length=length)

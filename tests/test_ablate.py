@@ -83,6 +83,12 @@ def test_what_does_not_fit_is_told_before_anything_runs(tmp_path, data_dir):
         ablate.run(small(data_dir, path=("teacher.path", ("x/y", "xy"))), str(tmp_path / "run"))
     with pytest.raises(KeyError, match="an axis is called 'method'"):
         base.ablation({"a": small(data_dir).base}, {"method": ("steps", (1,))})
+    with pytest.raises(ValueError, match=r"seeds=\('a',\) must be a tuple of whole numbers"):
+        config = small(data_dir)
+        config.seeds = ("a",)
+        ablate.run(config, str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="steps=None must be a whole number"):
+        ablate.run(small(data_dir, steps=("steps", (None,))), str(tmp_path / "run"))
     with pytest.raises(ValueError, match="0 <= I < N"):
         ablate.run(small(data_dir), str(tmp_path / "run"), shard=(2, 2))
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kd_jax import data
-from kd_jax.data import docstrings, dolly, download, gsm8k, instructions, jsonl
+from kd_jax.data import docstrings, dolly, download, gsm8k, instructions, jsonl, text
 
 ADD = '''
 def add(a, b):
@@ -404,6 +404,103 @@ def test_of_a_few_rows_one_is_held_out_and_one_is_not(tmp_path):
     assert min(jsonl.fraction(prompt) for prompt in "abcde") > 0.02
     assert sizes("abcde") == [4, 1] and sizes("ab") == [1, 1]
     assert sizes("aa") == [2, 0] and sizes("abcde", validation_fraction=0.0) == [5, 0]
+
+
+def test_of_a_large_share_one_prompt_stays_in_training(tmp_path):
+    prompts = [{"prompt": p, "response": "r"} for p in "abcde"]
+    path = write_lines(tmp_path / "few.jsonl", prompts)
+    for share in (0.5, 0.9, 0.999):
+        splits = jsonl.source(path, validation_fraction=share)[1]
+        train, held_out = ([row["prompt"] for row in splits[split]()] for split in ("train", "validation"))
+        assert train and held_out and sorted(train + held_out) == list("abcde")
+
+
+def test_ranges_are_the_shares_and_move_only_where_a_split_would_be_empty():
+    many = [i / 1000 for i in range(1000)]
+    assert jsonl.divide(many, {"validation": 0.03, "test": 0.03}) == {
+        "validation": (0.0, 0.03), "test": (0.03, 0.06), "train": (0.06, 1.0),
+    }  # fmt: skip
+    shares = {"test": 0.03, "validation": 0.03}
+    for few, filled in (
+        ([], set()), ([0.01], {"train"}), ([0.01, 0.02], {"validation", "train"}), ([0.8, 0.9], {"validation", "train"}),
+        ([0.01, 0.02, 0.025], set(shares) | {"train"}), ([0.7, 0.8, 0.9, 0.95], set(shares) | {"train"}),
+        ([0.01, 0.04, 0.5], set(shares) | {"train"}),
+    ):  # fmt: skip
+        ranges = jsonl.divide(few + few, shares)
+        splits = [[split for split, (low, high) in ranges.items() if low <= number < high] for number in few]
+        assert all(len(one) == 1 for one in splits) and {split for (split,) in splits} == filled, few
+
+
+def texts_of(path, split, tmp_path, **options):
+    """The texts of a split of the dataset text."""
+    source = data.load("text", split=split, data_dir=str(tmp_path / "tfds"), path=str(path), **options)
+    return sorted(row["response"] for row in source)
+
+
+@pytest.mark.parametrize("lines", [2, 3, 50, 400, 12_000, 40_000])
+def test_of_a_small_text_some_lines_are_held_out_and_some_are_not(lines, tmp_path):
+    (tmp_path / "small.txt").write_text(text := "".join(f"This is line {i}.\n" for i in range(lines)))
+    train, held_out = (texts_of(tmp_path / "small.txt", split, tmp_path) for split in ("train", "validation"))
+    assert train and held_out and all(map(str.strip, train + held_out))
+    assert sorted("".join(train + held_out).splitlines()) == sorted(text.splitlines())
+    if lines in (50, 400):  # of one piece the last 2 %, at least a line
+        assert held_out == ["".join(f"This is line {i}.\n" for i in range(lines - lines // 50, lines))]
+
+
+def test_nothing_of_a_text_is_held_out_at_zero_and_a_file_may_be_named(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.txt").write_text("three\n")
+    assert texts_of(tmp_path / "a.txt", "train", tmp_path, validation_fraction=0.0) == ["one\ntwo\n"]
+    with pytest.raises(ValueError, match="'validation' of text is empty.*choose another split"):
+        texts_of(tmp_path / "a.txt", "validation", tmp_path, validation_fraction=0.0)
+    named = dict(validation_path=str(tmp_path / "b*.txt"), validation_fraction=7.0)
+    assert texts_of(tmp_path / "a.txt", "train", tmp_path, **named) == ["one\ntwo\n"]
+    assert texts_of(tmp_path / "a.txt", "validation", tmp_path, **named) == ["three\n"]
+    (tmp_path / "b.txt").write_text("four\n")
+    assert texts_of(tmp_path / "a.txt", "validation", tmp_path, **named) == ["four\n"], "built anew"
+    both = text.source((str(tmp_path / "a.txt"), str(tmp_path / "b.txt")), str(tmp_path / "b.txt"))[0]
+    assert both != text.source(str(tmp_path / "a.txt"), (str(tmp_path / "b.txt"),) * 2)[0]
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"validation_fraction={share} must be at least 0 and below 1"):
+            texts_of(tmp_path / "a.txt", "train", tmp_path, validation_fraction=share)
+    with pytest.raises(ValueError, match=r"no file matches data.options.validation_path='.*c\.txt'"):
+        texts_of(tmp_path / "a.txt", "train", tmp_path, validation_path=str(tmp_path / "c.txt"))
+
+
+def test_a_text_without_text_or_with_one_line_is_a_clear_error(tmp_path):
+    for content in ("", "\n \n"):
+        (tmp_path / "a.txt").write_text(content)
+        with pytest.raises(ValueError, match=r"data.options.path='.*a\.txt': there is no text in it"):
+            texts_of(tmp_path / "a.txt", "train", tmp_path)
+    for content in ("one line", "one line\n\n"):
+        (tmp_path / "a.txt").write_text(content)
+        with pytest.raises(
+            ValueError, match=r"a\.txt has one line of text only, .*validation_path.*validation_fraction=0"
+        ):
+            texts_of(tmp_path / "a.txt", "train", tmp_path)
+        assert texts_of(tmp_path / "a.txt", "train", tmp_path, validation_fraction=0.0) == [content]
+
+
+def test_small_files_of_ones_own_have_rows_in_every_split(tmp_path):
+    dollys = write_lines(
+        tmp_path / "dolly.jsonl", [{"instruction": f"i{i}", "context": "", "response": "r"} for i in range(4)]
+    )
+    for name in ("train", "test"):
+        write_lines(tmp_path / f"{name}.jsonl", [{"question": f"{name} {i}?", "answer": "2"} for i in range(3)])
+    for name, path, total in (("dolly", dollys, 4), ("gsm8k", str(tmp_path), 6)):
+        load = lambda split, name=name, path=path: data.load(name, split=split, data_dir=str(tmp_path), path=path)
+        sizes = [len(load(split)) for split in ("train", "validation", "test")]
+        assert min(sizes) >= 1 and sum(sizes) == total
+
+
+def test_a_small_package_has_rows_in_every_split(sample):
+    functions = {
+        f"f{i}": ADD.replace("add", f"add{i}").replace("two", f"{i}").replace("a + b", f"a + {i} * b") for i in range(4)
+    }
+    options = sample(**functions)
+    assert {docstrings.split_of(f"sample.{name}") for name in functions} == {"train"}
+    found = {s: [row["name"] for row in data.load("docstrings", split=s, **options)] for s in docstrings.SPLITS}
+    assert min(map(len, found.values())) >= 1 and sum(map(len, found.values())) == 4
 
 
 def test_rows_are_sequences_of_str(tmp_path):

@@ -122,7 +122,7 @@ def test_what_a_run_cannot_give_is_named(chat_run, tmp_path, change, flags, mess
 def test_a_run_that_has_not_finished_is_named(chat_run, tmp_path):
     (tmp_path / "config.json").write_text((chat_run / "run" / "config.json").read_text())
     with pytest.raises(ValueError, match="a run that has not finished: it has no folder student"):
-        of_run.model_folder(str(tmp_path))
+        of_run.model_folder(str(tmp_path), "--model")
 
 
 def test_rows_that_are_too_long_are_counted_in_words_with_what_to_change(chat_run, tmp_path, data_dir, capsys):

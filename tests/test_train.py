@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from kd_jax import data, directory, metrics, models, train
+from kd_jax import data, directory, metrics, models, setup, train
 from tests.runs import METHODS, configured, last_state, smoke
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -283,3 +283,36 @@ def test_config_difference_reads_tuples_and_absent_keys(tmp_path):
         "a.b: [1, 2] there, [1, 3] now",
         "c: 1 there, '(absent)' now",
     ]
+
+
+def test_a_settings_dataset_options_go_when_the_dataset_changes(tmp_path, data_dir):
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}."}) + "\n" for i in range(40)))
+    own = dict(path=str(tmp_path / "mine.jsonl"), prompt_field="q", response_field="a")
+    config = smoke("minillm", data_dir, data__name="jsonl", text__name="docstrings")
+    config.data.options = own
+    smokes = dict(packages=("optax", "flax"), standard_library=False)
+    assert setup.dataset_options(config) == own and setup.dataset_options(config, "text") == smokes
+    config.text.options.packages = ("optax",)
+    assert setup.dataset_options(config, "text") == smokes | dict(packages=("optax",))
+    config.text.name = "jsonl"
+    config.text.options = {}
+    assert setup.dataset_options(config, "text") == own, "those of data, for the same dataset"
+    config = smoke("forward_kl", data_dir, data__name="jsonl")
+    config.data.options = own
+    run = train.build(config)
+    assert sum(counts["kept"] for counts in run.counts.values()) == 40
+    assert setup.dataset_options(smoke("sft", data_dir)) == smokes
+    config.data.defaults.docstring = {}
+    with pytest.raises(ValueError, match="the dataset 'docstring' .did you mean 'docstrings'"):
+        setup.dataset_options(config)
+
+
+def test_a_directory_of_a_version_without_a_key_is_the_runs_where_the_key_changes_nothing(tmp_path):
+    for setting, differing in (("docstrings", []), ("smoke", ["data.defaults.docstrings.packages"])):
+        config = configured("sft", setting, {}).to_dict()
+        old = json.loads(json.dumps(config))
+        del old["data"]["defaults"]
+        for written, now in ((old, config), ({"base": old}, {"base": config})):
+            directory.write_config(str(tmp_path / setting), written)
+            lines = directory.config_difference(str(tmp_path / setting), now)
+            assert [line.partition(":")[0].removeprefix("base.") for line in lines][:1] == differing

@@ -1,6 +1,6 @@
 """Text in, batches of tokens out: datasets, prompts, the tokenizer, and the pipeline from one to the other."""
 
-from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, load, load_references, splits
+from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, SOURCES, load, load_references, splits
 from kd_jax.data.pipeline import batches, encode_prompts, from_ids, pack, pad, prompt_of, tokenize
 from kd_jax.data.prompts import TEMPLATES, Template, make_render, with_template_end
 from kd_jax.data.rows import Beside, Packed, Rows, join, pack_rows
@@ -9,6 +9,7 @@ from kd_jax.data.tokenizer import Tokenizer
 __all__ = [
     "DEFAULT_DIR",
     "EVALUATION",
+    "SOURCES",
     "TEMPLATES",
     "Beside",
     "Packed",

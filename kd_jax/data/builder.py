@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import types
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -13,6 +15,7 @@ import tensorflow_datasets as tfds
 from kd_jax import remote, untrusted
 from kd_jax.data import docstrings, dolly, gsm8k, instructions, jsonl, text
 from kd_jax.resolve import nearest
+from kd_jax.value_types import EXPECTED
 
 Row = Mapping[str, str]
 DEFAULT_DIR = str(tfds.core.constants.DATA_DIR)
@@ -114,7 +117,10 @@ def read_back(builder: tfds.core.DatasetBuilder, split: str) -> _Decoded:
     sizes = {known_split: info.num_examples for known_split, info in builder.info.splits.items()}
     if not sizes.get(split):
         name = builder.builder_config.name.rpartition("-")[0]
-        raise ValueError(f"the split {split!r} of {name} is empty; rows of each split: {sizes}, in {folder}.")
+        raise ValueError(
+            f"the split {split!r} of {name} is empty; rows of each split: {sizes}, in {folder}. Give the dataset more data or a "
+            f"file of held-out rows, or choose another split (data.train_split, data.eval_split)."
+        )
     with _named(folder):
         for file in builder.info.splits[split].filepaths:
             if file.parent != folder:
@@ -205,7 +211,31 @@ def _open(
     missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
     if missing:
         raise ValueError(f"the dataset {name} needs data.options.{missing[0]}.")
+    for option, value in options.items():
+        if not _fits(value, known[option].annotation):
+            raise ValueError(
+                f"data.options.{option}={value!r} of the dataset {name} must be {_in_words(known[option].annotation)}."
+            )
     fingerprint, splits = sources[name](**options)
     if split is not None and split not in splits:
         raise ValueError(f"the dataset {name} has no split {split!r}; it has {', '.join(splits)}.")
     return fingerprint, splits
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value has the type that a parameter is annotated with: of str, float, bool and tuples of str."""
+    if isinstance(annotation, types.UnionType):
+        return any(_fits(value, kind) for kind in typing.get_args(annotation))
+    if typing.get_origin(annotation) is tuple:
+        return isinstance(value, tuple | list) and all(isinstance(entry, str) for entry in value)
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def _in_words(annotation: Any) -> str:
+    if isinstance(annotation, types.UnionType):
+        return " or ".join(map(_in_words, typing.get_args(annotation)))
+    if typing.get_origin(annotation) is tuple:
+        return "a tuple of texts, such as ('a', 'b')"
+    return EXPECTED[annotation]

@@ -13,8 +13,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from kd_jax.data import jsonl
+
 SKIPPED = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "__pycache__", "_vendor", "conftest"}
 SPLITS = ("train", "validation", "test")
+SHARES = {"test": 0.03, "validation": 0.03}  # of the modules; the rest is for training
 PACKAGES = ("numpy", "scipy", "jax", "matplotlib")
 MAX_CHARACTERS = 6000
 
@@ -24,9 +27,10 @@ def source(
 ) -> tuple[str, dict[str, Callable[[], Iterable[dict[str, str]]]]]:
     """Prompt: a function's source without its docstring. Response: the docstring's first paragraph.
 
-    The files are parsed and never imported. Modules are whole in one split (94 % train, 3 % validation, 3 % test, by
-    a hash of the module's name); a function that is a twin of an earlier one, by its body or by its name and docstring,
-    is left out, and the held-out splits go first, so that no held-out function has a twin in training.
+    The files are parsed and never imported. Modules are whole in one split (94 % train, 3 % validation, 3 % test, by a hash
+    of the module's name); of a few modules each split has at least one. A function that is a twin of an earlier one, by its
+    body or by its name and docstring, is dropped. The held-out splits go first, so that no held-out function has a twin in
+    training.
 
     Args:
       packages: installed packages to read beside the standard library.
@@ -45,7 +49,7 @@ def source(
             )
         roots.append((Path(spec.submodule_search_locations[0]), package))
         versions.append(f"{package} {_version(package)}")
-    digest = hashlib.sha256(";".join(versions).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(";".join([*versions, "at least one"]).encode()).hexdigest()[:12]
     cache: dict[str, list[dict[str, str]]] = {}
 
     def rows(split: str) -> Iterable[dict[str, str]]:
@@ -58,14 +62,19 @@ def source(
 
 def _split(roots: list[tuple[Path, str]]) -> dict[str, list[dict[str, str]]]:
     """All rows by split, without twins."""
-    found: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
+    modules: dict[str, list[dict[str, str]]] = {}
     for root, package in roots:
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
             if SKIPPED & set(parts) or any(part.startswith("test_") for part in parts):
                 continue
             module = ".".join((package, *parts) if package else parts).removesuffix(".__init__")
-            found[split_of(module)].extend(_functions(path, module))
+            if rows := list(_functions(path, module)):
+                modules[module] = modules.get(module, []) + rows
+    ranges = jsonl.divide(map(_fraction, modules), SHARES)
+    found: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
+    for module, rows in modules.items():
+        found[_in_range(ranges, module)].extend(rows)
     seen: set[str] = set()
     kept: dict[str, list[dict[str, str]]] = {}
     for split in ("test", "validation", "train"):
@@ -80,9 +89,18 @@ def _split(roots: list[tuple[Path, str]]) -> dict[str, list[dict[str, str]]]:
 
 
 def split_of(module: str) -> str:
-    """The split of a module, by a hash of its name."""
-    bucket = int(hashlib.sha256(module.encode()).hexdigest(), 16) % 100
-    return "test" if bucket < 3 else "validation" if bucket < 6 else "train"
+    """The split of a module among many, by a hash of its name."""
+    return _in_range({"test": (0.0, 0.03), "validation": (0.03, 0.06), "train": (0.06, 1.0)}, module)
+
+
+def _in_range(ranges: dict[str, tuple[float, float]], module: str) -> str:
+    return next(split for split, (low, high) in ranges.items() if low <= _fraction(module) < high)
+
+
+def _fraction(module: str) -> float:
+    """A number in [0, 1) that orders modules by a hash of their names: first by what it leaves modulo 100."""
+    number = int(hashlib.sha256(module.encode()).hexdigest(), 16)
+    return (number % 100 + number / 2**256 * 0.999) / 100
 
 
 def _functions(path: Path, module: str) -> Iterator[dict[str, str]]:

@@ -18,8 +18,9 @@ def source(path: str = "") -> tuple[str, dict[str, Callable[[], Iterable[dict[st
     """Splits train, validation and test (about 94, 3 and 3 %), by a hash of the instruction.
 
     Args:
-      path: a local .jsonl or .jsonl.gz, whose contents are taken as they are; empty: the file is downloaded from the
-        Hugging Face hub, once, and refused unless its SHA-256 is the one in this module.
+      path: a local .jsonl or .jsonl.gz, whose contents are taken as they are. Each split of it has at least one row, as far as
+        there are as many instructions. Empty: the file is downloaded from the Hugging Face hub, once, and refused unless its
+        SHA-256 is the one in this module.
 
     Raises:
       ValueError: a file that does not exist, or a download with another checksum.
@@ -27,8 +28,11 @@ def source(path: str = "") -> tuple[str, dict[str, Callable[[], Iterable[dict[st
     """
     file = remote.local_file(path) if path else download.fetch(URL, SHA256)
 
-    def rows(low: float, high: float) -> Iterator[dict[str, str]]:
-        return (row for row in jsonl.read(file, FIELDS) if low <= jsonl.fraction(row["prompt"]) < high)
+    def rows(split: str) -> Iterator[dict[str, str]]:
+        fractions = (jsonl.fraction(row["prompt"]) for row in jsonl.read(file, FIELDS))
+        low, high = jsonl.divide(fractions, {"validation": 0.03, "test": 0.03})[split]
+        yield from (row for row in jsonl.read(file, FIELDS) if low <= jsonl.fraction(row["prompt"]) < high)
 
-    bounds = {"train": (0.06, 1.0), "validation": (0.0, 0.03), "test": (0.03, 0.06)}
-    return jsonl.digest([file], "dolly"), {split: lambda b=b: rows(*b) for split, b in bounds.items()}
+    splits = ("train", "validation", "test")
+    fingerprint = jsonl.digest([file], "dolly, at least one" if path else "dolly")
+    return fingerprint, {split: lambda split=split: rows(split) for split in splits}

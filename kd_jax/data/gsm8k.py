@@ -1,6 +1,6 @@
 """GSM8K: 7,473 and 1,319 word problems of grade-school mathematics with worked answers that end in "#### NUMBER" (MIT)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from kd_jax import remote
 from kd_jax.data import download, jsonl
@@ -18,7 +18,7 @@ FIELDS = {"prompt": "question", "response": "answer"}
 
 
 def source(path: str = "") -> tuple[str, dict[str, Callable[[], Iterable[dict[str, str]]]]]:
-    """Splits train and test, as published, and validation: 3 % of train, by a hash of the question.
+    """Splits train and test, as published, and validation: 3 % of train, by a hash of the question, and at least one.
 
     Args:
       path: a folder with train.jsonl and test.jsonl, whose contents are taken as they are; empty: they are downloaded from
@@ -36,8 +36,13 @@ def source(path: str = "") -> tuple[str, dict[str, Callable[[], Iterable[dict[st
         for name, sha256 in SHA256.items()
     }
 
-    def rows(held_out: bool) -> Iterable[dict[str, str]]:
-        return (row for row in jsonl.read(files["train"], FIELDS) if (jsonl.fraction(row["prompt"]) < 0.03) == held_out)
+    def rows(split: str) -> Iterator[dict[str, str]]:
+        read = lambda: jsonl.read(files["train"], FIELDS)
+        low, high = jsonl.divide((jsonl.fraction(row["prompt"]) for row in read()), {"validation": 0.03})[split]
+        yield from (row for row in read() if low <= jsonl.fraction(row["prompt"]) < high)
 
-    splits = {"train": lambda: rows(False), "validation": lambda: rows(True)}
-    return jsonl.digest(list(files.values()), "gsm8k"), splits | {"test": lambda: jsonl.read(files["test"], FIELDS)}
+    splits: dict[str, Callable[[], Iterable[dict[str, str]]]] = {
+        split: lambda split=split: rows(split) for split in ("train", "validation")
+    }
+    fingerprint = jsonl.digest(list(files.values()), "gsm8k, at least one" if path else "gsm8k")
+    return fingerprint, splits | {"test": lambda: jsonl.read(files["test"], FIELDS)}

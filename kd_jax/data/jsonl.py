@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kd_jax import remote, untrusted
 
 MAX_LINE = 16 * untrusted.MIB
@@ -31,14 +33,13 @@ def source(
       response_field: the field of the response.
       context_field: the field of the context; empty: there is none.
       validation_path: a file of held-out rows; empty: a part of `path` is held out.
-      validation_fraction: the share that is held out then, by a hash of the prompt; above 0 at least one
-        prompt's rows, if there are two prompts.
+      validation_fraction: the share that is held out then, by a hash of the prompt. Above 0 both splits have at least one
+        prompt's rows, if there are two prompts. With 0 nothing is held out.
 
     Raises:
-      ValueError: a file that does not exist, a line that is not JSON, a row without its field.
+      ValueError: a file that does not exist, a line that is not JSON, a row without its field, a share out of range.
     """
-    if not validation_path and not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction={validation_fraction} must be at least 0 and below 1.")
+    check_share(validation_fraction, validation_path)
     fields = {"prompt": prompt_field, "response": response_field}
     if context_field:
         fields["context"] = context_field
@@ -49,18 +50,50 @@ def source(
         if validation_path:
             yield from read(files[held_out], fields)
             return
-        limit = _limit(files[0], fields, validation_fraction) if validation_fraction else 0.0
-        yield from (row for row in read(files[0], fields) if (fraction(row["prompt"]) < limit) == held_out)
+        parts = divide((fraction(row["prompt"]) for row in read(files[0], fields)), {"validation": validation_fraction})
+        low, high = parts["validation" if held_out else "train"]
+        yield from (row for row in read(files[0], fields) if low <= fraction(row["prompt"]) < high)
 
     return fingerprint, {"train": lambda: rows(False), "validation": lambda: rows(True)}
 
 
-def _limit(path: Path, fields: dict[str, str], share: float) -> float:
-    """Below which prompts' `fraction` are held out: of a few rows none may be below the share."""
-    low, high = 1.0, 0.0
-    for row in read(path, fields):
-        low, high = min(low, fraction(row["prompt"])), max(high, fraction(row["prompt"]))
-    return math.nextafter(low, 1) if share <= low < high else share
+def check_share(validation_fraction: float, validation_path: Any) -> None:
+    """Checks the share that is held out, which counts where no file of held-out rows is named."""
+    if not validation_path and not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"data.options.validation_fraction={validation_fraction} must be at least 0 and below 1; 0 holds nothing out."
+        )
+
+
+def divide(fractions: Iterable[float], shares: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """The range of `fraction` of each split: what is at or above the first number and below the second.
+
+    The splits are neighbours, from 0 up, and `train` has the rest. Of many texts each split has about its share. Of a few
+    the ranges are moved so that each split has at least one text: `train` first, then `validation`, then the others.
+
+    Args:
+      fractions: of all texts; the same text may come again.
+      shares: split -> its share; a split with the share 0 stays empty.
+
+    Example:
+      >>> divide([0.2, 0.5, 0.9], {"validation": 0.25})
+      {'validation': (0.0, 0.25), 'train': (0.25, 1.0)}
+      >>> divide([0.2, 0.5, 0.9], {"validation": 0.95})
+      {'validation': (0.0, 0.9), 'train': (0.9, 1.0)}
+    """
+    known = np.unique(np.fromiter(fractions, float))
+    wanted = sorted((split for split, share in shares.items() if share > 0), key=lambda split: split != "validation")
+    kept = wanted[: max(len(known) - 1, 0)]
+    ranges, low, nominal = {}, 0.0, 0.0
+    for split, share in shares.items():
+        nominal, high = nominal + share, low
+        if split in kept:
+            kept.remove(split)
+            first, last = known[np.searchsorted(known, low)], known[len(known) - 1 - len(kept)]
+            high = min(max(nominal, math.nextafter(first, 1)), float(last))
+        ranges[split] = (low, high)
+        low = high
+    return ranges | {"train": (low, 1.0)}
 
 
 def read(path: Path, fields: dict[str, str], several: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:

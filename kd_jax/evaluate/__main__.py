@@ -22,6 +22,7 @@ from kd_jax.evaluate import harness, texts, tokens
 from kd_jax.evaluate.of_run import DEFAULTS, filled, model_folder, template_of
 from kd_jax.evaluate.scores import rouge_tokens
 from kd_jax.evaluate.tables import PLACES, by_place, over_seeds, table
+from kd_jax.value_types import EXPECTED, whole_number
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,6 +32,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description="A model's texts against references, and its distributions against a teacher's.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
+    parser.register("type", int, _whole_number)  # what type=int means below
     add = parser.add_argument
 
     def of_the_run(name: str, kind: Any = str, help: str = "", **more: Any) -> None:
@@ -78,6 +80,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fsdp", type=int, default=1, help="devices that divide the parameters")
     add("--tensor", type=int, default=1, help="devices that divide each matrix")
     return parser.parse_args(argv)
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return whole_number(text)
+    except ValueError:  # whose message argparse would replace
+        raise argparse.ArgumentTypeError(f"{text!r} is not {EXPECTED[int]}.") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,7 +99,8 @@ def _settings(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     if "data" not in given and options.get("name") and options["name"] != "text":
         found["data"] = options["name"]
         # JSON has no tuples, and lists would be another dataset's options.
-        own = {name: tuple(v) if isinstance(v, list) else v for name, v in options.get("options", {}).items()}
+        own = {**options.get("defaults", {}).get(options["name"], {}), **options.get("options", {})}
+        own = {name: tuple(v) if isinstance(v, list) else v for name, v in own.items()}
         found["data_options"] = own | given.get("data_options", {})
         found["data_dir"] = options.get("data_dir", "")
         splits = data.splits(found["data"], **found["data_options"]) if "split" not in given else ()

@@ -1,0 +1,139 @@
+"""The types of a config's values: how a flag's text becomes one, and what a value of the wrong type is told."""
+
+import decimal
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import tuple_parser
+
+EXPECTED = {
+    int: "a whole number, such as 1000, 1_000 or 1e3",
+    float: "a number, such as 0.5 or 1e-3",
+    bool: "true or false",
+    str: "a text, such as 'name'",
+    tuple: "a tuple, such as (0, 3, 6) or ('a', 'b')",
+    ConfigDict: "keys of its own, each with a flag such as --config.data.name=jsonl, or a dict such as {'name': 'adamw'}",
+}
+
+
+def whole_number(text: Any) -> int:
+    """A text such as 1000, 1_000, 1000.0, 1e3 or 0x3e8 as an int.
+
+    Raises:
+      ValueError: the text is no whole number; the message says what is expected.
+
+    Example:
+      >>> [whole_number(text) for text in ("1000", "1_000", "1000.0", "1e3")]
+      [1000, 1000, 1000, 1000]
+    """
+    try:
+        return flags.IntegerParser().convert(text)
+    except (TypeError, ValueError):
+        pass
+    try:
+        if float(text).is_integer():
+            return int(decimal.Decimal(text))  # exact, where a float has 53 bits
+    except (TypeError, ValueError, OverflowError, decimal.InvalidOperation):
+        pass
+    raise ValueError(_expects(int))
+
+
+class WholeNumberParser(flags.IntegerParser):
+    """Parses a whole number in any of the forms of `whole_number`."""
+
+    syntactic_help = EXPECTED[int]
+
+    def convert(self, argument: Any) -> int:
+        return whole_number(argument)
+
+
+class _FloatParser(flags.FloatParser):
+    def convert(self, argument: Any) -> float:
+        try:
+            if math.isfinite(number := super().convert(argument)):
+                return number
+        except (TypeError, ValueError):
+            pass
+        raise ValueError(_expects(float))
+
+
+class _BooleanParser(flags.BooleanParser):
+    def parse(self, argument: Any) -> bool:
+        try:
+            return super().parse(argument)
+        except (TypeError, ValueError):
+            raise ValueError(_expects(bool)) from None
+
+
+class _TupleParser(tuple_parser.TupleParser):
+    def parse(self, argument: Any) -> tuple[Any, ...]:
+        try:
+            return super().parse(argument)
+        except ValueError:
+            raise ValueError(_expects(tuple)) from None
+
+
+def register() -> None:
+    """Has ml_collections parse the flags of a config's keys as this module does."""
+    parsers = {
+        int: WholeNumberParser(),
+        float: _FloatParser(),
+        bool: _BooleanParser(),
+        tuple: _TupleParser(),
+    }
+    for kind, parser in parsers.items():
+        config_flags.register_flag_parser_for_type(kind, parser)
+
+
+def check_types(
+    declared: Mapping[str, Any] | ConfigDict, given: Any, open_keys: tuple[str, ...] = (), prefix: str = ""
+) -> None:
+    """Checks that a config has every declared key, with a value of the declared type.
+
+    Most assignments of the wrong type are refused by ml_collections at once. It lets through None, a bool in place of a number,
+    and whatever is in a dict that replaces another.
+
+    Args:
+      declared: keys with values of the right types, nested.
+      given: the config that is checked.
+      open_keys: names whose values are dicts with keywords of their own, which are not checked here.
+      prefix: of the keys in messages.
+
+    Raises:
+      ValueError: a key is missing, or a value has another type.
+    """
+    for key, default in declared.items():
+        name, expected = f"{prefix}{key}", type(default)
+        if key not in given:
+            raise ValueError(
+                f"the config has no key {name!r} any more: a dict that replaces another needs all keys of it."
+            )
+        value = given[key]
+        if key in open_keys:
+            is_dict = isinstance(default, Mapping | ConfigDict)
+            is_spec = is_dict and isinstance(value, str) and "name" in default  # a name or a call
+            if is_dict and not isinstance(value, Mapping | ConfigDict) and not is_spec:
+                raise ValueError(f"{name}={value!r} must be a dict such as {dict(default) or {'key': 'value'}}.")
+        elif isinstance(default, Mapping | ConfigDict):
+            if not isinstance(value, Mapping | ConfigDict):
+                raise ValueError(f"{name}={value!r} must be a dict with the keys {', '.join(default)}.")
+            check_types(default, value, open_keys, f"{name}.")
+        elif not _fits(value, expected):
+            raise ValueError(f"{name}={value!r} must be {EXPECTED.get(expected, expected.__name__)}.")
+        elif expected is tuple and default and (odd := [v for v in value if not _fits(v, type(default[0]))]):
+            raise ValueError(f"{name}={value!r} must be a tuple such as {default!r}; {odd[0]!r} does not fit.")
+
+
+def _fits(value: Any, expected: type) -> bool:
+    if expected in (int, float) and isinstance(value, bool):  # Python counts True as 1
+        return False
+    if expected is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, (tuple, list) if expected is tuple else expected)
+
+
+def _expects(kind: type) -> str:
+    return f"the key takes {EXPECTED[kind]}."
