@@ -1,6 +1,7 @@
 """Language models as pure functions of their parameters, with Hugging Face folders in and out."""
 
 from kd_jax.models.config import ModelConfig
+from kd_jax.models.fingerprint import fingerprint
 from kd_jax.models.functional import Model, from_config, take_layers
 from kd_jax.models.generate import generate, left_pad
 from kd_jax.models.huggingface import load_config, load_pretrained
@@ -11,6 +12,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "dequantise",
+    "fingerprint",
     "from_config",
     "generate",
     "left_pad",
