@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from kd_jax import comparison, directory, main, metrics, plots, remote, report, train
+from kd_jax import comparison, directory, main, metrics, plots, remote, report, setup_identity, train
 from kd_jax.setup import check_declared
 
 Point = dict[str, Any]  # an axis's label -> its value
@@ -36,8 +36,8 @@ def run(config: Any, workdir: str, shard: tuple[int, int] | None = (0, 1)) -> st
       shard: (i, n): of all runs, in their order, every n-th from the i-th on. None: no run.
 
     Raises:
-      ValueError: an axis whose key the base does not have, a shard out of range, or a directory of another ablation; without a
-        shard, of none.
+      ValueError: an axis whose key the base does not have, a shard out of range, or a directory of another ablation, or of runs with
+        other contents of what their config names; without a shard, of none.
     """
     part, parts = shard or (0, 1)
     axes = comparison.axes_of(config)
@@ -61,6 +61,9 @@ def run(config: Any, workdir: str, shard: tuple[int, int] | None = (0, 1)) -> st
         raise ValueError(f"there is no ablation in the work directory {workdir} to make a table of.")
     directory.check(workdir, resolved)
     directory.write_config(workdir, resolved)
+    for folder, its_config in zip(folders, configs, strict=True):
+        if shard:  # or the table would compare runs of different contents
+            setup_identity.check(str(folder / "run"), its_config)
     mine = list(zip(folders, configs, strict=True))[part::parts] if shard else []
     for place, (folder, its_config) in enumerate(mine, start=1):
         run_one(its_config, folder, f"{place} of {len(mine)}")

@@ -1,4 +1,4 @@
-"""A work directory: which config it belongs to, and that one run at a time is in it."""
+"""A work directory: the config and the contents that it belongs to, and that one run at a time is in it."""
 
 import contextlib
 import fcntl
@@ -10,7 +10,10 @@ from typing import Any
 
 from etils import epath
 
+from kd_jax import untrusted
+
 CONFIG, PARTIAL, LOCK = "config.json", "config.json.partial", "lock"
+IDENTITY = "identity.json"  # name -> fingerprint of what the config names
 # What may differ between a run and its resumption: none of it decides the batches or what is made of them.
 FREE = (
     "mesh.",
@@ -75,11 +78,34 @@ def config_difference(workdir: str, config: dict[str, Any]) -> list[str] | None:
 
 def write_config(workdir: str, config: dict[str, Any]) -> None:
     """Writes the resolved config, whole or not at all."""
-    folder = epath.Path(workdir)
+    _write_json(epath.Path(workdir), CONFIG, config)
+
+
+def write_identity(workdir: str, fingerprints: dict[str, str]) -> None:
+    """Writes the fingerprints of what the config names, whole or not at all."""
+    _write_json(epath.Path(workdir), IDENTITY, fingerprints)
+
+
+def read_identity(workdir: str) -> dict[str, str]:
+    """Returns what `write_identity` wrote; {} where nothing did, such as in a directory of an older version.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = epath.Path(workdir) / IDENTITY
+    if not path.exists():
+        return {}
+    found = untrusted.parse_json(path.read_bytes(), str(path))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}.")
+    return found
+
+
+def _write_json(folder: epath.Path, name: str, content: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{PARTIAL}.{os.getpid()}"
-    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    partial.replace(folder / CONFIG)
+    partial = folder / f"{name}.partial.{os.getpid()}"
+    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    partial.replace(folder / name)
 
 
 @contextlib.contextmanager

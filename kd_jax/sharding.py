@@ -153,6 +153,16 @@ def least_of_processes(number: int) -> int:
     return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).min())
 
 
+def text_from_first_process(text: str) -> str:
+    """Returns the text of process 0 on every process; all wait for it."""
+    if jax.process_count() == 1:
+        return text
+    content = np.frombuffer(text.encode(), np.uint8)
+    whole = np.zeros(from_first_process(len(content)), np.uint8)  # on every process as long as that of the first
+    whole[: len(content)] = content[: len(whole)]
+    return np.asarray(multihost_utils.broadcast_one_to_all(whole)).tobytes().decode()
+
+
 def path_name(path: Any) -> str:
     """'layers/0/mlp/up/kernel' for the path of a leaf."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)

@@ -26,6 +26,7 @@ from kd_jax import (
     results,
     rollouts,
     schedules,
+    setup_identity,
     sharding,
 )
 from kd_jax.data.counts import sentence, warnings
@@ -66,6 +67,7 @@ class Run:
       examples: held-out prompts that are answered at each evaluation.
       shown: those whose answers are shown, before and after training: as many as are evaluated at a time.
       counts: what became of the rows of each split.
+      written: the rows of the teacher's responses; None where the data's are trained on.
     """
 
     config: Any
@@ -82,6 +84,7 @@ class Run:
     examples: list[evaluate.Example]
     shown: list[evaluate.Example]
     counts: dict[str, Any]
+    written: Any = None
 
     def batch(self, step: int, params: Any) -> dict[str, jax.Array]:
         """The batch of update `step`, which is counted from 0, on the mesh; the student's parameters draw what it draws."""
@@ -186,6 +189,7 @@ def build(config: Any) -> Run:
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(placed, None)),
         feed=make_feed(config, source, tokenizer, loaded, mesh, train_rows, text_rows, cache),
         eval_batches=lambda: iter(held_out), examples=examples, counts=counts,
+        written=train_rows if isinstance(source, prefixes.teacher) else None,
         shown=evaluate.held_out_examples(eval_rows, tokenizer, config.data.eval_batch_size),
     )  # fmt: skip
 
@@ -205,8 +209,8 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
       As `results.finish`: {"teacher": ..., "before": ..., "after": ...}, each what `Run.evaluate` returns.
 
     Raises:
-      ValueError: before anything is written, if the config is wrong, or if the directory belongs to another one or is in use;
-        or if all of its checkpoints are damaged.
+      ValueError: before anything is written, if the config is wrong, or if the directory belongs to another config, to other
+        contents of what the config names (see `setup_identity`), or is in use; or if all of its checkpoints are damaged.
       FloatingPointError: a loss or a gradient is not finite.
       loop.Stopped: SIGTERM or a preemption notice came, and the state is saved, or there was nothing to save.
     """
@@ -221,7 +225,9 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
         if first and is_there:
             stack.enter_context(directory.alone(workdir))  # before anything that takes long
             directory.check(workdir, resolved)
+        setup_identity.check(workdir, config)  # before anything is built of other contents
         run = build(config)
+        setup_identity.check(workdir, config, run)  # and what the teacher wrote, which is found again or written anew
         if first and not is_there:
             stack.enter_context(directory.alone(workdir))
             directory.check(workdir, resolved)  # somebody else may have made it since
@@ -230,6 +236,7 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
         state = None if checkpoint.has_steps(place.shared) else run.init_state()
         if first:
             directory.write_config(workdir, resolved)
+            setup_identity.write(workdir, config, run)
             if rounding:
                 (epath.Path(workdir) / quantisation.FILE).write_text(json.dumps(rounding) + "\n")
         place.store()  # or the checkpoints would be there without the config that they belong to

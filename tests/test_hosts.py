@@ -202,6 +202,20 @@ def test_sigterm_to_one_stops_all_and_the_same_command_ends_the_run(data_dir, tm
         assert (tmp_path / "run" / file).exists()
 
 
+def test_another_teacher_stops_both_processes_with_the_same_words(data_dir, tmp_path):
+    """The first process alone compares, and at an address it alone has the work directory's identity."""
+    shutil.copytree(folder("package:docstrings_teacher"), tmp_path / "teacher")
+    weights, workdir = tmp_path / "teacher" / "model.safetensors", f"file://{tmp_path / 'run'}"
+    flags = ["--config=configs/sft.py:smoke", "--config.mesh.data=2", f"--config.teacher.path={tmp_path / 'teacher'}"]
+    codes, said = ended(run("pair", flags, data_dir, workdir))
+    assert codes == [0, 0], said
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    codes, said = ended(run("pair", flags, data_dir, workdir))
+    words = f"teacher.path={tmp_path / 'teacher'} has other content than when the run began"
+    assert codes == [1, 1] and all(words in text for text in said), said
+
+
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_step_of_two_that_is_not_finite_can_be_replayed_by_one(scheme, data_dir, tmp_path):
     """Also where each has a folder of its own, and only what orbax writes is written by both."""

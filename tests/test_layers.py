@@ -13,7 +13,7 @@ LAYERS = [
     {"loop"},
     {"nonfinite"},
     {"setup_rows", "results", "quantisation"},
-    {"setup_cache", "setup_checks"},
+    {"setup_cache", "setup_checks", "setup_identity"},
     {"evaluate"},
     {"setup", "report"},
     {"comparison"},

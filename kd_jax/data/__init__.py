@@ -1,6 +1,6 @@
 """Text in, batches of tokens out: datasets, prompts, the tokenizer, and the pipeline from one to the other."""
 
-from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, SOURCES, load, load_references, splits
+from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, SOURCES, fingerprint, load, load_references, splits
 from kd_jax.data.pipeline import batches, encode_prompts, from_ids, pack, pad, prompt_of, tokenize
 from kd_jax.data.prompts import TEMPLATES, Template, make_render, with_template_end
 from kd_jax.data.rows import Beside, Packed, Rows, join, pack_rows
@@ -18,6 +18,7 @@ __all__ = [
     "Tokenizer",
     "batches",
     "encode_prompts",
+    "fingerprint",
     "from_ids",
     "join",
     "load",

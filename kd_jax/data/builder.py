@@ -177,6 +177,18 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
     return read_back(builder, split)
 
 
+def fingerprint(name: str, *, split: str, **options: Any) -> str:
+    """Returns the fingerprint of a dataset's content; nothing is built.
+
+    Args:
+      name, split, **options: as in `load`.
+
+    Raises:
+      ValueError: as `load`, for a name, an option, a split or a file.
+    """
+    return _open(name, SOURCES, split, options)[0]
+
+
 def load_references(name: str, *, split: str, data_dir: str | None = None, **options: Any) -> list[dict[str, Any]]:
     """The rows of a split to evaluate on, each with prompt, context and references, a list of texts that are good answers.
 

@@ -6,6 +6,8 @@ import sys
 import urllib.request
 from pathlib import Path
 
+from kd_jax.checksum import file_digest
+
 
 def fetch(url: str, sha256: str = "") -> Path:
     """The file at an address, downloaded once, and refused unless it hashes to what is known of it.
@@ -58,5 +60,4 @@ def fetch(url: str, sha256: str = "") -> Path:
 
 def sha256_of(path: Path) -> str:
     """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax import remote, untrusted
+from kd_jax.checksum import file_digest
 
 MAX_LINE = 16 * untrusted.MIB
 MAX_BLANK = 10_000
@@ -161,8 +162,7 @@ def digest(files: list[Path], settings: str) -> str:
         if not path.is_file():
             raise ValueError(f"there is no file {path}.")
         try:
-            with path.open("rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
+            total.update(bytes.fromhex(file_digest(path)))
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
     return total.hexdigest()[:12]

@@ -1,6 +1,7 @@
 """Language models as pure functions of their parameters, with Hugging Face folders in and out."""
 
 from kd_jax.models.config import ModelConfig
+from kd_jax.models.fingerprint import fingerprint
 from kd_jax.models.folders import check_folder
 from kd_jax.models.functional import Model, from_config, take_layers
 from kd_jax.models.generate import generate, left_pad
@@ -13,6 +14,7 @@ __all__ = [
     "ModelConfig",
     "check_folder",
     "dequantise",
+    "fingerprint",
     "from_config",
     "generate",
     "left_pad",

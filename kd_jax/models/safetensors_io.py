@@ -63,6 +63,15 @@ class Reader:
         return self._files[self._owners[name]].get_slice(name)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files that `open_folder` reads, the index included; those that are missing too. Without weights it is []."""
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if not (folder / INDEX).exists():
+        return []
+    return [folder / INDEX, *(folder / name for name in sorted(set(_read_index(folder / INDEX).values())))]
+
+
 @contextlib.contextmanager
 def open_folder(folder: Path) -> Iterator[Reader]:
     """Opens `model.safetensors`, or the files that `model.safetensors.index.json` lists.

@@ -1,0 +1,32 @@
+"""The fingerprint of a Hugging Face folder: of the bytes that a model is made from."""
+
+import hashlib
+from pathlib import Path
+
+from kd_jax.checksum import file_digests
+from kd_jax.models.safetensors_io import weight_files
+
+CONFIGS = ("config.json", "generation_config.json")
+
+
+def fingerprint(folder: Path) -> str:
+    """Returns a hash of the bytes of a folder's configs and weights; it depends on no path, mesh or dtype.
+
+    The weights are read once, in parallel threads (see `checksum.file_digests`).
+
+    Args:
+      folder: as `load_pretrained` takes it.
+
+    Returns:
+      Sixteen hexadecimal digits; "" where config.json or a file of the weights is missing.
+
+    Raises:
+      ValueError: the index of the weights cannot be read.
+      OSError: a file cannot be read.
+    """
+    weights = weight_files(folder)
+    files = [folder / name for name in CONFIGS if (folder / name).is_file()] + weights
+    if not weights or not (folder / CONFIGS[0]).is_file() or not all(file.is_file() for file in weights):
+        return ""
+    lines = (f"{file.name} {digest}\n" for file, digest in zip(files, file_digests(files), strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
