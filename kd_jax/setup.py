@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax import data, metrics, models, remote, resolve, sharding, untrusted
-from kd_jax.data.limited import common_ids, shown_difference, shown_tokens
-from kd_jax.data.tokenizer import differing_tokens
+from kd_jax.data.limited import common_ids, differing_tokens, shown_difference, shown_tokens
 from kd_jax.value_types import check_types
 
 PACKAGED = "package:"

@@ -63,8 +63,17 @@ def read_bytes(file: Path, limit: int) -> bytes:
 
 def read_text(file: Path, limit: int) -> str:
     """`read_bytes` as UTF-8."""
+    return decoded(read_bytes(file, limit), file)
+
+
+def decoded(content: bytes, file: Path) -> str:
+    """Returns a file's content as UTF-8.
+
+    Raises:
+      ValueError: the content is not UTF-8; the message names the file.
+    """
     try:
-        return read_bytes(file, limit).decode()
+        return content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 ({error}).") from error
 

@@ -126,7 +126,9 @@ def test_no_file_names_a_token_that_is_left_out(tmp_path):
     assert json.loads(saved["special_tokens_map.json"])["mask_token"] is None
     again = Tokenizer.load(tmp_path / "saved")
     assert again.vocabulary() == limited.vocabulary() and again.fingerprint() == limited.fingerprint()
-    assert without(limited._files, {"<b>"}) == limited._files  # what names none of the tokens keeps its bytes
+    assert (
+        without(limited._content.files, {"<b>"}) == limited._content.files
+    )  # what names none of the tokens keeps its bytes
 
 
 def test_a_model_with_fewer_ids_than_its_tokenizer_limits_it(tmp_path, capsys):

@@ -8,7 +8,7 @@ import tokenizers
 
 from kd_jax import setup
 from kd_jax.data import Tokenizer, sandbox
-from kd_jax.data.tokenizer import differing_tokens
+from kd_jax.data.limited import differing_tokens
 from kd_jax.data.tokenizer_elsewhere import REGEXES
 
 WORDS = ["a", "b", "c", "<s>", "</s>", "<pad>"]

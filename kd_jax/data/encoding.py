@@ -51,43 +51,43 @@ class Encoder:
           ValueError: the template's own tokens are more than `max_prompt_length`, and prompts are to be truncated.
         """
         render = prompts.make_render(self.template, self.tokenizer)
-        adds_prefix = prompts.adds_special_tokens(self.template)
         indices = iter(range(len(source)))
-        while some := [source[i] for i in itertools.islice(indices, ENCODED_AT_ONCE)]:
-            texts = [(render(row["prompt"], row["context"]), row["response"]) for row in some]
-            for row, (prompt, response) in zip(some, self.tokenizer.encode_pairs(texts), strict=True):
-                own_prefix = adds_prefix and self.tokenizer.begins_with_prefix(prompt)
-                whole = self.tokenizer.with_prefix(prompt) if adds_prefix else prompt
-                if len(whole) <= self.max_prompt_length or not self.truncates:
-                    yield Encoded(whole, response, False, own_prefix)
-                else:
-                    yield self._truncated(render, adds_prefix, row, len(whole), own_prefix)
+        while rows := [source[i] for i in itertools.islice(indices, ENCODED_AT_ONCE)]:
+            encoded = self._encoded(render, rows)
+            while self.truncates and (
+                long := [i for i, row in enumerate(encoded) if len(row.prompt) > self.max_prompt_length]
+            ):
+                shorter = self._shortened([rows[i] for i in long], [len(encoded[i].prompt) for i in long])
+                for i, row, again in zip(long, shorter, self._encoded(render, shorter), strict=True):
+                    rows[i], encoded[i] = row, again._replace(truncated=True, own_prefix=encoded[i].own_prefix)
+            yield from encoded
 
-    def _truncated(
-        self, render: prompts.Render, adds_prefix: bool, row: Mapping[str, str], length: int, own_prefix: bool
-    ) -> Encoded:
-        """Removes tokens from the end of the context, and then of the prompt, until the rendered prompt fits."""
-        prompt, context = row["prompt"], row["context"]
-        while True:
-            excess = length - self.max_prompt_length
-            if context:
-                context = self._shortened(context, excess)
-            elif prompt:
-                prompt = self._shortened(prompt, excess)
-            else:
+    def _encoded(self, render: prompts.Render, rows: Sequence[Mapping[str, str]]) -> list[Encoded]:
+        adds_prefix = prompts.adds_special_tokens(self.template)
+        texts = [(render(row["prompt"], row["context"]), row["response"]) for row in rows]
+        found = []
+        for prompt, response in self.tokenizer.encode_pairs(texts):
+            own_prefix = adds_prefix and self.tokenizer.begins_with_prefix(prompt)
+            whole = self.tokenizer.with_prefix(prompt) if adds_prefix else prompt
+            found.append(Encoded(whole, response, False, own_prefix))
+        return found
+
+    def _shortened(self, rows: Sequence[Mapping[str, str]], lengths: Sequence[int]) -> list[dict[str, str]]:
+        """Removes from each row's context, or without one from its prompt, as many tokens as its rendered prompt has too many.
+
+        At least one character goes, so that repeated calls end.
+        """
+        fields = ["context" if row["context"] else "prompt" for row in rows]
+        ends = self.tokenizer.token_ends([row[field] for row, field in zip(rows, fields, strict=True)])
+        found: list[dict[str, str]] = []
+        for row, field, length, own in zip(rows, fields, lengths, ends, strict=True):
+            if not row[field]:
                 name = prompts.as_template(self.template).name
                 raise ValueError(
                     f"the template {name} writes {length} tokens around an empty prompt, and max_prompt_length is "
                     f"{self.max_prompt_length}: no prompt can be truncated to fit. Raise max_prompt_length."
                 )
-            ids, response = self.tokenizer.encode_pairs([(render(prompt, context), row["response"])])[0]
-            ids = self.tokenizer.with_prefix(ids) if adds_prefix else ids
-            if len(ids) <= self.max_prompt_length:
-                return Encoded(ids, response, True, own_prefix)
-            length = len(ids)
-
-    def _shortened(self, text: str, excess: int) -> str:
-        """Returns the text without its last `excess` tokens, and in any case without its last character."""
-        ends = [end for _, end in self.tokenizer.encode_offsets(text)]
-        kept = ends[len(ends) - excess - 1] if len(ends) > excess else 0
-        return text[: min(kept, len(text) - 1)]
+            kept = len(own) - (length - self.max_prompt_length)
+            end = own[kept - 1] if kept > 0 else 0
+            found.append({**row, field: row[field][: min(end, len(row[field]) - 1)]})
+        return found

@@ -35,6 +35,24 @@ def common_ids(ours: Mapping[str, int], theirs: Mapping[str, int]) -> int:
     return min(different, default=max(ours.values(), default=-1) + 1)
 
 
+def differing_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[tuple[str, int | None, int | None]]:
+    """Tokens that two vocabularies number differently, or that only one of them has, in the order of their ids.
+
+    Args:
+      ours: token -> id.
+      theirs: token -> id.
+    Returns:
+      (token, its id in `ours`, its id in `theirs`) for each such token; None where the vocabulary lacks the token.
+
+    Example:
+      >>> differing_tokens({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 2, "d": 3})
+      [('b', 1, 2), ('c', 2, None), ('d', None, 3)]
+    """
+    found = [(token, number, theirs.get(token)) for token, number in ours.items() if theirs.get(token) != number]
+    found += [(token, None, number) for token, number in theirs.items() if token not in ours]
+    return sorted(found, key=lambda row: (row[2] if row[1] is None else row[1], row[0]))
+
+
 def tokens_beyond(vocabulary: Mapping[str, int], fields: dict[str, Any], size: int) -> list[str]:
     """Returns the tokens with an id of `size` or more, in the order of their ids.
 
