@@ -409,7 +409,12 @@ TENSOR_ERRORS = [
     (
         "llama",
         lambda tensors: tensors | {Q: np.ones((48, 48), np.int8)},
-        rf"'{Q}' has type I8; expected F32, F16, BF16",
+        rf"'{Q}' has type I8; expected one of F32, F16, BF16, F64. Quantised checkpoints are not supported",
+    ),
+    (
+        "llama",
+        lambda tensors: tensors | {Q: np.ones((48, 48), np.int64)},
+        rf"'{Q}' has type I64; expected one of F32, F16, BF16, F64. A weight is a floating-point number",
     ),
     ("llama", without("lm_head.weight"), "'lm_head.weight' is missing"),
     (
@@ -432,6 +437,15 @@ def test_tensors_that_do_not_fit_are_errors(family, edit, message, copy):
     with pytest.raises(ValueError, match=message) as error:
         models.load_pretrained(folder)
     assert str(folder / "model.safetensors") in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_in_float64_are_rounded_to_what_is_asked_for(dtype, copy):
+    folder = copy("llama")
+    edit_tensors(folder, lambda tensors: {name: array.astype(np.float64) + 1e-9 for name, array in tensors.items()})
+    _, params = models.load_pretrained(folder, dtype=dtype)
+    edit_tensors(folder, lambda tensors: {name: array.astype(np.float32) for name, array in tensors.items()})
+    assert_same(params, models.load_pretrained(folder, dtype=dtype)[1])
 
 
 def cut(folder):
