@@ -45,7 +45,18 @@ def make_source(config: Any, terms: tuple[Term, ...]) -> Source:
 
 
 def check_length(config: Any, loaded: Models) -> None:
-    """Whether the models take rows as long as they may be."""
+    """Checks that the models take rows of data.max_length tokens.
+
+    Raises:
+      ValueError: the rows are longer than the positions, or than the sliding window, of a model.
+    """
+    for model in loaded.loaded:
+        if (window := model.config.sliding_window) is not None and window < config.data.max_length:
+            who = "teacher" if model is loaded.teacher else "student"
+            raise ValueError(
+                f"data.max_length={config.data.max_length} is longer than sliding_window={window} of the {who}, and a window "
+                f"that leaves tokens out is not supported; set data.max_length to {window} or less."
+            )
     if loaded.max_positions < config.data.max_length:
         raise ValueError(
             f"data.max_length={config.data.max_length} is longer than the {loaded.max_positions} positions that the models "

@@ -1,12 +1,14 @@
 """Whole runs of a few steps: every config works, a stopped run goes on as if it never was, bad input stops early."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from kd_jax import data, directory, metrics, models, train
+from kd_jax.evaluate import __main__ as command
 from tests.runs import METHODS, configured, last_state, smoke
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -283,3 +285,24 @@ def test_config_difference_reads_tuples_and_absent_keys(tmp_path):
         "a.b: [1, 2] there, [1, 3] now",
         "c: 1 there, '(absent)' now",
     ]
+
+
+def test_a_window_that_no_row_reaches_is_accepted_and_kept(tmp_path, data_dir):
+    teacher = shutil.copytree(models_folder(), tmp_path / "teacher")
+    fields = json.loads((teacher / "config.json").read_text())
+    fields |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 48}
+    (teacher / "config.json").write_text(json.dumps(fields))
+    changes = dict(teacher__path=str(teacher), student__init="layers", student__layers=(0, 3), steps=1)
+    config = smoke("gkd", data_dir, **changes)
+    assert config.data.max_length == 48
+    train.train(config, str(tmp_path / "run"), quiet=True)
+    student = models.load_config(tmp_path / "run" / "student")
+    assert student.sliding_window == 48
+    assert json.loads((tmp_path / "run" / "student" / "config.json").read_text())["model_type"] == "mistral"
+
+    message = "data.max_length=49 is longer than sliding_window=48 of the student, .* set data.max_length to 48 or less"
+    with pytest.raises(ValueError, match=message):
+        train.build(smoke("gkd", data_dir, **changes, data__max_length=49))
+    options = ["--data=docstrings", f"--model={tmp_path}/run", "--max_prompt_length=40", "--max_new_tokens=9"]
+    with pytest.raises(ValueError, match="are more than the 48 tokens that the models take"):
+        command.load(command.arguments([*options, f"--out={tmp_path}/out", "--batch_size=8"]))
