@@ -18,11 +18,11 @@ BLOCK_BYTES = 2**21  # of a block's logits on a CPU: what stays in a core's cach
 
 def token_sum(
     token_loss: Callable[..., Array],
-    student_hidden: Float[Array, "B L Ds"],
-    student_head: Float[Array, "_ _"],
-    teacher_hidden: Float[Array, "B L Dt"] | None,
-    teacher_head: Float[Array, "_ _"] | None,
-    coefficient: Float[Array, "B L *K"],
+    student_hidden: Float[Array, "..."],
+    student_head: Float[Array, "..."],
+    teacher_hidden: Float[Array, "..."] | None,
+    teacher_head: Float[Array, "..."] | None,
+    coefficient: Float[Array, "..."],
     *extras: Array,
     chunk: int | None = None,
     tied: tuple[bool, bool] = (False, False),
@@ -30,7 +30,7 @@ def token_sum(
     temperature: float = 1.0,
     soft_caps: tuple[float | None, float | None] = (None, None),
     mesh: Mesh | None = None,
-) -> tuple[Float[Array, ""], Float[Array, "B L *K"]]:
+) -> tuple[Float[Array, ""], Float[Array, "..."]]:
     """sum of coefficient * token_loss(log_p, log_q), without ever holding tokens x vocabulary.
 
     Exact for any token loss that is a pure function of two log-distributions. Only positions with a coefficient
@@ -41,11 +41,11 @@ def token_sum(
     Args:
       token_loss: (log_p, log_q, *extras) -> a value per token, or K values per token. log_p is None without a
         teacher. Log-probabilities are float32, or float64 where the hidden states are.
-      student_hidden: after the final norm.
-      student_head: the output matrix, [D, V].
-      teacher_hidden: of the teacher; None where there is no teacher. No gradient flows to it.
-      teacher_head: of the teacher.
-      coefficient: of each token's value, or of its K values. A value whose coefficient is 0 counts nowhere, and a
+      student_hidden: [B, L, Ds], after the final norm.
+      student_head: the output matrix, [Ds, V].
+      teacher_hidden: [B, L, Dt], of the teacher; None where there is no teacher. No gradient flows to it.
+      teacher_head: [Dt, V], of the teacher; None where there is no teacher.
+      coefficient: [B, L] of each token's value, or [B, L, K] of its K values. A value whose coefficient is 0 counts nowhere, and a
         position whose coefficients are all 0 is never read, NaN or not.
       *extras: arrays [B, L, ...] that `token_loss` needs a slice of, such as targets.
       chunk: tokens, per device, whose logits are held at a time; None chooses it from the shapes and the backend.
@@ -61,14 +61,23 @@ def token_sum(
       values: token_loss at each position, 0 where the coefficient is 0; without gradient.
 
     Raises:
+      ValueError: shapes that do not fit together, or a number out of its range, with the arguments' names.
       TypeError: when the gradient is differentiated again.
     """
+    ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    named = {"student": (student_hidden, student_head), "teacher": (teacher_hidden, teacher_head)}
+    _check_shapes(named, tied, {"coefficient": coefficient} | {f"extras[{i}]": x for i, x in enumerate(extras)}, ways)
     widths = [
         head.shape[0 if is_tied else 1]
         for head, is_tied in zip((student_head, teacher_head), tied, strict=True)
         if head is not None
     ]
-    width, vocab_size = max(widths), vocab_size or min(widths)
+    width = max(widths)
+    for name, value, most in (("vocab_size", vocab_size, min(widths)), ("chunk", chunk, math.inf)):
+        if value is not None and not 1 <= value <= most:
+            limit = "" if most == math.inf else f" and at most {most}, the columns that each output matrix has"
+            raise ValueError(f"{name}={value} must be at least 1{limit}; None chooses it.")
+    vocab_size = vocab_size or min(widths)
     to_student, to_teacher = (
         partial(_log_probs, vocab_size=vocab_size, temperature=temperature, soft_cap=cap) for cap in soft_caps
     )
@@ -78,7 +87,6 @@ def token_sum(
         value = jnp.where(coefficient != 0, token_loss(log_p, to_student(logits), *extras), 0)
         return jnp.sum(coefficient * value), value
 
-    ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     sweep: Callable[..., Any] = partial(_sweep, block_loss, tied, _sizes(student_hidden.shape, width, chunk, ways))
     if mesh is not None and ways > 1:
         sweep = partial(_on_mesh, sweep, mesh)
@@ -100,6 +108,36 @@ def token_sum(
     if teacher_hidden is not None and teacher_head is not None:
         teacher = jax.lax.stop_gradient((teacher_hidden, _widen(teacher_head, width, tied[1])))
     return run(student_hidden, student_head, teacher, (coefficient, *extras))
+
+
+def _check_shapes(
+    named: dict[str, tuple[Array | None, Array | None]], tied: tuple[bool, bool], others: dict[str, Array], ways: int
+) -> None:
+    """Checks the shapes of both models' hidden states and heads, and of what has a value a token."""
+    arrays = {f"{who}_{what}": both[i] for who, both in named.items() for i, what in enumerate(("hidden", "head"))}
+    shapes = {name: None if array is None else array.shape for name, array in (arrays | others).items()}
+    shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items() if shape is not None)
+    student, problem = shapes["student_hidden"] or (), ""
+    if len(student) != 3 or 0 in student:
+        problem = "student_hidden must be [B, L, D] with no side of 0"
+    elif student[0] % ways:
+        problem = f"the {student[0]} rows must divide over the {ways} devices of the mesh's axes {BATCH_AXES}"
+    elif (shapes["teacher_hidden"] is None) != (shapes["teacher_head"] is None):
+        problem = "a teacher needs both teacher_hidden and teacher_head"
+    for (who, (hidden, head)), is_tied in zip(named.items(), tied, strict=True):
+        if problem or hidden is None or head is None:
+            continue
+        if hidden.ndim != 3 or hidden.shape[:2] != student[:2]:
+            problem = f"{who}_hidden must have student_hidden's B and L"
+        elif head.ndim != 2 or 0 in head.shape or head.shape[1 if is_tied else 0] != hidden.shape[-1]:
+            problem = f"{who}_head must be [{'V, D' if is_tied else 'D, V'}] with the D of {who}_hidden, as tied={tied}"
+    for name, array in others.items():
+        if not problem and (
+            array.shape[:2] != student[:2] or 0 in array.shape or (name == "coefficient" and array.ndim > 3)
+        ):
+            problem = f"{name} must begin with student_hidden's B and L"
+    if problem:
+        raise ValueError(f"token_sum: {problem}; got {shown}.")
 
 
 def _sizes(shape: tuple[int, ...], width: int, chunk: int | None, ways: int) -> tuple[int, int, int | None]:

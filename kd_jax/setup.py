@@ -56,9 +56,13 @@ class Models:
 
     @property
     def max_positions(self) -> int:
-        """The longest sequence that both models take."""
-        both = [self.student] + ([self.teacher] if self.teacher else [])
-        return min(model.config.max_positions for model in both)
+        """The longest sequence that both models compute as transformers does."""
+        return min(model.config.longest_sequence for model in self.loaded)
+
+    @property
+    def loaded(self) -> list[models.Model]:
+        """The student and, where it is here, the teacher."""
+        return [self.student] + ([self.teacher] if self.teacher else [])
 
 
 def folder(path: str) -> Path:

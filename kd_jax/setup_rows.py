@@ -45,7 +45,18 @@ def make_source(config: Any, terms: tuple[Term, ...]) -> Source:
 
 
 def check_length(config: Any, loaded: Models) -> None:
-    """Whether the models take rows as long as they may be."""
+    """Checks that the models take rows of data.max_length tokens.
+
+    Raises:
+      ValueError: the rows are longer than the positions, or than the sliding window, of a model.
+    """
+    for model in loaded.loaded:
+        if (window := model.config.sliding_window) is not None and window < config.data.max_length:
+            who = "teacher" if model is loaded.teacher else "student"
+            raise ValueError(
+                f"data.max_length={config.data.max_length} is longer than sliding_window={window} of the {who}, and a window "
+                f"that leaves tokens out is not supported; set data.max_length to {window} or less."
+            )
     if loaded.max_positions < config.data.max_length:
         raise ValueError(
             f"data.max_length={config.data.max_length} is longer than the {loaded.max_positions} positions that the models "
@@ -144,10 +155,10 @@ def load_responses(config: Any, source: prefixes.teacher, loaded: Models, mesh: 
     split = _source(config, options.train_split)
     rows = [split[i] for i in range(min(source.num_rows or len(split), len(split)))]
     sampler = make_sampler(config, writer.tokenizer, mesh)
-    if options.max_prompt_length + sampler.max_new_tokens > writer.model.config.max_positions:
+    if options.max_prompt_length + sampler.max_new_tokens > writer.model.config.longest_sequence:
         raise ValueError(
             f"data.max_prompt_length={options.max_prompt_length} and sampling.max_new_tokens={sampler.max_new_tokens} are more "
-            f"than the {writer.model.config.max_positions} positions of the teacher; lower one of them."
+            f"than the {writer.model.config.longest_sequence} tokens that the teacher takes; lower one of them."
         )
     prompts = data.encode_prompts(
         rows, tokenizer=writer.tokenizer, template=template, max_length=options.max_prompt_length,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 MIB = 2**20
+LFS = b"version https://git-lfs.github.com/spec/"  # how a pointer of Git LFS begins
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # ORG/NAME, as the Hugging Face hub names a model
 
 
@@ -41,13 +42,30 @@ def check_folder(folder: Path, named: str = "") -> None:
     raise ValueError(f"{where}the folder {folder} does not exist.{hint}")
 
 
+def refuse_pointer(file: Path, content: bytes) -> None:
+    """Refuses the few lines of text that Git LFS leaves in place of a file that was not fetched.
+
+    Args:
+      file: for the message.
+      content: the file's first bytes.
+
+    Raises:
+      ValueError: the content is a Git LFS pointer.
+    """
+    if content.startswith(LFS):
+        raise ValueError(
+            f"{file}: this is a Git LFS pointer, a few lines of text that stand for the file. Run `git lfs pull` in its "
+            "repository, or download the file again."
+        )
+
+
 def read_bytes(file: Path, limit: int) -> bytes:
     """The file's bytes, at most `limit` of them; a larger one is not read at all.
 
     A link is followed: caches are built of them, and whoever makes one may read what it points to.
 
     Raises:
-      ValueError: no such file, one that is larger, a pipe or a device, or one that cannot be read.
+      ValueError: no such file, one that is larger, a pipe or a device, a pointer of Git LFS, or one that cannot be read.
     """
     try:
         if not file.is_file():
@@ -56,9 +74,11 @@ def read_bytes(file: Path, limit: int) -> bytes:
             raise ValueError(
                 f"{file}: it has {size} bytes; at most {limit} are read, which is many times what such a file needs."
             )
-        return file.read_bytes()
+        content = file.read_bytes()
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror}).") from error
+    refuse_pointer(file, content)
+    return content
 
 
 def read_text(file: Path, limit: int) -> str:

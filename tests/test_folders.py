@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from kd_jax import cache_teacher, models, train
-from kd_jax.data import Tokenizer
+from kd_jax.data import Tokenizer, jsonl, load
 from kd_jax.evaluate import __main__ as evaluate
 from kd_jax.setup import folder
 from tests.runs import smoke
@@ -118,7 +118,34 @@ def test_the_family_is_looked_at_before_the_tokenizer(key, refused, tmp_path):
     assert f"{other} has no tokenizer.json" in refused(key, other)
 
 
+LFS = (
+    "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daa\nsize 16\n"
+)
+
+
+@pytest.mark.parametrize("key", MODEL_SETTINGS)
+def test_pointers_of_git_lfs_are_named(key, refused, tmp_path):
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        pointed = shutil.copytree(TEACHER, tmp_path / name)
+        (pointed / name).write_text(LFS)
+        message = refused(key, pointed)
+        assert message.startswith(f"{pointed}/{name}: this is a Git LFS pointer") and "`git lfs pull`" in message
+
+
+def test_pointers_of_git_lfs_are_named_by_the_library_and_among_data(tmp_path, data_dir):
+    pointed = shutil.copytree(TEACHER, tmp_path / "pointed")
+    (pointed / "model.safetensors").write_text(LFS)
+    with pytest.raises(ValueError, match=r"pointed/model\.safetensors: this is a Git LFS pointer"):
+        models.load_pretrained(pointed)
+    for name, kind in {"rows.jsonl": "jsonl", "rows.jsonl.gz": "jsonl", "book.txt": "text"}.items():
+        (tmp_path / name).write_text(LFS)
+        with pytest.raises(ValueError, match=rf"{name}: this is a Git LFS pointer"):
+            load(kind, split="train", data_dir=data_dir, path=str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"rows\.jsonl: this is a Git LFS pointer"):
+        list(jsonl.read_references(tmp_path / "rows.jsonl", {"prompt": "prompt"}))
+
+
 def test_the_library_says_the_same_without_a_setting(tmp_path):
-    for load in (models.load_config, models.load_pretrained, Tokenizer.load):
+    for read in (models.load_config, models.load_pretrained, Tokenizer.load):
         with pytest.raises(ValueError, match=rf"^the folder {tmp_path}/nowhere does not exist\.$"):
-            load(tmp_path / "nowhere")
+            read(tmp_path / "nowhere")

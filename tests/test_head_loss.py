@@ -189,3 +189,43 @@ def test_bfloat16_is_accumulated_in_float32():
     expected = full(loss, jax.tree.map(lambda x: x.astype(jnp.float32), low), coefficient)
     assert value.dtype == jnp.float32 and gradient["ws"].dtype == jnp.bfloat16
     np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def shaped(**shapes):
+    """The arguments of `token_sum` with these shapes, the others as they should be; () leaves an array out."""
+    right = dict(hs=(B, L, DS), ws=(DS, V), ht=(B, L, DT), wt=(DT, V), coefficient=(B, L), target=(B, L)) | shapes
+    return [jnp.ones(shape) if shape else None for shape in right.values()]
+
+
+MISFITS = {
+    "no row": (dict(hs=(0, L, DS), ht=(0, L, DT), coefficient=(0, L)), {}, r"student_hidden must be .* no side of 0"),
+    "no token": (dict(hs=(B, 0, DS), ht=(B, 0, DT), coefficient=(B, 0)), {}, r"student_hidden \(2, 0, 3\)"),
+    "one axis too few": (dict(hs=(L, DS)), {}, r"student_hidden must be \[B, L, D\]"),
+    "another student's head": (dict(ws=(DS + 1, V)), {}, r"student_head must be \[D, V\] with the D of student_hidden"),
+    "another teacher's head": (dict(wt=(DT + 1, V)), {}, r"teacher_head must be .*teacher_head \(5, 11\)"),
+    "a head that is not tied": ({}, dict(tied=(True, False)), r"student_head must be \[V, D\].* tied=\(True, False\)"),
+    "a teacher of other rows": (dict(ht=(B + 1, L, DT)), {}, r"teacher_hidden must have student_hidden's B and L"),
+    "half a teacher": (dict(wt=()), {}, "a teacher needs both teacher_hidden and teacher_head"),
+    "other coefficients": (dict(coefficient=(B, L - 1)), {}, r"coefficient must begin .*coefficient \(2, 4\)"),
+    "coefficients of nothing": (dict(coefficient=(B, L, 0)), {}, r"coefficient \(2, 5, 0\)"),
+    "other extras": (dict(target=(L, B)), {}, r"extras\[0\] must begin with .* extras\[0\] \(5, 2\)"),
+    "a chunk below 0": ({}, dict(chunk=-3), "chunk=-3 must be at least 1; None chooses it"),
+    "a chunk of 0": ({}, dict(chunk=0), "chunk=0 must be at least 1"),
+    "no id": ({}, dict(vocab_size=0), "vocab_size=0 must be at least 1 and at most 11"),
+    "more ids than columns": ({}, dict(vocab_size=V + 1), "vocab_size=12 must be at least 1 and at most 11"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_arguments_that_do_not_fit_are_named(case):
+    shapes, options, message = MISFITS[case]
+    loss = lambda log_p, log_q, target: log_q[:, 0]
+    token_sum(loss, *shaped(), chunk=3, vocab_size=V)
+    with pytest.raises(ValueError, match=message):
+        token_sum(loss, *shaped(**shapes), **options)
+
+
+def test_rows_that_the_mesh_cannot_divide_are_named():
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+    with pytest.raises(ValueError, match=r"the 2 rows must divide over the 4 devices"):
+        token_sum(lambda log_p, log_q, target: log_q[:, 0], *shaped(), mesh=mesh)

@@ -294,13 +294,75 @@ def test_the_ending_ids_of_generation_config_win(copy):
     assert models.load_config(folder).eos_id == 2
 
 
-def test_mistral_is_a_llama_where_its_window_cuts_nothing(copy):
-    folder = copy("llama")
-    plain, params = models.load_pretrained(folder)
-    edit_config(folder, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=64)
-    model, same = models.load_pretrained(folder)
-    assert model == plain
-    assert_same(same, params)
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+QWEN = {"use_sliding_window": True, "max_window_layers": 1, "layer_types": "absent"}
+# The first four logits of transformers 5.24 after tokens 3, 10, 17, ... of the tiny models, with a window of 8.
+WINDOWED = {
+    "llama": (MISTRAL, {8: (-1.08393, -0.01537, -0.24739, -2.50973), 9: (-0.40025, -0.36044, 0.44171, 0.07763)}),
+    "qwen2": (QWEN, {8: (-1.45906, 2.68392, -0.1252, -1.16806), 9: (0.61307, 0.93987, 1.15848, 0.35881)}),
+}
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_a_window_is_kept_and_longer_sequences_are_refused(family, copy, tmp_path):
+    changes, expected = WINDOWED[family]
+    folder = copy(family)
+    plain, _ = models.load_pretrained(folder)
+    edit_config(folder, sliding_window=8, **changes)
+    model, params = models.load_pretrained(folder)
+    assert model.config.longest_sequence == model.config.sliding_window == 8
+    tokens = (jnp.arange(9) * 7 + 3)[None]
+    np.testing.assert_allclose(model.logits(params, tokens[:, :8])[0, -1, :4], expected[8], atol=2e-5)
+    # Of nine tokens the last one sees eight: without the window the numbers are others.
+    assert np.abs(plain.logits(params, tokens)[0, -1, :4] - np.array(expected[9])).max() > 0.1
+    with pytest.raises(ValueError, match="a sequence of 9 tokens is longer than the sliding_window of 8 tokens"):
+        model.logits(params, tokens)
+
+    # A student of three of its layers, of which the first has no window in Qwen2, is saved with the window.
+    student, taken = models.take_layers(model, params, [0, 2, 1, 2])
+    models.save_pretrained(tmp_path / "student", student, taken)
+    again, read = models.load_pretrained(tmp_path / "student")
+    assert again == student and again.config.sliding_window == 8
+    assert_same(read, taken)
+    fields = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert fields["sliding_window"] == 8
+    if family == "llama":
+        assert (fields["model_type"], fields["architectures"]) == ("mistral", ["MistralForCausalLM"])
+        assert again.config.layers_with_window == {0, 1, 2, 3}
+    else:
+        assert (fields["model_type"], fields["use_sliding_window"], fields["max_window_layers"]) == ("qwen2", True, 1)
+        assert fields["layer_types"] == ["full_attention"] + 3 * ["sliding_attention"]
+        first, _ = models.take_layers(model, params, [0, 0])
+        assert first.config.sliding_window is None and first.config.longest_sequence == 64
+
+
+# config.json -> the window, and the layers that have it, of the three.
+WINDOWS = {
+    "Mistral's default": ("llama", MISTRAL, 4096, {0, 1, 2}),
+    "null": ("llama", MISTRAL | {"sliding_window": None}, None, set()),
+    "Mistral has no use_sliding_window": (
+        "llama", MISTRAL | {"sliding_window": 9, "use_sliding_window": False}, 9, {0, 1, 2},
+    ),
+    "a Llama has no window": ("llama", {"sliding_window": 9}, None, set()),
+    "Qwen's default": ("qwen2", QWEN | {"sliding_window": "absent"}, 4096, {1, 2}),
+    "not used": ("qwen3", {"sliding_window": 9, "max_window_layers": 0, "layer_types": "absent"}, None, set()),
+    "from layer 28 on": ("qwen3", QWEN | {"sliding_window": 9, "max_window_layers": "absent"}, None, set()),
+    "null is not used": ("qwen2", QWEN | {"sliding_window": None}, None, set()),
+    "the layers' types come first": (
+        "qwen3", QWEN | {"sliding_window": 9, "layer_types": ["sliding_attention"] + 2 * ["full_attention"]}, 9, {0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_the_window_is_read_as_transformers_reads_it(case, copy):
+    family, fields, window, layers = WINDOWS[case]
+    folder = copy(family)
+    plain = models.load_config(folder)
+    edit_config(folder, **fields)
+    config = models.load_config(folder)
+    assert (config.sliding_window, config.layers_with_window) == (window, layers)
+    assert window is not None or config == plain
 
 
 def test_what_checkpoints_carry_besides_is_passed_over(copy):
@@ -362,16 +424,14 @@ CONFIG_ERRORS = [
     ("gpt2", {"per_layer_config": {"0": {"n_inner": 8}}}, "per_layer_config"),
     (
         "llama",
-        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "attention_bias": True},
+        MISTRAL | {"attention_bias": True},
         "attention_bias = True is not supported; expected false in a mistral config",
     ),
-    (
-        "llama",
-        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 63},
-        "sliding_window = 63 is not supported; expected null, or at least max_position_embeddings",
-    ),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 32}, "sliding_window = 32"),
-    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ("llama", MISTRAL | {"sliding_window": 0}, "sliding_window = 0 is not supported; expected null, or at least 1"),
+    ("llama", MISTRAL | {"layer_types": 3 * ["sliding_attention"]}, "layer_types"),
+    ("qwen2", {"layer_types": 3 * ["sliding_attention"]}, "layer_types = .*'full_attention' in every layer where"),
+    ("qwen2", {"layer_types": ["full_attention"]}, "layer_types = .*a type for each of the 3 layers"),
+    ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
     ("qwen3", {"head_dim": "absent"}, "'head_dim' is missing"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights = False"),
@@ -409,7 +469,12 @@ TENSOR_ERRORS = [
     (
         "llama",
         lambda tensors: tensors | {Q: np.ones((48, 48), np.int8)},
-        rf"'{Q}' has type I8; expected F32, F16, BF16",
+        rf"'{Q}' has type I8; expected one of F32, F16, BF16, F64. Quantised checkpoints are not supported",
+    ),
+    (
+        "llama",
+        lambda tensors: tensors | {Q: np.ones((48, 48), np.int64)},
+        rf"'{Q}' has type I64; expected one of F32, F16, BF16, F64. A weight is a floating-point number",
     ),
     ("llama", without("lm_head.weight"), "'lm_head.weight' is missing"),
     (
@@ -432,6 +497,15 @@ def test_tensors_that_do_not_fit_are_errors(family, edit, message, copy):
     with pytest.raises(ValueError, match=message) as error:
         models.load_pretrained(folder)
     assert str(folder / "model.safetensors") in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_in_float64_are_rounded_to_what_is_asked_for(dtype, copy):
+    folder = copy("llama")
+    edit_tensors(folder, lambda tensors: {name: array.astype(np.float64) + 1e-9 for name, array in tensors.items()})
+    _, params = models.load_pretrained(folder, dtype=dtype)
+    edit_tensors(folder, lambda tensors: {name: array.astype(np.float32) for name, array in tensors.items()})
+    assert_same(params, models.load_pretrained(folder, dtype=dtype)[1])
 
 
 def cut(folder):

@@ -1,12 +1,14 @@
 """Whole runs of a few steps: every config works, a stopped run goes on as if it never was, bad input stops early."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from kd_jax import data, directory, metrics, models, setup, train
+from kd_jax.evaluate import __main__ as command
 from tests.runs import METHODS, configured, last_state, smoke
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -316,3 +318,24 @@ def test_a_directory_of_a_version_without_a_key_is_the_runs_where_the_key_change
             directory.write_config(str(tmp_path / setting), written)
             lines = directory.config_difference(str(tmp_path / setting), now)
             assert [line.partition(":")[0].removeprefix("base.") for line in lines][:1] == differing
+
+
+def test_a_window_that_no_row_reaches_is_accepted_and_kept(tmp_path, data_dir):
+    teacher = shutil.copytree(models_folder(), tmp_path / "teacher")
+    fields = json.loads((teacher / "config.json").read_text())
+    fields |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 48}
+    (teacher / "config.json").write_text(json.dumps(fields))
+    changes = dict(teacher__path=str(teacher), student__init="layers", student__layers=(0, 3), steps=1)
+    config = smoke("gkd", data_dir, **changes)
+    assert config.data.max_length == 48
+    train.train(config, str(tmp_path / "run"), quiet=True)
+    student = models.load_config(tmp_path / "run" / "student")
+    assert student.sliding_window == 48
+    assert json.loads((tmp_path / "run" / "student" / "config.json").read_text())["model_type"] == "mistral"
+
+    message = "data.max_length=49 is longer than sliding_window=48 of the student, .* set data.max_length to 48 or less"
+    with pytest.raises(ValueError, match=message):
+        train.build(smoke("gkd", data_dir, **changes, data__max_length=49))
+    options = ["--data=docstrings", f"--model={tmp_path}/run", "--max_prompt_length=40", "--max_new_tokens=9"]
+    with pytest.raises(ValueError, match="are more than the 48 tokens that the models take"):
+        command.load(command.arguments([*options, f"--out={tmp_path}/out", "--batch_size=8"]))

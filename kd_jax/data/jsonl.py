@@ -124,6 +124,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         total = number = blank = 0
         with gzip.open(path) if compressed else path.open("rb") as file:
             while line := file.readline(MAX_LINE + 1):
+                untrusted.refuse_pointer(path, line)
                 number, total = number + 1, total + len(line)
                 if len(line) > MAX_LINE:
                     raise ValueError(f"{path}:{number}: the line is longer than {MAX_LINE} bytes.")
@@ -162,6 +163,8 @@ def digest(files: list[Path], settings: str) -> str:
         if not path.is_file():
             raise ValueError(f"there is no file {path}.")
         try:
+            with path.open("rb") as file:
+                untrusted.refuse_pointer(path, file.read(len(untrusted.LFS)))
             total.update(bytes.fromhex(file_digest(path)))
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error

@@ -187,11 +187,11 @@ def load(args: argparse.Namespace) -> Models:
         tokenizer = setup.check_same_tokenizer(teacher_folder, tokenizer, "teacher")
         teacher, teacher_params = models.load_pretrained(teacher_folder, dtype=args.dtype, shardings=place)
         tokenizer = setup.fit_tokenizer(args.teacher, teacher.config, tokenizer, "teacher")
-    room = min(m.config.max_positions for m in (model, teacher) if m is not None)
+    room = min(m.config.longest_sequence for m in (model, teacher) if m is not None)
     if args.max_prompt_length + args.max_new_tokens > room:
         raise ValueError(
             f"--max_prompt_length={args.max_prompt_length} and --max_new_tokens={args.max_new_tokens} are more than the {room} "
-            f"positions that the models have; lower one of them."
+            f"tokens that the models take (the least of their positions and of their sliding_window); lower one of them."
         )
     return Models(mesh, tokenizer, model, params, teacher, teacher_params)
 

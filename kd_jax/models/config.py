@@ -1,6 +1,7 @@
 """What a model is: sizes and settings, frozen and hashable, so that it can be a static argument."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from kd_jax import untrusted
@@ -28,6 +29,9 @@ class ModelConfig:
       num_kv_heads: key and value heads, each shared by num_heads / num_kv_heads queries. Default: num_heads.
       head_dim: width of a head. Default: D / num_heads.
       max_positions: the longest sequence; a hard limit only where positions are learned.
+      sliding_window: a token attends to itself and to so many - 1 tokens before it; None: to all. The window itself is
+        not implemented, so longer sequences are refused.
+      sliding_layers: indices of the layers that have the window; None: all of them, where there is a window.
       tie_embeddings: the output matrix is the embedding, transposed.
       activation: of the MLP, by its Hugging Face name.
       norm_eps: added to the variance in every norm.
@@ -63,6 +67,8 @@ class ModelConfig:
     num_kv_heads: int = 0
     head_dim: int = 0
     max_positions: int = 1024
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] | None = None
     tie_embeddings: bool = True
     activation: str | None = None
     norm_eps: float | None = None
@@ -93,6 +99,7 @@ class ModelConfig:
         if isinstance(self.eos_id, list):
             self._set("eos_id", tuple(self.eos_id))
         self._check_sizes()
+        self._check_window()
         if not self.num_kv_heads:
             self._set("num_kv_heads", self.num_heads)
         if not self.head_dim:
@@ -112,6 +119,39 @@ class ModelConfig:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {untrusted.shown(self.activation)}; known: {', '.join(ACTIVATIONS)}.")
         family.check(self)
+
+    @property
+    def longest_sequence(self) -> int:
+        """The longest sequence that is computed as transformers computes it: the positions, or the window."""
+        return self.max_positions if self.sliding_window is None else min(self.max_positions, self.sliding_window)
+
+    @property
+    def layers_with_window(self) -> frozenset[int]:
+        """Indices of the layers that have the sliding window."""
+        every = () if self.sliding_window is None else range(self.num_layers)
+        return frozenset(every if self.sliding_layers is None else self.sliding_layers)
+
+    def with_layers(self, layers: Sequence[int]) -> "ModelConfig":
+        """Returns the config of a model that is made of these layers, in this order, each with its window if it has one."""
+        sliding = tuple(new for new, old in enumerate(layers) if old in self.layers_with_window)
+        window = self.sliding_window if sliding else None
+        return dataclasses.replace(
+            self, num_layers=len(layers), sliding_window=window, sliding_layers=sliding if window else None
+        )
+
+    def _check_window(self) -> None:
+        window = self.sliding_window
+        if window is not None and not (_is_whole(window) and window >= 1):
+            raise ValueError(f"sliding_window={untrusted.shown(window)} must be a whole number of at least 1, or None.")
+        if self.sliding_layers is None:
+            return
+        layers = tuple(sorted(set(self.sliding_layers)))
+        if window is None or not layers or not all(_is_whole(i) and i < self.num_layers for i in layers):
+            raise ValueError(
+                f"sliding_layers={untrusted.shown(self.sliding_layers)} must be indices of the {self.num_layers} layers, and "
+                f"needs sliding_window, which is {window}."
+            )
+        self._set("sliding_layers", None if len(layers) == self.num_layers else layers)
 
     def _check_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions"):

@@ -20,7 +20,8 @@ def check_folder(folder: Path, named: str = "") -> None:
       named: the setting that names the folder, such as 'teacher.path', for the message.
 
     Raises:
-      ValueError: the folder does not exist, belongs to an adapter or to a run, or has no config.json.
+      ValueError: the folder does not exist, belongs to an adapter or to a run, has no config.json, or has pointers of Git
+        LFS in place of its weights.
     """
     untrusted.check_folder(folder, named)
     where, config = f"{named}: {folder}" if named else str(folder), folder / "config.json"
@@ -38,6 +39,10 @@ def check_folder(folder: Path, named: str = "") -> None:
             f"{where}: the folder has no config.json; expected a Hugging Face folder with config.json, weights in "
             f"safetensors, and tokenizer.json.{snapshots if (folder / 'snapshots').is_dir() else ''}"
         )
+    for file in sorted(folder.glob("*.safetensors")):  # a student's weights are read late
+        if file.is_file():
+            with file.open("rb") as stream:
+                untrusted.refuse_pointer(file, stream.read(len(untrusted.LFS)))
     if "model_type" not in untrusted.read_json(config) and (folder / "checkpoints").is_dir():
         student = folder / "student"
         hint = f"give {student}" if student.is_dir() else f"{student} appears when the run ends"

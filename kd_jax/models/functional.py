@@ -74,7 +74,7 @@ class Model:
             the values are finite and mean nothing. Or, for rows that several texts are packed into, the number of each
             token's segment, 0 where there is none: a segment sees itself alone, and its positions start at 0.
         Raises:
-          ValueError: where positions are learned, a sequence that is longer than their number.
+          ValueError: a sequence that is longer than the model's learned positions, or than its sliding window.
         """
         return self._apply(params, tokens, mask, None)[0]
 
@@ -88,7 +88,7 @@ class Model:
           layer: its number -> its parameters.
           tokens, mask: as in `hidden`.
         """
-        one = dataclasses.replace(self, config=dataclasses.replace(self.config, num_layers=1))
+        one = dataclasses.replace(self, config=self.config.with_layers([0]))
         x, last = None, self.config.num_layers - 1
         for i in range(last):
             x = _one_layer(one, {**params, "layers": {"0": layer(i)}}, x, tokens, mask, last=False)
@@ -140,6 +140,11 @@ class Model:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than the {self.config.max_positions} positions "
                 f"that this {self.config.family} model has learned; shorten it."
+            )
+        if (window := self.config.sliding_window) is not None and length > window:
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than the sliding_window of {window} tokens of this model, and a "
+                f"window that leaves tokens out is not supported; shorten it."
             )
         return nnx.merge(_split(self)[0], params)(tokens, mask, cache)
 
@@ -193,7 +198,7 @@ def take_layers(model: Model, params: Params, layers: Sequence[int]) -> tuple[Mo
     depth = model.config.num_layers
     if not layers or any(not 0 <= layer < depth for layer in layers):
         raise ValueError(f"layers={list(layers)} must name at least one layer, each from 0 to {depth - 1}.")
-    config = dataclasses.replace(model.config, num_layers=len(layers))
+    config = model.config.with_layers(layers)
     chosen = {str(new): params["layers"][str(old)] for new, old in enumerate(layers)}
     return dataclasses.replace(model, config=config), {**params, "layers": chosen}
 

@@ -32,7 +32,7 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     Args:
       path: a folder with a config.json.
     Returns:
-      The config; its family is one of ours, so Mistral's is 'llama'.
+      The config; its family is one of ours, so Mistral's is 'llama', with a sliding window.
     Raises:
       ValueError: no such folder or file, an adapter's folder, an architecture or a setting that is not supported, or
         sizes that do not fit.

@@ -123,10 +123,10 @@ def _write_weights(
 
 def _config_fields(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     family: ModuleType = FAMILIES[config.family]
+    fields = {"model_type": config.family, **family.to_hf(config)}  # a Llama with a window is Mistral's
     return {
-        "architectures": [family.ARCHITECTURES[config.family]],
-        "model_type": config.family,
-        **family.to_hf(config),
+        "architectures": [family.ARCHITECTURES[fields["model_type"]]],
+        **fields,
         "bos_token_id": config.bos_id,
         "eos_token_id": config.eos_id,
         "pad_token_id": config.pad_id,

@@ -19,7 +19,8 @@ MAX_HEADER = 32 * untrusted.MIB  # of a header, or of the index: some 300,000 te
 _NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors", re.ASCII)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # On disk -> in NumPy; importing jax.numpy has registered bfloat16 (ml_dtypes) with NumPy.
-_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
+_QUANTISED = ("I8", "U8", "F8", "F6", "F4", "I4", "U4")  # how the names of the types begin that quantised weights have
 
 
 class Reader:
@@ -45,13 +46,14 @@ class Reader:
         """The tensor's shape, from the header.
 
         Raises:
-          ValueError: the tensor is of a type that is not float32, bfloat16 or float16.
+          ValueError: the tensor is of a type that is not float32, bfloat16, float16 or float64.
         """
         tensor = self._slice(name)
-        if tensor.get_dtype() not in _DTYPES:
+        if (kind := tensor.get_dtype()) not in _DTYPES:
+            quantised = "Quantised checkpoints are not supported: use the one in float32, bfloat16 or float16."
             raise ValueError(
-                f"{self.file(name)}: tensor {untrusted.shown(name)} has type {tensor.get_dtype()}; expected "
-                f"{', '.join(_DTYPES)}. Quantised checkpoints are not supported."
+                f"{self.file(name)}: tensor {untrusted.shown(name)} has type {kind}; expected one of {', '.join(_DTYPES)}. "
+                f"{quantised if kind.startswith(_QUANTISED) else 'A weight is a floating-point number.'}"
             )
         return tuple(tensor.get_shape())
 
@@ -120,6 +122,8 @@ def check_header(file: Path) -> None:
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
+        untrusted.refuse_pointer(file, stream.read(len(untrusted.LFS)))
+        stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(

@@ -1,12 +1,15 @@
 """What the family files share: how a tensor lies on disk, and how config.json spells a rotary embedding."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from kd_jax import untrusted
 
 Fields = Mapping[str, Any]
+MISTRAL_WINDOW = QWEN_WINDOW = 4096  # transformers' default of sliding_window
+QWEN_FULL_LAYERS = 28  # transformers' default of max_window_layers
+MANY_LAYERS = 2**16  # more than any model has: a number in a config.json makes no list that is longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +90,55 @@ def refuse_another_function(fields: Fields) -> None:
     refuse_unless(not fields.get("per_layer_config"), fields, "per_layer_config", "null")
 
 
-def refuse_window(fields: Fields) -> None:
-    """Every layer attends to everything: a sliding window that could cut anything off is refused."""
-    used = flag(fields, "use_sliding_window", True) and fields.get("sliding_window") is not None
-    cuts = used and whole(fields, "sliding_window") < whole(fields, "max_position_embeddings")
-    refuse_unless(not cuts, fields, "sliding_window", "null, or at least max_position_embeddings")
+def window_from_hf(fields: Fields) -> dict[str, Any]:
+    """Returns the window of a Mistral config, which all of its layers have; null is none."""
+    layer_types(fields, {"full_attention"})
+    return {"sliding_window": _window({"sliding_window": MISTRAL_WINDOW, **fields})}
+
+
+def windows_from_hf(fields: Fields) -> dict[str, Any]:
+    """Returns the window of a Qwen config, and the layers that have it."""
+    depth, kinds = whole(fields, "num_hidden_layers"), layer_types(fields, {"full_attention", "sliding_attention"})
+    used = flag(fields, "use_sliding_window", False)
+    window = _window({"sliding_window": QWEN_WINDOW, **fields}) if used else None
+    if kinds:
+        refuse_unless(len(kinds) == depth, fields, "layer_types", f"a type for each of the {depth} layers")
+        layers = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+        refuse_unless(
+            not layers or window is not None, fields, "layer_types",
+            "'full_attention' in every layer where use_sliding_window is false or sliding_window null",
+        )  # fmt: skip
+    else:
+        layers = tuple(range(whole(fields, "max_window_layers", QWEN_FULL_LAYERS), min(depth, MANY_LAYERS)))
+    if window is None or not layers:
+        return {}
+    return {"sliding_window": window, "sliding_layers": layers}
+
+
+def layer_types(fields: Fields, known: Set[str]) -> list[str]:
+    """Returns the types of the layers; [] where the config does not list them."""
+    kinds = fields.get("layer_types") or []
+    supported = isinstance(kinds, list) and all(isinstance(kind, str) and kind in known for kind in kinds)
+    refuse_unless(supported, fields, "layer_types", f"{' or '.join(map(repr, sorted(known)))} in every layer")
+    return kinds
+
+
+def windows_to_hf(window: int | None, layers: Set[int], depth: int) -> dict[str, Any]:
+    """Returns the fields of a Qwen config of `depth` layers, of which `layers` have the window."""
+    if window is None:
+        return {"use_sliding_window": False}
+    kinds = ["sliding_attention" if layer in layers else "full_attention" for layer in range(depth)]
+    # The first versions for Qwen know max_window_layers alone.
+    found = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": min(layers)}
+    return found | {"layer_types": kinds}
+
+
+def _window(fields: Fields) -> int | None:
+    if fields["sliding_window"] is None:
+        return None
+    window = whole(fields, "sliding_window")
+    refuse_unless(window >= 1, fields, "sliding_window", "null, or at least 1")
+    return window
 
 
 def rotary_from_hf(fields: Fields) -> dict[str, Any]:

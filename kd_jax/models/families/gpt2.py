@@ -34,7 +34,9 @@ SPELLINGS = {
 
 
 def check(config: ModelConfig) -> None:
-    """The fused matrix is [D, 3 D]: heads are neither grouped nor of another size."""
+    """The fused matrix is [D, 3 D]: heads are neither grouped nor of another size. No layer has a window."""
+    if config.sliding_window is not None:
+        raise ValueError(f"family 'gpt2' has no sliding_window; got {config.sliding_window}.")
     if config.num_kv_heads != config.num_heads or config.head_dim * config.num_heads != config.hidden_size:
         raise ValueError(
             f"family 'gpt2' needs num_kv_heads = num_heads and head_dim = hidden_size / num_heads; got "

@@ -1,7 +1,7 @@
-"""Llama and what is built like it: TinyLlama, OpenLLaMA, SmolLM2, and Mistral if its window cuts nothing off.
+"""Llama and models that are built like it: TinyLlama, OpenLLaMA, SmolLM2 and Mistral.
 
-A Mistral checkpoint becomes a `llama` model and is saved as one: without a window the two are the same
-function.
+A Mistral checkpoint becomes a `llama` model with a `sliding_window`, and a `llama` model with a window is saved as
+Mistral. Without a window the two are the same function.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from kd_jax.models.families.fields import (
     Fields,
     Tensor,
     flag,
+    layer_types,
     real,
     refuse_unless,
-    refuse_window,
     required,
     rotary_from_hf,
     rotary_to_hf,
     whole,
+    window_from_hf,
 )
 
 if TYPE_CHECKING:
@@ -40,39 +41,51 @@ TIED = "lm_head.weight"
 
 
 def check(config: ModelConfig) -> None:
-    """One field of config.json, `attention_bias`, governs all four projections."""
+    """One field of config.json, `attention_bias`, governs all four projections; Mistral has neither it nor `mlp_bias`."""
     if config.attention_bias != config.output_bias:
         raise ValueError(
             f"family {config.family!r} has a bias on all four attention projections or on none; "
             f"got attention_bias={config.attention_bias}, output_bias={config.output_bias}."
         )
+    if config.family == "llama" and config.sliding_window is not None:
+        if config.attention_bias or config.mlp_bias or config.sliding_layers is not None:
+            raise ValueError(
+                f"family 'llama' with sliding_window={config.sliding_window} is saved as Mistral, which has no biases and the "
+                f"window in every layer; got attention_bias={config.attention_bias}, mlp_bias={config.mlp_bias}, "
+                f"sliding_layers={config.sliding_layers}."
+            )
 
 
 def from_hf(fields: Fields) -> dict[str, Any]:
     """The keywords of `ModelConfig` from config.json."""
+    window: dict[str, Any] = {}
     if fields["model_type"] == "mistral":
-        refuse_window(fields)
+        window = window_from_hf(fields)
         required(fields, "num_key_value_heads")  # transformers' default is 8 there, not the number of heads
         for name in ("attention_bias", "mlp_bias"):  # transformers reads neither, and its Mistral has no biases
             refuse_unless(not flag(fields, name, False), fields, name, "false in a mistral config")
     bias = flag(fields, "attention_bias", False)
-    return common_from_hf(fields) | {
-        "attention_bias": bias,
-        "output_bias": bias,
-        "mlp_bias": flag(fields, "mlp_bias", False),
-    }
+    layer_types(fields, {"full_attention"})
+    return (
+        common_from_hf(fields)
+        | window
+        | {
+            "attention_bias": bias,
+            "output_bias": bias,
+            "mlp_bias": flag(fields, "mlp_bias", False),
+        }
+    )
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """The fields of config.json from a `ModelConfig`."""
+    if config.sliding_window is not None:
+        return common_to_hf(config) | {"model_type": "mistral", "sliding_window": config.sliding_window}
     return common_to_hf(config) | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
 
 
 def common_from_hf(fields: Fields) -> dict[str, Any]:
     """The fields that Llama, Qwen2 and Qwen3 spell alike."""
-    layers = fields.get("layer_types") or []
-    full = isinstance(layers, list) and all(layer == "full_attention" for layer in layers)
-    refuse_unless(full, fields, "layer_types", "'full_attention' in every layer")
     return {
         "vocab_size": whole(fields, "vocab_size"),
         "hidden_size": whole(fields, "hidden_size"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kd_jax.models.families import llama
-from kd_jax.models.families.fields import Fields, flag, refuse_window, required
+from kd_jax.models.families.fields import Fields, flag, required, windows_from_hf, windows_to_hf
 
 if TYPE_CHECKING:
     from kd_jax.models.config import ModelConfig
@@ -19,13 +19,13 @@ check, tensors = llama.check, llama.tensors
 
 def from_hf(fields: Fields) -> dict[str, Any]:
     """The keywords of `ModelConfig` from config.json."""
-    refuse_window({"use_sliding_window": False, **fields})
     required(fields, "num_key_value_heads")  # transformers' defaults are 32 and 128, whatever the other sizes are
     required(fields, "head_dim")
     bias = flag(fields, "attention_bias", False)
-    return llama.common_from_hf(fields) | {"attention_bias": bias, "output_bias": bias}
+    return llama.common_from_hf(fields) | windows_from_hf(fields) | {"attention_bias": bias, "output_bias": bias}
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """The fields of config.json from a `ModelConfig`."""
-    return llama.common_to_hf(config) | {"attention_bias": config.attention_bias, "use_sliding_window": False}
+    windows = windows_to_hf(config.sliding_window, config.layers_with_window, config.num_layers)
+    return llama.common_to_hf(config) | windows | {"attention_bias": config.attention_bias}
