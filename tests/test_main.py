@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from kd_jax import main
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -32,9 +30,3 @@ def test_a_wrong_flag_is_one_paragraph(flags, words, tmp_path):
     assert "Traceback" not in done.stderr
     assert words in done.stderr + done.stdout
     assert not (tmp_path / "run").exists()
-
-
-def test_ctrl_c_is_a_line_and_its_code(capsys):
-    with pytest.raises(SystemExit) as ended, main.ends_well():
-        raise KeyboardInterrupt
-    assert ended.value.code == 130 and "interrupted; the same command goes on" in capsys.readouterr().err

@@ -6,7 +6,6 @@ Leaves in DIR report.html, table.md, results.jsonl (a line a generation seed, an
 import argparse
 import dataclasses
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import data, metrics, models, remote, report, rollouts, setup, sharding
+from kd_jax import command, data, metrics, models, remote, report, rollouts, setup, sharding
 from kd_jax.data import jsonl
 from kd_jax.evaluate import harness, texts, tokens
 from kd_jax.evaluate.tables import PLACES, by_place, over_seeds, table
@@ -214,11 +213,9 @@ def main() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/kd_jax/xla"))
     args = arguments()
-    try:
+    with command.ends_well("kd_jax.evaluate", lambda: f"nothing is kept, and {args.out} is as it was"):
         print(table(run(args)))
         print(f"\nwrote {args.out}/report.html")
-    except (ValueError, OSError) as error:
-        sys.exit(f"kd_jax.evaluate: {error}")
 
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
