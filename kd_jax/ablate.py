@@ -10,14 +10,13 @@ import itertools
 import json
 import os
 import re
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
 
-from kd_jax import comparison, directory, main, metrics, plots, remote, report, setup_identity, train
+from kd_jax import command, comparison, directory, main, metrics, plots, remote, report, setup_identity, train
 from kd_jax.setup import check_declared
 
 Point = dict[str, Any]  # an axis's label -> its value
@@ -145,10 +144,19 @@ def write(config: Any, done: list[dict[str, Any]], failed: list[str], folder: Pa
     return text
 
 
+def kept() -> str:
+    """What Ctrl-C leaves of an ablation, as a clause."""
+    done = len(list(Path(str(main.WORKDIR.value)).glob("*/result.json")))
+    return (
+        f"{done} runs are done in {main.WORKDIR.value}, what was saved of the one that was interrupted is kept, and the same "
+        f"command goes on"
+    )
+
+
 def _main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     main.use_cache()
-    try:
+    with command.ends_well("kd_jax.ablate", kept):
         if main.PROCESSES.value:
             raise ValueError("--processes is for one run on several hosts; an ablation is divided by --shard.")
         if len(argv) > 1:
@@ -164,8 +172,6 @@ def _main(argv: list[str]) -> None:
         with remote.work_directory(workdir) as (folder, _):
             print(run(main.CONFIG.value, folder, None if _TABLE.value else (int(part), int(parts))))
         print(f"\nwrote {workdir}/report.html")
-    except (ValueError, OSError) as error:
-        sys.exit(f"kd_jax.ablate: {error}")
 
 
 if __name__ == "__main__":

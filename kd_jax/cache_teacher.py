@@ -255,13 +255,19 @@ def _make_read(teacher: Any, manifest: files.Manifest, mesh: jax.sharding.Mesh) 
     return jax.jit(read, static_argnames="split", out_shardings=sharding.batch_sharding(mesh))
 
 
+def kept() -> str:
+    """What Ctrl-C leaves of the cache, as a clause."""
+    count = len(list(remote.local_folder(str(main.WORKDIR.value)).glob("*/*.array_record")))
+    return f"{count} complete files are kept in {main.WORKDIR.value}, and the same command goes on"
+
+
 def run(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     if len(argv) > 1:
         sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --kind=top_k.")
     main.use_cache()
     told = str(main.WORKDIR.value), KIND.value, K.value, POWER.value, PART_ROWS.value
-    with main.ends_well():
+    with main.ends_well(kept):
         main.join(main.PROCESSES.value)
         main.check_same(main.CONFIG.value.to_dict(), *told)
         write(main.CONFIG.value, *told)

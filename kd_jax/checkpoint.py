@@ -44,7 +44,12 @@ def _absolute(path: epath.Path) -> epath.Path:
 
 def has_steps(workdir: str) -> bool:
     """Whether a work directory has a checkpoint to go on from."""
-    return bool(_complete_steps(epath.Path(workdir) / "checkpoints"))
+    return last_step(workdir) is not None
+
+
+def last_step(workdir: str) -> int | None:
+    """Returns the step of a work directory's last complete checkpoint; None where there is none."""
+    return max(_complete_steps(epath.Path(workdir) / "checkpoints"), default=None)
 
 
 def _complete_steps(folder: epath.Path) -> list[int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
-from kd_jax import checkpoint, metrics, nonfinite, remote, results, speed
+from kd_jax import checkpoint, command, metrics, nonfinite, remote, results, speed
 from kd_jax.setup_rows import make_sampler, show
 from kd_jax.train_step import TrainState
 
@@ -31,25 +32,41 @@ class Stopped(SystemExit):
         self.step = step
 
 
-class Notices:
-    """SIGTERM, while the block lasts: it is noted, for the steps to stop after one, or raised where there is nothing to save.
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C came, or a notebook's interrupt: the same call goes on.
 
-    With several processes JAX's own service has it, which agrees on a step between them and ends nothing by itself.
+    Attributes:
+      step: that was saved for it; None: there was nothing to save.
+    """
+
+    def __init__(self, step: int | None = None):
+        super().__init__("nothing was to be saved" if step is None else f"step {step} is saved; the same call goes on")
+        self.step = step
+
+
+class Notices:
+    """SIGTERM and Ctrl-C, while the block lasts: noted, for the steps to stop after one, or raised where nothing is to be saved.
+
+    With several processes JAX's own service has SIGTERM, which agrees on a step between them and ends nothing by itself. The first
+    Ctrl-C is handed to that service as SIGTERM. A second Ctrl-C is raised wherever it comes.
     """
 
     def __init__(self) -> None:
-        self._told = self._raises = False
-        self._before: Any = None
+        self._told = self._interrupted = self._raises = False
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        # Python delivers no signals to other threads.
-        if threading.current_thread() is threading.main_thread() and not jax.distributed.is_initialized():
-            self._before = signal.signal(signal.SIGTERM, self._tell)
+        if threading.current_thread() is not threading.main_thread():  # Python delivers no signals to other threads
+            return self
+        if not jax.distributed.is_initialized():
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._tell)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a job in the background
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     @contextlib.contextmanager
     def raised(self, raises: bool = True) -> Iterator[None]:
@@ -70,14 +87,31 @@ class Notices:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._told
 
+    def ended(self, step: int | None = None) -> Stopped | Interrupted:
+        """What to raise once the step is saved."""
+        return Interrupted(step) if self._interrupted else Stopped(step)
+
     def _tell(self, *_: Any) -> None:
         self._told = True
         self._raise()
 
+    def _interrupt(self, *_: Any) -> None:
+        if self._interrupted and command.watched():
+            return
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        if not self._raises:
+            # print cannot be called while the main thread is in it.
+            os.write(2, b"\nkd_jax: interrupted; the step is finished and saved. Ctrl-C again stops at once.\n")
+            if jax.distributed.is_initialized():
+                os.kill(os.getpid(), signal.SIGTERM)
+        self._tell()
+
     def _raise(self) -> None:
         if self._told and self._raises:
             self._raises = False  # once, as above
-            raise Stopped()
+            raise self.ended()
 
 
 def run_steps(
@@ -105,6 +139,7 @@ def run_steps(
       OSError: a checkpoint could not be written, or what belongs to it.
       FloatingPointError: a loss or a gradient that is not finite, after more than `max_skipped` others in a row.
       Stopped: SIGTERM, or a preemption notice on any host; the state is saved.
+      Interrupted: Ctrl-C; the state is saved.
     """
     config, first = run.config, int(state.step)
     evaluates = lambda step: step % config.eval_every == 0 or step == config.steps
@@ -144,7 +179,7 @@ def run_steps(
                 checkpoint.save(manager, step, state, run.feed)
             if stopping:
                 checkpoint.wait(manager)
-                raise Stopped(step)
+                raise notices.ended(step)
             if evaluating:
                 _evaluate(run, writer, step, state)
             if evaluating or saving:

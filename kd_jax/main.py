@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +18,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from kd_jax import directory, loop, sharding, train
+from kd_jax import checkpoint, command, directory, loop, remote, sharding, train
 from kd_jax.resolve import nearest
 from kd_jax.value_types import EXPECTED, register
 
@@ -46,31 +46,51 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --config.steps=100.")
     use_cache()
-    with ends_well():
+    with ends_well(kept):
         join(PROCESSES.value)
         check_same(CONFIG.value.to_dict(), str(WORKDIR.value))
         train.train(CONFIG.value, str(WORKDIR.value))
 
 
+def kept() -> str:
+    """What Ctrl-C leaves of the run in the work directory, as a clause."""
+    workdir = str(WORKDIR.value)
+    if remote.is_remote(workdir):
+        return f"what is stored in {workdir} is kept, and the same command goes on"
+    step = checkpoint.last_step(workdir)
+    if step is None:
+        return f"no step is saved in {workdir}, and the same command begins again"
+    return f"step {step} is saved in {workdir}, and the same command goes on"
+
+
 @contextlib.contextmanager
-def ends_well() -> Iterator[None]:
-    """Whatever ends the command before its time is one paragraph, and no process waits for one that is gone."""
-    try:
-        yield
-    except (ValueError, FloatingPointError, OSError) as error:
-        leave(str(error))
-    except loop.Stopped as stopped:
-        saved = "" if stopped.step is None else f" step {stopped.step} is saved, and"
-        print(f"kd_jax: told to stop;{saved} the same command goes on.", file=sys.stderr)
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        if not jax.distributed.is_initialized():
-            if not isinstance(error, KeyboardInterrupt):
+def ends_well(kept: Callable[[], str], name: str = "kd_jax") -> Iterator[None]:
+    """Whatever ends the command before its time is one paragraph, and no process waits for one that is gone.
+
+    Args:
+      kept: gives what Ctrl-C leaves, as a clause.
+      name: of the command.
+    """
+    with command.second_interrupt(name, kept):
+        try:
+            yield
+        except (ValueError, FloatingPointError, OSError) as error:
+            leave(str(error))
+        except loop.Stopped as stopped:
+            saved = "" if stopped.step is None else f" step {stopped.step} is saved, and"
+            print(f"kd_jax: told to stop;{saved} the same command goes on.", file=sys.stderr)
+            raise
+        except KeyboardInterrupt as interrupted:
+            step = getattr(interrupted, "step", None)
+            if step is None:
+                leave(f"interrupted; {kept()}.", command.INTERRUPTED)
+            print(f"\nkd_jax: interrupted; step {step} is saved, and the same command goes on.", file=sys.stderr)
+            sys.exit(command.INTERRUPTED)  # the other processes have saved the step, too, and end by themselves
+        except Exception as error:
+            if not jax.distributed.is_initialized():
                 raise
-            print("\nkd_jax: interrupted; the same command goes on from what is saved.", file=sys.stderr)
-            sys.exit(130)  # as shells have it
-        traceback.print_exc()
-        leave(f"{type(error).__name__}: {error}")
+            traceback.print_exc()
+            leave(f"{type(error).__name__}: {error}")
 
 
 def use_cache() -> None:
@@ -144,10 +164,13 @@ def check_same(*what: Any) -> None:
         )
 
 
-def leave(problem: str) -> NoReturn:
+def leave(problem: str, code: int = 1) -> NoReturn:
     """Ends this process with what is wrong; where there are others, without waiting for them, who stop when they notice."""
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
-        sys.exit(f"kd_jax: {problem}")
+        if code == 1:
+            sys.exit(f"kd_jax: {problem}")
+        print(f"\nkd_jax: {problem}", file=sys.stderr)
+        sys.exit(code)
     if "Gloo" in problem or "NCCL" in problem:  # a connection broke
         problem = f"another process is gone, and its own output should say why. ({' '.join(problem.split())[:300]})"
     index = jax.process_index()
@@ -155,7 +178,7 @@ def leave(problem: str) -> NoReturn:
     sys.stdout.flush()
     if index == 0:
         time.sleep(2)  # who has the same to say can say it: all stop at once with the first
-    os._exit(1)  # JAX would wait for all the others to finish, too
+    os._exit(code)  # JAX would wait for all the others to finish, too
 
 
 def _cluster() -> str:

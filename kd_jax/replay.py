@@ -7,13 +7,12 @@ With JAX_DEBUG_NANS=1 JAX_DISABLE_JIT=1 in the environment JAX stops at the line
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import data, directory, metrics, nonfinite, remote, train
+from kd_jax import command, data, directory, metrics, nonfinite, remote, train
 
 
 def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
@@ -64,12 +63,10 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, help="of the run that stopped")
     parser.add_argument("--step", type=int, help="which step, where several were saved; by default the last")
     args = parser.parse_args()
-    try:
+    with command.ends_well("kd_jax.replay", lambda: "the run is as it was"):
         unread = tuple(name for name in remote.HEAVY if name != nonfinite.FOLDER)
         with remote.work_directory(args.workdir, writes=False, unread=unread) as (workdir, _):
             replay(workdir, args.step)
-    except (ValueError, OSError) as error:
-        sys.exit(f"kd_jax.replay: {error}")
 
 
 if __name__ == "__main__":

@@ -213,6 +213,7 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
         contents of what the config names (see `setup_identity`), or is in use; or if all of its checkpoints are damaged.
       FloatingPointError: a loss or a gradient is not finite.
       loop.Stopped: SIGTERM or a preemption notice came, and the state is saved, or there was nothing to save.
+      loop.Interrupted: a KeyboardInterrupt; Ctrl-C came, and the state is saved, or there was nothing to save.
     """
     resolved, first = config.to_dict(), jax.process_index() == 0
     with loop.Notices() as notices, contextlib.ExitStack() as stack:

@@ -27,7 +27,7 @@ LAYERS = [
     {"policy_gradient"},
     {"divergences", "assistants", "schedules"},
     {"logspace", "checksum"},
-    {"resolve", "untrusted", "remote", "value_types"},
+    {"resolve", "untrusted", "remote", "value_types", "command"},
     {"remote_copy"},
     {"remote_lease"},
 ]

@@ -43,12 +43,6 @@ def test_a_wrong_flag_is_one_paragraph(flags, words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_is_a_line_and_its_code(capsys):
-    with pytest.raises(SystemExit) as ended, main.ends_well():
-        raise KeyboardInterrupt
-    assert ended.value.code == 130 and "interrupted; the same command goes on" in capsys.readouterr().err
-
-
 @pytest.fixture
 def parsed(monkeypatch):
     """Parses flags on top of the smoke setting of forward KL, in this process, and returns the config."""

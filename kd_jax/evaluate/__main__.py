@@ -8,7 +8,6 @@ generations.jsonl.
 import argparse
 import dataclasses
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import data, metrics, models, remote, report, rollouts, setup, sharding
+from kd_jax import command, data, metrics, models, remote, report, rollouts, setup, sharding
 from kd_jax.data import counts, jsonl
 from kd_jax.evaluate import harness, texts, tokens
 from kd_jax.evaluate.of_run import DEFAULTS, filled, model_folder, template_of
@@ -254,11 +253,9 @@ def main() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/kd_jax/xla"))
     args = arguments()
-    try:
+    with command.ends_well("kd_jax.evaluate", lambda: f"nothing is kept, and {args.out} is as it was"):
         print(table(run(args)))
         print(f"\nwrote {args.out}/report.html")
-    except (ValueError, OSError) as error:
-        sys.exit(f"kd_jax.evaluate: {error}")
 
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -2,9 +2,8 @@
 
 import argparse
 import contextlib
-import sys
 
-from kd_jax import remote, report
+from kd_jax import command, remote, report
 
 
 def main() -> None:
@@ -15,15 +14,12 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", metavar="DIR", help="where a run, an evaluation or an ablation is")
     parser.add_argument("--out", default="", help="the page; by default report.html in the one folder")
     args = parser.parse_args()
-    try:
-        with contextlib.ExitStack() as stack:
-            copies = (
-                remote.work_directory(folder, writes=not args.out, unread=remote.HEAVY, alone=False)
-                for folder in args.folders
-            )
-            print(f"wrote {report.write([stack.enter_context(copy)[0] for copy in copies], args.out)}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"kd_jax.report: {error}")
+    with command.ends_well("kd_jax.report", lambda: "the runs are as they were"), contextlib.ExitStack() as stack:
+        copies = (
+            remote.work_directory(folder, writes=not args.out, unread=remote.HEAVY, alone=False)
+            for folder in args.folders
+        )
+        print(f"wrote {report.write([stack.enter_context(copy)[0] for copy in copies], args.out)}")
 
 
 if __name__ == "__main__":
