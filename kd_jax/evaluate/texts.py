@@ -52,7 +52,8 @@ def held_out_examples(rows: data.Rows, tokenizer: data.Tokenizer, count: int) ->
     found = []
     for i in range(min(count, len(rows))):
         begin = max(int(rows.first_counted[i]), 1)
-        found.append(Example(rows[i][:begin].tolist(), (tokenizer.decode(rows[i][begin:].tolist()),)))
+        reference = tokenizer.decode(tokenizer.strip_ends(rows[i][begin:].tolist()))
+        found.append(Example(rows[i][:begin].tolist(), (reference,)))
     return found
 
 
