@@ -17,6 +17,7 @@ from jaxtyping import Int
 from kd_jax import data, models, sharding
 from kd_jax.checksum import checksums
 from kd_jax.objectives import ORIGINS
+from kd_jax.storage import storing, write_text
 
 # Rows by name, an entry a row in each array: tokens [M, L + 1], lengths, prompt_lengths and origin [M], log_probs [M, L].
 Rows = dict[str, np.ndarray]
@@ -175,7 +176,8 @@ def write_responses(
     """
     first = jax.process_index() == 0
     if first:
-        folder.mkdir(parents=True, exist_ok=True)
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder) if first else contextlib.nullcontext():
         return _write(folder, rows, encode, sampler, model, params, batch_size, seed, settings, progress, first)
 
@@ -202,14 +204,12 @@ def _write(
                 if ids[-1] == sampler.tokenizer.eos_id and response:
                     lines.append({"prompt": row["prompt"], "context": row["context"], "response": response})
         if first:  # a line a batch, so that a batch is there or is not
-            with partial.open("a", encoding="utf-8") as file:
+            with storing(partial), partial.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(lines) + "\n")
     if first and not path.exists():
         batches = (json.loads(line) for line in partial.read_text(encoding="utf-8").splitlines())
-        whole = folder / "responses.jsonl.whole"
-        whole.write_text("".join(json.dumps(row) + "\n" for batch in batches for row in batch), encoding="utf-8")
-        (folder / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
-        whole.replace(path)
+        write_text(folder / "settings.json", json.dumps(settings, indent=2, default=str) + "\n")
+        write_text(path, "".join(json.dumps(row) + "\n" for batch in batches for row in batch))  # whole or not at all
         partial.unlink()
     sharding.from_first_process(0)  # nobody reads before it is there
     return path
@@ -218,7 +218,7 @@ def _write(
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Waits until no other process of this machine is here; who dies leaves, too."""
-    with (folder / "lock").open("w") as file:
+    with (folder / "lock").open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
