@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from kd_jax import command, comparison, directory, main, metrics, plots, remote, report, setup_identity, train
+from kd_jax import command, comparison, directory, main, metrics, plots, remote, report, setup_identity, storage, train
 from kd_jax.setup import check_declared
 
 Point = dict[str, Any]  # an axis's label -> its value
@@ -67,7 +67,8 @@ def run(config: Any, workdir: str, shard: tuple[int, int] | None = (0, 1)) -> st
     for place, (folder, its_config) in enumerate(mine, start=1):
         run_one(its_config, folder, f"{place} of {len(mine)}")
     done = [
-        {"point": point, "seed": seed, "folder": folder.name} | json.loads((folder / "result.json").read_text())
+        {"point": point, "seed": seed, "folder": folder.name}
+        | json.loads((folder / "result.json").read_text(encoding="utf-8"))
         for (point, seed), folder in zip(jobs, folders, strict=True)
         if (folder / "result.json").exists()
     ]
@@ -118,13 +119,11 @@ def run_one(config: Any, folder: Path, place: str) -> None:
         result = train.train(config, str(folder / "run"), quiet=True)
     except Exception:  # whatever it is, the others go on
         folder.mkdir(parents=True, exist_ok=True)
-        error.write_text(traceback.format_exc())
+        error.write_text(traceback.format_exc(), encoding="utf-8")
         metrics.tqdm.write(f"failed: {traceback.format_exc(limit=0).strip()}")
         return
     error.unlink(missing_ok=True)
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(result))
-    partial.replace(folder / "result.json")
+    storage.write_text(folder / "result.json", json.dumps(result))
 
 
 def write(config: Any, done: list[dict[str, Any]], failed: list[str], folder: Path) -> str:
@@ -135,7 +134,7 @@ def write(config: Any, done: list[dict[str, Any]], failed: list[str], folder: Pa
     text = comparison.table(done, config.metrics)
     if failed:
         text += "\n\nFailed, with the reason in error.txt of their folders: " + "; ".join(failed)
-    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    storage.write_text(folder / "table.md", text + "\n")
     workdirs = [folder / line["folder"] / "run" for line in done]
     for chart in comparison.charts(comparison.axes_of(config), config.metrics, done, workdirs):
         plots.save(chart, folder)
@@ -154,6 +153,7 @@ def kept() -> str:
 
 
 def _main(argv: list[str]) -> None:
+    command.start()
     logging.set_verbosity(logging.ERROR)
     main.use_cache()
     with command.ends_well("kd_jax.ablate", kept):
@@ -169,7 +169,7 @@ def _main(argv: list[str]) -> None:
             raise ValueError(
                 f"--shard={_SHARD.value}: processes beside each other need one folder for all, not {workdir}."
             )
-        with remote.work_directory(workdir) as (folder, _):
+        with storage.room(workdir), remote.work_directory(workdir) as (folder, _):
             print(run(main.CONFIG.value, folder, None if _TABLE.value else (int(part), int(parts))))
         print(f"\nwrote {workdir}/report.html")
 

@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from jaxtyping import Array
 
-from kd_jax import data, directory, main, metrics, remote, rollouts, sharding
+from kd_jax import command, data, directory, main, metrics, remote, rollouts, sharding, storage
 from kd_jax import teacher_cache_files as files
 from kd_jax.objectives import make_terms
 from kd_jax.setup import check_mesh, check_numbers, load_models, load_tokenizer
@@ -262,6 +262,7 @@ def kept() -> str:
 
 
 def run(argv: list[str]) -> None:
+    command.start()
     logging.set_verbosity(logging.ERROR)
     if len(argv) > 1:
         sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --kind=top_k.")
@@ -270,7 +271,8 @@ def run(argv: list[str]) -> None:
     with main.ends_well(kept):
         main.join(main.PROCESSES.value)
         main.check_same(main.CONFIG.value.to_dict(), *told)
-        write(main.CONFIG.value, *told)
+        with storage.room(main.WORKDIR.value):
+            write(main.CONFIG.value, *told)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from kd_jax import remote, sharding
+from kd_jax import remote, sharding, storage
 from kd_jax.checksum import checksums
 
 DAMAGED = "damaged"
@@ -35,7 +35,8 @@ def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
     """
     folder = _absolute(epath.Path(workdir) / "checkpoints")
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    return ocp.CheckpointManager(folder, options=options, item_names=("state", "data"))
+    with storage.storing(folder):
+        return ocp.CheckpointManager(folder, options=options, item_names=("state", "data"))
 
 
 def _absolute(path: epath.Path) -> epath.Path:
@@ -97,9 +98,10 @@ def _errors_of_writing(manager: ocp.CheckpointManager) -> Iterator[None]:
     except Exception as error:  # of a thread, and of whatever type its storage has for a full disk
         good = _complete_steps(epath.Path(manager.directory))
         last = f"the last good one is of step {max(good)}" if good else "there is none yet"
-        raise OSError(
-            f"a checkpoint could not be written to {manager.directory}; {last}. Make room, or whatever else is in the way, and "
-            f"call again: {' '.join(str(error).split())[-300:]}"
+        left = storage.space_left(manager.directory) if storage.is_full(error) else ""
+        raise storage.StorageError(
+            f"a checkpoint could not be written to {manager.directory}; {last}. {left}Make room, or remove whatever else is in "
+            f"the way, and call again: {' '.join(str(error).split())[-300:]}"
         ) from error
 
 
@@ -145,13 +147,13 @@ def restore(manager: ocp.CheckpointManager, state: Any, iterator: Any) -> tuple[
 
 def save_state(folder: Any, state: Any) -> None:
     """A state alone, into a folder, also at an address of orbax's; of what is there already nothing stays."""
-    with ocp.StandardCheckpointer() as writer:
+    with storage.storing(folder), ocp.StandardCheckpointer() as writer:
         writer.save(_absolute(epath.Path(folder)), _raw(state), force=True)
 
 
 def restore_state(folder: Any, state: Any) -> Any:
     """What `save_state` wrote, placed as `state` says."""
-    with ocp.StandardCheckpointer() as reader:
+    with storage.storing(folder), ocp.StandardCheckpointer() as reader:
         return _keys_like(state, reader.restore(epath.Path(folder).absolute(), _raw_shapes(state)))
 
 

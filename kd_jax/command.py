@@ -1,6 +1,8 @@
 """What all commands share: whatever ends one is a paragraph without a traceback, and Ctrl-C says what is kept."""
 
 import contextlib
+import io
+import logging
 import os
 import signal
 import socket
@@ -8,8 +10,24 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from kd_jax import storage
+
 INTERRUPTED = 130  # the exit code of shells for a command that Ctrl-C has ended
 _watched = threading.Event()  # a thread ends the process at the second Ctrl-C
+
+
+def start() -> None:
+    """Prepares the terminal: characters that its encoding lacks are replaced, and a full disk is said once.
+
+    Of several threads that a full disk stops, the one that was asked to write says so in a paragraph. A notebook calls no command,
+    so that nothing is changed there.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and storage.is_full(record.exc_info[1])))
+    before = threading.excepthook
+    threading.excepthook = lambda failed: None if storage.is_full(failed.exc_value) else before(failed)
 
 
 @contextlib.contextmanager

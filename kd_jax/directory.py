@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from kd_jax import untrusted
+from kd_jax import storage, untrusted
 
 CONFIG, PARTIAL, LOCK = "config.json", "config.json.partial", "lock"
 IDENTITY = "identity.json"  # name -> fingerprint of what the config names
@@ -64,7 +64,7 @@ def config_difference(workdir: str, config: dict[str, Any]) -> list[str] | None:
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
         return None
-    old, new = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(config)))
+    old, new = flat(json.loads(path.read_text(encoding="utf-8"))), flat(json.loads(json.dumps(config)))
     for key, value in ADDED.items():
         for added in [name for name in new if name == key or name.endswith(f".{key}")]:
             old.setdefault(added, value)
@@ -102,10 +102,11 @@ def read_identity(workdir: str) -> dict[str, str]:
 
 
 def _write_json(folder: epath.Path, name: str, content: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{name}.partial.{os.getpid()}"
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    partial.replace(folder / name)
+    with storage.storing(folder / name):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        partial.replace(folder / name)
 
 
 @contextlib.contextmanager
@@ -120,7 +121,7 @@ def alone(workdir: str) -> Iterator[None]:
     """
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+") as file:
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

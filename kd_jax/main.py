@@ -42,6 +42,7 @@ TPU = "the TPU's hosts"
 
 
 def main(argv: list[str]) -> None:
+    command.start()
     logging.set_verbosity(logging.ERROR)  # what orbax and tfds log at every step of theirs would bury the progress bar
     if len(argv) > 1:
         sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --config.steps=100.")

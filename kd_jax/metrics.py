@@ -1,5 +1,6 @@
 """What a run shows: metrics.jsonl, TensorBoard, a progress bar, and tables."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any, Self
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from kd_jax import storage
 
 
 def averages(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
@@ -38,9 +41,9 @@ class Writer:
         saved = lambda line: (line["step"], line["split"] == "eval") <= (first_step, False)
         lines = [line for line in read(workdir) if saved(line)] if first_step else []
         partial = folder / "metrics.jsonl.partial"
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         partial.rename(path)
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
@@ -49,15 +52,36 @@ class Writer:
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
+            # The thread of TensorBoard's file ends where it cannot write, and a full queue would then keep the run waiting for ever.
+            if not self._board_is_written():
+                where = self._board.logdir
+                raise storage.StorageError(
+                    f"{where}: TensorBoard's file could not be written. {storage.space_left(where)}Make room, and call again."
+                )
             self._board.add_scalar(f"{split}/{name}", value, step)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        if not self._silent:
-            self._file.close()
-            self._board.close()
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if self._silent:
+            return
+        # On a full disk the last bytes fail again, which says nothing new beside the first error.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext(), self._file:
+            self._close_board()
+
+    def _close_board(self) -> None:
+        writer: Any = getattr(self._board.file_writer, "event_writer", None)
+        try:
+            if self._board_is_written():
+                self._board.close()
+        finally:
+            if writer is not None:
+                writer._closed = True  # or it would be closed again, and fail again, as Python ends
+
+    def _board_is_written(self) -> bool:
+        worker = getattr(getattr(self._board.file_writer, "event_writer", None), "_worker", None)
+        return worker is None or worker.is_alive()
 
 
 def read(workdir: str) -> list[dict[str, Any]]:
@@ -65,7 +89,7 @@ def read(workdir: str) -> list[dict[str, Any]]:
     path = Path(workdir) / "metrics.jsonl"
     if not path.exists():
         return []
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 

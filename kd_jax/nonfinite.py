@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from kd_jax import checkpoint, metrics, remote, sharding
+from kd_jax import checkpoint, metrics, remote, sharding, storage
 
 FOLDER, STATE, BATCH, REPORT = "nonfinite", "state", "batch.npz", "report.json"
 Found = list[dict[str, Any]]
@@ -107,7 +107,7 @@ def saved_steps(workdir: str) -> list[int]:
 def load(workdir: str, step: int, state: Any) -> tuple[Any, dict[str, np.ndarray]]:
     """State and global batch of a step that `stop` has saved; the state placed as `state`, of ShapeDtypeStructs, says."""
     folder = Path(workdir) / FOLDER / f"step_{step}"
-    with np.load(folder / BATCH, allow_pickle=False) as arrays:
+    with storage.storing(folder / BATCH), np.load(folder / BATCH, allow_pickle=False) as arrays:
         batch = {name: arrays[name] for name in arrays.files}
     return checkpoint.restore_state(folder / STATE, state), batch
 

@@ -19,6 +19,7 @@ import fsspec
 
 from kd_jax import remote_lease
 from kd_jax.remote_copy import CHECKPOINTS, Copy
+from kd_jax.storage import storing
 
 UNREAD = ("tensorboard", "profile", "nonfinite")  # of a work directory: what a run that goes on only adds to
 HEAVY = (*UNREAD, CHECKPOINTS, "student")  # what a page of it needs nothing of
@@ -94,7 +95,8 @@ def work_directory(
             f"{scheme}://, which orbax cannot write to."
         )
     system, root = filesystem(url)
-    there = {path.rpartition("/")[2] for path in system.ls(root, detail=False)} if system.exists(root) else set()
+    with storing(url):
+        there = {path.rpartition("/")[2] for path in system.ls(root, detail=False)} if system.exists(root) else set()
     if "config.json" not in there and there - {remote_lease.LOCK}:
         raise ValueError(f"the work directory {url} has something else in it; choose an empty or a new one.")
     with remote_lease.held(system, root, url) if writes and alone else contextlib.nullcontext(lambda: None) as check:
@@ -139,16 +141,18 @@ def local_file(path: str | Path) -> Path:
     if not is_remote(path):
         return Path(path).expanduser()
     system, root = filesystem(str(path))
-    system.invalidate_cache()
-    if not system.isfile(root):
-        raise ValueError(f"there is no file {path}.")
-    # ukey is a store's own mark of a content.
-    target = stand_in(str(path)) / str(system.ukey(root))[:12] / root.rpartition("/")[2]
+    with storing(path):
+        system.invalidate_cache()
+        if not system.isfile(root):
+            raise ValueError(f"there is no file {path}.")
+        # ukey is a store's own mark of a content.
+        target = stand_in(str(path)) / str(system.ukey(root))[:12] / root.rpartition("/")[2]
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{os.getpid()}")
-        system.get_file(root, str(partial))
-        partial.replace(target)
+        with storing(partial):
+            system.get_file(root, str(partial))
+            partial.replace(target)
     return target
 
 
@@ -157,7 +161,8 @@ def matches(pattern: str) -> list[str]:
     if not is_remote(pattern):
         return sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
     system, root = filesystem(pattern)
-    return sorted(map(system.unstrip_protocol, system.glob(root)))
+    with storing(pattern):
+        return sorted(map(system.unstrip_protocol, system.glob(root)))
 
 
 @contextlib.contextmanager
@@ -176,8 +181,10 @@ def folder_beside(path: str | Path, writes: bool = True) -> Iterator[Path]:
 def fetch_folder(url: str, folder: Path, sign: str) -> None:
     """The folder at an address, whole or not at all: it is whole where it has the file `sign`."""
     system, root = filesystem(url)
-    system.invalidate_cache()
-    if system.exists(f"{root}/{sign}"):
+    with storing(url):
+        system.invalidate_cache()
+        is_whole = system.exists(f"{root}/{sign}")
+    if is_whole:
         folder = Path(os.fspath(folder))
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")
         Copy(system, root, partial).pull()
@@ -188,5 +195,6 @@ def store_folder(folder: Path, url: str, sign: str) -> None:
     """The reverse of `fetch_folder`; `sign` goes last."""
     system, root = filesystem(url)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == sign):
-        system.makedirs(root, exist_ok=True)
-        system.put_file(str(path), f"{root}/{path.name}")
+        with storing(url):
+            system.makedirs(root, exist_ok=True)
+            system.put_file(str(path), f"{root}/{path.name}")

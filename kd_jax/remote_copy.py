@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kd_jax.remote_lease import LOCK, Taken
+from kd_jax.storage import StorageError, storing
 
 EVERY = 60.0  # seconds between looks at what is to be copied
 PATIENCE, AGAIN = 120.0, 5.0  # seconds that a run waits for a store that fails, and between its tries
@@ -51,18 +52,21 @@ class Copy:
         Raises:
           ValueError: an object would come to lie outside the folder.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._system.invalidate_cache()
-        for path in self._system.find(self._root):
+        with storing(self._root):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._system.invalidate_cache()
+            found = self._system.find(self._root)
+        for path in found:
             name = path.removeprefix(self._root).lstrip("/")
             if not name or name.partition("/")[0] in (*unread, *self._skipped):
                 continue
             if ".." in name.split("/"):
                 raise ValueError(f"{path} has a name that leads out of {self._root}; delete it there, or rename it.")
             target = self._folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._system.get_file(path, str(target))
-            self._there[name] = _stamp(target)
+            with storing(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._system.get_file(path, str(target))
+                self._there[name] = _stamp(target)
 
     def push(self) -> None:
         """Copies what is new or changed; of a checkpoint that is gone here what is there goes once a newer one is whole there."""
@@ -97,7 +101,9 @@ class Copy:
         while not self._tried():
             if time.monotonic() >= started + self._patience:
                 self._patience = 0.0  # at the end it is tried once more
-                raise OSError(f"{self._folder} could not be copied to {self._root}; it is still there: {self.problem}")
+                raise StorageError(
+                    f"{self._folder} could not be copied to {self._root}; it is still there: {self.problem}"
+                )
             time.sleep(AGAIN)
 
     @contextlib.contextmanager

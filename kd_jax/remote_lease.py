@@ -20,6 +20,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from kd_jax.storage import storing
+
 LOCK = "lock"
 RENEW, STALE, LOOK = 15.0, 60.0, 2.0  # seconds between renewals, without one until it is taken over, and between looks
 
@@ -58,13 +60,14 @@ def held(system: Any, root: str, url: str) -> Iterator[Callable[[], None]]:
                 check()
                 write("overwrite")
 
-    system.makedirs(root, exist_ok=True)
-    while True:
-        with contextlib.suppress(FileExistsError):
-            write("create")
-            break
-        if (found := read()) and _left(read, found, url):
-            system.rm_file(path)
+    with storing(url):
+        system.makedirs(root, exist_ok=True)
+        while True:
+            with contextlib.suppress(FileExistsError):
+                write("create")
+                break
+            if (found := read()) and _left(read, found, url):
+                system.rm_file(path)
     ended = threading.Event()
     thread = threading.Thread(target=renew, name="kd_jax.remote_lease", daemon=True)
     thread.start()

@@ -34,7 +34,7 @@ def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
             f"{f'there are {steps}' if steps else 'a run leaves one when its loss or gradient is not finite'}."
         )
     step = steps[-1] if step is None else step
-    config = ConfigDict(json.loads((Path(workdir) / directory.CONFIG).read_text()))
+    config = ConfigDict(json.loads((Path(workdir) / directory.CONFIG).read_text(encoding="utf-8")))
     config.max_skipped = 0  # whatever it is by now: the saved state is one that no step changes
     if config.mesh.to_dict() != {"data": -1, "fsdp": 1, "tensor": 1} and jax.device_count() == 1:
         config.mesh = {"data": 1, "fsdp": 1, "tensor": 1}  # a pod's run, looked at on a laptop
@@ -59,6 +59,7 @@ def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
 
 
 def main() -> None:
+    command.start()
     parser = argparse.ArgumentParser(prog="python -m kd_jax.replay", description=__doc__)
     parser.add_argument("--workdir", required=True, help="of the run that stopped")
     parser.add_argument("--step", type=int, help="which step, where several were saved; by default the last")

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from kd_jax import evaluate, metrics, models, plots, report, rollouts, sharding
+from kd_jax.storage import write_text
 
 BEFORE, AFTER = "generations_before.jsonl", "generations.jsonl"
 
@@ -68,15 +69,15 @@ def result_table(result: dict[str, dict[str, float]]) -> str:
 
 
 def _write(folder: Path, result: dict[str, Any], texts: dict[str, list[dict[str, Any]]]) -> None:
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(result_table(result) + "\n", encoding="utf-8")
+    write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    write_text(folder / "table.md", result_table(result) + "\n")
     rows = []
     for some in zip(*texts.values(), strict=True):
         prompt = {name: some[0][name] for name in ("prompt", "references")}
         its = ({k: v for k, v in line.items() if k not in (*prompt, "seed")} for line in some)
         rows.append(prompt | dict(zip(texts, its, strict=True)))
     _write_lines(folder / AFTER, rows)
-    (folder / "samples.md").write_text(_samples(rows[:5], list(texts)), encoding="utf-8")
+    write_text(folder / "samples.md", _samples(rows[:5], list(texts)))
     for chart in plots.curves(str(folder)):
         plots.save(chart, folder)
     report.write_environment(folder)
@@ -118,7 +119,7 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

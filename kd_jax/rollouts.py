@@ -17,6 +17,7 @@ from jaxtyping import Int
 from kd_jax import data, models, sharding, untrusted
 from kd_jax.checksum import checksums
 from kd_jax.objectives import ORIGINS
+from kd_jax.storage import storing, write_text
 
 # Rows by name, an entry a row in each array: tokens [M, L + 1], lengths, prompt_lengths and origin [M], log_probs [M, L].
 Rows = dict[str, np.ndarray]
@@ -183,7 +184,8 @@ def write_responses(
     """
     first = jax.process_index() == 0
     if first:
-        folder.mkdir(parents=True, exist_ok=True)
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder) if first else contextlib.nullcontext():
         return _write(folder, rows, prompts, sampler, model, params, batch_size, seed, settings, progress, first)
 
@@ -212,7 +214,7 @@ def _write(
                     text = {"prompt": row["prompt"], "context": row["context"], "response": response}
                     lines.append(text | {"prompt_ids": prompt_ids, "response_ids": own})
         if first:  # a line a batch, so that a batch is there or is not
-            with partial.open("a", encoding="utf-8") as file:
+            with storing(partial), partial.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(lines) + "\n")
     found = 1
     if first and not path.exists():
@@ -220,10 +222,8 @@ def _write(
         written = [row for batch in batches for row in batch]
         found = len(written)
         if written:
-            whole = folder / "responses.jsonl.whole"
-            whole.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
-            (folder / "settings.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
-            whole.replace(path)
+            write_text(folder / "settings.json", json.dumps(settings, indent=2, default=str) + "\n")
+            write_text(path, "".join(json.dumps(row) + "\n" for row in written))  # whole or not at all
         partial.unlink()
     if not sharding.from_first_process(found):  # nobody reads before the file is there
         raise ValueError(
@@ -246,7 +246,7 @@ def read_responses(path: Path) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Waits until no other process of this machine is here; who dies leaves, too."""
-    with (folder / "lock").open("w") as file:
+    with (folder / "lock").open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -1,5 +1,6 @@
 """A teacher's cache on disk, written: what it was made from, its output matrix, and a record of each row's counted tokens."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 
 from kd_jax import data
 from kd_jax.directory import LOCK
+from kd_jax.storage import storing
 from kd_jax.untrusted import clip, shown
 
 MANIFEST, HEAD, TOKENIZER = "manifest.json", "head.safetensors", "tokenizer"
@@ -131,19 +133,22 @@ def missing_parts(folder: Path, manifest: Manifest) -> list[tuple[str, int]]:
 
 def write_part(path: Path, records: Iterable[bytes], kind: str) -> None:
     """Writes a part's records, each with its checksum, under another name until all of them are there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     # A record a chunk, for random reads. Hidden states do not compress, ids and filled-up draws do.
-    writer = ArrayRecordWriter(str(partial), f"group_size:1,{'uncompressed' if kind == 'hidden' else 'zstd:3'}")
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = ArrayRecordWriter(str(partial), f"group_size:1,{'uncompressed' if kind == 'hidden' else 'zstd:3'}")
     count = 0
     try:
-        for record in records:
-            writer.write(record)
+        for record in records:  # which are computed here
+            with storing(path):
+                writer.write(record)
             count += 1
-        writer.close()
-        if ArrayRecordReader(str(partial)).num_records() != count:
-            raise OSError(f"{path}: of {count} records not all are on the disk; is it full?")
-        partial.replace(path)
+        with storing(path):
+            writer.close()
+            if ArrayRecordReader(str(partial)).num_records() != count:
+                raise OSError(errno.ENOSPC, f"of {count} records not all are on the disk; is it full?")
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -177,15 +182,17 @@ def record(
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest, whole or not at all."""
     partial = folder / f"{MANIFEST}.partial-{os.getpid()}"
-    partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / MANIFEST)
+    with storing(folder / MANIFEST):
+        partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        partial.replace(folder / MANIFEST)
 
 
 def write_head(folder: Path, name: str, matrix: np.ndarray) -> str:
     """Writes the output matrix, whole or not at all; its `file_hash`."""
     partial = folder / f"{HEAD}.partial-{os.getpid()}"
-    save_file({name: np.ascontiguousarray(matrix)}, partial)
-    partial.replace(folder / HEAD)
+    with storing(folder / HEAD):
+        save_file({name: np.ascontiguousarray(matrix)}, partial)
+        partial.replace(folder / HEAD)
     return file_hash(folder / HEAD)
 
 

@@ -28,6 +28,7 @@ from kd_jax import (
     schedules,
     setup_identity,
     sharding,
+    storage,
 )
 from kd_jax.data.counts import sentence, warnings
 from kd_jax.feed import Feed
@@ -216,7 +217,7 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
       loop.Interrupted: a KeyboardInterrupt; Ctrl-C came, and the state is saved, or there was nothing to save.
     """
     resolved, first = config.to_dict(), jax.process_index() == 0
-    with loop.Notices() as notices, contextlib.ExitStack() as stack:
+    with storage.room(workdir), loop.Notices() as notices, contextlib.ExitStack() as stack:
         copied = remote.work_directory(workdir, jax.process_count(), writes=first)
         workdir, place = stack.enter_context(copied)  # of an address a local folder
         sharding.least_of_processes(1)  # nobody looks at what is there before the first process has it
@@ -239,7 +240,7 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
             directory.write_config(workdir, resolved)
             setup_identity.write(workdir, config, run)
             if rounding:
-                (epath.Path(workdir) / quantisation.FILE).write_text(json.dumps(rounding) + "\n")
+                (epath.Path(workdir) / quantisation.FILE).write_text(json.dumps(rounding) + "\n", encoding="utf-8")
         place.store()  # or the checkpoints would be there without the config that they belong to
         manager = stack.enter_context(checkpoint.open_manager(place.shared, config.keep_checkpoints))
         if state is None:

@@ -160,4 +160,4 @@ if __name__ == "__main__":
     else:
         spec = json.loads(sys.argv[1])
         main.join(spec["processes"])
-        Path(sys.argv[2]).write_text(json.dumps(look(spec)))
+        Path(sys.argv[2]).write_text(json.dumps(look(spec)), encoding="utf-8")

@@ -35,5 +35,5 @@ if __name__ == "__main__":
     for name, (method, changes) in spec["runs"].items():
         results[name] = losses(smoke(method, spec["data_dir"], **changes), spec["steps"])
         jax.clear_caches()
-    with open(sys.argv[2], "w") as file:
+    with open(sys.argv[2], "w", encoding="utf-8") as file:
         json.dump(results, file)

@@ -27,9 +27,10 @@ LAYERS = [
     {"policy_gradient"},
     {"divergences", "assistants", "schedules"},
     {"logspace", "checksum"},
-    {"resolve", "untrusted", "remote", "value_types", "command"},
+    {"resolve", "untrusted", "remote", "value_types"},
     {"remote_copy"},
-    {"remote_lease"},
+    {"remote_lease", "command"},
+    {"storage"},
 ]
 MATHEMATICAL = {"objectives", "policy_gradient", "head_loss", "divergences", "assistants", "schedules", "logspace"}
 HOMES = {
@@ -84,3 +85,25 @@ def test_configs_import_only_ml_collections_and_each_other():
 def test_no_file_is_long():
     for path in FILES:
         assert len(path.read_text().splitlines()) <= 360, path
+
+
+def test_every_text_file_is_opened_with_its_encoding():
+    """Without one it depends on the locale."""
+    for path in [*FILES, *(ROOT / "configs").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+                continue
+            of = getattr(getattr(node.func, "value", None), "id", "")  # a module's or a class's own function
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            modes = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            if name in ("read_text", "write_text") and of not in ("untrusted", "storage", ""):
+                raise AssertionError(f"{path}:{node.lineno}: {name} without an encoding")
+            if name == "open" and of not in ("gzip", "Cache", "fsspec") and modes and "b" not in str(modes[0]):
+                raise AssertionError(f"{path}:{node.lineno}: open without an encoding")
+
+
+def test_every_command_prepares_the_terminal():
+    mains = ("main", "ablate", "cache_teacher", "replay", "evaluate/__main__", "report/__main__")
+    for name in mains:
+        text = (ROOT / "kd_jax" / f"{name}.py").read_text(encoding="utf-8")
+        assert "    command.start()\n" in text, name

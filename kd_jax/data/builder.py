@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from kd_jax import remote, untrusted
+from kd_jax import remote, storage, untrusted
 from kd_jax.data import docstrings, dolly, gsm8k, instructions, jsonl, text
 from kd_jax.resolve import nearest
 from kd_jax.value_types import EXPECTED
@@ -148,6 +148,7 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
 
     Raises:
       ValueError: an unknown name, option or split, an empty split, or a row that cannot be read.
+      OSError: the dataset cannot be written, such as where the disk is full.
     """
     if name in EVALUATION:
         raise ValueError(
@@ -166,7 +167,8 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
         builder = open_builder(data_dir, config)
     if not builder.data_path.exists():
         try:
-            builder.download_and_prepare()
+            with storage.storing(builder.data_path):
+                builder.download_and_prepare()
         except OSError:
             # tfds builds in a temporary folder and renames it, which fails where another process was first.
             if not builder.data_path.exists():

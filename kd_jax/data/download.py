@@ -6,6 +6,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
+from kd_jax import storage
 from kd_jax.checksum import file_digest
 
 
@@ -24,13 +25,14 @@ def fetch(url: str, sha256: str = "") -> Path:
     folder = Path("~/.cache/kd_jax").expanduser()
     target = folder / f"{(sha256 or hashlib.sha256(url.encode()).hexdigest())[:12]}-{url.rpartition('/')[2]}"
     record = target.with_name(f"{target.name}.sha256")
-    known = sha256 or (record.read_text()[:64] if record.exists() else "")
+    known = sha256 or (record.read_text(encoding="utf-8")[:64] if record.exists() else "")
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         # Renamed when it is whole and right, so that two may download at once.
         partial = target.with_suffix(f".{os.getpid()}")
         try:
-            urllib.request.urlretrieve(url, partial)
+            with storage.room(partial):
+                urllib.request.urlretrieve(url, partial)
             found = sha256_of(partial)
             if known and found != known:
                 kept = (
@@ -40,10 +42,12 @@ def fetch(url: str, sha256: str = "") -> Path:
                     f"the file from {url} hashes to {found}, not to {known}; it was cut off or replaced.{kept}"
                 )
             if not known:
-                record.write_text(f"{found}  {target.name}\n")
+                storage.write_text(record, f"{found}  {target.name}\n")
                 print(f"{url} is trusted at its first download; from now on it must hash to {found}.", file=sys.stderr)
                 known = found
             partial.rename(target)
+        except storage.StorageError:
+            raise
         except OSError as error:
             raise ConnectionError(
                 f"{url} could not be downloaded ({error}). Download it elsewhere, and name the file in data.options.path "

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import command, data, metrics, models, remote, report, rollouts, setup, sharding
+from kd_jax import command, data, metrics, models, remote, report, rollouts, setup, sharding, storage
 from kd_jax.data import counts, jsonl
 from kd_jax.evaluate import harness, texts, tokens
 from kd_jax.evaluate.of_run import DEFAULTS, filled, model_folder, template_of
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       ValueError: whatever is wrong, before anything is computed or written.
     """
-    with remote.work_directory(args.out, writes=jax.process_index() == 0) as (out, _):
+    with storage.room(args.out), remote.work_directory(args.out, writes=jax.process_index() == 0) as (out, _):
         return _run(args, Path(out))
 
 
@@ -161,8 +161,8 @@ def _run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
         for name, entries in (("generations", written), ("results", [*lines, found])):
             content = "".join(json.dumps(entry) + "\n" for entry in entries)
-            (out / f"{name}.jsonl").write_text(content, encoding="utf-8")
-        (out / "table.md").write_text(table(found) + "\n", encoding="utf-8")
+            storage.write_text(out / f"{name}.jsonl", content)
+        storage.write_text(out / "table.md", table(found) + "\n")
         report.write_environment(out)
         report.write([out])
     return found
@@ -250,6 +250,7 @@ def make_sampler(args: argparse.Namespace, of: Models) -> rollouts.Sampler:
 
 
 def main() -> None:
+    command.start()
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/kd_jax/xla"))
     args = arguments()

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from kd_jax import untrusted
+from kd_jax.storage import storing
 
 MAX_HEADER = 32 * untrusted.MIB  # of a header, or of the index: some 300,000 tensors
 _NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors", re.ASCII)
@@ -59,7 +60,12 @@ class Reader:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """The tensor's values at `index`: a slice for each axis, its ends within the shape."""
-        return self._slice(name)[index]
+        try:
+            return self._slice(name)[index]
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.file(name)}: tensor {untrusted.shown(name)} cannot be read ({untrusted.clip(str(error))})."
+            ) from error
 
     def _slice(self, name: str) -> Any:
         return self._files[self._owners[name]].get_slice(name)
@@ -182,7 +188,9 @@ def write_folder(
     for i, names in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         # transformers refuses a file whose metadata does not say that the layout is PyTorch's.
-        save_file({name: tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
+        tensors = {name: tensor(name) for name in names}
+        with storing(folder / file):
+            save_file(tensors, folder / file, metadata={"format": "pt"})
         owners |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": owners}

@@ -71,7 +71,7 @@ def read(folder: Path, name: str) -> Section:
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}.")
-    if (folder / "config.json").exists() and "axes" in json.loads((folder / "config.json").read_text()):
+    if (folder / "config.json").exists() and "axes" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         return _ablation(folder, name)
     if (folder / "result.json").exists():
         return _run(folder, name)
@@ -87,13 +87,15 @@ def _section(folder: Path, name: str, kind: str, config: Any, **parts: Any) -> S
     defaults: dict[str, Any] = dict(cards=(), generations=(), workdirs=())
     return Section(
         name=name, kind=kind, config=json.dumps(config, indent=2),
-        environment=json.loads(environment.read_text()) if environment.exists() else {},
-        tables=tuple(path.read_text() for path in [folder / "table.md"] if path.exists()), **defaults | parts,
+        environment=json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {},
+        tables=tuple(path.read_text(encoding="utf-8") for path in [folder / "table.md"] if path.exists()), **defaults | parts,
     )  # fmt: skip
 
 
 def _run(folder: Path, name: str) -> Section:
-    config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
+    config, result = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "result.json")
+    )
     teacher, before, after = result.get("teacher", {}), result["before"], result["after"]
     tokens = comparison.over_tokens(folder)[-1][0]
     verdict = [f"{config['steps']:,} steps, {tokens:,.0f} tokens that the loss counted."]
@@ -157,7 +159,7 @@ def _evaluation(folder: Path, name: str) -> Section:
 
 
 def _ablation(folder: Path, name: str) -> Section:
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     lines, columns = _lines_of(folder / "results.jsonl"), config["metrics"]
     groups = comparison.grouped(lines)
     verdict = [f"{len(lines)} runs of {len(groups)} points are finished."]

@@ -70,7 +70,7 @@ def replay(path):
 
 def results(args):
     with contextlib.suppress(FileNotFoundError):
-        return [json.loads(line) for line in (args.state / "results.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (args.state / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     return []
 
 

@@ -40,7 +40,7 @@ class Bench:
             if name not in self._right:
                 self._right[name] = path.read_bytes() if path.exists() else None
             path.write_bytes(content)
-        self.current.write_text("\n".join(files))
+        self.current.write_text("\n".join(files), encoding="utf-8")
         started, wrong, outcome = time.perf_counter(), "", "loaded"
         try:
             self.reader.read(self.folder, files)
@@ -95,7 +95,7 @@ def keep(path, files, wrong):
 
 def kept(path):
     """The files of an input that `keep` wrote."""
-    return {name: unpacked(content) for name, content in json.loads(path.read_text())["files"].items()}
+    return {name: unpacked(content) for name, content in json.loads(path.read_text(encoding="utf-8"))["files"].items()}
 
 
 def packed(content):

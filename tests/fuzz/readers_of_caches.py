@@ -89,7 +89,10 @@ class TeacherCache:
     def inputs(self, folder):
         choices = []
         for kind in KINDS:
-            manifest, part = json.loads((folder / kind / files.MANIFEST).read_text()), "train/000001.array_record"
+            manifest, part = (
+                json.loads((folder / kind / files.MANIFEST).read_text(encoding="utf-8")),
+                "train/000001.array_record",
+            )
             spoilt = {
                 files.MANIFEST: documents(manifest, (*manifest, *manifest["splits"]["train"]), self.values),
                 part: ArrayRecord._bytes((folder / kind / part).read_bytes())

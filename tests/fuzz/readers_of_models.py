@@ -63,7 +63,7 @@ class Index(Safetensors):
     def inputs(self, folder):
         folder = folder / "several"
         names = sorted(file.name for file in folder.glob("*.safetensors"))
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
         keys = (*index["weight_map"], "weight_map", "metadata", "__metadata__")
         paths = (*names, *names, "../one/model.safetensors", "config.json", ".", "nul\x00.safetensors", "x" * 300)
         listed = documents(index, keys=keys, values=paths).map(
@@ -103,7 +103,7 @@ class Config:
         choices = []
         for family in sorted(file.name for file in folder.iterdir()):
             one, two = (
-                documents(json.loads((folder / family / name).read_text()), self.keys, self.values)
+                documents(json.loads((folder / family / name).read_text(encoding="utf-8")), self.keys, self.values)
                 for name in ("config.json", "generation_config.json")
             )
             names = f"{family}/config.json", f"{family}/generation_config.json"

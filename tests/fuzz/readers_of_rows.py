@@ -68,7 +68,9 @@ class ArrayRecord:
     def inputs(self, folder):
         folder = folder / self.place
         (records,) = (file for file in folder.iterdir() if "array_record" in file.name)
-        info, features = (json.loads((folder / name).read_text()) for name in ("dataset_info.json", "features.json"))
+        info, features = (
+            json.loads((folder / name).read_text(encoding="utf-8")) for name in ("dataset_info.json", "features.json")
+        )
         values = (
             "20",
             "19",

@@ -63,9 +63,9 @@ class TokenizerFiles:
                 "pad_token": None,
                 "chat_template": "{{ messages }}",
             }
-            (folder / name / "tokenizer_config.json").write_text(json.dumps(named))
+            (folder / name / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
             ids = {"eos_token_id": [1, 0], "bos_token_id": 0, "pad_token_id": 2}
-            (folder / name / "config.json").write_text(json.dumps(ids))
+            (folder / name / "config.json").write_text(json.dumps(ids), encoding="utf-8")
 
     def inputs(self, folder):
         keys = (
@@ -85,7 +85,7 @@ class TokenizerFiles:
         choices = []
         for name in sorted(file.name for file in folder.iterdir()):
             for file in ("tokenizer.json",) * 3 + ("tokenizer_config.json", "config.json"):
-                base = json.loads((folder / name / file).read_text())
+                base = json.loads((folder / name / file).read_text(encoding="utf-8"))
                 # Where the ids come from config.json, tokenizer_config.json is not to name the tokens.
                 more = {} if file != "config.json" else {f"{name}/tokenizer_config.json": b"{}"}
                 choices.append(
@@ -102,7 +102,7 @@ class TokenizerFiles:
                 choices.append(changed.map(lambda content, path=f"{name}/{file}": {path: content}))
         choices *= 3
         for name, fields, model in self.slow:
-            base = json.loads((folder / name / "tokenizer.json").read_text()) | fields
+            base = json.loads((folder / name / "tokenizer.json").read_text(encoding="utf-8")) | fields
             base["model"] |= model
             changed = documents(base, (*base, *keys), self.values)
             choices.append(changed.map(lambda content, path=f"{name}/tokenizer.json": {path: content}))

@@ -49,7 +49,7 @@ class Shards:
         self.left = [later for later in self.left if later > shard] if wrong else []
         if wrong:
             print(f"{self.name}, shard {shard}, input {inputs}: {wrong}", flush=True)
-            names = (Path(self.folder.name) / "current").read_text().split("\n") if inputs else []
+            names = (Path(self.folder.name) / "current").read_text(encoding="utf-8").split("\n") if inputs else []
             files = {name: (Path(self.folder.name) / "files" / name).read_bytes() for name in names}
             keep(self.args.state / "found" / self.name / f"{self.args.seed}-{shard}-{inputs}-last.json", files, wrong)
             line = dict(
@@ -66,7 +66,7 @@ class Shards:
         if not clock:
             return 0.0
         try:
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
             used = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK") - own
         except OSError:  # it has just ended
             used = 0.0
@@ -81,7 +81,7 @@ def work(args, name, shards, folder, began, counts):
     os.dup2(silence, 2)  # and the panics of Rust
     bench = Bench(name, folder)
     bench.fuzz(args["seed"], 20)  # warm: libraries are loaded, and threads have their stacks
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     limit = int(status["VmSize"].split()[0]) * 1024 + args["memory"] * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -110,5 +110,5 @@ def work(args, name, shards, folder, began, counts):
 
 
 def write(state, line):
-    with (state / "results.jsonl").open("a") as file:
+    with (state / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
