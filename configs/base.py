@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.steps = 1000  # updates
     config.microbatches = 1  # parts that a batch is worked through in; changes memory, not numbers
     config.optimizer = ConfigDict({"name": "adamw", "weight_decay": 0.01})  # spec: optax
+    config.optimizer.no_decay = ()  # patterns of parameters that do not decay, such as ('*norm*', '*bias')
     config.learning_rate = cosine(config, 5e-4)  # spec: kd_jax.schedules
     config.clip_norm = 1.0  # largest norm of the gradient; 0: no clipping
 

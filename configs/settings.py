@@ -72,8 +72,9 @@ def dolly_smollm2(config: ConfigDict) -> None:
 def dolly_gpt2(config: ConfigDict) -> None:
     """GPT-2 XL to GPT-2 on databricks-dolly-15k with the hyper-parameters of MiniLLM's and DistiLLM's scripts.
 
-    20 epochs of about 12,500 rows in batches of 32 (8 on each of 4 devices), AdamW at 5e-4 with decay 0.01, a cosine to
-    1e-7 without warm-up, clipping at 1; prompts of up to 256 tokens out of 512. Both models are fine-tuned on Dolly
+    20 epochs of about 12,500 rows in batches of 32 (8 on each of 4 devices), AdamW at 5e-4 with decay 0.01 of all but
+    biases and the parameters of norms, a cosine to 1e-7 without warm-up, clipping at 1; prompts of up to 256 tokens out of
+    512. Both models are fine-tuned on Dolly
     first, such as
 
     python -m kd_jax.main --config=configs/sft.py:dolly_gpt2 --config.teacher.path= --config.student.path=FOLDER-OF-GPT-2
@@ -82,6 +83,7 @@ def dolly_gpt2(config: ConfigDict) -> None:
     config.teacher.path = "models/gpt2-xl-dolly"
     config.student.init = "pretrained"
     config.student.path = "models/gpt2-dolly"
+    config.optimizer.no_decay = ("*norm*", "*bias")
     config.student.dtype = "bfloat16"
     config.teacher.dtype = "bfloat16"
     config.seed = 10

@@ -14,6 +14,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from kd_jax import command_help
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_help.answer("ablate", sys.argv)
+
 from absl import app, flags, logging
 
 from kd_jax import command, comparison, directory, main, metrics, plots, remote, report, setup_identity, storage, train

@@ -11,6 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kd_jax import command_help
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_help.answer("cache_teacher", sys.argv)
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -27,7 +27,7 @@ FREE = (
 
 # Keys that earlier versions did not have, each with the value that means what those versions did. The keys of an ablation's
 # base end with these.
-ADDED = {"data.defaults": {}}
+ADDED = {"data.defaults": {}, "data.template_options": {}, "data.system": "", "optimizer.no_decay": []}
 
 
 def check(workdir: str, config: dict[str, Any]) -> None:

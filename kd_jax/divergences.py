@@ -156,18 +156,19 @@ def jensen_shannon(log_p: LogProbs, log_q: LogProbs, *, weight: Weight = 0.5) ->
     """``w KL(p || m) + (1 - w) KL(q || m)`` with ``m = w p + (1 - w) q``.
 
     Always finite, and bounded by the entropy of ``(w, 1 - w)``. Divided by w it tends to ``KL(p || q)`` as w
-    tends to 0, and divided by 1 - w to ``KL(q || p)`` as w tends to 1; at the ends themselves it is 0.
+    tends to 0, and divided by 1 - w to ``KL(q || p)`` as w tends to 1. At the ends themselves it is 0 for all
+    distributions, so that a Python number there is refused.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
       log_q: the student's, normalised.
-      weight: w, the teacher's share of the mixture, in ``[0, 1]``.
+      weight: w, the teacher's share of the mixture, in ``(0, 1)``.
 
     Returns:
       Nats per token, between 0 and ``-w log w - (1 - w) log(1 - w)``.
 
     Raises:
-      ValueError: if ``weight`` is a Python number outside ``[0, 1]``.
+      ValueError: if ``weight`` is a Python number outside ``(0, 1)``.
 
     Example:
       >>> p, q = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
@@ -178,6 +179,16 @@ def jensen_shannon(log_p: LogProbs, log_q: LogProbs, *, weight: Weight = 0.5) ->
       Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024.
     """
     w = check_fraction("weight", weight)
+    if isinstance(w, float) and w in (0.0, 1.0):
+        limit = (
+            "forward_kl, to which its value over weight tends"
+            if w == 0
+            else "reverse_kl, to which its value over 1 - weight tends"
+        )
+        raise ValueError(
+            f"weight={weight!r} makes the Jensen-Shannon divergence 0 for all distributions, without any gradient. Use {limit}, or "
+            f"a weight between 0 and 1. (At 0 the limit is forward_kl, at 1 it is reverse_kl.)"
+        )
     of_p, of_q = mixture_kl_entries(log_p, log_q, w)
     w = over_vocab(w)
     return jnp.sum(weigh(w, of_p) + weigh(1 - w, of_q), axis=-1)
@@ -191,13 +202,13 @@ def skew_forward_kl(log_p: LogProbs, log_q: LogProbs, *, skew: Weight = 0.1) -> 
     Args:
       log_p: the teacher's log-probabilities, normalised.
       log_q: the student's, normalised.
-      skew: s, in ``[0, 1]``; 0 is forward KL.
+      skew: s, in ``[0, 1)``; 0 is forward KL.
 
     Returns:
       Nats per token, between 0 and ``-log s``.
 
     Raises:
-      ValueError: if ``skew`` is a Python number outside ``[0, 1]``.
+      ValueError: if ``skew`` is a Python number outside ``[0, 1)``.
 
     Example:
       >>> p, q = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
@@ -207,7 +218,13 @@ def skew_forward_kl(log_p: LogProbs, log_q: LogProbs, *, skew: Weight = 0.1) -> 
     References:
       Ko et al., `DistiLLM <https://arxiv.org/abs/2402.03898>`_, 2024.
     """
-    return jnp.sum(mixture_kl_entries(log_p, log_q, check_fraction("skew", skew))[0], axis=-1)
+    s = check_fraction("skew", skew)
+    if isinstance(s, float) and s == 1:
+        raise ValueError(
+            f"skew={skew!r} makes a skewed KL divergence 0 for all distributions, without any gradient: it compares a distribution "
+            f"with itself. Use a skew below 1; with 0 it is forward_kl or reverse_kl."
+        )
+    return jnp.sum(mixture_kl_entries(log_p, log_q, s)[0], axis=-1)
 
 
 def skew_reverse_kl(log_p: LogProbs, log_q: LogProbs, *, skew: Weight = 0.1) -> PerToken:
@@ -219,13 +236,13 @@ def skew_reverse_kl(log_p: LogProbs, log_q: LogProbs, *, skew: Weight = 0.1) -> 
     Args:
       log_p: the teacher's log-probabilities, normalised.
       log_q: the student's, normalised.
-      skew: s, in ``[0, 1]``; 0 is reverse KL.
+      skew: s, in ``[0, 1)``; 0 is reverse KL.
 
     Returns:
       Nats per token, between 0 and ``-log s``.
 
     Raises:
-      ValueError: if ``skew`` is a Python number outside ``[0, 1]``.
+      ValueError: if ``skew`` is a Python number outside ``[0, 1)``.
 
     Example:
       >>> p, q = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])

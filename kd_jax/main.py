@@ -14,6 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from kd_jax import command_help
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    command_help.answer("main", sys.argv)
+
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -209,6 +214,8 @@ def parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         if "Error whilst parsing config file" in str(error):
             sys.exit(f"kd_jax: {_of_config(error)}")
+        if "must have a value other than None" in str(error):
+            sys.exit(f"kd_jax: {command_help.missing(Path(argv[0]).stem)}")
         takes = f"the key takes {EXPECTED[ConfigDict]}."
         said = re.sub(r"Failed to parse .* as a ConfigDict: .*", lambda _: takes, str(error), flags=re.DOTALL)
         sys.exit(f"kd_jax: {said.removeprefix('flag ')}")

@@ -95,11 +95,11 @@ def build(spec: Spec, module: ModuleType, **defaults: Any) -> Any:
       0.5
     """
     factory, keywords = look_up(spec, module, positional=False, **defaults)
-    return factory(**{name: _build_nested(value, module) for name, value in keywords.items()})
+    return factory(**build_nested(keywords, module))
 
 
 def look_up(
-    spec: Spec, module: ModuleType, *, positional: bool, **defaults: Any
+    spec: Spec, module: ModuleType, *, positional: bool, beside: tuple[str, ...] = (), **defaults: Any
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The function a spec names, and its keywords, both checked against the module and the signature.
 
@@ -108,6 +108,7 @@ def look_up(
       module: where to look the name up.
       positional: True if the required positional parameters are arrays to be given later, so that a spec may
         not name them; False if they are keywords that the spec has to give.
+      beside: keywords that a spec may have beside those of the function.
       **defaults: keywords for what the spec leaves out.
 
     Returns:
@@ -136,10 +137,10 @@ def look_up(
     arrays = _array_parameters(function) if positional else []
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     options = {p.name: p.default for p in parameters if p.kind in by_name and p.name not in arrays}
-    unknown = [keyword for keyword in keywords if keyword not in options]
+    unknown = [keyword for keyword in keywords if keyword not in options and keyword not in beside]
     if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters):
-        where = f"in the spec {_show(spec)}{nearest(unknown[0], options)}"
-        takes = f"{name} takes {', '.join(options) or 'no keywords'}"
+        where = f"in the spec {_show(spec)}{nearest(unknown[0], [*options, *beside])}"
+        takes = f"{name} takes {', '.join([*options, *beside]) or 'no keywords'}"
         hint = "" if isinstance(spec, str) else f"; the name as a call, '{name}()', leaves out what stands beside it"
         raise ValueError(f"unknown keyword {unknown[0]!r} {where}; {takes}{hint}.")
     missing = [o for o, default in options.items() if default is inspect.Parameter.empty and o not in keywords]
@@ -151,6 +152,11 @@ def look_up(
             kind = "true or false" if isinstance(default, bool) else "a number"
             raise ValueError(f"{keyword}={value!r} in the spec {_show(spec)} must be {kind}, such as {default!r}.")
     return function, keywords
+
+
+def build_nested(keywords: Mapping[str, Any], module: ModuleType) -> dict[str, Any]:
+    """Keywords with what their own specs build, as in `build`."""
+    return {name: _build_nested(value, module) for name, value in keywords.items()}
 
 
 def names(module: ModuleType) -> list[str]:

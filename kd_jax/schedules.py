@@ -175,6 +175,10 @@ class distillm2_skew:
     ):
         self.reference_steps = check_number("reference_steps", reference_steps, low=1)
         self.base = check_number("base", base, 0.0, 1.0)
+        if self.base == 1:
+            raise ValueError(
+                "base must be below 1: with a skew of 1 the assistant is the very model that it is compared with."
+            )
         self.low = check_number("low", low, 0.0, self.base)
         if rows not in ("teacher", "student"):
             raise ValueError(f"rows must be 'teacher' or 'student', but is {rows!r}.")

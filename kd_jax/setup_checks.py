@@ -4,10 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kd_jax import resolve
 from kd_jax.objectives import Term
+from kd_jax.policy_gradient import Scores
 from kd_jax.prefixes import Source
+
+LEAST_GRADIENT = 1e-12  # of a term's loss, times its coefficient; smaller ones vanish in an optimiser's epsilon
 
 
 def check_term(config: Any, source: Source, term: Term) -> None:
@@ -18,13 +22,14 @@ def check_term(config: Any, source: Source, term: Term) -> None:
             f"objective.terms.{term.name}.rows={term.rows!r} counts no row: prefixes.name={name_of(config.prefixes)!r} gives "
             f"rows of {', '.join(source.origins)}, and text.name={config.text.name!r}."
         )
-    if term.weight.init() == ():  # or it keeps itself in range
-        weights = jax.vmap(lambda step: term.weight((), step=step))(jnp.arange(config.steps))
-        if not -1e-6 <= weights.min() <= weights.max() <= 1 + 1e-6:
-            raise ValueError(
-                f"objective.terms.{term.name}.weight goes from {weights.min():g} to {weights.max():g} in {config.steps} steps; it "
-                f"has to stay between 0 and 1."
-            )
+    check_authors(config, source, term)
+    weights = over_steps(term.weight, config.steps)
+    if weights is not None and not -1e-6 <= weights.min() <= weights.max() <= 1 + 1e-6:
+        raise ValueError(
+            f"objective.terms.{term.name}.weight goes from {weights.min():g} to {weights.max():g} in {config.steps} steps; it "
+            f"has to stay between 0 and 1."
+        )
+    check_gradient(config, term)
     if term.signals is None:
         return
     if term.rows != "student" and (term.rows != "all" or source.origins != ("student",)):
@@ -38,6 +43,109 @@ def check_term(config: Any, source: Source, term: Term) -> None:
         raise ValueError(
             f"objective.terms.{term.name} weighs what was drawn by its probability under the whole distribution, but "
             f"sampling.top_p={sampling.top_p} and sampling.top_k={sampling.top_k} draw from a part of it; set 1.0 and 0."
+        )
+
+
+def over_steps(schedule: Any, steps: int) -> np.ndarray | None:
+    """The values of a schedule in each step of a run; None where they follow the losses."""
+    if schedule.init() != ():
+        return None
+    return np.asarray(jax.vmap(lambda step: schedule((), step=step))(jnp.arange(steps)))
+
+
+def check_authors(config: Any, source: Source, term: Term) -> None:
+    """Checks that a mixture whose share has a schedule gives rows of the author that a term counts."""
+    fraction = getattr(source, "fraction", None)
+    shares = over_steps(fraction, config.steps) if hasattr(fraction, "init") else None
+    unused = {"student": 0.0, "data": 1.0}.get(term.rows)
+    if shares is not None and unused is not None and np.all(shares == unused):
+        raise ValueError(
+            f"objective.terms.{term.name}.rows={term.rows!r} counts no row: prefixes.fraction is {unused:g} for the whole run."
+        )
+
+
+def check_gradient(config: Any, term: Term) -> None:
+    """Checks that the loss of a term depends on the student in some step of the run.
+
+    Raises:
+      ValueError: the term is constant, with the setting that makes it so, as far as that is known.
+    """
+    name, spec, steps = f"objective.terms.{term.name}", config.objective.terms[term.name], config.steps
+    coefficients, weights = over_steps(term.coefficient, steps), over_steps(term.weight, steps)
+    if coefficients is not None and not np.all(np.isfinite(coefficients)):
+        raise ValueError(f"{name}.coefficient is not finite in step {int(np.argmin(np.isfinite(coefficients)))}.")
+    if coefficients is not None and not np.any(coefficients):
+        raise ValueError(
+            f"{name}.coefficient is 0 for the whole run of {steps} steps, so that the term has no effect. Give it another "
+            f"coefficient, or take the term out of objective.terms."
+        )
+    pair = tuple(spec.pair)
+    if spec.kind == "divergence" and "assistant" in pair and weights is not None:
+        end, other = (1, "teacher") if "teacher" in pair else (0, "student")
+        if np.all(weights == end):
+            raise ValueError(
+                f"{name}.weight is {end} for the whole run: the assistant is then the {other} itself, and pair={pair} compares the "
+                f"{other} with itself, so that the loss is 0. Choose a weight that is {'below 1' if end else 'above 0'}, or "
+                f"pair=('teacher', 'student'), and assistant.name='none' and weight=0.0 with it."
+            )
+    if not term.needs_teacher:  # the cross-entropy always has a gradient
+        return
+    largest = 1.0 if coefficients is None else float(np.abs(coefficients).max())
+    tried = (
+        [0.5] if weights is None else sorted({float(weights.min()), float(np.median(weights)), float(weights.max())})
+    )
+    if largest * max(_gradient(term, weight, config) for weight in tried) < LEAST_GRADIENT:
+        what = (
+            f"policy={dict(spec.policy)}"
+            if spec.kind == "policy_gradient"
+            else f"divergence={spec.divergence}, pair={pair}"
+        )
+        also = (
+            f" and sampling.max_new_tokens={config.sampling.max_new_tokens}" if spec.kind == "policy_gradient" else ""
+        )
+        raise ValueError(
+            f"{name} does not depend on the student: between distributions that differ its gradient is 0, or below "
+            f"{LEAST_GRADIENT:g}. It has {' '.join(what.split())}{also}, at objective.temperature={config.objective.temperature}."
+        )
+
+
+def _gradient(term: Term, weight: float, config: Any) -> float:
+    """The largest entry of the gradient of a term's loss with respect to a student's logits, for distributions that differ."""
+    rows, length, vocabulary = 2, 4, 8
+    teacher, student = np.random.default_rng(0).normal(scale=2.0, size=(2, rows, length, vocabulary)).astype(np.float32)
+    target = jnp.asarray(teacher.argmin(-1))
+    counted = jnp.broadcast_to(jnp.arange(length) < config.sampling.max_new_tokens, (rows, length))
+    temperature = config.objective.temperature
+    numbers = [schedule(schedule.init(), step=jnp.asarray(0)) for schedule in term.numbers]
+    picked = lambda log_probs: jnp.take_along_axis(log_probs, target[..., None], -1)[..., 0]
+
+    def gradient(teacher: jax.Array, student: jax.Array) -> jax.Array:
+        log_p, log_q = (jax.nn.log_softmax(logits / temperature) for logits in (teacher, student))
+        scores = Scores(picked(log_p), picked(log_q), picked(log_q), counted)
+        signals = term.signals(scores) if term.signals else ()
+
+        def total(student: jax.Array) -> jax.Array:
+            log_q, weights = jax.nn.log_softmax(student / temperature), jnp.full((rows, length), weight)
+            return jnp.where(counted, term.loss(log_p, log_q, target, weights, *numbers, *signals), 0).sum()
+
+        return jnp.nan_to_num(jnp.abs(jax.grad(total)(student))).max()
+
+    return float(gradient(jnp.asarray(teacher), jnp.asarray(student)))
+
+
+def check_learning_rate(schedule: Any, steps: int) -> None:
+    """Checks that a learning rate is finite and not negative in each step, and above 0 in some.
+
+    Raises:
+      ValueError: it is not.
+    """
+    rates = np.asarray(jax.vmap(schedule)(jnp.arange(steps)))
+    if np.any(wrong := ~(np.isfinite(rates) & (rates >= 0))):
+        step = int(np.argmax(wrong))
+        raise ValueError(f"learning_rate is {rates[step]:g} in step {step}; it has to be finite and not negative.")
+    if not np.any(rates):
+        raise ValueError(
+            f"learning_rate is 0 for the whole run of {steps} steps, so that nothing is trained; raise it."
         )
 
 

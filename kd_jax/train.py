@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from etils import epath
 
 from kd_jax import (
@@ -33,8 +32,10 @@ from kd_jax import (
 from kd_jax.data.counts import sentence, warnings
 from kd_jax.feed import Feed
 from kd_jax.objectives import Term, make_terms
+from kd_jax.optimizer import make_optimizer
 from kd_jax.setup import Models, check_mesh, check_numbers, load_models, load_tokenizer
 from kd_jax.setup_cache import kept_rows, open_cache
+from kd_jax.setup_checks import check_learning_rate
 from kd_jax.setup_rows import (
     batch_options,
     check_length,
@@ -140,9 +141,8 @@ def build(config: Any) -> Run:
         raise ValueError(
             f"learning_rate={config.learning_rate.name!r} follows the loss; a learning rate follows the step."
         )
-    tx = resolve.build(config.optimizer, optax, learning_rate=learning_rate)
-    if config.clip_norm:
-        tx = optax.chain(optax.clip_by_global_norm(resolve.check_number("clip_norm", config.clip_norm, 0.0)), tx)
+    check_learning_rate(learning_rate, config.steps)
+    tx = make_optimizer(config.optimizer, learning_rate, config.clip_norm)
     mesh = sharding.make_mesh(**config.mesh)
     check_mesh(config, mesh)
     cache = open_cache(config, terms, source)

@@ -1,6 +1,7 @@
 """The command line: what a user sees when a flag is wrong."""
 
 import copy
+import importlib
 import operator
 import os
 import subprocess
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from kd_jax import main, train
+from configs import base
+from kd_jax import command_help, directory, main, train
 from kd_jax.value_types import whole_number
-from tests.runs import smoke
+from tests.runs import METHODS, smoke
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,8 +49,8 @@ def test_a_wrong_flag_is_one_paragraph(flags, words, tmp_path):
 def parsed(monkeypatch):
     """Parses flags on top of the smoke setting of forward KL, in this process, and returns the config."""
 
-    def parse(*given):
-        argv = ["main", "--config=configs/forward_kl.py:smoke", "--workdir=nowhere", *given]
+    def parse(*given, workdir=("--workdir=nowhere",)):
+        argv = ["main", "--config=configs/forward_kl.py:smoke", *workdir, *given]
         monkeypatch.setattr(sys, "argv", argv)
         values = copy.deepcopy(flags.FLAGS)
         with monkeypatch.context() as patch:
@@ -133,3 +135,64 @@ def test_values_of_the_wrong_type_that_ml_collections_lets_through_are_refused(c
     with pytest.raises(ValueError) as error:
         train.build(config)
     assert words in str(error.value)
+
+
+def call(command, *given, environment=None):
+    """A command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", f"kd_jax.{command}", *given], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("command", command_help.EXAMPLES)
+@pytest.mark.parametrize("flag", ["--help", "--helpshort"])
+def test_help_is_there_without_jax_and_without_a_work_directory(command, flag, tmp_path):
+    (tmp_path / "jax.py").write_text("raise SystemExit('jax was imported')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = call(command, flag, environment=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: python -m kd_jax.{command} --config=configs/")
+    assert done.stdout.count(f"\n  python -m kd_jax.{command} --config=") == 3
+    alone = call(command, environment=environment)
+    folder = "out" if command == "cache_teacher" else "workdir"
+    assert alone.returncode == 1 and alone.stderr.startswith(f"kd_jax: --config and --{folder} are needed")
+    assert alone.stderr.count("\n") == 1 and not alone.stdout
+
+
+def test_the_help_has_every_method_setting_key_and_flag():
+    said = command_help.text("main")
+    for name in (*METHODS, "quickstart"):
+        doc = importlib.import_module(f"configs.{name}").__doc__
+        assert f"\n  {name}\n      {' '.join(doc.split())[:40]}" in said, name
+    for setting in ("docstrings", "smoke", "dolly_smollm2", "dolly_gpt2"):
+        assert f"\n  {setting}\n" in said
+    declared = directory.flat(base.get_config().to_dict()) | directory.flat(
+        {"objective.terms.NAME": base.term().to_dict()}
+    )
+    specs = ("optimizer", "learning_rate", "prefixes", "divergence", "assistant")
+    for key in declared:
+        shown = next((key[: key.index(spec) + len(spec)] for spec in specs if f".{spec}." in f".{key}."), key)
+        assert f"\n  --config.{shown}\n" in said, key
+    assert "--config.steps\n      updates [1000]\n" in said and "[adamw(no_decay=(), weight_decay=0.01)]" in said
+    assert "  --processes\n" in said and "base\n" not in said.partition("Settings")[0]
+    assert "  --k\n      Tokens kept, or drawn, at each token, with kind top_k or samples. [64]" in command_help.text(
+        "cache_teacher"
+    )
+    assert "  --shard\n" in command_help.text("ablate") and "\n  capacity_gap\n" in command_help.text("ablate")
+
+
+@pytest.mark.parametrize("command", command_help.EXAMPLES)
+def test_the_examples_name_files_that_are_there(command):
+    for example in command_help.EXAMPLES[command]:
+        assert (ROOT / example.split()[0].removeprefix("--config=").partition(":")[0]).exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "replay", "report"])
+def test_the_help_of_the_other_commands_ends_well(command):
+    done = call(command, "--help")
+    assert (done.returncode, done.stderr) == (0, "") and f"python -m kd_jax.{command}" in done.stdout
+
+
+def test_a_work_directory_that_is_missing_is_asked_for(parsed):
+    with pytest.raises(SystemExit, match="kd_jax: --config and --workdir are needed"):
+        parsed(workdir=())

@@ -1,0 +1,186 @@
+"""What --help prints: usage, methods, settings and keys, read from the files that declare them.
+
+Nothing here imports JAX, so that the help of a command is there before the imports of the command, which take seconds.
+"""
+
+import ast
+import re
+import sys
+import textwrap
+import tokenize
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ASKED = {"-h", "-help", "--help", "-helpshort", "--helpshort", "-helpfull", "--helpfull"}
+NO_METHODS = ("__init__", "base", "settings", "table")
+WIDTH = 110
+KEYS_ELSEWHERE = "The keys of a config, with their defaults and meanings: python -m kd_jax.main --help"
+EXAMPLES = {
+    "main": (
+        "--config=configs/quickstart.py --workdir=runs/quickstart",
+        "--config=configs/gkd.py:smoke --workdir=runs/mine --config.steps=1e3 --config.data.batch_size=16",
+        "--config=configs/forward_kl.py --workdir=runs/yours --config.data.name=jsonl --config.data.options.path=FILE.jsonl",
+    ),
+    "ablate": (
+        "--config=configs/ablations/divergences.py --workdir=runs/divergences",
+        '--config=configs/ablations/schedules.py:smoke --workdir=runs/schedules --config.seeds="(0,)" --config.base.steps=10',
+        "--config=configs/ablations/divergences.py --workdir=runs/divergences --table",
+    ),
+    "cache_teacher": (
+        "--config=configs/forward_kl.py --out=runs/teacher",
+        "--config=configs/reverse_kl.py --out=runs/top --kind=top_k --k=64",
+        "--config=configs/forward_kl.py:smoke --out=runs/drawn --kind=samples --k=50",
+    ),
+}
+
+
+def answer(command: str, argv: list[str]) -> None:
+    """Ends the process with the help of a command if the arguments ask for it, or with what is missing if there are none.
+
+    Args:
+      command: main, ablate or cache_teacher.
+      argv: the command line, with the name of the program first.
+    """
+    if ASKED & set(argv[1:]):
+        print(text(command))
+        sys.exit(0)
+    if len(argv) == 1:
+        sys.exit(f"kd_jax: {missing(command)}")
+
+
+def missing(command: str) -> str:
+    """The sentence for a command line without the flags that a command needs."""
+    folder = "out" if command == "cache_teacher" else "workdir"
+    command = command if command in EXAMPLES else "main"
+    return (
+        f"--config and --{folder} are needed: which config is run, and where the results go. For example: python -m "
+        f"kd_jax.{command} {EXAMPLES[command][0]}. With --help the methods, the settings and all keys are listed."
+    )
+
+
+def text(command: str) -> str:
+    """The help of a command."""
+    path = Path(__file__).parent / f"{command}.py"
+    usage, _, about = (_docstring(path) or "").partition("\n")
+    flags = (
+        dict(own_flags(path))
+        if command == "main"
+        else dict(own_flags(path.with_name("main.py"))) | dict(own_flags(path))
+    )
+    if command == "cache_teacher":
+        flags = {("out" if name == "workdir" else name): its for name, its in flags.items()}
+        flags["out"] = "The folder of the cache; it is made if it does not exist."
+    parts = [f"usage: {usage.strip()}", about.strip(), _section("Flags", flags, "--")]
+    if command == "ablate":
+        parts.append(_section("Ablations: --config=configs/ablations/NAME.py", first_sentences(CONFIGS / "ablations")))
+        parts.append(
+            "--config.base.KEY=VALUE changes a key of every run, --config.seeds and --config.metrics those of the table."
+        )
+    else:
+        parts.append(_section("Methods: --config=configs/NAME.py", first_sentences(CONFIGS)))
+        parts.append(_section("Settings: --config=configs/METHOD.py:NAME", dict(settings())))
+    if command == "main":
+        parts += [_section(title, its, "--config.") for title, its in keys()]
+    else:
+        parts.append(KEYS_ELSEWHERE)
+    examples = "\n".join(f"  python -m kd_jax.{command} {example}" for example in EXAMPLES[command])
+    return "\n\n".join(part for part in [*parts, f"Examples\n{examples}"] if part)
+
+
+def first_sentences(folder: Path) -> dict[str, str]:
+    """The config files of a folder, each with the first sentence of its docstring."""
+    files = sorted(path for path in folder.glob("*.py") if path.stem not in NO_METHODS)
+    return {path.stem: first_sentence(_docstring(path) or "") for path in files}
+
+
+def settings() -> Iterator[tuple[str, str]]:
+    """The settings with the first sentences of their docstrings."""
+    for node in ast.parse((CONFIGS / "settings.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name != "get":
+            yield node.name, first_sentence(ast.get_docstring(node) or "")
+
+
+def keys() -> Iterator[tuple[str, dict[str, str]]]:
+    """The declared keys by section, each with its default and the comment beside it in configs/base.py."""
+    if str(CONFIGS.parent) not in sys.path:
+        sys.path.append(str(CONFIGS.parent))
+    from configs import base
+
+    path = CONFIGS / "base.py"
+    functions = {
+        node.name: node
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    comments, config = _comments(path), base.get_config()
+    declared: dict[str, str] = {}
+    for node in functions["get_config"].body:
+        name = ast.unparse(node.targets[0]).removeprefix("config.") if isinstance(node, ast.Assign) else ""
+        if comment := comments.get(node.end_lineno or 0) if name else None:
+            value = _look_up(config, name)
+            is_section = hasattr(value, "keys") and name.rpartition(".")[2] not in base.OPEN
+            declared[name] = comment if is_section else _with_default(value, comment)
+    yield "Keys of a config, with their defaults", declared
+    place = "objective.terms.NAME."
+    for function, title in (("term", "Keys of each term"), ("policy", "Keys of a term's policy gradient")):
+        place += "policy." if function == "policy" else ""
+        defaults = getattr(base, function)()
+        found = next(node for node in ast.walk(functions[function]) if isinstance(node, ast.Dict))
+        names = {ast.literal_eval(key): comments.get(key.lineno, "") for key in found.keys if key is not None}
+        yield (
+            title,
+            {f"{place}{name}": _with_default(defaults[name], its) for name, its in names.items() if name != "policy"},
+        )
+
+
+def own_flags(path: Path) -> Iterator[tuple[str, str]]:
+    """The flags that a module defines with absl, with their defaults and help texts."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("DEFINE"):
+            constants = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            if len(constants) > 2:
+                name, default, meaning = constants[0], constants[1], constants[-1]
+                yield str(name), _with_default(default, str(meaning)) if default not in (None, "") else str(meaning)
+
+
+def first_sentence(docstring: str) -> str:
+    """The first sentence of a docstring, on one line."""
+    paragraph = " ".join(docstring.split("\n\n")[0].split())
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph, maxsplit=1)[0]
+
+
+def _docstring(path: Path) -> str | None:
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def _comments(path: Path) -> dict[int, str]:
+    """The comment at the end of each line that has one."""
+    with path.open("rb") as file:
+        tokens = [token for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT]
+    return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.line.strip() != token.string.strip()}
+
+
+def _look_up(config: Any, name: str) -> Any:
+    for key in name.split("."):
+        config = config[key]
+    return config
+
+
+def _with_default(value: Any, meaning: str) -> str:
+    show: Callable[[Any], str] = lambda value: value.to_json() if hasattr(value, "to_json") else repr(value)
+    if hasattr(value, "keys") and "name" in value:  # a spec, as a flag may give it
+        others = ", ".join(f"{key}={show(value[key])}" for key in value if key != "name")
+        return f"{meaning} [{value['name']}({others})]"
+    return f"{meaning} [{show(value)}]"
+
+
+def _section(title: str, entries: dict[str, str], before: str = "") -> str:
+    lines = [title]
+    for name, meaning in entries.items():
+        lines.append(f"  {before}{name}")
+        lines += textwrap.wrap(
+            meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6, break_long_words=False
+        )
+    return "\n".join(lines)

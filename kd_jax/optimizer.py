@@ -1,0 +1,91 @@
+"""The optimiser of a config: optax's by name, with clipping and the parameters that weight decay spares."""
+
+import fnmatch
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from kd_jax import resolve
+
+MASKS = ("mask", "weight_decay_mask")  # what optax's optimisers call the keyword that chooses what decays
+
+
+def make_optimizer(spec: resolve.Spec, learning_rate: Callable[[Any], Any], clip_norm: float = 0.0) -> Any:
+    """Builds the gradient transformation that `config.optimizer` and `config.clip_norm` describe.
+
+    Args:
+      spec: an optimiser of optax with its keywords. Its keyword `no_decay` is ours: patterns of the parameters that do not decay,
+        as in `decays`.
+      learning_rate: step -> value.
+      clip_norm: the largest norm of the gradient; 0: no clipping.
+
+    Raises:
+      ValueError: an unknown name or keyword, a number out of range, or `no_decay` for an optimiser that has no mask.
+
+    Example:
+      >>> spec = {"name": "adamw", "weight_decay": 0.1, "no_decay": ("*bias",)}
+      >>> params = {"kernel": jax.numpy.ones(2), "bias": jax.numpy.ones(2)}
+      >>> tx = make_optimizer(spec, lambda step: 1.0)
+      >>> updates, _ = tx.update(jax.tree.map(jax.numpy.zeros_like, params), tx.init(params), params)
+      >>> {name: round(float(update[0]), 3) for name, update in updates.items()}
+      {'bias': 0.0, 'kernel': -0.1}
+    """
+    function, keywords = resolve.look_up(
+        spec, optax, positional=False, beside=("no_decay",), learning_rate=learning_rate
+    )
+    patterns = keywords.pop("no_decay", ())
+    if not isinstance(patterns, tuple | list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"optimizer.no_decay={patterns!r} must be a tuple of patterns, such as ('*norm*', '*bias').")
+    if patterns:
+        masks = [name for name in MASKS if name in inspect.signature(function).parameters]
+        if not masks:
+            raise ValueError(
+                f"optimizer.no_decay={tuple(patterns)} needs an optimiser that takes a mask of what decays, and {function.__name__} "
+                f"takes none. Those of optax are {', '.join(_with_masks())}."
+            )
+        keywords[masks[0]] = lambda params: decays(params, tuple(patterns))
+    tx = function(**resolve.build_nested(keywords, optax))
+    if clip_norm:
+        tx = optax.chain(optax.clip_by_global_norm(resolve.check_number("clip_norm", clip_norm, 0.0)), tx)
+    return tx
+
+
+def decays(params: Any, patterns: tuple[str, ...]) -> Any:
+    """The parameters' tree with True for those that weight decay changes, as optax's masks have it.
+
+    Args:
+      params: a tree of parameters.
+      patterns: of the paths of those that do not decay, such as layers/3/attention_norm/scale. In a pattern * stands for any
+        characters, ? for one, and [abc] for one of those, as in `fnmatch`.
+
+    Raises:
+      ValueError: a pattern that matches no parameter, with the paths that there are.
+    """
+    path = lambda keys: jax.tree_util.keystr(keys, simple=True, separator="/")
+    paths = [path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in paths):
+            raise ValueError(
+                f"optimizer.no_decay={pattern!r} matches no parameter. There are {', '.join(_short(paths))}."
+            )
+    spared = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return jax.tree_util.tree_map_with_path(lambda keys, _: not spared(path(keys)), params)
+
+
+def _short(paths: list[str]) -> list[str]:
+    """The paths with one layer in place of all."""
+    return [name for name in paths if not name.startswith("layers/") or name.startswith("layers/0/")]
+
+
+def _with_masks() -> list[str]:
+    """The names of optax's optimisers that can spare parameters."""
+    found = []
+    for name, function in vars(optax).items():  # what is deprecated there is no variable, and would warn
+        if inspect.isfunction(function):
+            parameters = inspect.signature(function).parameters
+            if "learning_rate" in parameters and any(mask in parameters for mask in MASKS):
+                found.append(name)
+    return found
