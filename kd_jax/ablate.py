@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 from absl import app, flags, logging
 
 from kd_jax import command, comparison, directory, main, metrics, plots, remote, report, setup_identity, storage, train
-from kd_jax.setup import check_declared
+from kd_jax.setup_numbers import check_declared
 
 Point = dict[str, Any]  # an axis's label -> its value
 _SHARD = flags.DEFINE_string(

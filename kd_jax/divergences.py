@@ -1,8 +1,8 @@
 """Divergences between two next-token distributions.
 
-Each is ``D(log_p, log_q, *, ...) -> a value per token``, in nats, reduced over the last axis, the vocabulary,
-over which both are normalised. ``p`` is the teacher and ``q`` the student by convention; nothing here depends
-on it. Value and gradient are finite wherever the true value is: entries of no mass (``-inf``) and ``p == q``
+Each is ``D(log_p, log_q, *, ...) -> a value per token``, in nats. ``log_p`` has the teacher's and ``log_q`` the student's
+log-probabilities; nothing here depends on which model is which. Both are normalised over the last axis, the vocabulary,
+over which each function sums. Value and gradient are finite wherever the true value is: entries of no mass (``-inf``) and ``p == q``
 included. Where the true value is infinite so is the value, and the entries that make it so add nothing to the
 gradient.
 """
@@ -37,10 +37,6 @@ def forward_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
     The student is asked to cover everything the teacher may say. It is infinite where the teacher has mass
     and the student has none.
 
-    Args:
-      log_p: the teacher's log-probabilities, normalised.
-      log_q: the student's, normalised.
-
     Returns:
       Nats per token, not negative.
 
@@ -60,10 +56,6 @@ def reverse_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
 
     The student is asked to say only what the teacher may say. It is infinite where the student has mass and
     the teacher has none.
-
-    Args:
-      log_p: the teacher's log-probabilities, normalised.
-      log_q: the student's, normalised.
 
     Returns:
       Nats per token, not negative.
@@ -86,8 +78,6 @@ def mixed_kl(log_p: LogProbs, log_q: LogProbs, *, forward_weight: Weight = 0.5) 
     divergence.
 
     Args:
-      log_p: the teacher's log-probabilities, normalised.
-      log_q: the student's, normalised.
       forward_weight: w, in ``[0, 1]``.
 
     Returns:
@@ -120,8 +110,6 @@ def adaptive_kl(
     minimum of the value need not be a point of rest.
 
     Args:
-      log_p: the teacher's log-probabilities, normalised.
-      log_q: the student's, normalised.
       head_mass: the teacher's mass that makes a head, in ``[0, 1]``.
       include_crossing: whether the token that reaches ``head_mass`` belongs to the head, as in the paper. The
         authors' code leaves it out, unless it is the first.
@@ -160,8 +148,6 @@ def jensen_shannon(log_p: LogProbs, log_q: LogProbs, *, weight: Weight = 0.5) ->
     distributions, so that a Python number there is refused.
 
     Args:
-      log_p: the teacher's log-probabilities, normalised.
-      log_q: the student's, normalised.
       weight: w, the teacher's share of the mixture, in ``(0, 1)``.
 
     Returns:
@@ -179,16 +165,7 @@ def jensen_shannon(log_p: LogProbs, log_q: LogProbs, *, weight: Weight = 0.5) ->
       Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024.
     """
     w = check_fraction("weight", weight)
-    if isinstance(w, float) and w in (0.0, 1.0):
-        limit = (
-            "forward_kl, to which its value over weight tends"
-            if w == 0
-            else "reverse_kl, to which its value over 1 - weight tends"
-        )
-        raise ValueError(
-            f"weight={weight!r} makes the Jensen-Shannon divergence 0 for all distributions, without any gradient. Use {limit}, or "
-            f"a weight between 0 and 1. (At 0 the limit is forward_kl, at 1 it is reverse_kl.)"
-        )
+    _refuse_zero("weight", w, (0.0, 1.0), "At 0 the limit that is meant is forward_kl, at 1 it is reverse_kl")
     of_p, of_q = mixture_kl_entries(log_p, log_q, w)
     w = over_vocab(w)
     return jnp.sum(weigh(w, of_p) + weigh(1 - w, of_q), axis=-1)
@@ -200,8 +177,6 @@ def skew_forward_kl(log_p: LogProbs, log_q: LogProbs, *, skew: Weight = 0.1) -> 
     Forward KL with a floor under the student: never above ``-log s``, and gradients of bounded size.
 
     Args:
-      log_p: the teacher's log-probabilities, normalised.
-      log_q: the student's, normalised.
       skew: s, in ``[0, 1)``; 0 is forward KL.
 
     Returns:
@@ -219,11 +194,7 @@ def skew_forward_kl(log_p: LogProbs, log_q: LogProbs, *, skew: Weight = 0.1) -> 
       Ko et al., `DistiLLM <https://arxiv.org/abs/2402.03898>`_, 2024.
     """
     s = check_fraction("skew", skew)
-    if isinstance(s, float) and s == 1:
-        raise ValueError(
-            f"skew={skew!r} makes a skewed KL divergence 0 for all distributions, without any gradient: it compares a distribution "
-            f"with itself. Use a skew below 1; with 0 it is forward_kl or reverse_kl."
-        )
+    _refuse_zero("skew", s, (1.0,), "Use a skew below 1; with 0 it is forward_kl or reverse_kl")
     return jnp.sum(mixture_kl_entries(log_p, log_q, s)[0], axis=-1)
 
 
@@ -234,8 +205,6 @@ def skew_reverse_kl(log_p: LogProbs, log_q: LogProbs, *, skew: Weight = 0.1) -> 
     would.
 
     Args:
-      log_p: the teacher's log-probabilities, normalised.
-      log_q: the student's, normalised.
       skew: s, in ``[0, 1)``; 0 is reverse KL.
 
     Returns:
@@ -261,10 +230,6 @@ def total_variation(log_p: LogProbs, log_q: LogProbs) -> PerToken:
     Symmetric, bounded, and blind to ratios: small probabilities matter only by their size. Its gradient where
     ``p == q`` is taken as 0.
 
-    Args:
-      log_p: the teacher's log-probabilities, normalised.
-      log_q: the student's, normalised.
-
     Returns:
       A number per token between 0 and 1, without unit.
 
@@ -289,8 +254,6 @@ def alpha_divergence(log_p: LogProbs, log_q: LogProbs, *, alpha: Number) -> PerT
     is always finite.
 
     Args:
-      log_p: the teacher's log-probabilities, normalised.
-      log_q: the student's, normalised.
       alpha: any finite Python number.
 
     Returns:
@@ -325,8 +288,6 @@ def alpha_beta(log_p: LogProbs, log_q: LogProbs, *, alpha: Number, beta: Number)
     are positive.
 
     Args:
-      log_p: the teacher's log-probabilities, normalised.
-      log_q: the student's, normalised.
       alpha: the teacher's exponent, any finite Python number.
       beta: the student's exponent, any finite Python number.
 
@@ -374,3 +335,11 @@ def _head(p: Array, head_mass: float, include_crossing: bool) -> Array:
     if include_crossing:
         return p >= number(crossing)
     return (p > number(crossing)) | (p == highest[..., None])
+
+
+def _refuse_zero(name: str, value: Weight, ends: tuple[float, ...], advice: str) -> None:
+    """Refuses a Python number at which a divergence is 0 for all distributions and has no gradient."""
+    if isinstance(value, float) and value in ends:
+        raise ValueError(
+            f"{name}={value!r} makes this divergence 0 for all distributions, without any gradient. {advice}."
+        )

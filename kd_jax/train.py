@@ -33,9 +33,10 @@ from kd_jax.data.counts import sentence, warnings
 from kd_jax.feed import Feed
 from kd_jax.objectives import Term, make_terms
 from kd_jax.optimizer import make_optimizer
-from kd_jax.setup import Models, check_mesh, check_numbers, load_models, load_tokenizer
+from kd_jax.setup import Models, load_models, load_tokenizer
 from kd_jax.setup_cache import kept_rows, open_cache
 from kd_jax.setup_checks import check_learning_rate
+from kd_jax.setup_numbers import check_mesh, check_numbers
 from kd_jax.setup_rows import (
     batch_options,
     check_length,

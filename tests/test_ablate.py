@@ -8,7 +8,7 @@ import pytest
 
 from configs import forward_kl, reverse_kl
 from configs.ablations import base
-from kd_jax import ablate, comparison, setup
+from kd_jax import ablate, comparison
 from kd_jax.objectives import make_terms
 from kd_jax.setup_rows import make_source
 
@@ -107,7 +107,7 @@ def test_every_point_of_the_ablations_fits_its_base(name):
     for point in ablate.points(config):
         its_own = ablate.configured(config, point, seed=7)
         assert its_own.seed == 7
-        setup.check_numbers(its_own)
+        setup_numbers.check_numbers(its_own)
         make_source(its_own, make_terms(its_own.objective.terms, max_new_tokens=8))
 
 
