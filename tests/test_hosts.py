@@ -216,6 +216,17 @@ def test_another_teacher_stops_both_processes_with_the_same_words(data_dir, tmp_
     assert codes == [1, 1] and all(words in text for text in said), said
 
 
+def test_ctrl_c_at_one_saves_at_all(data_dir, tmp_path):
+    processes = run("pair", LONG, data_dir, tmp_path / "run")
+    wait_for_steps(tmp_path / "run", processes)
+    processes[1].send_signal(signal.SIGINT)
+    codes, said = ended(processes, 120)
+    assert codes == [75, 130], said
+    step = re.search(r"interrupted; step (\d+) is saved, and the same command goes on", said[1])
+    assert step and f"told to stop; step {step[1]} is saved" in said[0], said
+    assert (tmp_path / "run" / "checkpoints" / step[1]).is_dir()
+
+
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_step_of_two_that_is_not_finite_can_be_replayed_by_one(scheme, data_dir, tmp_path):
     """Also where each has a folder of its own, and only what orbax writes is written by both."""

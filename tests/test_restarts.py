@@ -387,6 +387,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(whole, small_disk, data_dir
         train.train(config, str(folder / "run"), quiet=True)
     steps = checkpoint_steps(folder / "run")
     assert 0 < len(steps) < 5 and f"the last good one is of step {steps[-1]}." in str(error.value)
+    assert "MiB are left. Make room" in str(error.value)
     assert enlarge() == 0
     train.train(config, str(folder / "run"), quiet=True)
     assert_same_run(whole, folder / "run")
