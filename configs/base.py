@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
     config.data.system = ""  # system message of a chat; empty: none
     config.data.max_length = 512  # tokens that the models see of a row
     config.data.max_prompt_length = 256  # of which the prompt, at most
-    config.data.long_prompts = "drop"  # drop the row, or cut the prompt to its first tokens
+    config.data.long_prompts = "drop"  # drop the row, or cut: truncate the user's text, and never the template
     config.data.long_responses = "cut"  # cut, or drop the row
     config.data.loss_on = "response"  # what training counts: response (and its end), or all; held-out rows: response
     config.data.packing = "none"  # none; rows: several in one, kept apart; stream: end to end, every token counts

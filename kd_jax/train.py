@@ -271,6 +271,9 @@ def environment(run: Run, state: TrainState) -> str:
     device = jax.devices()[0]
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     teacher = f"teacher {_count(run.models.teacher.abstract_params())}" if run.models.teacher else "no teacher"
+    if run.models.writer:
+        writer = _count(run.models.writer.model.abstract_params())
+        teacher = f"teacher {writer}, of which only its text is used, since its tokenizer is another one"
     if run.models.cached:
         teacher = f"{run.models.cached.described(run.config.teacher.path)}, without texts and KLs on the student's own"
     rows = "; ".join(sentence(split, counts) for split, counts in run.counts.items())
