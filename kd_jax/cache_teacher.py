@@ -238,7 +238,7 @@ def _make_read(teacher: Any, manifest: files.Manifest, mesh: jax.sharding.Mesh) 
                 return {"teacher_ids": ids, "teacher_log_probs": coarsen(log_p, ids)}
             at = lambda key: jax.vmap(partial(jax.random.fold_in, key))(start + jnp.arange(hidden.shape[1]))
             # The draws of a token are the same wherever its row is computed.
-            uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (k, 2))))(jax.vmap(at)(keys))
+            uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (k, 2), jnp.float32)))(jax.vmap(at)(keys))
             return draw(log_p, 1 - uniform, manifest["power"])
 
         # A piece is some positions of every row, so that no row leaves its device.

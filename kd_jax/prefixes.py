@@ -176,7 +176,7 @@ class mixture(_Plain):
             raise ValueError("fraction needs a schedule of the step alone.")
 
     def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> str:
-        fraction = check_number("fraction", float(self.fraction((), step=jnp.asarray(step))), 0.0, 1.0)
+        fraction = check_number("fraction", float(jnp.float32(self.fraction((), step=jnp.asarray(step)))), 0.0, 1.0)
         return "fresh" if uniform < fraction else "data"
 
 

@@ -42,7 +42,7 @@ class TrainState:
 
 def init_state(params: Any, tx: optax.GradientTransformation, terms: Sequence[Term], key: Array) -> TrainState:
     """The state before the first step."""
-    schedules = tuple(tuple(schedule.init() for schedule in term.schedules) for term in terms)
+    schedules = _as_real(tuple(tuple(schedule.init() for schedule in term.schedules) for term in terms), params)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), schedules, key, jnp.zeros((), jnp.int32))
 
 
@@ -155,9 +155,11 @@ def make_train_step(
             ]
             for t, s, of_rows in zip(terms, state.schedules, means, strict=True)
         ]
+        now = _as_real(now, state.params)
         weights, factors, numbers = [v[0] for v in now], [v[1] for v in now], [v[2:] for v in now]
         segments = None if batch["mask"].dtype == bool else batch["mask"]
         averages = [token_coefficients(t.average, mask, segments) for t, mask in zip(terms, counted, strict=True)]
+        averages = _as_real(averages, state.params)
         coefficients = jnp.stack([f * a for f, a in zip(factors, averages, strict=True)], axis=-1)
         extras = tuple(
             (
@@ -193,7 +195,7 @@ def make_train_step(
             )
             for i, (t, states) in enumerate(zip(terms, state.schedules, strict=True))
         )
-        one, norm = jnp.ones(()), optax.tree.norm(gradient)
+        one, norm = jnp.ones((), jnp.float32), optax.tree.norm(gradient)
         metrics = {"loss": (loss, one), "gradient_norm": (norm, one)}
         for i, term in enumerate(terms):
             metrics[f"{term.name}/loss"] = (per_term[0, i], per_term[1, i])
@@ -210,6 +212,16 @@ def make_train_step(
         return dataclasses.replace(new, step=state.step + ~stays, skipped=skipped), metrics
 
     return train_step
+
+
+def _as_real(tree: Any, params: Any) -> Any:
+    """Casts the numbers of a tree to float32, or to float64 where a parameter is: never to JAX's default type.
+
+    With JAX_ENABLE_X64=1 the default is float64, and the numbers of a float32 model must not depend on it.
+    """
+    floats = [leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    real = jnp.result_type(jnp.float32, *floats)
+    return jax.tree.map(lambda x: jnp.asarray(x, real) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x, tree)
 
 
 def _from_teacher(batch: Batch) -> Batch:
@@ -233,7 +245,7 @@ def _follow(schedule: Any, state: Any, step: Array, term: Array, means: dict[str
     """A schedule's next state, from the sum and the count of its term's values; where none counts it stays."""
     value, count = term
     new = schedule.update(state, step=step, loss=value / jnp.maximum(count, 1), **means)
-    return _where(count > 0, new, state)
+    return _where(count > 0, jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), new, state), state)
 
 
 def _split_rows(parts: Any, count: int) -> Any:

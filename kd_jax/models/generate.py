@@ -169,7 +169,7 @@ def _generate(
         else:
             ways = [distribution(logits, state) for logits in scores]
             probs = ways[0] if len(ways) == 1 else (1 - weight) * ways[0] + weight * ways[1]
-            drawn = draw(jax.random.uniform(jax.random.fold_in(key, state.step), (batch,)), probs)
+            drawn = draw(jax.random.uniform(jax.random.fold_in(key, state.step), (batch,), jnp.float32), probs)
         chosen = jnp.take_along_axis(scores[0], drawn[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(scores[0], axis=-1)
         drawn = jnp.where(state.ended, pad_id, drawn).astype(state.tokens.dtype)
         return state._replace(

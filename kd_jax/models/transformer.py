@@ -67,8 +67,9 @@ class Attention(nnx.Module):
         key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
         if cache is not None:
             keys, values, index = cache
-            key = jax.lax.dynamic_update_slice(keys, key, (0, 0, 0, index))
-            value = jax.lax.dynamic_update_slice(values, value, (0, 0, index, 0))
+            # The tuple (0, 0, 0, index) has two types of integers where JAX's default is 64 bits.
+            key = jax.lax.dynamic_update_slice_in_dim(keys, key, index, axis=3)
+            value = jax.lax.dynamic_update_slice_in_dim(values, value, index, axis=2)
         attended = _attend(query, key, value, mask)
         return self.output(attended.reshape(*x.shape[:2], -1)), (key, value)
 
@@ -205,7 +206,7 @@ def _see(tokens, mask, cache):
         slots, first = mask, 0
     else:
         seen = seen + cache.mask.sum(axis=1, keepdims=True)
-        slots, first = jax.lax.dynamic_update_slice(cache.mask, mask, (0, cache.index)), cache.index
+        slots, first = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, cache.index, axis=1), cache.index
         cache = cache._replace(mask=slots)
     causal = jnp.arange(slots.shape[1]) <= first + jnp.arange(length)[:, None]
     return causal & slots[:, None, :], jnp.maximum(seen - 1, 0), cache
