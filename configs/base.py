@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
     config.student.dtype = "float32"  # of the computation; parameters are float32
     config.student.remat = "none"  # or one of jax.checkpoint_policies: what of a block is kept for the backward pass
 
-    config.attention = "plain"  # of both models; or xla, or cudnn: flash attention on an NVIDIA GPU in half precision
+    config.attention = "plain"  # of both models; or xla, or cudnn: flash attention on an NVIDIA GPU, not in float32
 
     config.tokenizer = ConfigDict()
     config.tokenizer.path = ""  # a folder with tokenizer.json; empty: the teacher's, or else the student's

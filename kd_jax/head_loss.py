@@ -61,7 +61,8 @@ def token_sum(
       values: token_loss at each position, 0 where the coefficient is 0; without gradient.
 
     Raises:
-      ValueError: shapes that do not fit together, or a number out of its range, with the arguments' names.
+      ValueError: shapes that do not fit together, or a number out of its range, with the arguments' names; or a gradient
+        in float16.
       TypeError: when the gradient is differentiated again.
     """
     ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -96,6 +97,8 @@ def token_sum(
         return sweep(False, hidden, head, teacher, rest)[:2]
 
     def forward(hidden: Array, head: Array, teacher: Any, rest: tuple[Array, ...]) -> Any:
+        if jnp.float16 in (hidden.dtype, head.dtype):
+            raise ValueError("token_sum has no gradient in float16, where small gradients become 0; use bfloat16.")
         total, values, *gradients = _once(partial(sweep, True), hidden, head, teacher, rest)
         return (total, values), gradients
 

@@ -44,6 +44,11 @@ def check_numbers(config: Any) -> None:
     for who in ("teacher", "student"):
         if config[who].dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"{who}.dtype={config[who].dtype!r} is not one of float32, bfloat16, float16.")
+    if config.student.dtype == "float16":
+        raise ValueError(
+            "student.dtype='float16' is not supported: small gradients become 0 in float16, whose smallest number is 6e-8. "
+            "Use bfloat16, which has the range of float32; teacher.dtype may be float16, since a teacher has no gradient."
+        )
     for key, known in {"weights": ("float", "int8"), "sharding": tuple(sharding.LAYOUTS)}.items():
         if config.teacher[key] not in known:
             raise ValueError(f"teacher.{key}={config.teacher[key]!r} is not one of {', '.join(known)}.")
@@ -56,7 +61,8 @@ def check_numbers(config: Any) -> None:
         jax.default_backend() != "gpu" or "float32" in (config.teacher.dtype, config.student.dtype)
     ):
         raise ValueError(
-            "attention='cudnn' needs an NVIDIA GPU, and teacher.dtype and student.dtype bfloat16 or float16; 'plain' has no needs."
+            "attention='cudnn' needs an NVIDIA GPU, student.dtype=bfloat16, and teacher.dtype bfloat16 or float16; 'plain' needs "
+            "none of these."
         )
     first, last = tuple(config.profile_steps) or (1, config.steps)
     if not 1 <= first <= last <= config.steps:

@@ -191,6 +191,18 @@ def test_bfloat16_is_accumulated_in_float32():
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
+def test_a_gradient_in_float16_is_refused_and_a_value_is_not():
+    a, coefficient, _ = arrays()
+    low = jax.tree.map(lambda x: x.astype(jnp.float16), a)
+    loss = token_loss(divergences.forward_kl)
+    np.testing.assert_allclose(chunked(loss, low, coefficient), full(loss, a, coefficient), rtol=1e-2)
+    of_student = lambda ws, name: chunked(loss, a | {name: ws, "hs": low["hs"]}, coefficient)
+    with pytest.raises(ValueError, match="no gradient in float16, where small gradients become 0; use bfloat16"):
+        jax.grad(of_student)(low["ws"], "ws")
+    mixed = a | {"ht": low["ht"], "wt": low["wt"]}  # a teacher in float16
+    assert jax.grad(lambda ws: chunked(loss, mixed | {"ws": ws}, coefficient))(a["ws"]).dtype == jnp.float32
+
+
 def shaped(**shapes):
     """The arguments of `token_sum` with these shapes, the others as they should be; () leaves an array out."""
     right = dict(hs=(B, L, DS), ws=(DS, V), ht=(B, L, DT), wt=(DT, V), coefficient=(B, L), target=(B, L)) | shapes

@@ -124,6 +124,11 @@ def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_di
     [
         (dict(mesh__data=3), "mesh"),
         (dict(data__batch_size=6, microbatches=4), "does not divide into microbatches=4"),
+        (dict(student__dtype="float16"), "become 0 in float16, whose smallest number is 6e-8. Use bfloat16"),
+        (
+            dict(teacher__dtype="float16", student__dtype="bfloat16", attention="cudnn"),
+            "student.dtype=bfloat16, and teacher",
+        ),
         (dict(steps=0), "steps=0 must be at least 1"),
         (dict(data__max_length=500), "longer than the 64 positions"),
         (dict(data__max_prompt_length=48), "max_prompt_length=48 must be"),
@@ -339,3 +344,14 @@ def test_a_window_that_no_row_reaches_is_accepted_and_kept(tmp_path, data_dir):
     options = ["--data=docstrings", f"--model={tmp_path}/run", "--max_prompt_length=40", "--max_new_tokens=9"]
     with pytest.raises(ValueError, match="are more than the 48 tokens that the models take"):
         command.load(command.arguments([*options, f"--out={tmp_path}/out", "--batch_size=8"]))
+
+
+def test_a_teacher_may_be_in_float16(data_dir):
+    run = train.build(smoke("forward_kl", data_dir, teacher__dtype="float16"))
+    state = run.init_state()
+    _, sums = run.train_step(state, run.models.teacher_params, run.batch(0, state.params))
+    assert {leaf.dtype for leaf in jax.tree.leaves(run.models.teacher_params)} == {np.dtype("float16")}
+    exact = train.build(smoke("forward_kl", data_dir))
+    state = exact.init_state()
+    _, expected = exact.train_step(state, exact.models.teacher_params, exact.batch(0, state.params))
+    np.testing.assert_allclose(sums["loss"][0], expected["loss"][0], rtol=1e-3)

@@ -158,7 +158,8 @@ def from_config(
 ) -> Model:
     """A model that computes in `dtype` on parameters in `param_dtype`; `model.init(key)` makes random ones.
 
-    bfloat16 over float32 parameters is the usual choice for training on an accelerator.
+    bfloat16 over float32 parameters is the usual choice for training on an accelerator. float16 is for models that are not
+    trained: small gradients become 0 in it.
 
     Args:
       config: sizes and settings.
