@@ -51,7 +51,8 @@ def token_sum(
       chunk: tokens, per device, whose logits are held at a time; None chooses it from the shapes and the backend.
       tied: whether the student's and the teacher's output matrix is given as the embedding [V, D] that it is tied to, and is
         read as that lies: the transpose is a copy of it otherwise.
-      vocab_size: ids that have a meaning. Either head may be wider; what it has beyond gets no mass.
+      vocab_size: ids that have a meaning. Either head may be wider; `token_loss` never sees the columns beyond, and
+        their gradient is 0.
       temperature: divides both models' logits, after their caps.
       soft_caps: of the student's and the teacher's logits: cap * tanh(logits / cap).
       mesh: of `kd_jax.sharding.make_mesh`, where the arrays are on one: then every device packs its own rows.
@@ -106,10 +107,9 @@ def token_sum(
         return *((gradient * cotangents[0]).astype(gradient.dtype) for gradient in gradients), None, None
 
     run.defvjp(forward, backward)
-    student_head = _widen(student_head, width, tied[0])
     teacher = None
     if teacher_hidden is not None and teacher_head is not None:
-        teacher = jax.lax.stop_gradient((teacher_hidden, _widen(teacher_head, width, tied[1])))
+        teacher = jax.lax.stop_gradient((teacher_hidden, teacher_head))
     return run(student_hidden, student_head, teacher, (coefficient, *extras))
 
 
@@ -284,17 +284,10 @@ def _upright(head: Array, is_tied: bool) -> Array:
     return head.T if is_tied else head
 
 
-def _widen(head: Array, width: int, is_tied: bool) -> Array:
-    """With zeros for more ids, which `_log_probs` leaves without mass."""
-    more = (0, width - head.shape[0 if is_tied else 1])
-    return jnp.pad(head, (more, (0, 0)) if is_tied else ((0, 0), more)) if more[1] else head
-
-
 def _log_probs(logits: Array, *, vocab_size: int, temperature: float, soft_cap: float | None) -> Array:
+    logits = logits[..., :vocab_size]  # of the logits, not of the head, which would be copied
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     if temperature != 1:
         logits = logits / temperature
-    if vocab_size < logits.shape[-1]:
-        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
     return jax.nn.log_softmax(logits, axis=-1)

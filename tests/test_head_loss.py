@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from kd_jax import assistants, divergences, head_loss
+from kd_jax import assistants, divergences, head_loss, sharding
 from kd_jax.head_loss import token_sum
 from kd_jax.objectives import cross_entropy, token_loss
 
@@ -136,6 +138,49 @@ def test_a_tied_head_is_read_as_the_embedding(tied):
         np.testing.assert_allclose(one, expected_gradient[name], rtol=1e-4, atol=1e-6)
 
 
+IDS, WIDE = 4096, 4160
+
+
+def of_ones_own(log_p, log_q):
+    """KL(p || q) as one writes it at first: 0 * (-inf - -inf), at an id without mass in both, is NaN."""
+    assert log_p.shape[-1] == log_q.shape[-1] == IDS
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+@pytest.mark.parametrize("tied", [(False, False), (True, True)])
+@pytest.mark.parametrize("widths", [(IDS, WIDE), (WIDE, IDS), (WIDE, WIDE)])
+def test_no_token_loss_sees_a_padded_id(widths, tied, tensor):
+    random = np.random.default_rng(0)
+    ids, rows, length = IDS, 4, 3
+    hidden = [jnp.array(random.normal(size=(rows, length, size)), jnp.float32) for size in (8, 16)]
+    heads = [jnp.array(random.normal(size=(x.shape[-1], w)), jnp.float32) for x, w in zip(hidden, widths, strict=True)]
+    coefficient = jnp.full((rows, length), 0.25).at[1, 2].set(0)
+
+    def expected(hs, ws):
+        log_p, log_q = jax.nn.log_softmax(hidden[1] @ heads[1][:, :ids]), jax.nn.log_softmax(hs @ ws[:, :ids])
+        return jnp.sum(coefficient * of_ones_own(log_p, log_q))
+
+    mesh = sharding.make_mesh(2, 1, tensor, jax.devices()[: 2 * tensor])
+    upright, turned = P(None, "tensor"), P("tensor", None)
+    place = lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec))
+    given = [place(h.T, turned) if t else place(h, upright) for h, t in zip(heads, tied, strict=True)]
+    inputs = [place(array, P(("data", "fsdp"))) for array in (*hidden, coefficient)]
+
+    def found(hs, ws):
+        return token_sum(
+            of_ones_own, hs, ws, inputs[1], given[1], inputs[2], chunk=4, tied=tied, vocab_size=ids, mesh=mesh
+        )[0]
+
+    true, true_gradient = jax.jit(jax.value_and_grad(expected, argnums=(0, 1)))(hidden[0], heads[0])
+    value, (of_hidden, of_head) = jax.jit(jax.value_and_grad(found, argnums=(0, 1)))(inputs[0], given[0])
+    np.testing.assert_allclose(value, true, rtol=1e-5)
+    of_head = of_head.T if tied[0] else of_head
+    assert of_head.shape == heads[0].shape and not np.any(of_head[:, ids:])
+    np.testing.assert_allclose(of_hidden, true_gradient[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(of_head, true_gradient[1], rtol=1e-4, atol=1e-6)
+
+
 def test_a_second_derivative_is_refused():
     a, coefficient, _ = arrays()
     once = jax.grad(lambda hs: chunked(token_loss(divergences.forward_kl), a | {"hs": hs}, coefficient))
@@ -238,6 +283,6 @@ def test_arguments_that_do_not_fit_are_named(case):
 
 
 def test_rows_that_the_mesh_cannot_divide_are_named():
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+    mesh = sharding.make_mesh(2, 2, 2)
     with pytest.raises(ValueError, match=r"the 2 rows must divide over the 4 devices"):
         token_sum(lambda log_p, log_q, target: log_q[:, 0], *shaped(), mesh=mesh)
