@@ -30,8 +30,8 @@ def make_optimizer(spec: resolve.Spec, learning_rate: Callable[[Any], Any], clip
       >>> params = {"kernel": jax.numpy.ones(2), "bias": jax.numpy.ones(2)}
       >>> tx = make_optimizer(spec, lambda step: 1.0)
       >>> updates, _ = tx.update(jax.tree.map(jax.numpy.zeros_like, params), tx.init(params), params)
-      >>> {name: round(float(update[0]), 3) for name, update in updates.items()}
-      {'bias': 0.0, 'kernel': -0.1}
+      >>> {name: round(float(value[0]), 3) for name, value in optax.apply_updates(params, updates).items()}
+      {'bias': 1.0, 'kernel': 0.9}
     """
     function, keywords = resolve.look_up(
         spec, optax, positional=False, beside=("no_decay",), learning_rate=learning_rate
