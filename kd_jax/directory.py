@@ -27,7 +27,7 @@ FREE = (
 
 # Keys that earlier versions did not have, each with the value that means what those versions did. The keys of an ablation's
 # base end with these.
-ADDED = {"data.defaults": {}, "data.template_options": {}, "data.system": "", "optimizer.no_decay": []}
+ADDED = {"data.template_options": {}, "data.system": "", "optimizer.no_decay": []}
 
 
 def check(workdir: str, config: dict[str, Any]) -> None:
@@ -64,7 +64,8 @@ def config_difference(workdir: str, config: dict[str, Any]) -> list[str] | None:
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
         return None
-    old, new = flat(json.loads(path.read_text(encoding="utf-8"))), flat(json.loads(json.dumps(config)))
+    trees = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(config))
+    old, new = (flat(_with_defaults(tree)) for tree in trees)
     for key, value in ADDED.items():
         for added in [name for name in new if name == key or name.endswith(f".{key}")]:
             old.setdefault(added, value)
@@ -74,6 +75,27 @@ def config_difference(workdir: str, config: dict[str, Any]) -> list[str] | None:
         for key in sorted(old.keys() | new.keys())
         if not key.startswith(FREE) and old.get(key, absent) != new.get(key, absent)
     ]
+
+
+def _with_defaults(tree: Any) -> Any:
+    """A config, or an ablation's, with `data.defaults` merged into the options that they stand for.
+
+    The options of a dataset are the same wherever a config has them. Earlier versions had all of them in `data.options`.
+    """
+    if not isinstance(tree, dict):
+        return tree
+    tree = {key: _with_defaults(value) for key, value in tree.items()}
+    if not isinstance(data := tree.get("data"), dict) or not isinstance(defaults := data.get("defaults"), dict):
+        return tree
+    for key in ("data", "text"):
+        section = tree.get(key)
+        if isinstance(section, dict) and isinstance(options := section.get("options"), dict):
+            # Empty options of `text` stand for those of `data`, where both name the same dataset.
+            stands = key == "text" and not options and section.get("name") == data.get("name")
+            own = {} if stands else defaults.get(section.get("name"), {})
+            tree[key] = section | {"options": own | options}
+    tree["data"] = {key: value for key, value in tree["data"].items() if key != "defaults"}
+    return tree
 
 
 def write_config(workdir: str, config: dict[str, Any]) -> None:

@@ -220,7 +220,36 @@ def parse(argv: list[str]) -> list[str]:
         said = re.sub(r"Failed to parse .* as a ConfigDict: .*", lambda _: takes, str(error), flags=re.DOTALL)
         sys.exit(f"kd_jax: {said.removeprefix('flag ')}")
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(f"kd_jax: {_of_config(error)}")
+        sys.exit(f"kd_jax: {_unknown_section(argv) or _of_config(error)}")
+
+
+def _unknown_section(argv: list[str]) -> str:
+    """Returns what is wrong with the first flag whose key is in a section that the config lacks; "" where no flag is.
+
+    ml_collections names such a section by a bare KeyError, without the flag and without the sections that there are.
+    """
+    named = [flag.partition("=")[2] for flag in argv if re.match("--?config=", flag)]
+    if not named:
+        return ""
+    try:
+        config = flags.FLAGS["config"].parser.parse(
+            named[-1]
+        )  # without the flags: the flag's own value is not there yet
+    except Exception:  # which the caller has in hand
+        return ""
+    for flag in argv:
+        if not (match := re.match(r"--?(config\.([\w.]+))\.\w+(=|$)", flag)):
+            continue
+        node, place = config, "config"
+        for part in match[2].split("."):
+            known = list(node) if isinstance(node, ConfigDict) else []
+            if part not in known:
+                has = f"it has {', '.join(known)}" if known else "it has no keys of its own"
+                return f"{flag}: {place} has no key {part!r}{nearest(part, known)}; {has}."
+            node, place = node[part], f"{place}.{part}"
+        if not isinstance(node, ConfigDict):
+            return f"{flag}: {place} is {node!r} and has no keys of its own."
+    return ""
 
 
 def _of_config(error: BaseException) -> str:

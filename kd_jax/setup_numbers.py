@@ -64,8 +64,8 @@ def check_numbers(config: Any) -> None:
             "attention='cudnn' needs an NVIDIA GPU, student.dtype=bfloat16, and teacher.dtype bfloat16 or float16; 'plain' needs "
             "none of these."
         )
-    first, last = tuple(config.profile_steps) or (1, config.steps)
-    if not 1 <= first <= last <= config.steps:
+    profiled = tuple(config.profile_steps) or (1, config.steps)
+    if len(profiled) != 2 or not 1 <= profiled[0] <= profiled[1] <= config.steps:
         raise ValueError(f"profile_steps={config.profile_steps} must be first and last of the {config.steps} steps.")
     if config.data.packing not in PACKINGS:
         raise ValueError(f"data.packing={config.data.packing!r} is not one of {', '.join(PACKINGS)}.")

@@ -70,6 +70,8 @@ class _BooleanParser(flags.BooleanParser):
 
 class _TupleParser(tuple_parser.TupleParser):
     def parse(self, argument: Any) -> tuple[Any, ...]:
+        if isinstance(argument, str) and not argument.strip():  # ml_collections would make ("",) of it
+            return ()
         try:
             return super().parse(argument)
         except ValueError:

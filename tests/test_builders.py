@@ -481,6 +481,27 @@ def test_a_text_without_text_or_with_one_line_is_a_clear_error(tmp_path):
         assert texts_of(tmp_path / "a.txt", "train", tmp_path, validation_fraction=0.0) == [content]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "field", "found"),
+    [
+        ("text", "first\nsecond\n", "response", ["first\n", "second\n"]),
+        ("jsonl", '{"prompt": "a", "response": "r"}\n{"prompt": "b", "response": "r"}\n', "prompt", ["a", "b"]),
+    ],
+)
+def test_the_mark_that_windows_writes_before_a_text_is_no_text(name, content, field, found, tmp_path):
+    (tmp_path / "rows").write_text(content, encoding="utf-8-sig")
+    options = dict(path=str(tmp_path / "rows"), data_dir=str(tmp_path))
+    rows = [row for split in ("train", "validation") for row in data.load(name, split=split, **options)]
+    assert sorted(row[field] for row in rows) == found
+
+
+def test_a_folder_or_nothing_in_place_of_a_text_file_is_named(tmp_path):
+    for path, words in ((str(tmp_path), "is a folder; name files, or a pattern such as"), ("", "no file matches")):
+        with pytest.raises(ValueError, match=re.escape(f"data.options.path={path!r}")) as error:
+            data.load("text", split="train", path=path, data_dir=str(tmp_path))
+        assert words in str(error.value)
+
+
 def test_small_files_of_ones_own_have_rows_in_every_split(tmp_path):
     dollys = write_lines(
         tmp_path / "dolly.jsonl", [{"instruction": f"i{i}", "context": "", "response": "r"} for i in range(4)]

@@ -1,5 +1,6 @@
 """A run belongs to the contents that its config names: whatever is replaced is refused by name, whatever is moved is not."""
 
+import copy
 import json
 import os
 import shutil
@@ -275,3 +276,18 @@ def test_an_ablation_whose_rows_were_replaced_is_refused(tmp_path, data_dir, mon
     assert not (tmp_path / "ablation" / "temperature=2.0,seed=0" / "run").exists()
     write_rows(tmp_path / "rows.jsonl", 200)
     assert "Failed" not in ablate.run(ablation, str(tmp_path / "ablation"))
+
+
+def test_the_options_of_a_dataset_are_the_same_wherever_a_config_has_them(tmp_path, data_dir):
+    """Earlier versions had the keywords of a setting's dataset in data.options, and no data.defaults."""
+    now = smoke("forward_kl", data_dir).to_dict()
+    older = copy.deepcopy(now)
+    older["data"]["options"] = older["data"].pop("defaults")["docstrings"]
+    assert older["data"]["options"]
+    directory.write_config(str(tmp_path), older)
+    assert directory.config_difference(str(tmp_path), now) == []
+    now["data"]["options"] = {"packages": ("optax",)}
+    (difference,) = directory.config_difference(str(tmp_path), now)
+    assert difference.startswith("data.options.packages: ") and difference.endswith("['optax'] now")
+    directory.write_config(str(tmp_path), {"base": older})  # an ablation's
+    assert directory.config_difference(str(tmp_path), {"base": smoke("forward_kl", data_dir).to_dict()}) == []

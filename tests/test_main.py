@@ -93,12 +93,25 @@ WHOLE = "the key takes a whole number, such as 1000, 1_000 or 1e3."
         ("student.layers=(1,)x", "--config.student.layers=(1,)x: the key takes a tuple, such as (0, 3, 6)"),
         ("data=3", "--config.data=3: the key takes keys of its own, each with a flag such as --config.data.name=jsonl"),
         ("steps", "Missing value for flag --config.steps"),
+        (
+            "data.optons.path=x",
+            "--config.data.optons.path=x: config.data has no key 'optons' (did you mean 'options'?)",
+        ),
+        ("optimzer.name=sgd", "config has no key 'optimzer' (did you mean 'optimizer'?)"),
+        ("objective.terms.distill.weight=1", "config.objective.terms has no key 'distill' (did you mean 'distil'?)"),
+        ("data.options.path.x=3", "config.data.options has no key 'path'; it has no keys of its own."),
+        ("steps.x=3", "--config.steps.x=3: config.steps is 2 and has no keys of its own."),
     ],
 )
 def test_a_flag_of_the_wrong_type_names_the_key_the_value_and_the_type(flag, words, parsed):
     with pytest.raises(SystemExit) as ended:
         parsed(f"--config.{flag}")
     assert words in str(ended.value) and "\n" not in str(ended.value)
+
+
+def test_an_empty_text_is_an_empty_tuple(parsed):
+    config = parsed("--config.student.layers=", "--config.optimizer.no_decay=")
+    assert config.student.layers == config.optimizer.no_decay == ()
 
 
 def test_a_value_of_the_wrong_type_in_a_config_file_is_one_sentence_with_the_line(tmp_path, parsed):
@@ -119,6 +132,7 @@ def test_a_value_of_the_wrong_type_in_a_config_file_is_one_sentence_with_the_lin
         (dict(mesh=dict(data=1)), "no key 'mesh.fsdp' any more"),
         (dict(student__layers=("a",)), "student.layers=('a',) must be a tuple of whole numbers"),
         (dict(profile_steps=(1, 2.5)), "profile_steps=(1, 2.5) must be"),
+        (dict(profile_steps=(1,)), "profile_steps=(1,) must be first and last of the"),
         (dict(clip_norm=float("inf")), "clip_norm=inf must be a number"),
         (dict(data__options=None), "data.options=None must be a dict"),
         (dict(objective__terms__distil__pair=("teacher", 3)), "objective.terms.distil.pair=('teacher', 3) must be"),

@@ -1,5 +1,6 @@
 """The user's own prompts and responses: a JSON object a line."""
 
+import codecs
 import gzip
 import hashlib
 import math
@@ -126,6 +127,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             while line := file.readline(MAX_LINE + 1):
                 untrusted.refuse_pointer(path, line)
                 number, total = number + 1, total + len(line)
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line  # Windows writes it before the text
                 if len(line) > MAX_LINE:
                     raise ValueError(f"{path}:{number}: the line is longer than {MAX_LINE} bytes.")
                 if total > limit:

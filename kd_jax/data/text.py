@@ -44,10 +44,14 @@ def source(
 def _files(option: str, path: str | tuple[str, ...]) -> list[Path]:
     files: list[Path] = []
     for pattern in [path] if isinstance(path, str) else path:
-        matches = remote.matches(pattern)
+        matches = remote.matches(pattern) if pattern else []
         if not matches:
             raise ValueError(f"no file matches data.options.{option}={pattern!r}.")
         files += map(remote.local_file, matches)
+    if folders := [file for file in files if file.is_dir()]:
+        raise ValueError(
+            f"data.options.{option}={path!r}: {folders[0]} is a folder; name files, or a pattern such as {folders[0]}/*.txt."
+        )
     return files
 
 
@@ -80,7 +84,7 @@ def _all_pieces(files: list[Path]) -> Iterator[str]:
 
 def _pieces(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # without the mark that Windows writes before the text
             while piece := file.read(PIECE):
                 yield piece + file.readline(PIECE)  # to the line's end, but no further than as much again
     except (OSError, UnicodeDecodeError) as error:
