@@ -1,1 +1,1 @@
-"""Distil a large language model into a small one: any divergence, any assistant, any schedule, whose text you like."""
+"""Distils a large language model into a small one, with any divergence, assistant, schedule and source of text."""

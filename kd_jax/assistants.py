@@ -1,8 +1,11 @@
-"""Assistants: distributions on a path from the student's to the teacher's.
+"""Assistants: distributions on a path from the student's distribution to the teacher's.
 
-Each is ``r(log_p, log_q, weight) -> log_r``, all normalised over the last axis, the vocabulary. ``weight`` is
-the teacher's, one number or one a token, traced or not: 0 gives exactly ``log_q`` and 1 exactly ``log_p``,
-and at these ends the gradient flows to that one alone. A Python number outside ``[0, 1]`` is a ValueError.
+Each assistant is a function ``r(log_p, log_q, weight, ...)`` that returns ``log_r``. ``log_p`` are the teacher's
+log-probabilities and ``log_q`` the student's. All three are normalised over the last axis, the vocabulary.
+
+``weight`` is the teacher's weight, one number or one number per token, traced or not. Weight 0 gives exactly ``log_q``,
+and weight 1 exactly ``log_p``. At these two weights the gradient flows only to the distribution that is returned. A
+Python number outside ``[0, 1]`` raises a ValueError.
 """
 
 from typing import Any
@@ -23,14 +26,14 @@ def arithmetic_mixture(
     log_q: Float[Array, "*batch vocab"],
     weight: Weight,
 ) -> Float[Array, "*batch vocab"]:
-    """``r = w p + (1 - w) q``, the assistant of GKD and DistiLLM.
+    """Returns the log-probabilities of ``r = w p + (1 - w) q``, the assistant of GKD and DistiLLM.
 
-    It has mass wherever either of the two has, so that a divergence from it to either stays finite.
+    The assistant has mass wherever p or q has mass, so ``KL(p || r)`` and ``KL(q || r)`` stay finite.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
-      log_q: the student's, normalised.
-      weight: the teacher's weight, in ``[0, 1]``.
+      log_q: the student's log-probabilities, normalised.
+      weight: the teacher's weight w, in ``[0, 1]``.
 
     Returns:
       ``log r``, normalised.
@@ -55,15 +58,16 @@ def geometric_mixture(
     log_q: Float[Array, "*batch vocab"],
     weight: Weight,
 ) -> Float[Array, "*batch vocab"]:
-    """``r ∝ p^w q^(1 - w)``: the softmax of interpolated logits, the assistant of TAID.
+    """Returns the log-probabilities of ``r ∝ p^w q^(1 - w)``, the assistant of TAID.
 
-    Strictly between the ends it has mass only where both have; where they share no support there is no such
-    distribution, and the result is NaN.
+    The assistant is the softmax of the interpolated logits. For a weight strictly between 0 and 1 it has mass only
+    where both p and q have mass. If p and q share no token with mass, no such distribution exists, and the result is
+    NaN.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
-      log_q: the student's, normalised.
-      weight: the teacher's weight, in ``[0, 1]``.
+      log_q: the student's log-probabilities, normalised.
+      weight: the teacher's weight w, in ``[0, 1]``.
 
     Returns:
       ``log r``, normalised.
@@ -92,17 +96,20 @@ def alpha_mixture(
     *,
     alpha: Weight,
 ) -> Float[Array, "*batch vocab"]:
-    """``r ∝ (w p^c + (1 - w) q^c)^(1/c)``, ``c = (1 - alpha) / 2``, for every real alpha: AMiD's assistant.
+    """Returns the log-probabilities of ``r ∝ (w p^c + (1 - w) q^c)^(1/c)``, AMiD's assistant.
 
-    One family for the others: -1 is the arithmetic mixture, 1 the geometric, 3 the harmonic; towards -inf it
-    is the larger of the two probabilities, towards +inf the smaller. Below 1 it has mass where either has,
-    from 1 on where both have. It is continuous in alpha and accurate through 1.
+    The exponent is ``c = (1 - alpha) / 2``, for every real alpha.
+
+    The family contains the arithmetic mixture (alpha -1), the geometric mixture (1) and the harmonic mixture (3).
+    Towards -inf the mean tends to the larger of the two probabilities, and towards +inf to the smaller. For alpha below
+    1 the assistant has mass where p or q has mass. For alpha of 1 or more it has mass only where both have mass. The
+    result is continuous in alpha, and accurate in the neighbourhood of 1.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
-      log_q: the student's, normalised.
-      weight: the teacher's weight, in ``[0, 1]``.
-      alpha: which mean: any finite number, or, as a schedule gives it, an array like `weight`.
+      log_q: the student's log-probabilities, normalised.
+      weight: the teacher's weight w, in ``[0, 1]``.
+      alpha: the kind of mean: any finite number, or an array like `weight`, such as a schedule gives.
 
     Returns:
       ``log r``, normalised.
@@ -122,12 +129,12 @@ def alpha_mixture(
     if isinstance(c, float) and abs(c) < 1e-20:
         return geometric_mixture(log_p, log_q, weight)
     log_p, log_q = promote(log_p, log_q)
-    if not isinstance(c, float):  # so near to 0 the difference from the geometric mean is below rounding
+    if not isinstance(c, float):  # so near to 0 the mixture equals the geometric mixture up to rounding
         c = jnp.asarray(over_vocab(c), log_p.dtype)
         c = jnp.where(jnp.abs(c) < 1e-20, 1e-20, c)
     weight = jnp.asarray(over_vocab(check_fraction("weight", weight)), log_p.dtype)
 
-    # With the term of larger power drawn out, log r is its log-probability plus
+    # With the larger of the two powers factored out, log r is the log-probability of that term plus
     # log(w_out + w_in exp(-x)) / c,  x = |c (log p - log q)|.
     alive = has_mass(log_p) | has_mass(log_q)
     power_gap = c * (jnp.where(alive, log_p, 0.0) - jnp.where(alive, log_q, 0.0))
@@ -137,25 +144,25 @@ def alpha_mixture(
     w_out, w_in = jnp.where(teacher_out, inside, 1 - inside), jnp.where(teacher_out, 1 - inside, inside)
     if isinstance(c, float) and abs(c) > 0.125:
         log_sum = jnp.log(w_out + w_in * jnp.exp(-x))
-    else:  # dividing by c would multiply the rounding of that sum, which is near 1 where x is small
+    else:  # the sum is near 1 where x is small, and the division by c would amplify its rounding error
         log_sum = log_decay_mix(x, w_out, w_in)
     return _on_path(log_p, log_q, weight, jnp.where(teacher_out, log_p, log_q) + log_sum / c)
 
 
 def _power(alpha: Any) -> Any:
-    """c of a checked alpha, a float if that is a Python number."""
+    """Returns the exponent c of a checked alpha. The result is a float if alpha is a Python number."""
     return (1 - (alpha if isinstance(alpha, jax.Array | np.ndarray) else check_number("alpha", alpha))) / 2
 
 
 def _inside(weight: Array) -> Array:
-    """The weight, and in place of an end any that is none: 0 times no mass would be NaN."""
+    """Returns the weight with 0 and 1 replaced by 0.5, because 0 * -inf would be NaN."""
     return jnp.where((weight == 0) | (weight == 1), 0.5, weight)
 
 
 def _on_path(log_p: Array, log_q: Array, weight: Array, unnormalised: Array) -> Array:
-    """Normalises what lies strictly between, and takes the ends as they are."""
+    """Returns the normalised mixture for weights strictly between 0 and 1, and ``log_q`` or ``log_p`` at 0 or 1."""
     at_q, at_p = weight == 0, weight == 1
-    # At an end the softmax is not selected, but it must have a gradient, which that of no mass at all has
-    # not.
+    # At weight 0 or 1 the softmax is not selected, but its gradient must be finite. The gradient of a row without mass
+    # would be NaN, so log_q takes its place.
     log_r = jax.nn.log_softmax(jnp.where(at_q | at_p, log_q, unnormalised), axis=-1)
     return jnp.where(at_q, log_q, jnp.where(at_p, log_p, log_r))

@@ -1,4 +1,4 @@
-"""Checksums of arrays and files: equal exactly where every bit is, on any mesh and for any number of processes."""
+"""Checksums of arrays and files. They are equal if every bit is equal, on any mesh and with any number of processes."""
 
 import hashlib
 import os
@@ -13,16 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt32
 
-# A file whose status changed so recently may change again without another time stamp: its digest is not remembered.
+# A file that changed more recently than this may change again with the same time stamp, so its digest is not
+# remembered.
 SETTLED = 2 * 10**9  # nanoseconds
 _digests: dict[tuple[int, ...], str] = {}  # a file's status -> the SHA-256 of its bytes
 
 
 def checksums(tree: Any) -> Any:
-    """One number for each array of a tree, of the same structure.
+    """Returns one number for each array of a tree, in a tree of the same structure.
 
     Args:
-      tree: of jax.Arrays of numbers or booleans, placed anyhow.
+      tree: a tree of jax.Arrays of numbers or booleans, with any placement.
 
     Returns:
       Python integers below 2^32.
@@ -35,7 +36,10 @@ def checksums(tree: Any) -> Any:
 
 
 def _checksum(array: jax.Array) -> UInt32[jax.Array, ""]:
-    """The sum modulo 2^32 of the entries' bits, each times an odd number of its own: no order of summation changes it."""
+    """Returns the sum of the entries' bits, each times an odd number that depends on its position, modulo 2^32.
+
+    The order of summation does not change the result.
+    """
     bits = _bits(array)
     strides = np.cumprod((1, *bits.shape[:0:-1]), dtype=np.uint64).astype(np.uint32)[::-1]
     place = sum(
@@ -50,13 +54,13 @@ def _bits(array: jax.Array) -> jax.Array:
         return array.astype(jnp.uint32)
     size = array.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(array, {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32))
-    return bits.astype(jnp.uint32)  # an array of 8 bytes an entry has one more axis, of 2
+    return bits.astype(jnp.uint32)  # an array with 8 bytes per entry gains an axis of size 2
 
 
 def file_digest(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes, in hexadecimal digits.
 
-    A digest is remembered as long as the process lives: a file whose status is unchanged is read only once.
+    A digest is remembered as long as the process runs: a file whose status is unchanged is read only once.
     """
     with path.open("rb") as file:
         status = os.fstat(file.fileno())

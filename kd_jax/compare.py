@@ -1,4 +1,4 @@
-"""Two models on the same tokens: their hidden states, and a loss of their next-token distributions without logits."""
+"""Runs two models on the same tokens, and computes a loss of their next-token distributions without logits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,21 +15,22 @@ def compare(
     batch: dict[str, Array], coefficient: Array, *extras: Array, vocab_size: int, temperature: float = 1.0,
     chunk: int | None = None, mesh: Any = None,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """`head_loss.token_sum` of both models on a batch.
+    """Returns `head_loss.token_sum` of both models on a batch.
 
     Args:
-      token_loss: (log_p, seen, log_q, *extras) -> as in `token_sum`. log_p is the teacher's, None without one, and `seen` the
-        student's over the same outcomes: log_q itself, or what `CachedTeacher.see` makes of it.
-      student: with `hidden(params, tokens, mask)` and `stored_head(params)`.
-      params: the student's, to which gradients flow.
-      teacher: the same, a `CachedTeacher`, or None.
-      teacher_params: the teacher's.
-      batch: with tokens and mask [B, L], and what a cached teacher has in it.
-      coefficient, extras: as in `token_sum`.
-      vocab_size, temperature, chunk, mesh: as in `token_sum`.
+      token_loss: (log_p, seen, log_q, *extras) -> a value per token or K values per token, as in `token_sum`. `log_p`
+        are the teacher's log-probabilities, None without a teacher. `seen` are the student's log-probabilities over the
+        same outcomes as `log_p`: either `log_q` or the result of `CachedTeacher.see`.
+      student: a model with `hidden(params, tokens, mask)` and `stored_head(params)`.
+      params: the student's parameters, which get gradients.
+      teacher: a model with the same two methods, a `CachedTeacher`, or None.
+      teacher_params: the teacher's parameters.
+      batch: tokens and mask [B, L], and the arrays of a cached teacher.
+      coefficient, extras: the coefficients and further arrays, as in `token_sum`.
+      vocab_size, temperature, chunk, mesh: the options of `token_sum`.
 
     Returns:
-      As `token_sum`: the sum, and the loss at each position.
+      The sum, and the loss at each position, as in `token_sum`.
     """
     inputs = batch["tokens"], batch["mask"]
     params, teacher_hidden, teacher_head, teacher_tied = for_lookup(mesh, params), None, None, False

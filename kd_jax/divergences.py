@@ -1,10 +1,14 @@
 """Divergences between two next-token distributions.
 
-Each is ``D(log_p, log_q, *, ...) -> a value per token``, in nats. ``log_p`` has the teacher's and ``log_q`` the student's
-log-probabilities; nothing here depends on which model is which. Both are normalised over the last axis, the vocabulary,
-over which each function sums. Value and gradient are finite wherever the true value is: entries of no mass (``-inf``) and ``p == q``
-included. Where the true value is infinite so is the value, and the entries that make it so add nothing to the
-gradient.
+Each divergence is a function ``D(log_p, log_q, *, ...)`` that returns a value per token, in nats.
+
+- ``log_p`` are the teacher's log-probabilities and ``log_q`` the student's. The functions do not depend on which model
+  is which.
+- Both are normalised over the last axis, the vocabulary. Each function sums over this axis.
+- The value and the gradient are finite wherever the true value is finite, also where a log-probability is ``-inf`` and
+  where ``p == q``.
+- Where the true value is infinite, the returned value is infinite. The entries that cause this add nothing to the
+  gradient.
 """
 
 import jax
@@ -32,10 +36,10 @@ PerToken = Float[Array, "*batch"]
 
 
 def forward_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
-    """``KL(p || q) = sum p (log p - log q)``.
+    """Returns ``KL(p || q) = sum p (log p - log q)``.
 
-    The student is asked to cover everything the teacher may say. It is infinite where the teacher has mass
-    and the student has none.
+    Forward KL asks the student to cover every token that the teacher may choose. The value is infinite where the
+    teacher has mass and the student has none.
 
     Returns:
       Nats per token, not negative.
@@ -52,10 +56,10 @@ def forward_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
 
 
 def reverse_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
-    """``KL(q || p) = sum q (log q - log p)``.
+    """Returns ``KL(q || p) = sum q (log q - log p)``.
 
-    The student is asked to say only what the teacher may say. It is infinite where the student has mass and
-    the teacher has none.
+    Reverse KL asks the student to choose only tokens that the teacher may choose. The value is infinite where the
+    student has mass and the teacher has none.
 
     Returns:
       Nats per token, not negative.
@@ -72,10 +76,10 @@ def reverse_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
 
 
 def mixed_kl(log_p: LogProbs, log_q: LogProbs, *, forward_weight: Weight = 0.5) -> PerToken:
-    """``w KL(p || q) + (1 - w) KL(q || p)``.
+    """Returns ``w KL(p || q) + (1 - w) KL(q || p)``.
 
-    A fixed compromise between covering the teacher and staying within it; half and half is half of Jeffreys'
-    divergence.
+    The sum is a fixed compromise between covering the teacher and staying within the teacher's support. With
+    ``w = 1/2`` the value is half of Jeffreys' divergence.
 
     Args:
       forward_weight: w, in ``[0, 1]``.
@@ -102,17 +106,17 @@ def mixed_kl(log_p: LogProbs, log_q: LogProbs, *, forward_weight: Weight = 0.5) 
 def adaptive_kl(
     log_p: LogProbs, log_q: LogProbs, *, head_mass: Number = 0.5, include_crossing: bool = True
 ) -> PerToken:
-    """``h KL(p || q) + (1 - h) KL(q || p)``, ``h`` the share of ``sum |p - q|`` in the teacher's head.
+    """Returns ``h KL(p || q) + (1 - h) KL(q || p)``, with ``h`` the share of ``sum |p - q|`` in the teacher's head.
 
-    The head is the smallest set of the teacher's top tokens whose mass reaches ``head_mass``; tokens of equal
-    probability are in it or out of it together. The paper's reason: forward KL learns the head first and reverse
-    KL the tail; notebooks/02_head_and_tail measures where that holds. ``h`` is a constant to the gradient, so a
-    minimum of the value need not be a point of rest.
+    The head is the smallest set of the teacher's top tokens whose mass reaches ``head_mass``. Tokens of equal
+    probability are either all in the head or all outside. The paper's reason is that forward KL learns the head first
+    and reverse KL the tail; notebooks/02_head_and_tail measures where this holds. ``h`` is a constant to the gradient,
+    so the gradient need not be 0 at a minimum of the value.
 
     Args:
-      head_mass: the teacher's mass that makes a head, in ``[0, 1]``.
-      include_crossing: whether the token that reaches ``head_mass`` belongs to the head, as in the paper. The
-        authors' code leaves it out, unless it is the first.
+      head_mass: the mass of the teacher's head, in ``[0, 1]``.
+      include_crossing: True if the token that reaches ``head_mass`` belongs to the head, as in the paper. The authors'
+        code excludes this token unless it is the first.
 
     Returns:
       Nats per token, not negative; 0 where ``p == q``.
@@ -141,11 +145,11 @@ def adaptive_kl(
 
 
 def jensen_shannon(log_p: LogProbs, log_q: LogProbs, *, weight: Weight = 0.5) -> PerToken:
-    """``w KL(p || m) + (1 - w) KL(q || m)`` with ``m = w p + (1 - w) q``.
+    """Returns ``w KL(p || m) + (1 - w) KL(q || m)`` with ``m = w p + (1 - w) q``.
 
-    Always finite, and bounded by the entropy of ``(w, 1 - w)``. Divided by w it tends to ``KL(p || q)`` as w
-    tends to 0, and divided by 1 - w to ``KL(q || p)`` as w tends to 1. At the ends themselves it is 0 for all
-    distributions, so that a Python number there is refused.
+    The value is always finite, and is bounded by the entropy of ``(w, 1 - w)``. Divided by w it tends to ``KL(p || q)``
+    as w tends to 0. Divided by 1 - w it tends to ``KL(q || p)`` as w tends to 1. At w = 0 and w = 1 the value is 0 for
+    all distributions, so these Python numbers are refused.
 
     Args:
       weight: w, the teacher's share of the mixture, in ``(0, 1)``.
@@ -172,9 +176,10 @@ def jensen_shannon(log_p: LogProbs, log_q: LogProbs, *, weight: Weight = 0.5) ->
 
 
 def skew_forward_kl(log_p: LogProbs, log_q: LogProbs, *, skew: Weight = 0.1) -> PerToken:
-    """``KL(p || s p + (1 - s) q)``.
+    """Returns ``KL(p || s p + (1 - s) q)``.
 
-    Forward KL with a floor under the student: never above ``-log s``, and gradients of bounded size.
+    The share of p gives the second distribution a lower bound. The value therefore never exceeds ``-log s``, and the
+    gradients are bounded.
 
     Args:
       skew: s, in ``[0, 1)``; 0 is forward KL.
@@ -199,10 +204,10 @@ def skew_forward_kl(log_p: LogProbs, log_q: LogProbs, *, skew: Weight = 0.1) -> 
 
 
 def skew_reverse_kl(log_p: LogProbs, log_q: LogProbs, *, skew: Weight = 0.1) -> PerToken:
-    """``KL(q || s q + (1 - s) p)``.
+    """Returns ``KL(q || s q + (1 - s) p)``.
 
-    Reverse KL with a floor under the teacher: finite even where the student says what the teacher never
-    would.
+    The share of q gives the second distribution a lower bound. The value therefore stays finite where the student has
+    mass and the teacher has none.
 
     Args:
       skew: s, in ``[0, 1)``; 0 is reverse KL.
@@ -225,13 +230,14 @@ def skew_reverse_kl(log_p: LogProbs, log_q: LogProbs, *, skew: Weight = 0.1) -> 
 
 
 def total_variation(log_p: LogProbs, log_q: LogProbs) -> PerToken:
-    """``1/2 sum |p - q|``: the chance that the better of two guesses which one a token came from is forced.
+    """Returns ``1/2 sum |p - q|``.
 
-    Symmetric, bounded, and blind to ratios: small probabilities matter only by their size. Its gradient where
-    ``p == q`` is taken as 0.
+    Suppose that a token came from p or from q with equal chances. Then the best guess of its source is wrong with
+    probability ``(1 - TV) / 2``. The value is symmetric and bounded. It does not depend on ratios: a small probability
+    matters only by its size. The gradient is taken as 0 where ``p == q``.
 
     Returns:
-      A number per token between 0 and 1, without unit.
+      A number per token between 0 and 1, without a unit.
 
     Example:
       >>> p, q = jnp.array([0.5, 0.5, 0.0]), jnp.array([0.5, 0.25, 0.25])
@@ -247,11 +253,11 @@ def total_variation(log_p: LogProbs, log_q: LogProbs) -> PerToken:
 
 
 def alpha_divergence(log_p: LogProbs, log_q: LogProbs, *, alpha: Number) -> PerToken:
-    """``(1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha))``, and its limits at 0 and 1.
+    """Returns ``(1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha))``, and its limits at alpha 0 and 1.
 
-    These are ``KL(q || p)`` at 0 and ``KL(p || q)`` at 1. One dial from reverse KL through the Hellinger
-    distance (1/2) to forward KL. It is ``alpha_beta`` with ``beta = 1 - alpha``. Strictly between 0 and 1 it
-    is always finite.
+    The limit at 0 is ``KL(q || p)``, and the limit at 1 is ``KL(p || q)``. One parameter thus leads from reverse KL
+    through the Hellinger distance (1/2) to forward KL. The function is ``alpha_beta`` with ``beta = 1 - alpha``. The
+    value is always finite for alpha strictly between 0 and 1.
 
     Args:
       alpha: any finite Python number.
@@ -276,23 +282,24 @@ def alpha_divergence(log_p: LogProbs, log_q: LogProbs, *, alpha: Number) -> PerT
 
 
 def alpha_beta(log_p: LogProbs, log_q: LogProbs, *, alpha: Number, beta: Number) -> PerToken:
-    """``-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]``, a = alpha, b = beta, and its limits.
+    """Returns ``-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]`` and its limits.
 
-    Two dials: the smaller alpha, for most pairs, the more a token counts by how far the two are apart on it; the
-    larger beta, the more by how sure the student is of it (notebooks/01_divergences). (1, 0) is forward KL, (0, 1)
-    reverse KL, ``a + b = 1`` the alpha-divergences, (0, 0) half the squared difference of the logarithms.
-    Continuous in both, where the published code is not: the limits carry ``1/b^2`` at ``a = 0``, ``1/a^2`` at
-    ``b = 0`` and at ``a + b = 0``.
+    Here ``a`` is alpha and ``b`` is beta.
 
-    An entry where one of the two has no mass adds a finite amount only if ``a + b`` and that one's exponent
-    are positive.
+    For most pairs, a smaller alpha gives more weight to tokens on which p and q differ strongly. A larger beta gives
+    more weight to tokens of which the student is sure (notebooks/01_divergences). Special cases are (1, 0), forward KL;
+    (0, 1), reverse KL; ``a + b = 1``, the alpha-divergences; and (0, 0), half the squared difference of the logarithms.
+
+    The function is continuous in both parameters, and the published code is not. The limits carry the factor ``1/b^2``
+    at ``a = 0``, and ``1/a^2`` at ``b = 0`` and at ``a + b = 0``. An entry where p or q has no mass adds a finite
+    amount only if ``a + b`` and the exponent of that distribution are positive.
 
     Args:
       alpha: the teacher's exponent, any finite Python number.
       beta: the student's exponent, any finite Python number.
 
     Returns:
-      A number per token, not negative; in nats on the line ``a + b = 1``.
+      A number per token, not negative, in nats where ``a + b = 1``.
 
     Raises:
       ValueError: if ``alpha`` or ``beta`` is not a finite number.
@@ -311,11 +318,12 @@ def alpha_beta(log_p: LogProbs, log_q: LogProbs, *, alpha: Number, beta: Number)
 
 
 def _head(p: Array, head_mass: float, include_crossing: bool) -> Array:
-    """True for the teacher's top tokens: those not below the largest threshold that ``head_mass`` is reached
-    at.
+    """Returns True for the tokens in the teacher's head.
 
-    The threshold is found by halving, in the bits of floating-point numbers, which are ordered as the numbers
-    are: some tens of sums over the vocabulary, where a sort costs as much as some hundreds.
+    These are the tokens with at least the largest threshold probability at which ``head_mass`` is reached.
+
+    The threshold is found by bisection of the bits of floating-point numbers, which are in the same order as the
+    numbers. The bisection takes some tens of sums over the vocabulary. A sort would cost as much as some hundreds.
     """
     integer = jnp.int64 if p.dtype == jnp.float64 else jnp.int32
     number = lambda bits: jax.lax.bitcast_convert_type(bits, p.dtype)[..., None]
@@ -328,7 +336,7 @@ def _head(p: Array, head_mass: float, include_crossing: bool) -> Array:
         reached = mass >= head_mass if include_crossing else mass > head_mass
         return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
 
-    # The bits of numbers below 2 are integers below 2**62 and 2**30.
+    # The bits of numbers below 2 are integers below 2**62 (float64) and 2**30 (float32).
     halvings = 62 if p.dtype == jnp.float64 else 30
     beyond = jax.lax.bitcast_convert_type(highest, integer) + 1
     crossing, _ = jax.lax.fori_loop(0, halvings, halve, (jnp.zeros_like(beyond), beyond))

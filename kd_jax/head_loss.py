@@ -1,4 +1,4 @@
-"""The loss from hidden states and the two output matrices: logits exist for one chunk of tokens at a time."""
+"""The loss from hidden states and the two output matrices. Logits exist for only one chunk of tokens at a time."""
 
 import math
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-# Axes of the mesh that the rows of a batch are divided over, as in `kd_jax.sharding`.
+# The mesh axes over which the rows of a batch are divided, as in `kd_jax.sharding`.
 BATCH_AXES = ("data", "fsdp")
-BLOCK_BYTES = 2**21  # of a block's logits on a CPU: what stays in a core's cache while the loss passes over it
+BLOCK_BYTES = 2**21  # the size of a block's logits on a CPU: they stay in a core's cache while the loss reads them
 
 
 def token_sum(
@@ -31,40 +31,41 @@ def token_sum(
     soft_caps: tuple[float | None, float | None] = (None, None),
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "..."]]:
-    """sum of coefficient * token_loss(log_p, log_q), without ever holding tokens x vocabulary.
+    """Returns the sum of coefficient * token_loss(log_p, log_q), without an array of tokens x vocabulary.
 
-    Exact for any token loss that is a pure function of two log-distributions. Only positions with a coefficient
-    are computed: they are packed into chunks, what fills none into shorter pieces. The gradients of `student_hidden`
-    and `student_head` are made chunk by chunk in the forward pass, since the coefficients are known beforehand:
-    nothing is computed twice, and the backward pass only scales them.
+    The result is exact for any token loss that is a pure function of two log-distributions. Only positions with a
+    nonzero coefficient are computed. They are packed into chunks, and the remainder into shorter pieces. The forward
+    pass also computes the gradients of `student_hidden` and `student_head`, chunk by chunk, because the coefficients
+    are known. Nothing is therefore computed twice, and the backward pass only scales these gradients.
 
     Args:
-      token_loss: (log_p, log_q, *extras) -> a value per token, or K values per token. log_p is None without a
-        teacher. Log-probabilities are float32, or float64 where the hidden states are.
-      student_hidden: [B, L, Ds], after the final norm.
-      student_head: the output matrix, [Ds, V].
-      teacher_hidden: [B, L, Dt], of the teacher; None where there is no teacher. No gradient flows to it.
-      teacher_head: [Dt, V], of the teacher; None where there is no teacher.
-      coefficient: [B, L] of each token's value, or [B, L, K] of its K values. A value whose coefficient is 0 counts nowhere, and a
-        position whose coefficients are all 0 is never read, NaN or not.
-      *extras: arrays [B, L, ...] that `token_loss` needs a slice of, such as targets.
-      chunk: tokens, per device, whose logits are held at a time; None chooses it from the shapes and the backend.
-      tied: whether the student's and the teacher's output matrix is given as the embedding [V, D] that it is tied to, and is
-        read as that lies: the transpose is a copy of it otherwise.
-      vocab_size: ids that have a meaning. Either head may be wider; `token_loss` never sees the columns beyond, and
-        their gradient is 0.
-      temperature: divides both models' logits, after their caps.
-      soft_caps: of the student's and the teacher's logits: cap * tanh(logits / cap).
-      mesh: of `kd_jax.sharding.make_mesh`, where the arrays are on one: then every device packs its own rows.
+      token_loss: (log_p, log_q, *extras) -> a value per token, or K values per token. log_p is None without a teacher.
+        Log-probabilities are float64 where the hidden states are float64, and float32 otherwise.
+      student_hidden: the student's hidden states after the final norm, [B, L, Ds].
+      student_head: the student's output matrix, [Ds, V].
+      teacher_hidden: the teacher's hidden states, [B, L, Dt]; None without a teacher. They get no gradient.
+      teacher_head: the teacher's output matrix, [Dt, V]; None without a teacher.
+      coefficient: the factor of each token's value, [B, L], or of each of its K values, [B, L, K]. A value with
+        coefficient 0 is not counted. A position whose coefficients are all 0 is never read, even if it holds NaN.
+      *extras: arrays [B, L, ...], such as targets, of which `token_loss` gets a slice.
+      chunk: the number of tokens per device whose logits are held at a time. None chooses it from the shapes and the
+        backend.
+      tied: a pair, for the student and the teacher. True if the output matrix is given as the tied embedding [V, D].
+        The embedding is then read without a transposed copy.
+      vocab_size: the number of token ids in use. Either head may be wider; `token_loss` never sees the
+        columns beyond, and their gradient is 0.
+      temperature: the divisor of both models' logits, applied after the soft caps.
+      soft_caps: the caps of the student's and the teacher's logits: cap * tanh(logits / cap).
+      mesh: the mesh from `kd_jax.sharding.make_mesh` that the arrays are on, or None. Each device packs its own rows.
 
     Returns:
-      total: the sum, differentiable once in `student_hidden` and `student_head`.
-      values: token_loss at each position, 0 where the coefficient is 0; without gradient.
+      total: the sum, which can be differentiated once in `student_hidden` and `student_head`.
+      values: the token loss at each position, 0 where the coefficient is 0; without gradient.
 
     Raises:
-      ValueError: shapes that do not fit together, or a number out of its range, with the arguments' names; or a gradient
-        in float16.
-      TypeError: when the gradient is differentiated again.
+      ValueError: shapes do not fit together, or a number is out of range. The message names the
+        arguments. Or a gradient is asked for in float16.
+      TypeError: the gradient is differentiated again.
     """
     ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     named = {"student": (student_hidden, student_head), "teacher": (teacher_hidden, teacher_head)}
@@ -116,7 +117,7 @@ def token_sum(
 def _check_shapes(
     named: dict[str, tuple[Array | None, Array | None]], tied: tuple[bool, bool], others: dict[str, Array], ways: int
 ) -> None:
-    """Checks the shapes of both models' hidden states and heads, and of what has a value a token."""
+    """Checks the shapes of both models' hidden states and heads, and of the arrays with a value per token."""
     arrays = {f"{who}_{what}": both[i] for who, both in named.items() for i, what in enumerate(("hidden", "head"))}
     shapes = {name: None if array is None else array.shape for name, array in (arrays | others).items()}
     shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items() if shape is not None)
@@ -144,10 +145,11 @@ def _check_shapes(
 
 
 def _sizes(shape: tuple[int, ...], width: int, chunk: int | None, ways: int) -> tuple[int, int, int | None]:
-    """Tokens in a chunk, in a piece, which the tokens that fill no chunk go in, and in a block of either.
+    """Returns the numbers of tokens in a chunk, in a piece, and in a block. Pieces hold the tokens that fill no chunk.
 
-    A CPU wants blocks whose logits stay in its cache, and chunks just long enough for the matrix products: adding up the
-    head's gradient less often pays only where there is much to add. An accelerator wants long chunks, each in one block.
+    A chunk and a piece both consist of blocks. On a CPU the logits of a block should stay in the cache. There a chunk
+    is just long enough for efficient matrix products: adding up the head's gradient less often pays only where there is
+    much to add. On an accelerator chunks are long, and each chunk is one block.
     """
     tokens = max(1, shape[0] * shape[1] // ways)
     cpu = jax.default_backend() == "cpu"
@@ -162,7 +164,7 @@ def _sweep(
     hidden: Array, head: Array, teacher: tuple[Array, Array] | None, rest: tuple[Array, ...],
     *, most: Callable[[Array], Array] = lambda x: x,
 ) -> tuple[Array, Array, Any, Any]:  # fmt: skip
-    """Total, values, and the gradients of hidden states and head, chunk by chunk."""
+    """Returns the total, the values, and the gradients of the hidden states and the head, computed chunk by chunk."""
     chunk, piece, block = sizes
     batch, length = hidden.shape[:2]
     tokens = batch * length
@@ -170,14 +172,15 @@ def _sweep(
     rest = tuple(array.reshape(tokens, *array.shape[2:]) for array in rest)
     live = _live(rest[0])
     order = jnp.argsort(~live, stable=True)
-    order = jnp.pad(order, (0, chunk + piece), constant_values=tokens)  # beyond the end: read as 0, written nowhere
+    # indices beyond the end are read as 0 and not written
+    order = jnp.pad(order, (0, chunk + piece), constant_values=tokens)
 
     def body(size: int, first: Array | int, i: Array, carry: Any) -> Any:
         total, values, d_hidden, d_head = carry
         index = jax.lax.dynamic_slice_in_dim(order, first + i * size, size)
 
         take = partial(jnp.take, indices=index, axis=0, mode="fill", fill_value=0)
-        # Zeroed hidden rows, not zeroed losses: NaN * 0 would poison the head's gradient.
+        # Hidden rows are zeroed, not losses: NaN * 0 would make the head's gradient NaN.
         counted = lambda hidden: jnp.where(take(live)[:, None], take(hidden.reshape(tokens, -1)), 0)
         rows = counted(hidden)
         logits = jnp.matmul(rows, _upright(head, tied[0]), preferred_element_type=dtype)
@@ -192,7 +195,8 @@ def _sweep(
             d_logits = d_logits.astype(head.dtype)
             d_rows = jnp.matmul(d_logits, _upright(head, tied[0]).T, preferred_element_type=dtype).astype(hidden.dtype)
             d_hidden = d_hidden.at[index].set(d_rows, mode="drop", unique_indices=True)
-            # XLA's CPU backend multiplies a transposed matrix a quarter slower than one that lies transposed in memory.
+            # XLA's CPU backend multiplies a transposed view a quarter more slowly than a matrix that is stored
+            # transposed.
             columns = jax.lax.optimization_barrier(rows.T)
             d_head = d_head + jnp.matmul(columns, d_logits, preferred_element_type=dtype)
         return total + part, values, d_hidden, d_head
@@ -205,7 +209,8 @@ def _sweep(
     )
     count, done, carry = most(jnp.sum(live)), 0, start
     if piece < chunk:
-        done = (count + piece - 1) // chunk * chunk  # a rest that would fill all of a chunk's pieces is one
+        # a remainder that would fill all pieces of a chunk is computed as a chunk
+        done = (count + piece - 1) // chunk * chunk
         carry = jax.lax.fori_loop(0, done // chunk, partial(body, chunk, 0), carry)
     carry = jax.lax.fori_loop(0, -(-(count - done) // piece), partial(body, piece, done), carry)
     total, values, d_hidden, d_head = carry
@@ -219,7 +224,10 @@ def _chunk(
     block_loss: Callable[..., Any], block: int | None, with_gradient: bool, logits: Array, teacher_logits: Array | None,
     coefficient: Array, *extras: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Total, values and the logits' gradient, block by block: each is written over the logits that it came from."""
+    """Returns the total, the values and the gradient of the logits, block by block.
+
+    The gradient of each block overwrites the block's logits.
+    """
 
     def one(*arrays: Any) -> tuple[Array, Array, Array]:
         if not with_gradient:
@@ -244,10 +252,14 @@ def _chunk(
 
 
 def _on_mesh(sweep: Callable[..., Any], mesh: Mesh, with_gradient: bool, *arrays: Any) -> Any:
-    """Every device sweeps its own rows; the head is gathered before the loop, its gradient reduced after it."""
+    """Runs the sweep on every device, over the device's own rows.
+
+    The head is gathered before the loop, and its gradient is reduced after the loop.
+    """
 
     def local(hidden: Array, head: Array, teacher: Any, rest: Any) -> Any:
-        # All run as many chunks as the one with the most tokens: what is in the loop may be divided over `tensor`.
+        # Every device runs as many chunks as the device with the most tokens, because arrays in the loop may be divided
+        # over `tensor`.
         most = partial(jax.lax.pmax, axis_name=BATCH_AXES)
         total, values, d_hidden, d_head = sweep(with_gradient, hidden, head, teacher, rest, most=most)
         total = jax.lax.psum(total, BATCH_AXES)
@@ -275,12 +287,12 @@ def _twice(sweep: Callable[..., Any], primals: Any, tangents: Any) -> Any:
 
 
 def _live(coefficient: Array) -> Array:
-    """[N] or [N, K] -> [N]: whether anything of a token counts."""
+    """Returns an array [N], True where a token has a nonzero coefficient. The coefficients are [N] or [N, K]."""
     return coefficient != 0 if coefficient.ndim == 1 else jnp.any(coefficient != 0, axis=-1)
 
 
 def _upright(head: Array, is_tied: bool) -> Array:
-    """[D, V] of a head, or a head of [D, V]."""
+    """Returns a head as [D, V], or a matrix [D, V] in the shape of the head."""
     return head.T if is_tied else head
 
 

@@ -1,8 +1,13 @@
-"""Arithmetic on log-probabilities that stays finite, in value and gradient, where there is no mass.
+"""Arithmetic on log-probabilities whose values and gradients stay finite where a probability is zero.
 
-No mass is a log-probability of ``-inf``. Two rules keep such an entry from poisoning the rest: the difference
-of two of them is never formed, and what a ``where`` does not select is computed from finite stand-ins, since
-its gradient is multiplied by zero and not left out (``alpha_beta_entries``, whose slopes are given, needs only the first).
+A probability of zero is a log-probability of ``-inf``. This package calls such an entry an entry without mass. Two
+rules keep it from making other entries NaN.
+
+1. The difference of two infinite log-probabilities is never computed.
+2. The branch that a ``where`` does not select is computed from finite replacement values. JAX multiplies the gradient
+   of that branch by zero, and zero times infinity is NaN.
+
+``alpha_beta_entries`` defines its own derivatives, so only the first rule concerns it.
 """
 
 import math
@@ -16,11 +21,13 @@ from jaxtyping import Array, Float
 
 from kd_jax.resolve import Number
 
-Weight = Float[Array, "*batch"] | Float[Array, ""] | Number  # one a token, or one for all
+Weight = Float[Array, "*batch"] | Float[Array, ""] | Number  # one number per token, or one for all tokens
 
 
 def promote(*arrays: Float[Array, "..."]) -> tuple[Array, ...]:
-    """The arrays in one floating type, float32 at the least: bfloat16 keeps two digits of a log-probability.
+    """Casts the arrays to one floating type, which is at least float32.
+
+    bfloat16 would keep only two digits of a log-probability.
 
     Example:
       >>> [x.dtype.name for x in promote(jnp.zeros(2, jnp.bfloat16), jnp.zeros(2, jnp.float16))]
@@ -31,17 +38,20 @@ def promote(*arrays: Float[Array, "..."]) -> tuple[Array, ...]:
 
 
 def has_mass(log_p: Float[Array, "*shape"]) -> Array:
-    """True where the probability is not exactly zero. It may be far below what ``exp`` can represent."""
+    """Returns True where the probability is not exactly zero.
+
+    The probability may be far smaller than the smallest number that ``exp`` can represent.
+    """
     return log_p > -jnp.inf
 
 
 def over_vocab(weight: Weight) -> Float[Array, "*batch 1"] | Float[Array, ""] | Number:
-    """A weight per token (or one for all) in the shape that multiplies log-probabilities."""
+    """Returns a weight that broadcasts over the vocabulary: a weight per token gains a last axis of size 1."""
     return weight[..., None] if isinstance(weight, jax.Array) and weight.ndim else weight
 
 
 def weigh(weight: Float[Array, "..."] | Number, value: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """``weight * value``, and 0 for a weight of 0 even where the value is infinite.
+    """Returns ``weight * value``. A weight of 0 gives 0 even where the value is infinite.
 
     Example:
       >>> float(weigh(0.0, jnp.array(jnp.inf)))
@@ -55,14 +65,15 @@ def log_mix(
     log_q: Float[Array, "*batch vocab"],
     weight: Weight,
 ) -> Float[Array, "*batch vocab"]:
-    """``log(w p + (1 - w) q)``: exactly ``log_q`` at ``w = 0`` and ``log_p`` at 1, gradients included.
+    """Returns ``log(w p + (1 - w) q)``.
 
-    ``jnp.logaddexp`` gives the same values, but a gradient of NaN where neither has mass.
+    The result is exactly ``log_q`` at ``w = 0`` and exactly ``log_p`` at ``w = 1``, gradients included.
+    ``jnp.logaddexp`` gives the same values, but its gradient is NaN where neither distribution has mass.
 
     Args:
       log_p: log-probabilities, normalised over the last axis.
-      log_q: as ``log_p``.
-      weight: the share of ``p``, one number or one a token.
+      log_q: log-probabilities, normalised over the last axis.
+      weight: the share w of ``p``, one number or one number per token.
 
     Returns:
       Log-probabilities, normalised over the last axis.
@@ -83,12 +94,14 @@ def log_mix(
 def log_decay_mix(
     distance: Float[Array, "*shape"], weight: Float[Array, "*shape"], decaying: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """``log(v + w exp(-x))`` for weights ``v + w = 1``: exact where x is small, and where v is.
+    """Returns ``log(v + w exp(-x))`` for weights with ``v + w = 1``.
+
+    The result is accurate for a small x and for a small v.
 
     Args:
       distance: x, not negative.
-      weight: v, of what stays.
-      decaying: w, of what decays; given, since ``1 - v`` would lose a small w.
+      weight: v, the weight of the constant term.
+      decaying: w, the weight of the decaying term. It is an argument because ``1 - v`` would round a small w away.
 
     Returns:
       The logarithm, between ``-x`` and 0.
@@ -97,7 +110,8 @@ def log_decay_mix(
       >>> [f"{log_decay_mix(*map(jnp.float32, case)):.3e}" for case in ((1e-6, 0.5, 0.5), (60.0, 1e-20, 1.0))]
       ['-5.000e-07', '-4.605e+01']
     """
-    near = distance < 1  # the sum is not below 1/e, so that log1p is exact; from here on two logarithms are
+    # Where x < 1 the sum is at least 1/e, so log1p is accurate. Elsewhere the larger of two logarithms is factored out.
+    near = distance < 1
     stays, decays = jnp.log(weight), jnp.log(decaying) - distance
     ratio = jnp.exp(-jnp.abs(stays - decays))
     addend = jnp.where(near, decaying * jnp.expm1(-jnp.where(near, distance, 0.0)), ratio)
@@ -105,34 +119,36 @@ def log_decay_mix(
 
 
 def decay_integral(distance: Float[Array, "*shape"], rate: Number) -> Float[Array, "*shape"]:
-    """The integral of ``exp(-rate t)`` over ``0 < t < x``: ``(1 - exp(-rate x)) / rate``, and x at rate 0.
+    """Returns the integral of ``exp(-rate t)`` over ``0 < t < x``.
+
+    The integral is ``(1 - exp(-rate x)) / rate``, and x at rate 0.
 
     Args:
       distance: x, not negative.
       rate: a Python number, not negative.
 
     Returns:
-      The integral; at most x, and at most ``1 / rate``.
+      The integral, which is at most x and at most ``1 / rate``.
 
     Example:
       >>> [float(decay_integral(jnp.array(2.0), rate)) for rate in (0.0, 1e-9)]
       [2.0, 2.0]
     """
-    # Below this rate the two differ by less than rounding for any distance that occurs.
+    # Below this rate both formulas agree to within rounding for every distance that occurs.
     return distance if rate < 1e-20 else -jnp.expm1(-rate * distance) / rate
 
 
 def exp_curvature(u: Float[Array, "*shape"], v: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The second divided difference of ``exp`` at ``0, u, v``, by its series, for ``-1 <= u, v <= 0``.
+    """Returns the second divided difference of ``exp`` at ``0, u, v``, by its series, for ``-1 <= u, v <= 0``.
 
-    ``sum_k h_k(u, v) / (k + 2)!``, where ``h_k`` is the sum of all monomials of degree k. It is
-    ``((exp(v) - 1) / v - (exp(u) - 1) / u) / (v - u)`` without the cancellation.
+    The series is ``sum_k h_k(u, v) / (k + 2)!``, where ``h_k`` is the sum of all monomials of degree k. Its sum equals
+    ``((exp(v) - 1) / v - (exp(u) - 1) / u) / (v - u)``, but is computed without cancellation.
 
     Example:
       >>> float(exp_curvature(jnp.array(0.0), jnp.array(0.0)))
       0.5
     """
-    terms = 17 if u.dtype == jnp.float64 else 10  # what is left out is below rounding
+    terms = 17 if u.dtype == jnp.float64 else 10  # the remaining terms are below rounding
     power = monomials = jnp.ones_like(u)
     total = 0.5 * monomials
     for k in range(1, terms + 1):
@@ -146,16 +162,19 @@ def exp_curvature(u: Float[Array, "*shape"], v: Float[Array, "*shape"]) -> Float
 def alpha_beta_entries(
     log_p: Float[Array, "*shape"], log_q: Float[Array, "*shape"], alpha: Number, beta: Number
 ) -> Float[Array, "*shape"]:
-    """Each entry's share of the alpha-beta divergence of ``kd_jax.divergences``, with its limits.
+    """Returns the contribution of each entry to the alpha-beta divergence of ``kd_jax.divergences``, limits included.
 
-    The definition has three powers, ``q^s``, ``p^alpha q^beta`` and ``p^s`` with ``s = alpha + beta``. With
-    ``d = log p - log q`` its summand is ``d^2`` times the second divided difference of exp at their
-    exponents, which are 0, ``alpha d`` and ``s d`` above ``s log q``. So it is smooth in alpha and beta, and
-    the limits are nothing but exponents that coincide. One exponent always lies between the others, ``up d``
-    below the one and ``down d`` above the other, where up and down have one sign. Seen from the highest,
-    whose exp is drawn out, all that is left are decay integrals of ``|d|``, which neither overflow nor divide
-    by zero. The derivatives are first divided differences, of exponents that are ``beta d`` and ``alpha d``
-    apart; given here, they are as stable as the value, and cheaper than differentiating all of this.
+    The definition has three powers: ``q^s``, ``p^alpha q^beta`` and ``p^s``, with ``s = alpha + beta``. Let
+    ``d = log p - log q``. Relative to ``s log q`` the exponents of the three powers are 0, ``alpha d`` and ``s d``. The
+    summand is ``d^2`` times the second divided difference of exp at these exponents. The summand is therefore smooth in
+    alpha and beta, and the limits are the cases in which exponents coincide.
+
+    One exponent is always between the other two. It is ``up d`` below one of them and ``down d`` above the other, where
+    up and down have the same sign. The exp of the highest exponent is factored out. The remaining factors are decay
+    integrals of ``|d|``, which neither overflow nor divide by zero.
+
+    The derivatives are first divided differences, of exponents that differ by ``beta d`` and ``alpha d``. They are
+    defined explicitly: this is as stable as the value, and cheaper than differentiating the whole computation.
 
     Args:
       log_p: log-probabilities.
@@ -164,8 +183,8 @@ def alpha_beta_entries(
       beta: the exponent of q, a Python number.
 
     Returns:
-      What to sum over the vocabulary. Infinite, without gradient, where one has no mass and its power
-      diverges.
+      The terms to sum over the vocabulary. A term is infinite, and has no gradient, where one of the probabilities has
+      no mass and its power diverges.
 
     References:
       Cichocki et al., `Generalized Alpha-Beta Divergences <https://doi.org/10.3390/e13010134>`_, 2011.
@@ -182,7 +201,7 @@ def alpha_beta_entries(
         up, down, exponent_q = total, -alpha, mixed
     else:
         up, down, exponent_p = -beta, total, mixed
-    if up + down < 0:  # both are negative: the same three points from the other side
+    if up + down < 0:  # if both are negative, the three points are named from the other side
         up, down, exponent_p, exponent_q = -down, -up, exponent_q, exponent_p
 
     top = _power(jnp.maximum(exponent_p, exponent_q), d, total)
@@ -193,7 +212,7 @@ def alpha_beta_entries(
     second = jnp.where(first_is_up, integral_down, integral_up)
     curve = first - (1 - rate * first) * second
     if widest < 0.25:
-        # Near (0, 0) nearly all of the difference cancels, and the division multiplies its rounding.
+        # Near (0, 0) nearly all of the difference cancels, and the division would amplify its rounding error.
         near = widest * x < 1
         small = jnp.where(near, x, 0.0)
         series = small**2 * exp_curvature(-rate * small, -widest * small)
@@ -201,7 +220,8 @@ def alpha_beta_entries(
     else:
         curve = curve / widest
 
-    # What 0 adds in the place of p, or of q; a factor beyond this is beyond float32 as well.
+    # The term of an entry in which p, or q, is 0. A factor above 1e30 counts as infinite: the term would overflow
+    # float32.
     missing_p = top / (alpha * total) if _finite_at_0(alpha, total) else jnp.inf
     missing_q = top / (beta * total) if _finite_at_0(beta, total) else jnp.inf
     alone = jnp.where(has_p, missing_q, jnp.where(has_q, missing_p, 0.0))
@@ -216,7 +236,8 @@ def _alpha_beta_entries_jvp(
     total, d = alpha + beta, _log_ratio(log_p, log_q)
     mixed = _mixed_exponent(log_p, log_q, d, alpha, beta)
 
-    sign = jnp.where(d >= 0, 1.0, -1.0)  # at 0 too: there the slope is 0, and its own slope is not
+    # 1 at d = 0 as well: the slope is 0 there, but the slope's own derivative is not
+    sign = jnp.where(d >= 0, 1.0, -1.0)
 
     def slope(by: Array, other: Array, of_other: Number, sign: Array) -> Array:
         top = _power(jnp.maximum(_times(total, by), mixed), d, total)
@@ -231,29 +252,39 @@ def _alpha_beta_entries_jvp(
 
 
 def _log_ratio(log_p: Array, log_q: Array) -> Array:
-    """``log p - log q``, and 0 where one has no mass."""
+    """Returns ``log p - log q``, and 0 where p or q has no mass."""
     has_p, has_q = has_mass(log_p), has_mass(log_q)
     return jnp.where(has_p & has_q, log_p - jnp.where(has_q, log_q, 0.0), 0.0)
 
 
 def _magnitude(d: Array) -> Array:
-    """``|d|``, with slope 1 at 0 and not 0: the slopes given above are products with a sign that is 1 there, too."""
+    """Returns ``|d|`` with slope 1 at 0, where ``jnp.abs`` has slope 0.
+
+    The slopes defined above multiply this value by a sign that is also 1 at 0.
+    """
     return jnp.where(d >= 0, d, -d)
 
 
 def _mixed_exponent(log_p: Array, log_q: Array, d: Array, alpha: Number, beta: Number) -> Array:
-    """``alpha log p + beta log q`` from the larger of the two, so that it is no difference of two that are infinite."""
+    """Returns ``alpha log p + beta log q``.
+
+    The sum is computed from the larger log-probability, so that no two infinite numbers are subtracted.
+    """
     if alpha == 0 or beta == 0:
         return _times(beta, log_q) if alpha == 0 else alpha * log_p
     return _times(alpha + beta, jnp.maximum(log_p, log_q)) - jnp.where(d > 0, beta, -alpha) * d
 
 
 def _times(factor: Number, log_p: Array) -> Array:
-    return factor * log_p if factor != 0 else jnp.zeros_like(log_p)  # 0 times no mass would be NaN
+    return factor * log_p if factor != 0 else jnp.zeros_like(log_p)  # 0 * -inf would be NaN
 
 
 def _power(exponent: Array, d: Array, total: Number) -> Array:
-    """exp of it; for a negative total it overflows at a small probability, and where p == q it is to be multiplied by 0."""
+    """Returns ``exp(exponent)``.
+
+    With a negative total it would overflow at a small probability. Where ``p == q`` the result is multiplied by 0
+    later, so there the exponent is limited to 80.
+    """
     return jnp.exp(jnp.where(d == 0, jnp.minimum(exponent, 80.0), exponent) if total < 0 else exponent)
 
 
@@ -266,19 +297,21 @@ def mixture_kl_entries(
     log_q: Float[Array, "*batch vocab"],
     weight: Weight,
 ) -> tuple[Float[Array, "*batch vocab"], Float[Array, "*batch vocab"]]:
-    """Each entry's share of ``KL(p || m)`` and ``KL(q || m)``, ``m = w p + (1 - w) q``; neither is negative.
+    """Returns the contributions of each entry to ``KL(p || m)`` and ``KL(q || m)``, with ``m = w p + (1 - w) q``.
 
-    ``m - p``, or ``m - q``, is added to each: it sums to 0, and leaves a difference of second order in
-    ``log p - log q`` where the two are close. All is the greater of p and q times a function of their ratio.
-    The relative rounding grows as the lesser of w and 1 - w tends to 0, with its inverse.
+    No contribution is negative: ``m - p`` is added to each entry of the first, and ``m - q`` to each of the second.
+    These differences sum to 0. With them a contribution is of second order in ``log p - log q`` where p and q are
+    close. Every contribution is the greater of p and q times a function of their ratio. As the smaller of w and 1 - w
+    tends to 0, the relative rounding error grows as the inverse of that number.
 
     Args:
       log_p: log-probabilities, normalised over the last axis.
-      log_q: as ``log_p``.
-      weight: w, one number or one a token; as a Python number it saves a logarithm unless it is near 0 or 1.
+      log_q: log-probabilities, normalised over the last axis.
+      weight: w, one number or one number per token. A Python number that is not near 0 or 1 saves a logarithm.
 
     Returns:
-      What to sum over the vocabulary, for p and for q. Infinite, without gradient, where m has no mass.
+      The terms to sum over the vocabulary, for p and for q. A term is infinite, and has no gradient, where m has no
+        mass.
     """
     log_p, log_q = promote(log_p, log_q)
     weight = over_vocab(weight)
@@ -288,12 +321,12 @@ def mixture_kl_entries(
 
     greater = jnp.exp(jnp.maximum(log_p, log_q))
     x = jnp.abs(jnp.where(both, log_p, 0.0) - jnp.where(both, log_q, 0.0))
-    lesser_less_1 = jnp.where(both, jnp.expm1(-x), -1.0)  # as a multiple of the greater
+    lesser_less_1 = jnp.where(both, jnp.expm1(-x), -1.0)  # the lesser minus the greater, as a multiple of the greater
     m_less_1 = w_lesser * lesser_less_1
-    infinite = (has_p ^ has_q) & (w_greater == 0)  # m has no mass where the greater has
+    infinite = (has_p ^ has_q) & (w_greater == 0)  # m has no mass where the greater of p and q has mass
     if isinstance(weight, float) and 0.05 < weight < 0.95:
         log_m = jnp.log1p(m_less_1)
-    else:  # 1 + m_less_1 may be near 0 and all rounding
+    else:  # 1 + m_less_1 may be so near 0 that only rounding error is left
         alone = jnp.log(jnp.where(w_greater > 0, w_greater, 1.0))
         log_m = jnp.where(both, log_decay_mix(x, w_greater, w_lesser), alone)
     of_greater = jnp.where(infinite, jnp.inf, greater * (m_less_1 - log_m))

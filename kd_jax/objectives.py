@@ -1,4 +1,4 @@
-"""What is minimised: a sum of terms, each a divergence of a pair of distributions over some rows, averaged somehow."""
+"""The objective: a sum of terms, each a divergence of a pair of distributions, averaged over the tokens of some rows."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ from kd_jax.policy_gradient import Scores
 
 MEMBERS = ("teacher", "student", "assistant")
 AVERAGES = ("token", "sequence")
-# Whose text a row is; "text" is the second stream's. A batch's `origin` holds indices into it.
+# Possible origins of a row's text; "text" is the second stream. A batch's `origin` holds indices into this tuple.
 ORIGINS = ("data", "teacher", "student", "text")
-ROWS = ("all", *ORIGINS)  # all: of the first stream
+ROWS = ("all", *ORIGINS)  # all: every row of the first stream
 KINDS = ("divergence", "hard_labels", "policy_gradient")
 
-# (log_p, log_q, weight) -> a value per token; log_p may be None where the pair does not name the teacher.
+# (log_p, log_q, weight) -> a value per token. log_p may be None where the pair does not name the teacher.
 TokenLoss = Callable[..., Float[Array, "..."]]
 
 
@@ -29,23 +29,23 @@ def token_loss(
     pair: Sequence[str] = ("teacher", "student"),
     stop_gradient: bool = False,
 ) -> TokenLoss:
-    """D(first || second), each of the two being the teacher p, the student q, or an assistant r between them.
+    """Returns D(first || second). Each argument is the teacher p, the student q, or an assistant r between p and q.
 
-    This pair is what makes DistiLLM, TAID and AMiD one function: skew KL is D(p || r), TAID D(r || q) with the
-    gradient through r cut, AMiD any of the four that involve r.
+    The pair makes DistiLLM, TAID and AMiD one function. Skew KL is D(p || r). TAID is D(r || q) without the gradient
+    through r. AMiD is any of the four pairs with r.
 
     Args:
       divergence: (log_p, log_q) -> a value per token, as in `kd_jax.divergences`.
-      assistant: (log_p, log_q, weight) -> log_r, as in `kd_jax.assistants`; needed if `pair` names it.
+      assistant: (log_p, log_q, weight) -> log_r, as in `kd_jax.assistants`; required if `pair` names the assistant.
       pair: the divergence's first and second argument, out of 'teacher', 'student' and 'assistant'.
-      stop_gradient: the assistant's student is a constant to the gradient (TAID: yes, AMiD: no).
+      stop_gradient: True if the student inside the assistant is a constant to the gradient (TAID: True, AMiD: False).
 
     Returns:
-      (log_p, log_q, weight=None, **numbers) -> a value per token, in nats. `weight` is the assistant's, on the teacher,
-      and `numbers` are what else it takes.
+      (log_p, log_q, weight=None, **numbers) -> a value per token, in nats. `weight` is the assistant's weight on the
+      teacher. `numbers` are the assistant's other keywords.
 
     Raises:
-      ValueError: a pair that does not fit, or an assistant that nothing reads.
+      ValueError: the pair does not fit, or an assistant is given that the pair does not name.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -78,16 +78,16 @@ def token_loss(
 
 
 def cross_entropy(log_q: Float[Array, "... V"], target: Int[Array, "..."]) -> Float[Array, "..."]:
-    """-log q(target), in nats: the hard-label loss.
+    """Returns -log q(target), the hard-label loss, in nats.
 
     Args:
       log_q: log-probabilities, normalised over the last axis.
-      target: ids; one outside the vocabulary costs 0.
+      target: token ids; an id outside the vocabulary has a loss of 0.
 
     Returns:
       A value per token.
     """
-    # An iota comparison: a gather here would break the fusion over the vocabulary, and its gradient is a scatter.
+    # This compares with an iota. A gather would break the fusion over the vocabulary, and its gradient is a scatter.
     hit = jnp.arange(log_q.shape[-1]) == target[..., None]
     return -jnp.sum(jnp.where(hit, log_q, 0), axis=-1)
 
@@ -97,15 +97,17 @@ class Term:
     """One summand of the objective.
 
     Attributes:
-      name: its key in the config and in the metrics.
-      loss: (log_p, log_q, target, weight, *numbers, *signals) -> a value per token; log_p is None where there is no teacher.
-      needs_teacher: whether `loss` reads log_p.
-      weight: schedule of the assistant's weight on the teacher.
-      coefficient: schedule of the factor in front.
-      rows: which rows it applies to, by where their text came from.
+      name: the term's key in the config and in the metrics.
+      loss: (log_p, log_q, target, weight, *numbers, *signals) -> a value per token. log_p is None without a teacher.
+      needs_teacher: True if `loss` reads log_p.
+      weight: the schedule of the assistant's weight on the teacher.
+      coefficient: the schedule of the factor that multiplies the term.
+      rows: the rows to which the term applies, named by the origin of their text.
       average: 'token' or 'sequence', see `token_coefficients`.
-      signals: the tokens' scores -> arrays [B, L], constants that `loss` takes last; None: there are none.
-      numbers: schedules of the assistant's other keywords, where they have one, in the order that `loss` takes them in.
+      signals: the tokens' scores -> arrays [B, L], the last arguments of `loss`, constants to the gradient; None for
+        none.
+      numbers: the schedules of the assistant's other keywords that have a schedule, in the order in which `loss` takes
+        their values.
     """
 
     name: str
@@ -120,32 +122,34 @@ class Term:
 
     @property
     def schedules(self) -> tuple[Any, ...]:
-        """The weight's, the coefficient's, and the numbers'."""
+        """The schedules of the weight, of the coefficient, and of the numbers."""
         return (self.weight, self.coefficient, *self.numbers)
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the targets' log-probabilities have to be known before the loss."""
+        """True if the targets' log-probabilities are needed before the loss is computed."""
         return self.signals is not None or getattr(self.weight, "needs_scores", False)
 
 
 def make_terms(
     specs: Any, temperature: float = 1.0, teacher_share: float = 0.0, max_new_tokens: int | None = None
 ) -> tuple[Term, ...]:  # fmt: skip
-    """The terms that a config describes, checked before anything is computed.
+    """Returns the terms that a config describes. All terms are checked before anything is computed.
 
     Args:
-      specs: a dict or ConfigDict, name -> what `configs/base.py` declares as a term; a name with None in place of a spec is
-        left out.
-      temperature: what the logits were divided by. Hard labels undo it: they are about q at temperature 1.
-      teacher_share: of the mixture that the student's rows are drawn from: 0 where the student draws alone.
-      max_new_tokens: of a response that is drawn; None: as many as a row has room for.
+      specs: a dict or ConfigDict from names to terms as `configs/base.py` declares them. A name with None in place of a
+        term is skipped.
+      temperature: the number by which the logits were divided. Hard labels undo the division, because their loss is
+        defined with q at temperature 1.
+      teacher_share: the teacher's share of the mixture that the student's rows are drawn from; 0 where the student
+        draws alone.
+      max_new_tokens: the largest number of tokens in a drawn response; None for the room that a row has.
 
     Returns:
       The terms, in the order of the config.
 
     Raises:
-      ValueError: an unknown name or a number out of range, with the term and the known names.
+      ValueError: a name is unknown or a number is out of range. The message names the term and the known names.
     """
     if not temperature > 0:
         raise ValueError(f"objective.temperature={temperature} must be above 0.")
@@ -159,19 +163,19 @@ def make_terms(
 def token_coefficients(
     average: str, mask: Bool[Array, "B L"], segments: Int[Array, "B L"] | None = None
 ) -> Float[Array, "B L"]:
-    """What each token's loss is multiplied by, so that the sum over the batch is the wanted average.
+    """Returns the factor of each token's loss, so that the sum over the batch is the average that the config asks for.
 
-    The average is over the whole global batch, so that it is the same number however the batch is divided over
-    microbatches, devices and hosts: divide the coefficients, not the averages.
+    The average is over the whole global batch. Splitting the coefficients, not the averages, over microbatches, devices
+    and hosts leaves the result unchanged.
 
     Args:
-      average: 'token': the sum over all counted tokens / their number. 'sequence': the mean over rows of the mean
-        over each row's tokens; rows with nothing to count are no rows.
+      average: 'token' for the sum over all counted tokens, divided by their number. 'sequence' for the mean over rows
+        of the mean over each row's tokens; a row without a counted token is ignored.
       mask: True where a token counts.
-      segments: of rows that several are packed into, the number of each token's row; None: a row is one.
+      segments: the number of each token's row, where several rows are packed into one; None where nothing is packed.
 
     Returns:
-      Coefficients that sum to 1, or all 0 where nothing counts.
+      Coefficients that sum to 1, or that are all 0 where no token counts.
     """
     counted = jnp.asarray(mask, float)
     if average == "token":
@@ -186,7 +190,11 @@ def token_coefficients(
 
 
 def row_means(scores: Scores) -> dict[str, Array]:
-    """Of each row's counted tokens the mean log-probability under both models, and whether it has any: for schedules."""
+    """Returns the means of each row's counted tokens, for schedules.
+
+    The entries are the mean log-probability under each model, and `counted`, which is True if the row has a counted
+    token.
+    """
     count = scores.counted.sum(axis=1)
     mean = lambda values: jnp.where(scores.counted, values, 0).sum(axis=1) / jnp.maximum(count, 1)
     return {"log_p": mean(scores.log_p), "log_q": mean(scores.log_q), "counted": count > 0}
@@ -217,7 +225,10 @@ def _make_term(name: str, spec: Any, temperature: float, teacher_share: float, m
 
 
 def _schedule(spec: Any, of_rows: str = "") -> Any:
-    """A number or a spec as a stateful schedule; one that follows rows' scores has to follow `of_rows`."""
+    """Returns a number or a spec as a stateful schedule.
+
+    A schedule that reads the scores of rows must be for the rows named by `of_rows`.
+    """
     schedule: Any = schedules.as_stateful(spec if isinstance(spec, int | float) else resolve.build(spec, schedules))
     if getattr(schedule, "needs_scores", False) and schedule.rows != of_rows:
         there = f"where rows={of_rows!r}" if of_rows else "in this place"
@@ -228,12 +239,16 @@ def _schedule(spec: Any, of_rows: str = "") -> Any:
 
 
 def _names_one(spec: Any) -> bool:
-    """Whether a spec of an assistant is one; {"name": "none"} is what a flag can change, and None what it cannot."""
+    """Returns True if the spec names an assistant.
+
+    {"name": "none"} names no assistant, and a flag can change it. None also names no assistant, and no flag can change
+    it.
+    """
     return spec is not None and spec != "none" and (isinstance(spec, str) or spec["name"] != "none")
 
 
 def _check_assistant(spec: Any) -> None:
-    """Nothing of an assistant where there is none."""
+    """Checks that the settings of an assistant are used only where the term has an assistant."""
     if not _names_one(spec["assistant"]):
         if spec["weight"] != 0 or spec["stop_gradient"]:
             raise ValueError("there is no assistant: set weight=0.0 and stop_gradient=False, which are about it.")
@@ -246,7 +261,7 @@ def _check_assistant(spec: Any) -> None:
 
 
 def _divergence_loss(spec: Any) -> tuple[Callable[..., Array], tuple[Any, ...]]:
-    """The loss, and the schedules of those of the assistant's keywords that have one."""
+    """Returns the loss, and the schedules of the assistant's keywords that have a schedule."""
     assistant, scheduled = None, {}
     if _names_one(spec["assistant"]):
         function, keywords = resolve.look_up(spec["assistant"], assistants, positional=True)
@@ -268,7 +283,7 @@ def _divergence_loss(spec: Any) -> tuple[Callable[..., Array], tuple[Any, ...]]:
 
 def _hard_labels(temperature: float) -> Callable[..., Array]:
     def loss(log_p: Any, log_q: Array, target: Array, weight: Any) -> Array:
-        # temperature * log_q is the untempered logits up to a constant, which log_softmax takes out.
+        # temperature * log_q equals the logits at temperature 1 up to a constant, which log_softmax removes.
         return cross_entropy(log_q if temperature == 1 else jax.nn.log_softmax(temperature * log_q), target)
 
     return loss
@@ -281,13 +296,13 @@ def _weighted(loss: Callable[..., Array]) -> Callable[..., Array]:
 def _policy_gradient(
     spec: Any, teacher_share: float, max_new_tokens: int | None
 ) -> tuple[Callable[..., Array], Callable[[Scores], Any]]:
-    """The clipped surrogate of the drawn tokens, and the constants that it needs of each."""
+    """Returns the clipped surrogate of the drawn tokens, and the function that computes its constants for each token."""
     signals = policy_gradient.make_signals(spec, teacher_share, max_new_tokens)
     baseline, scale, clip = spec["baseline"], spec["reward_scale"], spec["clip"]
 
     def loss(log_p: Array, log_q: Array, target: Array, weight: Any, *signals: Array) -> Array:
         advantage, drawn_log_q, importance = signals
-        if baseline == "kl":  # the reward's exact mean is -KL(q || p): what is left varies less
+        if baseline == "kl":  # the exact mean of the reward is -KL(q || p); without it the advantage varies less
             advantage = advantage + jax.lax.stop_gradient(divergences.reverse_kl(log_p, log_q)) / scale
         return policy_gradient.clipped_surrogate(
             -cross_entropy(log_q, target), drawn_log_q, advantage, importance, clip

@@ -1,7 +1,7 @@
 """The gradient of a sequence's KL(q || p) from samples: rewards, returns, advantages, and the clipped surrogate.
 
-A token that the student drew is rewarded with log p - log q. All of it is arithmetic on arrays [B, L] of log-probabilities
-of tokens that were drawn; the distributions over the vocabulary come in only where `objectives` says so.
+The reward of a token that the student drew is log p - log q. All functions take arrays [B, L] of log-probabilities of
+drawn tokens. Distributions over the vocabulary are used only in `objectives`.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,13 +15,13 @@ from kd_jax.resolve import check_number
 
 
 class Scores(NamedTuple):
-    """Log-probabilities of a batch's targets, in nats, without gradient; 0 where `counted` is False.
+    """Log-probabilities of a batch's targets, in nats, without gradient. They are 0 where `counted` is False.
 
     Attributes:
-      log_p: under the teacher.
-      log_q: under the student as it is.
-      drawn_log_q: under the student that drew them; where nobody did, `log_q`.
-      counted: where there is a target that counts.
+      log_p: the log-probabilities under the teacher.
+      log_q: the log-probabilities under the current student.
+      drawn_log_q: the log-probabilities under the student that drew the tokens; `log_q` where no student drew them.
+      counted: True where a target counts.
     """
 
     log_p: Float[Array, "B L"]
@@ -31,7 +31,10 @@ class Scores(NamedTuple):
 
 
 def rewards(scores: Scores, scale: float = 1.0, limit: float = float("inf")) -> Float[Array, "B L"]:
-    """(log p - log q) / scale of each token for the student that drew it, cut at -limit and limit."""
+    """Returns (log p - log q) / scale of each token, clipped to [-limit, limit].
+
+    Here q is the distribution of the student that drew the token.
+    """
     value = jnp.clip((scores.log_p - scores.drawn_log_q) / scale, -limit, limit)
     return jnp.where(scores.counted, value, 0)
 
@@ -44,21 +47,22 @@ def returns(
     include_current: bool = False,
     length_normalised: bool = True,
 ) -> Float[Array, "B L"]:
-    """R_t = sum over i > t of discount^(i - t - 1) r_i, divided by the number of tokens in the sum.
+    """Returns R_t = sum over i > t of discount^(i - t - 1) r_i, divided by the number of tokens in the sum.
 
     Args:
-      rewards: 0 where `counted` is False.
-      counted: one run of True a row.
-      discount: of what comes later, in [0, 1].
-      include_current: the sum begins at t: the token's own reward, whose exact expectation a reverse KL has as well.
-      length_normalised: divide by the number of tokens; without it long responses weigh more.
+      rewards: the reward of each token, 0 where `counted` is False.
+      counted: True where a token counts; each row has one run of True.
+      discount: the factor for each later position, in [0, 1].
+      include_current: True if the sum begins at t, with the token's own reward. The exact expectation of this reward is
+        also part of a reverse KL.
+      length_normalised: True to divide by the number of tokens. Without the division, long responses weigh more.
 
     Returns:
-      A value a token, 0 where nothing follows, or where `counted` is False.
+      A value per token. It is 0 where the sum has no term, and where `counted` is False.
 
     References:
-      Gu et al., "MiniLLM", https://arxiv.org/abs/2306.08543, 2024, section 2.2: discount 1 and the current token left
-      out; its code has 0.95 and includes it.
+      Gu et al., "MiniLLM", https://arxiv.org/abs/2306.08543, 2024, section 2.2. The paper has discount 1 and
+      excludes the current token. The paper's code has discount 0.95 and includes the current token.
     """
 
     def back(later: Array, now: Array) -> tuple[Array, Array]:
@@ -72,7 +76,10 @@ def returns(
 
 
 def whiten(values: Float[Array, "B L"], over: Bool[Array, "B L"]) -> Float[Array, "B L"]:
-    """Values with mean 0 and variance 1 (the unbiased one) over the positions `over` of the whole batch."""
+    """Returns the values, shifted and scaled to mean 0 and variance 1 over the positions `over` of the whole batch.
+
+    The variance is the unbiased one.
+    """
     count = jnp.maximum(over.sum(), 2)
     mean = jnp.where(over, values, 0).sum() / count
     variance = jnp.where(over, (values - mean) ** 2, 0).sum() / (count - 1)
@@ -80,18 +87,28 @@ def whiten(values: Float[Array, "B L"], over: Bool[Array, "B L"]) -> Float[Array
 
 
 def importance(scores: Scores, teacher_share: float) -> Float[Array, "B L"]:
-    """q / ((1 - a) q + a p) of each token, in (0, 1 / (1 - a)]: what it weighs when it was drawn from that mixture."""
-    odds = jnp.exp(jnp.minimum(scores.log_p - scores.drawn_log_q, 80.0))  # beyond it the weight is 0 in float32
+    """Returns q / ((1 - a) q + a p) of each token, in (0, 1 / (1 - a)].
+
+    The result is the importance weight of a token that was drawn from the mixture with the teacher's share a.
+    """
+    # with larger exponents the weight is 0 in float32
+    odds = jnp.exp(jnp.minimum(scores.log_p - scores.drawn_log_q, 80.0))
     return 1 / ((1 - teacher_share) + teacher_share * odds)
 
 
 def importance_now(scores: Scores, teacher_share: float) -> Float[Array, "B L"]:
-    """The same for the student as it is, which may have been trained on these rows since it drew them."""
+    """Returns the importance weight of each token for the current student.
+
+    The current student may have been trained on these rows since they were drawn.
+    """
     return jnp.exp(scores.log_q - scores.drawn_log_q) * importance(scores, teacher_share)
 
 
 def response_slots(counted: Bool[Array, "B L"], most: int | None) -> Bool[Array, "B L"]:
-    """Where a response of at most `most` tokens could have had one: from a row's first that counts."""
+    """Returns True at the positions that a response of at most `most` tokens can fill.
+
+    The positions begin at the first counted token of a row.
+    """
     place = jnp.cumsum(jnp.cumsum(counted, axis=1) > 0, axis=1)
     return (place > 0) & (place <= (counted.shape[1] if most is None else most))
 
@@ -103,15 +120,19 @@ def clipped_surrogate(
     importance: Float[Array, "..."],
     clip: float,
 ) -> Float[Array, "..."]:
-    """-min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), ratio = importance * q / (q when it was drawn).
+    """Returns -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), the clipped surrogate.
+
+    The ratio is importance * q / (q at the time when the token was drawn).
 
     Args:
-      log_q: of the drawn tokens under the student, with gradient.
-      drawn_log_q, advantage, importance: constants.
-      clip: how far the ratio is followed; 0: wherever it goes.
+      log_q: the drawn tokens' log-probabilities under the student, with gradient.
+      drawn_log_q: the drawn tokens' log-probabilities under the student that drew them, a constant.
+      advantage: the advantage A of each token, a constant.
+      importance: the importance weight of each token, a constant.
+      clip: the largest distance of the ratio from 1 before it is clipped; 0 for no clipping.
 
     Returns:
-      A loss per token; with ratio 1 its gradient is -A * the gradient of log q.
+      A loss per token. With ratio 1, the gradient of the loss is -A times the gradient of log q.
 
     References:
       Schulman et al., "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347, 2017, eq. 7.
@@ -125,21 +146,23 @@ def clipped_surrogate(
 def make_signals(
     options: Mapping[str, Any], teacher_share: float, max_new_tokens: int | None
 ) -> Callable[[Scores], tuple[Array, Array, Array]]:
-    """From scores to what the surrogate takes of each token: advantage, log q when it was drawn, importance weight.
+    """Returns the function from scores to the three arrays that the surrogate needs of each token.
+
+    The arrays are the advantage, log q at the time when the token was drawn, and the importance weight.
 
     Args:
-      options: as `configs.base.policy` declares them.
-      teacher_share: of the mixture that the tokens were drawn from.
-      max_new_tokens: of a response; None: as many as a row has room for.
+      options: the options that `configs.base.policy` declares.
+      teacher_share: the teacher's share of the mixture that the tokens were drawn from.
+      max_new_tokens: the largest number of tokens in a response; None for the room that a row has.
 
     Raises:
-      ValueError: an option out of its range, or a baseline that is not the rewards' mean.
+      ValueError: an option is out of range, or the baseline is not the mean of the rewards.
     """
     options = dict(options)
     number = lambda name, low, high=float("inf"): check_number(f"policy.{name}", options[name], low, high)
     discount, limit = number("discount", 0, 1), number("reward_limit", 0) or float("inf")
     scale = number("reward_scale", 1e-6)
-    number("clip", 0)  # the surrogate's
+    number("clip", 0)  # checked here, used by the surrogate
     for name, known in (("baseline", ("none", "kl")), ("whiten", ("none", "counted", "all"))):
         if options[name] not in known:
             raise ValueError(f"policy.{name}={options[name]!r} is not one of {', '.join(known)}.")

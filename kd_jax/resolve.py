@@ -1,16 +1,18 @@
-"""From the names and numbers of a config to functions, and what to say when one of them is wrong.
+"""Turns the names and numbers of a config into functions, and explains errors in them.
 
-A spec is a name, or a mapping with the name under ``"name"`` and keyword arguments beside it::
+A spec is a name, or a mapping with the name under ``"name"`` and keyword arguments beside the name::
 
     {"name": "alpha_beta", "alpha": 0.2, "beta": 0.7}
 
-The name may be a call, ``"alpha_beta(alpha=0.2, beta=0.7)"``: then what stands beside it does not count, so that a flag
-can put one function in the place of another that has other keywords.
+The name may be a call, ``"alpha_beta(alpha=0.2, beta=0.7)"``. Then the keyword arguments beside the name are ignored. A
+flag can thus replace one function by another that has other keywords.
 
-A module is its own registry: the names it offers are its ``__all__``, or its public callables if it has none. A name
-of another module says which, as an entry point does: ``"package.module:function"``, also as a call. Of a notebook, or of
-the script that runs, that module is ``__main__``: ``"__main__:mine(scale=2.0)"``. A name and not the function itself,
-because a config is data: it is written beside the checkpoints, and read where a run goes on.
+A module is its own registry. The names in the module are its ``__all__``, or its public callables if it has no
+``__all__``. A name from another module is written like an entry point, ``"package.module:function"``, also as a call.
+For a function of a notebook, or of the script that runs, the module is ``__main__``: ``"__main__:mine(scale=2.0)"``.
+
+A config holds names, not functions, because a config is data: it is stored beside the checkpoints, and read again when
+a run resumes.
 """
 
 import ast
@@ -28,27 +30,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Spec = str | Mapping[str, Any]  # an ml_collections.ConfigDict will do: whatever `dict` can read
-Number = float | int  # to a type checker float includes int, at run time it does not
+Spec = str | Mapping[str, Any]  # or an ml_collections.ConfigDict, or any other object that `dict` accepts
+Number = float | int  # for a type checker float includes int, at run time it does not
 
 
 def bind(spec: Spec, module: ModuleType, **defaults: Any) -> Callable[..., Any]:
-    """The function a spec names, its keywords bound: for divergences and assistants.
+    """Returns the function that a spec names, with the keywords bound. It is used for divergences and assistants.
 
-    The function is traced once on abstract arguments (vectors for parameters called ``log_...``, scalars for
-    the other positional ones), so that a number out of range is an error when a run is set up and not in its
-    first step.
+    The function is traced once on abstract arguments: vectors for parameters called ``log_...``, scalars for the other
+    positional parameters. A number out of range is therefore an error when a run is set up, not in the first step.
 
     Args:
       spec: a name, or a mapping with ``name`` and keywords.
-      module: where to look the name up.
-      **defaults: keywords for what the spec leaves out.
+      module: the module in which the name is looked up.
+      **defaults: values of keywords that the spec does not give.
 
     Returns:
       A ``functools.partial`` that takes the function's positional arguments.
 
     Raises:
-      ValueError: for an unknown name or keyword, a missing keyword, or a number out of range.
+      ValueError: a name or a keyword is unknown, a keyword is missing, or a number is out of range.
 
     Example:
       >>> from kd_jax import divergences
@@ -60,7 +61,7 @@ def bind(spec: Spec, module: ModuleType, **defaults: Any) -> Callable[..., Any]:
 
 
 def close(function: Callable[..., Any], **keywords: Any) -> Callable[..., Any]:
-    """``functools.partial``, traced once as `bind` does."""
+    """Returns ``functools.partial(function, **keywords)``, after tracing it once as `bind` does."""
     bound = functools.partial(function, **keywords)
     shapes = [
         jax.ShapeDtypeStruct((2,) if parameter.startswith("log_") else (), jnp.float32)
@@ -71,22 +72,21 @@ def close(function: Callable[..., Any], **keywords: Any) -> Callable[..., Any]:
 
 
 def build(spec: Spec, module: ModuleType, **defaults: Any) -> Any:
-    """What the factory a spec names returns: for schedules and optimisers.
+    """Calls the factory that a spec names, and returns the result. It is used for schedules and optimisers.
 
-    A keyword whose value is itself a spec (a mapping with ``name``), or a list of them, is built first, from
-    the same
-    module: this is how ``join_schedules`` is written in a config.
+    A keyword's value may be a spec (a mapping with ``name``) or a list of specs. Such specs are built first, from the
+    same module. This is how a config describes ``join_schedules``.
 
     Args:
       spec: a name, or a mapping with ``name`` and keywords.
-      module: where to look the name up.
-      **defaults: keywords for what the spec leaves out.
+      module: the module in which the name is looked up.
+      **defaults: values of keywords that the spec does not give.
 
     Returns:
       The result of calling the factory with the keywords.
 
     Raises:
-      ValueError: for an unknown name or keyword, a missing keyword, or a number out of range.
+      ValueError: a name or a keyword is unknown, a keyword is missing, or a number is out of range.
 
     Example:
       >>> from kd_jax import schedules
@@ -101,21 +101,23 @@ def build(spec: Spec, module: ModuleType, **defaults: Any) -> Any:
 def look_up(
     spec: Spec, module: ModuleType, *, positional: bool, beside: tuple[str, ...] = (), **defaults: Any
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The function a spec names, and its keywords, both checked against the module and the signature.
+    """Returns the function that a spec names, and its keywords.
+
+    Both are checked against the module and the function's signature.
 
     Args:
       spec: a name, or a mapping with ``name`` and keywords.
-      module: where to look the name up.
-      positional: True if the required positional parameters are arrays to be given later, so that a spec may
-        not name them; False if they are keywords that the spec has to give.
-      beside: keywords that a spec may have beside those of the function.
-      **defaults: keywords for what the spec leaves out.
+      module: the module in which the name is looked up.
+      positional: True if the required positional parameters are arrays that are given later, so a spec may not name
+        them. False if they are keywords that the spec has to give.
+      beside: additional keywords that a spec may have and the function does not take.
+      **defaults: values of keywords that the spec does not give.
 
     Returns:
-      The function, and the keywords to call it with.
+      The function, and its keywords with their values.
 
     Raises:
-      ValueError: for an unknown name or keyword, a missing keyword, or a text in place of a number.
+      ValueError: a name or a keyword is unknown, a keyword is missing, or a text stands in place of a number.
     """
     if not isinstance(spec, str) and not hasattr(spec, "keys"):
         raise ValueError(f"{spec!r} is no spec: a name, a call such as name(keyword=1.0), or a mapping with a name.")
@@ -155,19 +157,23 @@ def look_up(
 
 
 def build_nested(keywords: Mapping[str, Any], module: ModuleType) -> dict[str, Any]:
-    """Keywords with what their own specs build, as in `build`."""
+    """Returns the keywords with each spec among their values replaced by the object that `build` makes of the spec."""
     return {name: _build_nested(value, module) for name, value in keywords.items()}
 
 
 def names(module: ModuleType) -> list[str]:
-    """What a module offers by name: its ``__all__``, or its public callables if it has none."""
+    """Returns the names that a module offers: its ``__all__``, or its public callables if it has no ``__all__``."""
     if hasattr(module, "__all__"):
         return list(module.__all__)
     return [name for name in dir(module) if not name.startswith("_") and callable(getattr(module, name))]
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """``value`` as a float if it is a finite Python number from ``low`` to ``high``, else a ValueError."""
+    """Returns ``value`` as a float if it is a finite Python number from ``low`` to ``high``.
+
+    Raises:
+      ValueError: ``value`` is no such number.
+    """
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, not {value!r}.")
     if not low <= float(value) <= high:
@@ -176,32 +182,38 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
 
 
 def check_fraction(name: str, value: Any) -> Any:
-    """``value``, checked to lie in ``[0, 1]`` if it is a Python number; an array (it may be traced) is not."""
+    """Checks that a Python number is in ``[0, 1]``, and returns the number.
+
+    An array may be traced, and is returned unchecked.
+    """
     if isinstance(value, jax.Array | np.ndarray):
         return jnp.asarray(value)
     return check_number(name, value, 0.0, 1.0)
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
-    """`` (did you mean 'forward_kl'?)`` for a name that is close to a known one, else nothing."""
+    """Returns `` (did you mean 'forward_kl'?)`` for a name that is close to a known name, and an empty text otherwise."""
     lower = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(str(name).lower(), lower, n=1)
     return f" (did you mean {lower[close[0]]!r}?)" if close else ""
 
 
 def _home(name: str, module: ModuleType) -> tuple[ModuleType, str]:
-    """The module that ``package.module:name`` says, or else the given one, and the name in it."""
+    """Returns the module and the function's name that ``package.module:name`` gives.
+
+    Without a colon the module is `module`.
+    """
     path, colon, rest = name.partition(":")
-    if not colon or "(" in path:  # a colon in a call's keywords says nothing
+    if not colon or "(" in path:  # a colon inside a call's keywords does not separate a module
         return module, name
     try:
         return importlib.import_module(path), rest
-    except (ImportError, TypeError, ValueError) as error:  # the latter two: relative and empty names
+    except (ImportError, TypeError, ValueError) as error:  # TypeError and ValueError come from relative and empty names
         raise ValueError(f"the module {path!r} of the name {name!r} cannot be imported: {error}.") from error
 
 
 def _parse_call(text: str) -> tuple[str, dict[str, Any]]:
-    """The name and the keywords, which are literals, of a call."""
+    """Returns the name and the keywords of a call. The keywords' values must be literals."""
     try:
         call = ast.parse(text.strip(), mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:

@@ -1,12 +1,12 @@
-"""Schedules: from a step to a number. optax's by their own names, and the one that optax lacks.
+"""Schedules: functions from a step to a number. The module offers optax's schedules, and two that optax lacks.
 
-optax has two protocols: a plain schedule is ``step -> value``, a stateful one has ``init``, ``update`` and
-``__call__``. ``as_stateful`` gives every schedule the second, so that a training step has one way to read and
-advance them all::
+optax has two protocols. A plain schedule is a function ``step -> value``. A stateful schedule has the methods ``init``,
+``update`` and ``__call__``. ``as_stateful`` gives every schedule the second protocol, so a training step reads and
+advances all schedules in the same way::
 
     state = schedule.init()
-    value = schedule(state, step=step)                  # the value this step uses
-    state = schedule.update(state, step=step, loss=loss)  # what the next one will use
+    value = schedule(state, step=step)                  # the value that this step uses
+    state = schedule.update(state, step=step, loss=loss)  # the state for the next step
 """
 
 import numbers
@@ -57,7 +57,7 @@ __all__ = [
 
 
 class TaidState(NamedTuple):
-    """What TAID remembers: scalars in JAX's default floating type."""
+    """The state of TAID: scalars in JAX's default floating type."""
 
     value: Float[Array, ""]
     momentum: Float[Array, ""]
@@ -65,25 +65,29 @@ class TaidState(NamedTuple):
 
 
 class taid:
-    """``t <- min(end, max(start + (end - start) k / N, t + alpha sigmoid(m) (1 - t)))``: TAID's path.
+    """TAID's path: ``t <- min(end, max(start + (end - start) k / N, t + alpha sigmoid(m) (1 - t)))``.
 
-    A class, since it has three methods, with a lower-case name, since a config names it like optax's
-    functions. ``m`` is the running mean of the loss's relative fall, so that the path is faster while the
-    student follows and slower while it does not; the straight line from start to end is its floor. The first
-    update only stores the loss. With the published ``beta`` the momentum hardly moves and ``sigmoid(m)``
-    stays near a half, and with the published ``alpha`` the step exceeds the line's only in runs of more than
-    ``2 / alpha`` steps: shorter ones follow the line.
+    The path is a class because it has three methods. The name is in lower case because a config names it like optax's
+    functions.
+
+    ``m`` is the running mean of the relative decrease of the loss. The path is therefore faster while the student
+    improves, and slower while it does not. The path never falls below the straight line from start to end. The first
+    update only stores the loss.
+
+    With the published ``beta`` the momentum hardly changes, so ``sigmoid(m)`` stays near a half. With the published
+    ``alpha`` the adaptive step exceeds the step of the line only in runs of more than ``2 / alpha`` steps. Shorter runs
+    follow the line.
 
     Args:
       total_steps: N, the number of updates in the run.
-      start: the weight of the teacher at first, in ``[0, 1)``.
-      end: the weight in the end, in ``(0, 1]`` and not below ``start``.
+      start: the teacher's first weight, in ``[0, 1)``.
+      end: the teacher's last weight, in ``(0, 1]`` and not below ``start``.
       alpha: the size of an adaptive step, in ``[0, 1]``.
       beta: the decay of the momentum, in ``[0, 1]``.
-      disable_adaptive: follow the line alone.
+      disable_adaptive: True to follow only the straight line.
 
     Raises:
-      ValueError: for a number out of range.
+      ValueError: a number is out of range.
 
     Example:
       >>> schedule = taid(total_steps=10, alpha=0.5)
@@ -116,17 +120,20 @@ class taid:
         self.disable_adaptive = disable_adaptive
 
     def init(self) -> TaidState:
-        """The state before the first step."""
+        """Returns the state before the first step."""
         return TaidState(jnp.array(self.start, float), jnp.array(0.0, float), jnp.array(jnp.inf, float))
 
     def __call__(self, state: TaidState, **unused: Any) -> Float[Array, ""]:
-        """The teacher's weight that the current step uses."""
+        """Returns the teacher's weight for the current step."""
         return state.value
 
     def update(
         self, state: TaidState, *, step: jax.typing.ArrayLike, loss: jax.typing.ArrayLike, **unused: Any
     ) -> TaidState:
-        """The state after a step, from its number (the first is 0) and its loss, without gradient."""
+        """Returns the state after a step, without a gradient.
+
+        The arguments are the number of the step, which starts at 0, and the loss of the step.
+        """
         loss = jax.lax.stop_gradient(jnp.asarray(loss, state.value.dtype))
         first = jnp.isinf(state.previous_loss)
         previous = jnp.where(first, loss, state.previous_loss)
@@ -139,33 +146,41 @@ class taid:
 
 
 class SkewState(NamedTuple):
-    """What DistiLLM-2's curriculum remembers: of the first steps, the sum of the gaps and their number."""
+    """The state of DistiLLM-2's curriculum: the sum and the number of the gaps in the first steps."""
 
     total: Float[Array, ""]
     count: Float[Array, ""]
 
 
 class distillm2_skew:
-    """The skew ``1 - (1 - base) m / gap``, cut to ``[low, base]``: more of the other model where the two are far apart.
+    """The skew ``1 - (1 - base) m / gap``, clipped to ``[low, base]``.
 
-    ``gap`` is ``p(y | x) - q(y | x)`` of a teacher's response y, or ``q(y | x) - p(y | x)`` of a student's, each the
-    exponential of the mean log-probability of its tokens; ``m`` is its mean over the first ``reference_steps``, in which
-    the skew is ``base``. From ``log(p / r) ~ (1 - skew)(p - q)``: that product is kept constant. A gap below 0 gives
-    ``base``. The skew is a constant to the gradient.
+    The skew is the weight, in the assistant, of the divergence's first argument. A larger gap between the two models
+    gives a larger skew.
+
+    - ``gap`` is ``p(y | x) - q(y | x)`` for a teacher's response y, and ``q(y | x) - p(y | x)`` for a student's
+      response. Each probability is the exponential of the mean log-probability of the response's tokens.
+    - ``m`` is the mean gap over the first ``reference_steps``. During these steps the skew is ``base``.
+    - A gap of 0 or less gives ``base``.
+
+    The rule follows from ``log(p / r) ~ (1 - skew)(p - q)``: the product on the right is kept constant. The skew is a
+    constant to the gradient.
 
     Args:
-      reference_steps: how many steps make up ``m``: the first epoch.
-      rows: "teacher": the skew is the weight of the teacher in ``KL(p || r)``. "student": it is that of the student in
-        ``KL(q || r)``, so that the weight of the teacher, which is the value, is ``1 - skew``.
+      reference_steps: the number of steps over which ``m`` is averaged, usually the first epoch.
+      rows: "teacher" or "student", the model that wrote the rows. With "teacher" the skew is the weight of the teacher
+        in ``KL(p || r)``. With "student" the skew is the weight of the student in ``KL(q || r)``. The returned value is
+        always the teacher's weight, so it is ``1 - skew`` with "student".
       base: the largest skew, in ``(0, 1)``.
-      low: the smallest, in ``[0, base]``.
-      per_row: a skew for each row, as in the published code, instead of one for the batch's mean gap.
+      low: the smallest skew, in ``[0, base]``.
+      per_row: True for a skew for each row, as in the published code. False for one skew from the batch's mean gap.
 
     Raises:
-      ValueError: for a number out of range.
+      ValueError: a number is out of range.
 
     References:
-      Ko et al., `DistiLLM-2 <https://arxiv.org/abs/2503.07067>`_, 2025; the published code never gets to it.
+      Ko et al., `DistiLLM-2 <https://arxiv.org/abs/2503.07067>`_, 2025. The published code never
+      reaches this curriculum.
     """
 
     needs_scores = True
@@ -185,7 +200,7 @@ class distillm2_skew:
         self.rows, self.per_row = rows, per_row
 
     def init(self) -> SkewState:
-        """The state before the first step."""
+        """Returns the state before the first step."""
         return SkewState(jnp.array(0.0, float), jnp.array(0.0, float))
 
     def _gap(self, log_p: Array, log_q: Array, counted: Array) -> Array:
@@ -195,7 +210,10 @@ class distillm2_skew:
     def __call__(
         self, state: SkewState, *, step: jax.typing.ArrayLike, log_p: Array, log_q: Array, counted: Array, **unused: Any
     ) -> Float[Array, "..."]:
-        """The teacher's weight in each row's assistant, or in all: from the rows' mean log-probabilities [B]."""
+        """Returns the teacher's weight in the assistant, one per row or one for all rows.
+
+        The weight is computed from the mean log-probabilities [B] of the rows under both models.
+        """
         gap = self._gap(log_p, log_q, counted)
         if not self.per_row:
             gap = gap.sum() / jnp.maximum(counted.sum(), 1)
@@ -207,7 +225,7 @@ class distillm2_skew:
     def update(
         self, state: SkewState, *, step: jax.typing.ArrayLike, log_p: Array, log_q: Array, counted: Array, **unused: Any
     ) -> SkewState:
-        """The state after a step, from the same rows."""
+        """Returns the state after a step, computed from the rows that the step used."""
         early = jnp.asarray(step) < self.reference_steps
         gap = self._gap(log_p, log_q, counted).sum()
         return SkewState(
@@ -216,17 +234,19 @@ class distillm2_skew:
 
 
 def as_stateful(schedule: float | Callable[..., Any] | StatefulSchedule) -> StatefulSchedule:
-    """Any schedule under the stateful protocol; a plain one gets the empty state, a number is a constant.
+    """Returns any schedule under the stateful protocol.
+
+    A plain schedule gets an empty state. A number becomes a constant schedule.
 
     Args:
       schedule: a finite Python number, a function ``step -> value``, or a stateful schedule.
 
     Returns:
-      A stateful schedule: ``init() -> state``, ``schedule(state, step=...) -> value``,
+      A stateful schedule: ``init() -> state``, ``schedule(state, step=...) -> value``, and
       ``update(state, step=..., loss=...) -> state``.
 
     Raises:
-      ValueError: if ``schedule`` is none of these.
+      ValueError: ``schedule`` is none of these.
 
     Example:
       >>> schedule = as_stateful(linear_schedule(0.0, 1.0, 10))
@@ -245,7 +265,10 @@ def as_stateful(schedule: float | Callable[..., Any] | StatefulSchedule) -> Stat
 
 
 class _Stateless:
-    """A plain schedule, with nothing to remember: the step is given, where optax's own wrapper counts."""
+    """A plain schedule under the stateful protocol, without a state.
+
+    The step is an argument. optax's own wrapper counts the steps instead.
+    """
 
     def __init__(self, schedule: Callable[[Any], Any]):
         self.schedule = schedule

@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh with three axes, and one table from a parameter's path to its PartitionSpec."""
+"""Placement of arrays: one mesh with three axes, and one table from a parameter's path to its PartitionSpec."""
 
 import math
 import re
@@ -11,11 +11,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
-# Rows of a batch are divided over both of these; parameters are divided over fsdp and tensor.
+# The rows of a batch are divided over both of these axes. Parameters are divided over fsdp and tensor.
 BATCH = P(("data", "fsdp"))
 
-# The first match counts. Optimiser states carry their parameter's path as a suffix, so one table places them too.
-# Matrices that read the residual stream are [D, out], those that write it [in, D]: D goes to fsdp, the other to tensor.
+# The first match counts. The path of an optimiser's state ends with the path of its parameter, so one table places
+# both. Matrices that read the residual stream are [D, out], and matrices that write to it are [in, D]. D is divided
+# over fsdp, the other axis over tensor.
 RULES = (
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"positions/embedding$", P(None, "fsdp")),
@@ -26,9 +27,11 @@ RULES = (
     (r"(output|down)/bias$", P()),
     (r"norm/(scale|bias)$", P()),
 )
-# A teacher may lie otherwise: what stands for a rule's axis. It has no gradient and no optimiser, so that there may be room for
-# it to be whole, which saves gathering it in every step; or none at all, so that even those divide it that have a copy of the
-# student each.
+# Replacements for the axes in RULES, by layout. A teacher has no gradient and no optimiser state, so another layout may fit it.
+# student: sharded like the student.
+# spread: also sharded over `data`, whose devices each hold a copy of the student. This layout needs the least memory.
+# tensor: sharded over `tensor` only.
+# whole: replicated. This layout saves gathering the teacher in every step.
 LAYOUTS: dict[str, dict[str, Any]] = {
     "student": {},
     "spread": {"fsdp": ("data", "fsdp")},
@@ -38,16 +41,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
-    """The mesh: `data` copies of the model, each divided `fsdp` ways by parameter and `tensor` ways by matrix.
+    """Returns the mesh for `data` copies of the model.
+
+    Each copy is divided `fsdp` ways by parameter and `tensor` ways by matrix.
 
     Args:
-      data: size of the axis over which the batch alone is divided; -1: whatever the other two leave.
-      fsdp: size of the axis over which both the batch and the parameters are divided.
-      tensor: size of the axis over which matrices are divided and rows are not.
-      devices: all of JAX's by default.
+      data: the size of the axis over which only the batch is divided; -1 for all devices that the other axes leave.
+      fsdp: the size of the axis over which both the batch and the parameters are divided.
+      tensor: the size of the axis over which matrices are divided and rows are not.
+      devices: the devices of the mesh; by default all devices of JAX.
 
     Raises:
-      ValueError: sizes that do not multiply to the number of devices.
+      ValueError: the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -67,21 +72,21 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
 
 
 def tree_shardings(mesh: Mesh, tree: Any, layout: str = "student") -> Any:
-    """The sharding of every array of a tree of parameters, of an optimiser's state, or of both.
+    """Returns the sharding of every array of a tree of parameters, of an optimiser's state, or of both.
 
-    An axis of the mesh that does not divide an array's dimension is left out there, and the dimension is whole on
-    each of that axis's devices: an odd vocabulary costs memory, not an error.
+    A mesh axis whose size does not divide an array's dimension is not used for that dimension. The dimension is then
+    replicated over that axis. An odd vocabulary therefore costs memory, but is no error.
 
     Args:
-      mesh: as from `make_mesh`.
-      tree: arrays or ShapeDtypeStructs; a matrix in int8 and its scales lie as the matrix.
-      layout: one of LAYOUTS.
+      mesh: the mesh from `make_mesh`.
+      tree: arrays or ShapeDtypeStructs. A matrix in int8 and its scales are sharded like the matrix.
+      layout: a name in LAYOUTS.
 
     Returns:
-      The same tree with a NamedSharding in place of each array.
+      A tree of the same structure with a NamedSharding in place of each array.
 
     Raises:
-      ValueError: a path that no rule matches.
+      ValueError: no rule matches the path of an array.
     """
     axes = LAYOUTS[layout]
 
@@ -98,9 +103,11 @@ def tree_shardings(mesh: Mesh, tree: Any, layout: str = "student") -> Any:
 
 
 def for_lookup(mesh: Mesh | None, params: Any) -> Any:
-    """Parameters whose embedding is whole over `fsdp`, as every other matrix is where it is used.
+    """Returns the parameters with an embedding that is not divided over `fsdp`.
 
-    Left to itself XLA looks the divided vectors up and then gathers the whole batch's.
+    Every other matrix is also gathered over `fsdp` where it is used.
+
+    Otherwise XLA would look up the divided vectors and then gather the vectors of the whole batch.
     """
     if mesh is None or mesh.size == 1:
         return params
@@ -109,19 +116,20 @@ def for_lookup(mesh: Mesh | None, params: Any) -> Any:
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
-    """ShapeDtypeStructs that say where their arrays live."""
+    """Returns ShapeDtypeStructs of the arrays in a tree, with their shardings."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a batch's arrays: rows over data and fsdp, everything else whole."""
+    """Returns the sharding of a batch's arrays: the rows are divided over data and fsdp, all other axes are replicated."""
     return NamedSharding(mesh, BATCH)
 
 
 def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
-    """One global array from each process's rows of it.
+    """Returns one global array for each of a batch's arrays, assembled from the rows of each process.
 
-    Where a process's devices need rows of others, since `tensor` is wider than what it has, all rows go to all.
+    If `tensor` is wider than a process's own devices, these devices need rows of other processes. Then all rows are
+    sent to all processes.
     """
     sharding, ways = batch_sharding(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
     parts = set(map(str, sharding.addressable_devices_indices_map((ways,)).values()))
@@ -132,44 +140,44 @@ def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
 
 
 def put_whole(mesh: Mesh, array: Any) -> jax.Array:
-    """A global array, its rows divided as a batch's, of which every process has the whole."""
+    """Returns a global array, with rows divided like a batch's, from the whole array that every process has."""
     return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda index: array[index])
 
 
 def fetch_whole(array: jax.Array) -> np.ndarray:
-    """A global array as every process can hold it."""
+    """Returns a global array as a NumPy array on every process."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def from_first_process(number: int) -> int:
-    """What process 0 says, on every process; all wait for it."""
+    """Returns the number of process 0 on every process. Every process waits for process 0."""
     return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def least_of_processes(number: int) -> int:
-    """The least of what the processes say, on every process; all wait for it."""
+    """Returns the smallest of the processes' numbers on every process. Every process waits for all others."""
     return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).min())
 
 
 def text_from_first_process(text: str) -> str:
-    """Returns the text of process 0 on every process; all wait for it."""
+    """Returns the text of process 0 on every process. Every process waits for process 0."""
     if jax.process_count() == 1:
         return text
     content = np.frombuffer(text.encode(), np.uint8)
-    whole = np.zeros(from_first_process(len(content)), np.uint8)  # on every process as long as that of the first
+    whole = np.zeros(from_first_process(len(content)), np.uint8)  # on every process as long as the text of process 0
     whole[: len(content)] = content[: len(whole)]
     return np.asarray(multihost_utils.broadcast_one_to_all(whole)).tobytes().decode()
 
 
 def path_name(path: Any) -> str:
-    """'layers/0/mlp/up/kernel' for the path of a leaf."""
+    """Returns the path of a leaf as a text, such as 'layers/0/mlp/up/kernel'."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def _fit(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> P:
     if len(spec) > len(shape):
-        return P()  # a state that optimisers such as adafactor keep in a factored shape: small, so whole
+        return P()  # a factored state of an optimiser such as adafactor, small enough to replicate
     ways = [math.prod(mesh.shape[axis] for axis in ((name,) if isinstance(name, str) else name or ())) for name in spec]
     return P(*(name if shape[i] % ways[i] == 0 else None for i, name in enumerate(spec)))

@@ -15,21 +15,21 @@ from kd_jax.objectives import ORIGINS, Term, cross_entropy, row_means, token_coe
 from kd_jax.policy_gradient import Scores
 
 Batch = dict[str, Array]
-# name -> (sum, count): averages are taken by whoever has all the sums.
+# name -> (sum, count). The average is computed by the code that has all the sums.
 Metrics = dict[str, tuple[Array, Array]]
 
 
 @struct.dataclass
 class TrainState:
-    """All that a run carries from step to step, and all that its checkpoint holds beside the data's position.
+    """The state that a run carries from step to step. A checkpoint holds this state and the position in the data.
 
     Attributes:
       step: the number of updates made.
-      params: the student's.
-      opt_state: the optimiser's.
-      schedules: for each term, the states of its schedules.
-      key: the source of all randomness: step i uses fold_in(key, i).
-      skipped: the number of steps in a row, up to the last one, whose loss or gradient was not finite.
+      params: the student's parameters.
+      opt_state: the optimiser's state.
+      schedules: the states of the schedules of each term.
+      key: the source of all randomness; step i uses fold_in(key, i).
+      skipped: the number of consecutive steps, up to the last one, whose loss or gradient was not finite.
     """
 
     step: Int[Array, ""]
@@ -41,7 +41,7 @@ class TrainState:
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, terms: Sequence[Term], key: Array) -> TrainState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     schedules = _as_real(tuple(tuple(schedule.init() for schedule in term.schedules) for term in terms), params)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), schedules, key, jnp.zeros((), jnp.int32))
 
@@ -59,33 +59,37 @@ def make_train_step(
     mesh: jax.sharding.Mesh | None = None,
     max_skipped: int = 0,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-    """The step that trains `student` towards `teacher` on a batch.
+    """Returns the step that trains `student` towards `teacher` on a batch.
 
-    Averages are over the whole global batch, so that the number of microbatches, of devices and of hosts changes
-    nothing but rounding. A batch with nothing to count gives loss 0 and gradient 0.
+    Averages are over the whole global batch. The numbers of microbatches, devices and hosts therefore change only
+    rounding. A batch without a counted token gives loss 0 and gradient 0.
 
-    A step whose loss or gradient is not finite changes neither parameters nor the states of optimiser and schedules. More of
-    them in a row than `max_skipped`, and the state stays as it was before the one too many, whatever steps follow: what comes
-    to look at the metrics later finds the state that gave them.
+    A step whose loss or gradient is not finite changes neither the parameters nor the states of optimiser and
+    schedules. After more than `max_skipped` such steps in a row, the state no longer changes. Code that reads the
+    metrics later then finds the state that produced them.
 
     Args:
-      student: with `hidden(params, tokens, mask)` and `stored_head(params)`.
-      teacher: the same, with parameters of its own, or a `CachedTeacher`; None if no term needs one.
-      terms: as from `objectives.make_terms`.
-      tx: the optimiser, clipping included.
-      vocab_size: ids that have a meaning; the heads' padding beyond it gets no mass in either.
-      temperature: divides both logits.
-      microbatches: parts that a batch's rows are worked through in, one after another.
-      chunk: as in `token_sum`.
-      mesh: where state and batch are; None: on one device.
-      max_skipped: steps in a row that are left out since they are not finite.
+      student: a model with `hidden(params, tokens, mask)` and `stored_head(params)`.
+      teacher: a model with the same methods and its own parameters, a `CachedTeacher`, or None if no term needs a
+        teacher.
+      terms: the terms from `objectives.make_terms`.
+      tx: the optimiser, including gradient clipping.
+      vocab_size: the number of token ids in use; the padding of the heads beyond it gets no mass in either model.
+      temperature: the divisor of both models' logits.
+      microbatches: the number of parts of a batch's rows that are processed one after another.
+      chunk: the number of tokens whose logits are held at a time, as in `token_sum`.
+      mesh: the mesh that the state and the batch are on; None for one device.
+      max_skipped: the largest number of consecutive steps that may be skipped because they are not finite.
 
     Returns:
-      (state, teacher_params, batch) -> (state, metrics). batch: tokens, targets [B, L] int32; mask [B, L], bool or the
-      int32 segments of packed rows; loss_mask [B, L] bool; optionally origin [B], the index into `objectives.ORIGINS` of
-      each row's text (without it: data), and log_probs [B, L], of the targets that a student drew, when it drew them;
-      what a cached teacher said has names that begin with teacher_.
-      Jit it with the state donated.
+      (state, teacher_params, batch) -> (state, metrics), to be jitted with the state donated. The batch contains tokens
+        and
+      targets [B, L] int32; mask [B, L], bool or the int32 segments of packed rows; and loss_mask [B, L] bool. Optional
+      arrays are origin [B], the index into `objectives.ORIGINS` of each row's text (without origin, every row is from
+        the
+      data); log_probs [B, L], the log-probabilities of the targets under the student that drew them; and the arrays of
+        a
+      cached teacher, whose names begin with teacher_.
     """
     needs_teacher = any(term.needs_teacher for term in terms)
     if needs_teacher and teacher is None:
@@ -111,7 +115,10 @@ def make_train_step(
         return total, jnp.stack([values.sum(axis=(0, 1)), counted.astype(values.dtype)])
 
     def target_scores(params: Any, teacher_params: Any, batch: Batch) -> tuple[Array, Array]:
-        """log p and log q of every counted target, by a pass of their own: some weights depend on whole rows."""
+        """Returns log p and log q of every counted target.
+
+        The scores need a separate pass, because some weights depend on whole rows.
+        """
         of_targets = lambda log_p, seen, log_q, target: (
             -jnp.stack([cross_entropy(log_p, target), cross_entropy(log_q, target)], axis=-1)
         )
@@ -128,7 +135,7 @@ def make_train_step(
         return values[..., 0], values[..., 1]
 
     def term_scores(params: Any, teacher_params: Any, batch: Batch, counted: list[Array]) -> list[Scores | None]:
-        """Of each term that needs them, the scores of the tokens that it counts."""
+        """Returns the scores of the tokens that each term counts, and None for a term that needs no scores."""
         scored = [mask for term, mask in zip(terms, counted, strict=True) if term.needs_scores]
         if not scored:
             return [None for _ in terms]
@@ -215,9 +222,10 @@ def make_train_step(
 
 
 def _as_real(tree: Any, params: Any) -> Any:
-    """Casts the numbers of a tree to float32, or to float64 where a parameter is: never to JAX's default type.
+    """Casts the floating-point numbers of a tree to float32, or to float64 if a parameter is float64.
 
-    With JAX_ENABLE_X64=1 the default is float64, and the numbers of a float32 model must not depend on it.
+    JAX's default type is never used. With JAX_ENABLE_X64=1 the default is float64, and the numbers of a float32 model
+    must not depend on this setting.
     """
     floats = [leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     real = jnp.result_type(jnp.float32, *floats)
@@ -225,7 +233,7 @@ def _as_real(tree: Any, params: Any) -> Any:
 
 
 def _from_teacher(batch: Batch) -> Batch:
-    """What a cached teacher has in a batch."""
+    """Returns the arrays of a batch that come from a cached teacher."""
     return {name: array for name, array in batch.items() if name.startswith("teacher_")}
 
 
@@ -234,7 +242,7 @@ def _where(condition: Array, new: Any, old: Any) -> Any:
 
 
 def _counted(term: Term, batch: Batch) -> Array:
-    if "origin" not in batch:  # all are a dataset's
+    if "origin" not in batch:  # without origin, every row is from a dataset
         return batch["loss_mask"] & (term.rows in ("all", "data"))
     origin = batch["origin"]
     of_term = origin == ORIGINS.index(term.rows) if term.rows != "all" else origin != ORIGINS.index("text")
@@ -242,17 +250,20 @@ def _counted(term: Term, batch: Batch) -> Array:
 
 
 def _follow(schedule: Any, state: Any, step: Array, term: Array, means: dict[str, Array]) -> Any:
-    """A schedule's next state, from the sum and the count of its term's values; where none counts it stays."""
+    """Returns a schedule's next state, from the sum and the count of the term's values.
+
+    With a count of 0 the state does not change.
+    """
     value, count = term
     new = schedule.update(state, step=step, loss=value / jnp.maximum(count, 1), **means)
     return _where(count > 0, jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), new, state), state)
 
 
 def _split_rows(parts: Any, count: int) -> Any:
-    """[B, ...] -> [count, B / count, ...], row i to part i mod count, so that no row leaves its device."""
+    """Reshapes [B, ...] to [count, B / count, ...]. Row i goes to part i mod count, so no row leaves its device."""
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), parts)
 
 
 def _join_rows(parts: Any) -> Any:
-    """The reverse of `_split_rows`."""
+    """Reverses `_split_rows`."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
