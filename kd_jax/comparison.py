@@ -1,4 +1,4 @@
-"""Several runs compared: means and deviations over seeds as a table, and as charts."""
+"""Compares several runs: means and standard deviations over seeds, as a table and as charts."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,22 +18,25 @@ HIGHER = (
     "accuracy",
     "top1_agreement",
     "finished",
-)  # is better; else the lower
+)  # For these numbers higher is better, for all others lower.
 TITLES = {
     "forward_kl": "KL(p || q)", "reverse_kl": "KL(q || p)", "own_forward_kl": "KL(p || q), own text",
     "own_reverse_kl": "KL(q || p), own text", "rouge_l": "ROUGE-L", "cross_entropy": "cross-entropy",
     "top1_agreement": "top-1 agreement",
 }  # fmt: skip
-Line = Mapping[str, Any]  # {"point": {label: value}, "seed": ..., "before": numbers, "after": numbers} of a run
+Line = Mapping[str, Any]  # a run: {"point": {label: value}, "seed": ..., "before": numbers, "after": numbers}
 
 
 def present(done: Sequence[Line], columns: Sequence[str]) -> list[str]:
-    """Those columns that some run has."""
+    """Returns the columns for which some run has a number."""
     return [name for name in columns if any(name in line["after"] for line in done)]
 
 
 def table(done: Sequence[Line], columns: Sequence[str]) -> str:
-    """Markdown, a row a point: mean ± deviation over the seeds, the best of each column in bold."""
+    """Returns a Markdown table with a row for each point: mean ± standard deviation over the seeds.
+
+    The best mean of each column is in bold.
+    """
     groups, names = grouped(done), present(done, columns)
     if not groups:
         return "No run is finished."
@@ -50,7 +53,7 @@ def table(done: Sequence[Line], columns: Sequence[str]) -> str:
 
 
 def grouped(done: Sequence[Line]) -> dict[str, list[Line]]:
-    """The runs of each point, by how it is called."""
+    """Returns the runs of each point, in a dict with the point's name as key."""
     groups: dict[str, list[Line]] = {}
     for line in done:
         groups.setdefault(named(line), []).append(line)
@@ -58,7 +61,7 @@ def grouped(done: Sequence[Line]) -> dict[str, list[Line]]:
 
 
 def mean(lines: Sequence[Line], name: str) -> tuple[float, float]:
-    """Mean and standard deviation of a number after training; nan where no run has it."""
+    """Returns the mean and standard deviation of a number after training. The mean is nan if no run has the number."""
     values = [line["after"][name] for line in lines if name in line["after"]]
     if not values:
         return float("nan"), 0.0
@@ -66,14 +69,14 @@ def mean(lines: Sequence[Line], name: str) -> tuple[float, float]:
 
 
 def winner(groups: Mapping[str, Sequence[Line]], name: str) -> str:
-    """The point with the best mean."""
+    """Returns the point with the best mean."""
     means = {point: mean(lines, name)[0] for point, lines in groups.items()}
     there = {point: value for point, value in means.items() if value == value}
     return (max if name in HIGHER else min)(there, key=there.__getitem__, default="")
 
 
 def number(values: Sequence[float]) -> str:
-    """Mean ± deviation."""
+    """Returns the mean ± standard deviation of the values as a text."""
     if not values:
         return ""
     deviation = f" ± {_deviation(values):.3f}" if len(values) > 1 else ""
@@ -81,7 +84,7 @@ def number(values: Sequence[float]) -> str:
 
 
 def rouge_line(counts: dict[str, int]) -> str:
-    """Says how the references were compared, of `scores.rouge_tokens`'s counts.
+    """Says how the references were compared, from the counts of `scores.rouge_tokens`.
 
     Example:
       >>> rouge_line({"papers": 1200, "unicode": 0})
@@ -92,20 +95,20 @@ def rouge_line(counts: dict[str, int]) -> str:
 
 
 def _deviation(values: Sequence[float]) -> float:
-    with np.errstate(invalid="ignore"):  # of a perplexity of inf it is nan
+    with np.errstate(invalid="ignore"):  # the deviation of an infinite perplexity is nan
         return float(np.std(values, ddof=1))
 
 
 def charts(
     axes: Mapping[str, Sequence[Any]], columns: Sequence[str], done: Sequence[Line], workdirs: Sequence[Path] = ()
 ) -> list[Chart]:
-    """Bars; curves over the tokens trained on; and, where there are two axes of numbers, heat maps.
+    """Returns bar charts, curves over the trained tokens, and heat maps if there are two axes of numbers.
 
     Args:
-      axes: label -> values.
-      columns: names of numbers.
-      done: the runs that are finished.
-      workdirs: of each of them, for the curves; empty: there are none.
+      axes: a dict from each axis's label to its values.
+      columns: the names of the numbers to show.
+      done: the finished runs.
+      workdirs: the work directory of each finished run, for the curves; empty for no curves.
     """
     names, groups = present(done, columns), grouped(done)
     if not names:
@@ -125,22 +128,22 @@ def charts(
 
 
 def axes_of(config: Any) -> dict[str, tuple[Any, ...]]:
-    """An ablation's axes, label -> values."""
+    """Returns an ablation's axes as a dict from labels to values."""
     return {label: tuple(values) for label, _, values in config["axes"]}
 
 
 def named(line: Line) -> str:
-    """How a run's point is called."""
+    """Returns the name of a run's point."""
     return ", ".join(map(str, line["point"].values()))
 
 
 def title(name: str) -> str:
-    """A number's name as a title."""
+    """Returns the name of a number in the form of a title."""
     return TITLES.get(name, name.replace("_", " "))
 
 
 def over_tokens(workdir: Path) -> list[tuple[float, dict[str, float]]]:
-    """The evaluations of a run, each with the tokens trained on before it."""
+    """Returns the evaluations of a run, each with the number of tokens trained on before the evaluation."""
     tokens, found = 0.0, []
     for line in sorted(metrics.read(str(workdir)), key=lambda line: line["step"]):
         if line["split"] == "train":
@@ -151,7 +154,10 @@ def over_tokens(workdir: Path) -> list[tuple[float, dict[str, float]]]:
 
 
 def curve(runs: Mapping[str, Sequence[Sequence[tuple[float, Mapping[str, float]]]]], name: str) -> Any:
-    """Draws a number over tokens: for each point the mean of its seeds, and a band of one deviation."""
+    """Returns the function that draws a number over tokens.
+
+    For each point it draws the mean of the seeds, and a band of one standard deviation.
+    """
 
     from matplotlib.ticker import EngFormatter  # slow to import
 

@@ -1,4 +1,4 @@
-"""What a run shows: metrics.jsonl, TensorBoard, a progress bar, and tables."""
+"""The outputs of a run: metrics.jsonl, TensorBoard, a progress bar, and tables."""
 
 import contextlib
 import json
@@ -13,23 +13,25 @@ from kd_jax import storage
 
 
 def averages(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
-    """{name: sum / count} as Python numbers; a mean over nothing is left out."""
+    """Returns {name: sum / count} as Python numbers. A mean with count 0 is omitted."""
     return {name: float(total) / float(count) for name, (total, count) in sums.items() if float(count)}
 
 
 class Writer:
     """Appends metrics to `metrics.jsonl` and to TensorBoard files in a work directory.
 
-    One JSON object a line: {"step": ..., "split": "train", "eval" or "speed", name: value, ...}.
+    Each line is a JSON object: {"step": ..., "split": "train", "eval" or "speed", name: value, ...}.
     """
 
     def __init__(self, workdir: str, first_step: int, silent: bool = False):
-        """Opens the files, dropping what comes after the checkpoint of `first_step`: its evaluation, and lines of later steps.
+        """Opens the files, and drops the lines that follow the checkpoint of `first_step`.
+
+        The dropped lines are the evaluation at `first_step`, and all lines of later steps.
 
         Args:
-          workdir: of the run.
-          first_step: that is there already.
-          silent: nothing is written: another process does.
+          workdir: the work directory of the run.
+          first_step: the step of the checkpoint from which the run resumes.
+          silent: True to write nothing, because another process writes.
         """
         self._silent = silent
         if silent:
@@ -37,7 +39,7 @@ class Writer:
         folder = Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        # Without a checkpoint the run starts over, and evaluates at step 0 again.
+        # Without a checkpoint the run starts again, and repeats the evaluation at step 0.
         saved = lambda line: (line["step"], line["split"] == "eval") <= (first_step, False)
         lines = [line for line in read(workdir) if saved(line)] if first_step else []
         partial = folder / "metrics.jsonl.partial"
@@ -52,7 +54,7 @@ class Writer:
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            # The thread of TensorBoard's file ends where it cannot write, and a full queue would then keep the run waiting for ever.
+            # TensorBoard's thread stops when it cannot write. A full queue would then block the run forever.
             if not self._board_is_written():
                 where = self._board.logdir
                 raise storage.StorageError(
@@ -66,7 +68,7 @@ class Writer:
     def __exit__(self, kind: Any, *error: Any) -> None:
         if self._silent:
             return
-        # On a full disk the last bytes fail again, which says nothing new beside the first error.
+        # On a full disk the last bytes also fail, and this second error adds nothing to the first.
         with contextlib.suppress(OSError) if kind else contextlib.nullcontext(), self._file:
             self._close_board()
 
@@ -77,7 +79,7 @@ class Writer:
                 self._board.close()
         finally:
             if writer is not None:
-                writer._closed = True  # or it would be closed again, and fail again, as Python ends
+                writer._closed = True  # otherwise Python would close the file again at exit, and fail again
 
     def _board_is_written(self) -> bool:
         worker = getattr(getattr(self._board.file_writer, "event_writer", None), "_worker", None)
@@ -85,7 +87,7 @@ class Writer:
 
 
 def read(workdir: str) -> list[dict[str, Any]]:
-    """The lines of a work directory's metrics.jsonl; one cut off by a kill is left out."""
+    """Returns the lines of a work directory's metrics.jsonl. An incomplete last line, from a killed run, is ignored."""
     path = Path(workdir) / "metrics.jsonl"
     if not path.exists():
         return []
@@ -94,14 +96,17 @@ def read(workdir: str) -> list[dict[str, Any]]:
 
 
 def progress(total: int, initial: int, quiet: bool = False) -> tqdm:
-    """A bar over steps with the time left; `set_postfix` adds loss and tokens per second."""
+    """Returns a progress bar over steps that shows the remaining time. `set_postfix` adds loss and tokens per second."""
     return tqdm(
         total=total, initial=initial, desc="train", unit="step", dynamic_ncols=True, disable=quiet, mininterval=1
     )
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned Markdown with the first row as the head; all columns but the first to the right."""
+    """Returns an aligned Markdown table with the first row as its head.
+
+    All columns but the first are aligned to the right.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(cells: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The optimiser of a config: optax's by name, with clipping and the parameters that weight decay spares."""
+"""Builds the optimiser of a config: an optimiser of optax by name, with gradient clipping and a weight-decay mask."""
 
 import fnmatch
 import inspect
@@ -10,20 +10,22 @@ import optax
 
 from kd_jax import resolve
 
-MASKS = ("mask", "weight_decay_mask")  # what optax's optimisers call the keyword that chooses what decays
+# the names in optax's optimisers of the keyword that chooses the decaying parameters
+MASKS = ("mask", "weight_decay_mask")
 
 
 def make_optimizer(spec: resolve.Spec, learning_rate: Callable[[Any], Any], clip_norm: float = 0.0) -> Any:
     """Builds the gradient transformation that `config.optimizer` and `config.clip_norm` describe.
 
     Args:
-      spec: an optimiser of optax with its keywords. Its keyword `no_decay` is ours: patterns of the parameters that do not decay,
-        as in `decays`.
-      learning_rate: step -> value.
-      clip_norm: the largest norm of the gradient; 0: no clipping.
+      spec: an optimiser of optax with its keywords. The additional keyword `no_decay` belongs to this project. It holds
+        patterns of the parameters without weight decay, as in `decays`.
+      learning_rate: a function step -> value.
+      clip_norm: the largest norm of the gradient; 0 for no clipping.
 
     Raises:
-      ValueError: an unknown name or keyword, a number out of range, or `no_decay` for an optimiser that has no mask.
+      ValueError: a name or keyword is unknown, a number is out of range, or `no_decay` is given for an optimiser that
+        has no mask.
 
     Example:
       >>> spec = {"name": "adamw", "weight_decay": 0.1, "no_decay": ("*bias",)}
@@ -54,15 +56,15 @@ def make_optimizer(spec: resolve.Spec, learning_rate: Callable[[Any], Any], clip
 
 
 def decays(params: Any, patterns: tuple[str, ...]) -> Any:
-    """The parameters' tree with True for those that weight decay changes, as optax's masks have it.
+    """Returns the parameters' tree with True for each parameter that weight decay changes, as optax's masks require.
 
     Args:
       params: a tree of parameters.
-      patterns: of the paths of those that do not decay, such as layers/3/attention_norm/scale. In a pattern * stands for any
-        characters, ? for one, and [abc] for one of those, as in `fnmatch`.
+      patterns: patterns of the paths of parameters without decay. A path is for example layers/3/attention_norm/scale.
+        In a pattern * stands for any characters, ? for one character, and [abc] for one of these, as in `fnmatch`.
 
     Raises:
-      ValueError: a pattern that matches no parameter, with the paths that there are.
+      ValueError: a pattern matches no parameter. The message lists the paths.
     """
     path = lambda keys: jax.tree_util.keystr(keys, simple=True, separator="/")
     paths = [path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -76,14 +78,15 @@ def decays(params: Any, patterns: tuple[str, ...]) -> Any:
 
 
 def _short(paths: list[str]) -> list[str]:
-    """The paths with one layer in place of all."""
+    """Returns the paths of one layer in place of the paths of all layers, and all other paths."""
     return [name for name in paths if not name.startswith("layers/") or name.startswith("layers/0/")]
 
 
 def _with_masks() -> list[str]:
-    """The names of optax's optimisers that can spare parameters."""
+    """Returns the names of optax's optimisers that can exclude parameters from weight decay."""
     found = []
-    for name, function in vars(optax).items():  # what is deprecated there is no variable, and would warn
+    # deprecated names are not in vars(optax); reading one would cause a warning
+    for name, function in vars(optax).items():
         if inspect.isfunction(function):
             parameters = inspect.signature(function).parameters
             if "learning_rate" in parameters and any(mask in parameters for mask in MASKS):

@@ -1,4 +1,4 @@
-"""Charts as a list of panels, which become one PNG file, or an SVG drawing each in a page."""
+"""Charts as lists of panels. A chart becomes one PNG file, or one SVG drawing per panel in a page."""
 
 import dataclasses
 import io
@@ -11,7 +11,8 @@ import numpy as np
 
 from kd_jax import metrics
 
-SPLITS = {"train": "losses", "eval": "evaluation", "samples": "sampling"}  # of metrics.jsonl -> the chart's name
+# a split in metrics.jsonl -> the name of its chart
+SPLITS = {"train": "losses", "eval": "evaluation", "samples": "sampling"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +20,11 @@ class Chart:
     """Panels that belong together.
 
     Attributes:
-      name: of the file.
-      panels: title -> what draws on a pair of matplotlib axes.
-      legend: (label, colour, line style) of what all panels show; empty where there is but one thing.
-      size: of a panel, width and height in inches.
-      columns: panels beside each other in a file.
+      name: the name of the file, without its suffix.
+      panels: a dict from a panel's title to a function that draws on a pair of matplotlib axes.
+      legend: (label, colour, line style) of each series that all panels show; empty if there is only one series.
+      size: the width and height of a panel, in inches.
+      columns: the number of panels beside each other in a file.
     """
 
     name: str
@@ -34,24 +35,24 @@ class Chart:
 
 
 def style(place: int) -> tuple[str, str]:
-    """Colour and line style of the so manieth of several things."""
+    """Returns the colour and line style of the i-th series, with i = `place`."""
     return f"C{place % 10}", ("-", "--", ":", "-.")[place // 10 % 4]
 
 
 def text(label: str) -> str:
-    """A label that matplotlib does not take for mathematics, whatever is in it."""
+    """Returns a label in which matplotlib does not read a dollar sign as the start of mathematics."""
     return label.replace("$", r"\$")
 
 
 def css(colour: str) -> str:
-    """A colour as pages call it."""
+    """Returns a matplotlib colour in the hexadecimal notation of web pages."""
     import matplotlib.colors  # slow to import
 
     return matplotlib.colors.to_hex(colour)
 
 
 def save(chart: Chart, folder: Path) -> Path:
-    """All panels and the legend as a PNG file."""
+    """Saves all panels and the legend as a PNG file, and returns its path."""
     import matplotlib.figure  # slow to import, and not always needed
     import matplotlib.lines
 
@@ -77,7 +78,7 @@ def save(chart: Chart, folder: Path) -> Path:
 
 
 def svg(chart: Chart) -> list[str]:
-    """Each panel as an SVG element, whose text stays text."""
+    """Returns each panel as an SVG element in which text stays text."""
     import matplotlib
     import matplotlib.figure
 
@@ -103,9 +104,10 @@ def _draw(axes: Any, title: str, draw: Callable[[Any], None]) -> None:
 
 
 def curves(workdir: str) -> list[Chart]:
-    """The curves of a run's metrics.jsonl: losses (training), evaluation (held-out rows) and sampling (what was drawn).
+    """Returns the curves of a run's metrics.jsonl as charts.
 
-    Weights and coefficients are drawn where they change.
+    The charts are losses (training), evaluation (held-out rows) and sampling (drawn responses). A weight or a
+    coefficient is shown only if its value changes.
     """
     lines, charts = metrics.read(workdir), []
     for split, name in SPLITS.items():
@@ -134,7 +136,7 @@ def _is_setting(name: str) -> bool:
 
 
 def _smooth(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    """A running mean over a fiftieth of the curve."""
+    """Returns a running mean over a fiftieth of the curve."""
     steps, values = zip(*points, strict=True)
     window = max(1, len(values) // 50)
     kernel = np.ones(window) / window
@@ -142,7 +144,7 @@ def _smooth(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]
 
 
 def by_place(places: Sequence[str], found: dict[str, Sequence[float | None]]) -> Chart:
-    """A divergence along the response, on the given and on the student's own text."""
+    """Returns a chart of a divergence along the response, on given text and on the student's own text."""
 
     shown = [i for i in range(len(places)) if any(values[i] is not None for values in found.values())]
 

@@ -1,4 +1,4 @@
-"""What a teacher's weights in int8 change: its distributions beside those of the same teacher in float."""
+"""The error of a teacher in int8: its distributions are compared with those of the same teacher in float."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,13 +19,15 @@ NEEDED = ("tokens", "mask", "loss_mask")
 
 
 def error(run: Any) -> dict[str, float]:
-    """The error of a run's int8 teacher on the first held-out batch, for which it is read in float, one layer at a time.
+    """Returns the error of a run's int8 teacher on the first held-out batch.
+
+    The float teacher is read one layer at a time.
 
     Args:
       run: a `train.Run`.
 
     Returns:
-      As `difference`; {} where the teacher is not in int8, or the config does without.
+      The numbers of `difference`; {} if the teacher is not in int8, or if the config turns the report off.
     """
     ours = run.config.teacher
     if not (ours.int8_report and ours.path and ours.weights == "int8") or run.models.teacher is None:
@@ -41,25 +43,26 @@ def error(run: Any) -> dict[str, float]:
 
 
 def difference(run: Any, params: Any, whole: Any) -> dict[str, float]:
-    """What other parameters of a run's teacher change on the first held-out batch.
+    """Returns the difference that other parameters of a run's teacher make on the first held-out batch.
 
     Args:
       run: a `train.Run`.
-      params: the rounded ones.
-      whole: those that they came from.
+      params: the rounded parameters.
+      whole: the parameters before rounding.
 
     Returns:
-      kl: KL(float || int8) in nats, averaged over the tokens that count.
-      top1_agreement: the share of them where both have the same likeliest token.
-      largest_difference: of the log-probability of any id, in nats: logits have no zero until they are normalised.
-      tokens: so many.
-      bytes, float_bytes: of all parameters, wherever they are.
+      kl: KL(float || int8) in nats, averaged over the counted tokens.
+      top1_agreement: the share of the counted tokens for which both have the same most likely token.
+      largest_difference: the largest difference of a log-probability of any id, in nats. Log-probabilities are compared
+        because logits are defined only up to a constant.
+      tokens: the number of counted tokens.
+      bytes, float_bytes: the sizes of all parameters on all devices, rounded and before rounding.
     """
     return _difference(run, params, whole, lambda i: whole["layers"][str(i)], whole)
 
 
 def _difference(run: Any, params: Any, outer: Any, layer: Callable[[int], Any], sizes: Any) -> dict[str, float]:
-    """`difference` from whole parameters, of which `outer` has all but the layers."""
+    """Returns `difference`, with the unrounded parameters in two parts: `layer` gives the layers, `outer` all others."""
     teacher, batch, chunk = run.models.teacher, next(run.eval_batches()), run.config.loss.chunk or None
     placed = run.put({name: batch[name] for name in NEEDED})
     inputs = placed["tokens"], placed["mask"]
@@ -78,7 +81,7 @@ def _difference(run: Any, params: Any, outer: Any, layer: Callable[[int], Any], 
 
 
 def sentence(found: dict[str, float]) -> str:
-    """`error` in a line."""
+    """Returns the result of `error` as one line of text."""
     return (
         f"int8 teacher beside itself in float, on {found['tokens']:,} tokens: KL(float || int8) {found['kl']:.2e} nats a token, "
         f"top-1 agreement {found['top1_agreement']:.2%}, largest |difference| of a log-probability "

@@ -27,7 +27,8 @@ RULES = (
     (r"(output|down)/bias$", P()),
     (r"norm/(scale|bias)$", P()),
 )
-# Replacements for the axes in RULES, by layout. A teacher has no gradient and no optimiser state, so another layout may fit it.
+# Replacements for the axes in RULES, by layout. A teacher has no gradient and no optimiser state, so there may be room
+# for another layout than the student's.
 # student: sharded like the student.
 # spread: also sharded over `data`, whose devices each hold a copy of the student. This layout needs the least memory.
 # tensor: sharded over `tensor` only.

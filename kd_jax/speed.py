@@ -1,4 +1,7 @@
-"""How fast a run is: tokens a second, and on accelerators the share of the peak that the models' products make up."""
+"""The speed of a run: tokens per second and, on accelerators, model FLOPs utilisation (mfu).
+
+The mfu is the share of the devices' peak speed that the matrix products of the models use.
+"""
 
 import time
 
@@ -6,8 +9,9 @@ import jax
 
 from kd_jax.models import Model
 
-# Dense bfloat16 products, operations a second a device, by the start of jax.Device.device_kind. The makers'
-# figures as commonly quoted, without sparsity; none was compared with a device here.
+# The peak of dense bfloat16 products, in operations per second per device. The key is the start of
+# jax.Device.device_kind. The numbers are the makers' commonly quoted figures without sparsity. None was measured on a
+# device here.
 PEAK = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
@@ -20,9 +24,10 @@ PEAK = {
 
 
 def forward_flops(model: Model, length: int) -> float:
-    """Operations of the products of a token's forward pass: two a weight, and attention over half the row on average.
+    """Returns the number of operations in the matrix products of one token's forward pass.
 
-    Embeddings are looked up and cost nothing; the output matrix costs as any other.
+    A weight costs two operations. Attention covers half the row on average. Embeddings are looked up and cost nothing.
+    The output matrix costs as much as any other matrix.
 
     Example:
       >>> from kd_jax import models
@@ -39,10 +44,13 @@ def forward_flops(model: Model, length: int) -> float:
 
 
 class Clock:
-    """Measures laps of the training loop; what is not training, such as evaluation, is left out by `restart`."""
+    """Measures laps of the training loop. `restart` excludes time that is not training, such as an evaluation."""
 
     def __init__(self, student: Model, teacher: Model | None, length: int):
-        """A step costs the student three forward passes, two of them backwards, and the teacher one."""
+        """Computes the operations per token of a step: three forward passes of the student and one of the teacher.
+
+        Two of the student's three forward passes stand for the backward pass.
+        """
         self._flops = 3 * forward_flops(student, length) + (forward_flops(teacher, length) if teacher else 0.0)
         kind = jax.devices()[0].device_kind
         peaks = [peak for name, peak in PEAK.items() if kind.startswith(name)]
@@ -50,11 +58,11 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Begins a lap now."""
+        """Begins a new lap."""
         self._start = time.perf_counter()
 
     def lap(self, tokens: float) -> dict[str, float]:
-        """tokens_per_second since the lap began and, where the devices' peak is known, mfu; begins the next."""
+        """Returns tokens_per_second since the lap began, and mfu where the devices' peak is known. Begins a new lap."""
         start = self._start
         self.restart()
         rate = tokens / (self._start - start)

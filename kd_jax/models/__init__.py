@@ -1,4 +1,4 @@
-"""Language models as pure functions of their parameters, with Hugging Face folders in and out."""
+"""Language models as pure functions of their parameters, and functions that read and write Hugging Face folders."""
 
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.fingerprint import fingerprint

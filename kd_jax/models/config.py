@@ -1,4 +1,4 @@
-"""What a model is: sizes and settings, frozen and hashable, so that it can be a static argument."""
+"""The sizes and settings of a model. A config is frozen and hashable, so it can be a static argument of jit."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,48 +9,52 @@ from kd_jax.models.families import FAMILIES
 from kd_jax.models.families.fields import Llama3Scaling
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
-MAX_LAYERS = 1024  # each is a module to build: a number in a config.json must not keep us building for ever
+# Each layer is a module to build, so a number in a config.json must be limited, or building would never end.
+MAX_LAYERS = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What a decoder-only transformer is made of; 0 or None stands for what the family and the sizes imply.
+    """The sizes and settings of a decoder-only transformer.
 
-    One would write it by hand for a student that starts from random weights; `load_config` reads a teacher's.
+    A value of 0 or None stands for the value that follows from the family and the other sizes. A student with random
+    weights needs a config written by hand; `load_config` reads the config of a teacher.
 
     Args:
-      family: 'gpt2', 'llama', 'qwen2' or 'qwen3'; decides the names on disk and whatever the family fixes.
-      vocab_size: rows of the embedding, padding ids included.
+      family: 'gpt2', 'llama', 'qwen2' or 'qwen3'. The family determines the tensor names on disk and its fixed
+        settings.
+      vocab_size: the number of rows of the embedding, padding ids included.
       hidden_size: D, the width of the residual stream.
-      num_layers: transformer blocks.
-      num_heads: query heads.
-      intermediate_size: width inside the MLP. Default: 4 D, or 8/3 D rounded up to a multiple of 64 where
-        gated.
-      num_kv_heads: key and value heads, each shared by num_heads / num_kv_heads queries. Default: num_heads.
-      head_dim: width of a head. Default: D / num_heads.
-      max_positions: the longest sequence; a hard limit only where positions are learned.
-      sliding_window: a token attends to itself and to so many - 1 tokens before it; None: to all. The window itself is
+      num_layers: the number of transformer blocks.
+      num_heads: the number of query heads.
+      intermediate_size: the width inside the MLP. Default: 4 D, or 8/3 D rounded up to a multiple of 64 for a gated
+        MLP.
+      num_kv_heads: the number of key and value heads; num_heads / num_kv_heads query heads share each. Default:
+        num_heads.
+      head_dim: the width of a head. Default: D / num_heads.
+      max_positions: the length of the longest sequence; a hard limit only where positions are learned.
+      sliding_window: the number of tokens that a token attends to, itself included; None for all. The window itself is
         not implemented, so longer sequences are refused.
-      sliding_layers: indices of the layers that have the window; None: all of them, where there is a window.
-      tie_embeddings: the output matrix is the embedding, transposed.
-      activation: of the MLP, by its Hugging Face name.
-      norm_eps: added to the variance in every norm.
-      rope_theta: base of the rotary frequencies.
-      rope_scaling: Llama 3.1's stretching of them.
-      attention_bias: query, key and value projections have a bias.
-      output_bias: the attention's output projection has a bias.
-      mlp_bias: the MLP's projections have a bias.
-      qk_norm: an RMS norm on each head's query and key.
-      learned_positions: an embedding of positions in place of rotary.
-      layer_norm: LayerNorm with a bias in place of RMSNorm.
-      gated_mlp: down(act(gate x) * up x) in place of down(act(up x)).
-      bos_id: first token of a text, where the model has one.
+      sliding_layers: the indices of the layers that have the window; None for all layers, if there is a window.
+      tie_embeddings: True if the output matrix is the transposed embedding.
+      activation: the activation function of the MLP, by its Hugging Face name.
+      norm_eps: the number that is added to the variance in every norm.
+      rope_theta: the base of the rotary frequencies.
+      rope_scaling: the scaling of the rotary frequencies of Llama 3.1, or None.
+      attention_bias: True if the query, key and value projections have a bias.
+      output_bias: True if the attention's output projection has a bias.
+      mlp_bias: True if the MLP's projections have a bias.
+      qk_norm: True for an RMS norm on each head's query and key.
+      learned_positions: True for an embedding of positions in place of rotary positions.
+      layer_norm: True for LayerNorm with a bias in place of RMSNorm.
+      gated_mlp: True for down(act(gate x) * up x) in place of down(act(up x)).
+      bos_id: the first token of a text, if the model has one.
       eos_id: the token, or tokens, that end a text.
-      pad_id: filler.
+      pad_id: the padding token.
 
     Raises:
-      ValueError: a size that is not positive or does not divide, an unknown name, a setting that the family
-        fixes.
+      ValueError: a size is not positive or does not divide another size, a name is unknown, or a setting differs from
+        the value that the family fixes.
 
     Example:
       >>> config = ModelConfig(family="llama", vocab_size=512, hidden_size=96, num_layers=2, num_heads=4)
@@ -122,17 +126,23 @@ class ModelConfig:
 
     @property
     def longest_sequence(self) -> int:
-        """The longest sequence that is computed as transformers computes it: the positions, or the window."""
+        """The length of the longest sequence that gives the result of transformers.
+
+        The length is the number of positions, or the sliding window if the window is shorter.
+        """
         return self.max_positions if self.sliding_window is None else min(self.max_positions, self.sliding_window)
 
     @property
     def layers_with_window(self) -> frozenset[int]:
-        """Indices of the layers that have the sliding window."""
+        """The indices of the layers that have the sliding window."""
         every = () if self.sliding_window is None else range(self.num_layers)
         return frozenset(every if self.sliding_layers is None else self.sliding_layers)
 
     def with_layers(self, layers: Sequence[int]) -> "ModelConfig":
-        """Returns the config of a model that is made of these layers, in this order, each with its window if it has one."""
+        """Returns the config of a model that consists of the given layers, in the given order.
+
+        Each layer keeps its sliding window, if it has one.
+        """
         sliding = tuple(new for new, old in enumerate(layers) if old in self.layers_with_window)
         window = self.sliding_window if sliding else None
         return dataclasses.replace(
@@ -175,7 +185,7 @@ class ModelConfig:
                 )
 
     def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # the one way to fill in a frozen dataclass
+        object.__setattr__(self, name, value)  # the only way to set a field of a frozen dataclass
 
 
 def _is_whole(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The fingerprint of a Hugging Face folder: of the bytes that a model is made from."""
+"""The fingerprint of a Hugging Face folder: a hash of the bytes from which a model is made."""
 
 import hashlib
 from pathlib import Path
@@ -10,15 +10,15 @@ CONFIGS = ("config.json", "generation_config.json")
 
 
 def fingerprint(folder: Path) -> str:
-    """Returns a hash of the bytes of a folder's configs and weights; it depends on no path, mesh or dtype.
+    """Returns a hash of the bytes of a folder's configs and weights. The hash depends on no path, mesh or dtype.
 
     The weights are read once, in parallel threads (see `checksum.file_digests`).
 
     Args:
-      folder: as `load_pretrained` takes it.
+      folder: a folder that `load_pretrained` accepts.
 
     Returns:
-      Sixteen hexadecimal digits; "" where config.json or a file of the weights is missing.
+      Sixteen hexadecimal digits; "" if config.json or a file of the weights is missing.
 
     Raises:
       ValueError: the index of the weights cannot be read.

@@ -1,11 +1,11 @@
-"""Whether a folder can be a model's at all: it exists, it is no adapter's, and it has a config.json."""
+"""Checks of a model's folder: the folder exists, is not the folder of an adapter, and has a config.json."""
 
 from pathlib import Path
 from typing import Any
 
 from kd_jax import untrusted
 
-ADAPTER = "adapter_config.json"  # the file by which PEFT and transformers know an adapter
+ADAPTER = "adapter_config.json"  # PEFT and transformers recognise an adapter by this file
 MERGE = (
     "Merge the adapter into its base model first (PEFT: merge_and_unload, then save_pretrained of model and tokenizer), "
     "and give the folder of the merged model"
@@ -13,15 +13,15 @@ MERGE = (
 
 
 def check_folder(folder: Path, named: str = "") -> None:
-    """Checks what can be said of a model's folder before its config.json is read.
+    """Checks a model's folder before its config.json is read.
 
     Args:
-      folder: where the model should be.
+      folder: the folder of the model.
       named: the setting that names the folder, such as 'teacher.path', for the message.
 
     Raises:
-      ValueError: the folder does not exist, belongs to an adapter or to a run, has no config.json, or has pointers of Git
-        LFS in place of its weights.
+      ValueError: the folder does not exist, belongs to an adapter or to a run, has no config.json, or has pointers of
+        Git LFS in place of its weights.
     """
     untrusted.check_folder(folder, named)
     where, config = f"{named}: {folder}" if named else str(folder), folder / "config.json"
@@ -39,7 +39,8 @@ def check_folder(folder: Path, named: str = "") -> None:
             f"{where}: the folder has no config.json; expected a Hugging Face folder with config.json, weights in "
             f"safetensors, and tokenizer.json.{snapshots if (folder / 'snapshots').is_dir() else ''}"
         )
-    for file in sorted(folder.glob("*.safetensors")):  # a student's weights are read late
+    # this check comes early because a student's weights are read late
+    for file in sorted(folder.glob("*.safetensors")):
         if file.is_file():
             with file.open("rb") as stream:
                 untrusted.refuse_pointer(file, stream.read(len(untrusted.LFS)))

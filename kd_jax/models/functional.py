@@ -1,4 +1,4 @@
-"""A model as pure functions of (params, tokens): NNX modules are split and merged here and nowhere else."""
+"""A model as pure functions of (params, tokens). Only this file splits and merges NNX modules."""
 
 import dataclasses
 import functools
@@ -15,24 +15,26 @@ from kd_jax.models.config import ModelConfig
 from kd_jax.models.transformer import Cache, Transformer
 
 Params = dict[str, Any]
-# From the tree of abstract parameters to a tree of `jax.sharding.Sharding` of the same structure.
+# A function from the tree of abstract parameters to a tree of `jax.sharding.Sharding` of the same structure.
 Shardings = Callable[[Params], Any]
-FEW_ROWS = 32  # from 2 rows to as many, a CPU's product with a tied head is the faster for having it on the left
+FEW_ROWS = 32  # From 2 rows to this number, a CPU's product with a tied head is faster with the head on the left.
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A language model without its parameters: hashable, so it can be closed over in jit or passed as static.
+    """A language model without its parameters.
+
+    A model is hashable, so jit can close over it or take it as a static argument.
 
     Args:
-      config: sizes and settings.
-      dtype: of the computation; norms, softmax and logits are float32 whatever it is.
-      param_dtype: of the parameters that `init` makes. `hidden` takes any and casts.
-      remat: 'none', or a name of `jax.checkpoint_policies`: what of a block is kept for the backward pass, the rest being
-        computed again.
-      attention: 'plain', which is ours and holds the scores, or an implementation of `jax.nn.dot_product_attention`: 'xla', or
-        'cudnn', flash attention on an NVIDIA GPU from Ampere on, in half precision, with sequences of even length. Where
-        there is a cache it is plain.
+      config: the sizes and settings.
+      dtype: the type of the computation. Norms, softmax and logits are always float32.
+      param_dtype: the type of the parameters that `init` makes. `hidden` accepts any type and casts.
+      remat: 'none', or the name of a policy in `jax.checkpoint_policies`. The policy decides which values of a block
+        are kept for the backward pass; the others are computed again.
+      attention: 'plain' for this project's own attention, which holds the scores in memory; or an implementation of
+        `jax.nn.dot_product_attention`, 'xla' or 'cudnn'. 'cudnn' is flash attention on an NVIDIA GPU from Ampere on, in
+        half precision, for sequences of even length. With a cache, attention is always plain.
     """
 
     config: ModelConfig
@@ -42,16 +44,19 @@ class Model:
     attention: str = "plain"
 
     def __post_init__(self) -> None:
-        # jnp.float32, "float32" and np.dtype("float32") must be one model, or jit traces it three times.
+        # jnp.float32, "float32" and np.dtype("float32") must give equal models, or jit would trace the model three
+        # times.
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
 
     def init(self, key: Array, shardings: Shardings | None = None) -> Params:
-        """Random parameters: N(0, 0.02), what writes to the residual stream times 1 / sqrt(2 num_layers).
+        """Returns random parameters from N(0, 0.02).
+
+        The matrices that write to the residual stream are multiplied by 1 / sqrt(2 num_layers).
 
         Args:
-          key: of `jax.random.key`.
-          shardings: from the abstract parameters to their shardings; the values do not depend on it.
+          key: a key from `jax.random.key`.
+          shardings: a function from the abstract parameters to their shardings. The values do not depend on it.
         Returns:
           A plain nested dict with string keys, such as params["layers"]["0"]["attention"]["query"]["kernel"].
         """
@@ -59,69 +64,74 @@ class Model:
         return jax.jit(lambda key: _pure(nnx.state(_module(self, key))), out_shardings=placed)(key)
 
     def abstract_params(self) -> Params:
-        """The parameters' tree with a `jax.ShapeDtypeStruct` for each array."""
-        return jax.tree.map(lambda leaf: leaf, _split(self)[1])  # a copy: the cached tree must not be edited
+        """Returns the parameters' tree with a `jax.ShapeDtypeStruct` for each array."""
+        return jax.tree.map(lambda leaf: leaf, _split(self)[1])  # a copy, because callers must not edit the cached tree
 
     def hidden(
         self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None
     ) -> Float[Array, "B L D"]:
-        """The hidden states after the final norm: what `head` turns into logits.
+        """Returns the hidden states after the final norm, from which `head` makes logits.
 
         Args:
-          params: as from `init` or `load_pretrained`; matrices may be in int8.
-          tokens: ids.
-          mask: True where there is a token. Padding left or right changes nothing at real tokens; at padding
-            the values are finite and mean nothing. Or, for rows that several texts are packed into, the number of each
-            token's segment, 0 where there is none: a segment sees itself alone, and its positions start at 0.
+          params: the parameters from `init` or `load_pretrained`; matrices may be in int8.
+          tokens: the token ids.
+          mask: True where there is a token. Padding on the left or right does not change the result at real tokens. At
+            padding the values are finite and have no meaning. For rows into which several texts are packed, the mask
+            holds the number of each token's segment, and 0 where there is no token. A segment attends only to itself,
+            and its positions start at 0.
         Raises:
-          ValueError: a sequence that is longer than the model's learned positions, or than its sliding window.
+          ValueError: a sequence is longer than the model's learned positions, or than its sliding window.
         """
         return self._apply(params, tokens, mask, None)[0]
 
     def hidden_by_layers(
         self, params: Params, layer: Callable[[int], Params], tokens: Int[Array, "B L"], mask: Bool[Array, "B L"]
     ) -> Float[Array, "B L D"]:
-        """`hidden` of a model of which only one layer need be in memory at a time. Not to be traced.
+        """Returns `hidden` of a model with only one layer in memory at a time. The method cannot be traced.
 
         Args:
-          params: all but the layers; what else is there is not looked at.
-          layer: its number -> its parameters.
-          tokens, mask: as in `hidden`.
+          params: all parameters except the layers; further entries are ignored.
+          layer: a function from a layer's number to its parameters.
+          tokens, mask: the arrays that `hidden` takes.
         """
         one = dataclasses.replace(self, config=self.config.with_layers([0]))
         x, last = None, self.config.num_layers - 1
         for i in range(last):
             x = _one_layer(one, {**params, "layers": {"0": layer(i)}}, x, tokens, mask, last=False)
-            x.block_until_ready()  # before the next is read
+            x.block_until_ready()  # wait, so that the next layer is read only when this one is done
         return _one_layer(one, {**params, "layers": {"0": layer(last)}}, x, tokens, mask, last=True)
 
     def head(self, params: Params) -> Float[Array, "D V"]:
-        """The output matrix, in the computation's type: the embedding transposed where the two are tied."""
+        """Returns the output matrix in the type of the computation.
+
+        With tied embeddings the output matrix is the transposed embedding.
+        """
         matrix, tied = self.stored_head(params)
         return matrix.T if tied else matrix
 
     def stored_head(self, params: Params) -> tuple[Array, bool]:
-        """`head` as it lies in the parameters, and whether that is the embedding [V, D] that it is tied to."""
+        """Returns the output matrix as it is stored, and True if it is the tied embedding [V, D]."""
         tied = self.config.tie_embeddings
         return (params["embed"]["embedding"] if tied else params["head"]["kernel"]).astype(self.dtype), tied
 
     def logits(
         self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None
     ) -> Float[Array, "B L V"]:
-        """hidden @ head, in float32: scores of the token that follows each position. See `hidden`."""
+        """Returns hidden @ head, in float32: the scores of the token that follows each position. See `hidden`."""
         return self.project(params, self.hidden(params, tokens, mask))
 
     def project(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Logits of hidden states, in float32."""
+        """Returns the logits of hidden states, in float32."""
         matrix, tied = self.stored_head(params)
         if tied and hidden.ndim == 2 and 1 < len(hidden) <= FEW_ROWS and jax.default_backend() == "cpu":
-            # With the embedding on the left a CPU reads it as it lies; without the barrier XLA swaps the sides back.
+            # With the embedding on the left, a CPU reads it without a transposition. Without the barrier XLA would swap
+            # the sides back.
             scores = jnp.matmul(matrix, hidden.T, preferred_element_type=jnp.float32)
             return jax.lax.optimization_barrier(scores).T
         return jnp.matmul(hidden, matrix.T if tied else matrix, preferred_element_type=jnp.float32)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `length` tokens, padding included."""
+        """Returns an empty cache for `length` tokens, padding included."""
         config = self.config
         heads, layers = (batch, config.num_kv_heads), range(config.num_layers)
         keys = tuple(jnp.zeros((*heads, config.head_dim, length), self.dtype) for _ in layers)
@@ -131,7 +141,7 @@ class Model:
     def extend(
         self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None, cache: Cache
     ) -> tuple[Float[Array, "B L D"], Cache]:
-        """`hidden` of tokens that follow what the cache holds, and the cache with them in it."""
+        """Returns `hidden` of tokens that follow the tokens in the cache, and the cache with the new tokens added."""
         return self._apply(params, tokens, mask, cache)
 
     def _apply(self, params: Params, tokens: Array, mask: Array | None, cache: Cache | None) -> Any:
@@ -156,17 +166,17 @@ def from_config(
     remat: str = "none",
     attention: str = "plain",
 ) -> Model:
-    """A model that computes in `dtype` on parameters in `param_dtype`; `model.init(key)` makes random ones.
+    """Returns a model that computes in `dtype` on parameters in `param_dtype`.
 
-    bfloat16 over float32 parameters is the usual choice for training on an accelerator. float16 is for models that are not
-    trained: small gradients become 0 in it.
+    `model.init(key)` makes random parameters. bfloat16 over float32 parameters is the usual choice for training on an
+    accelerator. float16 is only for models that are not trained, because small gradients become 0 in float16.
 
     Args:
-      config: sizes and settings.
-      dtype: of the computation.
-      param_dtype: of the parameters.
-      remat: as in `Model`.
-      attention: as in `Model`.
+      config: the sizes and settings.
+      dtype: the type of the computation.
+      param_dtype: the type of the parameters.
+      remat: the policy for the backward pass, as in `Model`.
+      attention: the implementation of attention, as in `Model`.
     Returns:
       A `Model`, which holds no arrays.
     Example:
@@ -181,18 +191,19 @@ def from_config(
 
 
 def take_layers(model: Model, params: Params, layers: Sequence[int]) -> tuple[Model, Params]:
-    """A student out of its teacher: the chosen layers in the chosen order, everything else as it is.
+    """Returns a student that consists of chosen layers of its teacher, in the chosen order.
 
-    The usual start of a shallower student. Arrays are shared with `params`, not copied.
+    Everything else stays the same. This is the usual start of a student with fewer layers. The arrays are shared with
+    `params`, not copied.
 
     Args:
       model: the teacher.
-      params: its parameters.
-      layers: indices from 0 to num_layers - 1; one may appear twice.
+      params: the teacher's parameters.
+      layers: indices from 0 to num_layers - 1; an index may appear twice.
     Returns:
       The student and its parameters.
     Raises:
-      ValueError: no layer, or an index outside the range.
+      ValueError: there is no layer, or an index is outside the range.
     References:
       Sanh et al., "DistilBERT", https://arxiv.org/abs/1910.01108, 2019, section 3.
     """

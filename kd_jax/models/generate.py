@@ -1,4 +1,4 @@
-"""Drawing text from a model: one pass over the prompts, then a compiled loop over a key/value cache."""
+"""Generates text from a model: one pass over the prompts, then a compiled loop over a key/value cache."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,13 +13,14 @@ from kd_jax.models.functional import Model, Params
 from kd_jax.models.sampling import draw, forbid_repeats, truncate
 from kd_jax.models.transformer import Cache
 
-WIDTH_STEP = 32  # prompts are padded to a multiple of it: few shapes, few programs
+# Prompts are padded to a multiple of this number, so that few shapes occur and few programs are compiled.
+WIDTH_STEP = 32
 
 
 class _State(NamedTuple):
-    step: Int[Array, ""]  # how many tokens each row has drawn
+    step: Int[Array, ""]  # the number of tokens that each row has drawn
     ended: Bool[Array, " B"]
-    tokens: Int[Array, "B P+N"]  # the prompt, and what was drawn
+    tokens: Int[Array, "B P+N"]  # the prompt and the drawn tokens
     mask: Bool[Array, "B P+N"]
     log_probs: Float[Array, "B N"]
     caches: tuple[Cache, ...]
@@ -42,37 +43,40 @@ def generate(
     eos_id: int | tuple[int, ...],
     pad_id: int,
 ) -> tuple[Int[Array, "B N"], Bool[Array, "B N"], Float[Array, "B N"]]:
-    """Continues each prompt with N = max_new_tokens draws of softmax(logits / temperature), up to its end.
+    """Continues each prompt with up to N = max_new_tokens draws from softmax(logits / temperature), until the row ends.
 
-    What would repeat an n-gram is left out first; top-k then keeps the k likeliest tokens, and top-p the smallest set of
-    the likeliest that holds the mass p of what is left. Tokens that tie with the last one kept are kept too. Everything
-    runs in one program, traced once for each set of shapes and settings; it stops when every row has ended. A row is the
-    same whatever stands beside it, however it is padded, and on any mesh.
+    Three limits apply in this order. First, tokens that would repeat an n-gram are excluded. Then top-k keeps the k
+    most likely tokens. Then top-p keeps the smallest set of the most likely tokens that holds the mass p of the
+    remainder. Tokens that tie with the last kept token are kept too.
+
+    Everything runs in one program, which is traced once for each set of shapes and settings. The program stops when
+    every row has ended. A row's result depends neither on the other rows, nor on the padding, nor on the mesh.
 
     Args:
-      model: as from `load_pretrained` or `from_config`.
-      params: its parameters.
-      prompts: ids, padded on the left (right padding gives the same); `left_pad` makes them.
-      prompt_mask: True where there is a token; each row needs one.
+      model: a model from `load_pretrained` or `from_config`.
+      params: the model's parameters.
+      prompts: the token ids, padded on the left (right padding gives the same result); `left_pad` makes them.
+      prompt_mask: True where there is a token; each row needs at least one.
       max_new_tokens: N, at least 1.
-      key: of `jax.random.key`; not read at temperature 0.
-      temperature: at least 0; 0 takes the likeliest token.
-      top_p: in (0, 1]; 1 keeps all.
-      top_k: at least 0; 0 keeps all.
-      no_repeat_ngram_size: no n tokens in a row occur twice in prompt and response; 0: no limit.
-      mixture: another model, its parameters and its weight w: tokens are drawn from (1 - w) times this model's
-        distribution plus w times the other's, each after the limits above.
-      vocab_size: ids that have a meaning; those beyond it are never drawn. None: all.
+      key: a key from `jax.random.key`, not used at temperature 0.
+      temperature: a number of at least 0; 0 takes the most likely token.
+      top_p: a number in (0, 1]; 1 keeps all tokens.
+      top_k: a number of at least 0; 0 keeps all tokens.
+      no_repeat_ngram_size: the length n of a sequence that may not occur twice in prompt and response; 0 for no limit.
+      mixture: another model, its parameters, and its weight w. Tokens are then drawn from (1 - w) times this model's
+        distribution plus w times the other model's distribution, each after the limits above.
+      vocab_size: the number of token ids in use; ids beyond it are never drawn. None for all ids.
       eos_id: the token, or tokens, that end a row.
-      pad_id: what follows a row's end.
+      pad_id: the token that follows a row's end.
     Returns:
-      tokens: what was drawn, pad_id after a row's end.
+      tokens: the drawn tokens, with pad_id after a row's end.
       mask: True up to and including the token that ends the row.
-      log_probs: of each drawn token under `model` alone, softmax(logits / temperature) over the whole vocabulary
-        without the limits, and at temperature 1 where it is 0; in nats, and 0 where mask is False.
+      log_probs: the log-probability of each drawn token under `model` alone, in nats; 0 where mask is False. The
+        distribution is softmax(logits / temperature) over the whole vocabulary without the limits. At temperature 0 it
+        is taken at temperature 1.
     Raises:
-      ValueError: a setting out of its range, shapes that differ, or more tokens than a model with learned
-        positions has room for.
+      ValueError: a setting is out of range, shapes differ, or the tokens are more than a model with learned positions
+        can hold.
     References:
       Fan et al., "Hierarchical Neural Story Generation", https://arxiv.org/abs/1805.04833, 2018, section 5
       (top-k). Holtzman et al., "The Curious Case of Neural Text Degeneration", https://arxiv.org/abs/1904.09751, 2020,
@@ -113,14 +117,15 @@ def generate(
 def left_pad(
     prompts: Sequence[Sequence[int]], pad_id: int, most: int | None = None
 ) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:
-    """Prompts of mixed lengths as the arrays that `generate` takes, P a multiple of 32.
+    """Returns prompts of mixed lengths as the arrays that `generate` takes. P is a multiple of 32.
 
     Args:
-      prompts: ids, at least one of them each.
-      pad_id: fills up.
-      most: P is not more, where the prompts allow it: what a model with learned positions has room for.
+      prompts: lists of token ids, each with at least one id.
+      pad_id: the token that fills the left side.
+      most: the limit of P, where the prompts allow it, such as the positions that a model has learned; None for no
+        limit.
     Returns:
-      tokens, and a mask that is True where there is a token.
+      The tokens, and a mask that is True where there is a token.
     """
     longest = max(map(len, prompts))
     width = -(-longest // WIDTH_STEP) * WIDTH_STEP
@@ -152,12 +157,15 @@ def _generate(
 ) -> tuple[Array, Array, Array]:
     batch, length = prompts.shape
     ngram, top_k, top_p = limits
-    # All padding goes to the left, so that every row's next token has the same place.
+    # All padding is moved to the left, so that every row's next token has the same position.
     order = jnp.argsort(prompt_mask, axis=1, stable=True)
     prompts, prompt_mask = (jnp.take_along_axis(array, order, axis=1) for array in (prompts, prompt_mask))
 
     def distribution(logits: Float[Array, "B V"], state: _State) -> Float[Array, "B V"]:
-        """Up to a factor, what may be drawn, where it is the only one; else normalised."""
+        """Returns the probabilities of the next token within the limits.
+
+        With only one model they are not normalised, because `draw` does not need normalised probabilities.
+        """
         logits = forbid_repeats(logits, state.tokens, state.mask, length + state.step, ngram)
         logits = truncate(logits, top_k, top_p)
         return jnp.exp(logits - logits.max(axis=-1, keepdims=True)) if len(models) == 1 else jax.nn.softmax(logits)
@@ -195,7 +203,7 @@ def _generate(
         tokens=jnp.pad(prompts, wide, constant_values=pad_id),
         mask=jnp.pad(prompt_mask, wide),
         log_probs=jnp.zeros((batch, max_new_tokens), jnp.float32),
-        # The last token drawn is never read, so it needs no slot.
+        # The last drawn token is never read, so it needs no slot.
         caches=tuple(model.init_cache(batch, length + max_new_tokens - 1) for model in models),
     )
     state = read(state, prompts, prompt_mask)

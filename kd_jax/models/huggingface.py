@@ -1,4 +1,4 @@
-"""From a Hugging Face folder: config.json and safetensors, each tensor read where it goes and no further."""
+"""Reads a Hugging Face folder, config.json and safetensors. Each process reads only the slices that its devices need."""
 
 import math
 import os
@@ -23,19 +23,19 @@ from kd_jax.models.safetensors_io import Reader, open_folder
 
 
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face folder, without its weights.
+    """Returns the `ModelConfig` of a Hugging Face folder, without reading the weights.
 
-    The ids that end a text come from generation_config.json where it gives them, as in transformers'
-    `generate`. Both files are data: of them only the fields that are known here are read, and none of these names code
-    (`auto_map` is ignored, as transformers ignores it without trust_remote_code).
+    The ids that end a text come from generation_config.json if it gives them, as in transformers' `generate`. Both
+    files are treated as data: only the fields that are known here are read, and no field names code. `auto_map` is
+    ignored, as transformers ignores it without trust_remote_code.
 
     Args:
       path: a folder with a config.json.
     Returns:
-      The config; its family is one of ours, so Mistral's is 'llama', with a sliding window.
+      The config. Its family is one of this project's families, so Mistral's is 'llama', with a sliding window.
     Raises:
-      ValueError: no such folder or file, an adapter's folder, an architecture or a setting that is not supported, or
-        sizes that do not fit.
+      ValueError: the folder or a file does not exist, the folder belongs to an adapter, an architecture or a setting is
+        not supported, or sizes do not fit.
     """
     check_folder(Path(path))
     file = Path(path) / "config.json"
@@ -43,7 +43,7 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     family = _family(file, fields)
     generation = file.with_name("generation_config.json")
     ids = fields | (untrusted.read_json(generation) if generation.exists() else {})
-    if ids.get("pad_token_id") == -1:  # what the first Llama folders write for none
+    if ids.get("pad_token_id") == -1:  # the first Llama folders write -1 for no pad token
         ids["pad_token_id"] = None
     try:
         refuse_another_function(fields)
@@ -83,29 +83,29 @@ def load_pretrained(
     matrices_in_int8: bool = False,
     only: str = "",
 ) -> tuple[Model, Params]:
-    """A Hugging Face folder as a model and its parameters.
+    """Loads a model and its parameters from a Hugging Face folder.
 
-    Tensors are read and placed one at a time, with `shardings` only the slices that this process's devices
-    hold, each once, so that a model that fits no single device or host can still be loaded.
+    Tensors are read and placed one at a time. With `shardings`, a process reads only the slices that its devices hold,
+    each slice once. A model that fits on no single device or host can therefore be loaded.
 
     Args:
       path: a folder with config.json and model.safetensors, or model.safetensors.index.json and its files.
-      dtype: of the parameters and the computation, whatever the type on disk.
-      shardings: from the abstract parameters (`Model.abstract_params`) to a tree of shardings; by default
-        everything lies, uncommitted, on the default device.
-      matrices_in_int8: the matrices of the layers become int8 and scales, each as it is read: a model to be asked, not trained.
-      only: what the parameters' names begin with that are read, such as 'layers/3/'; the others stay abstract.
+      dtype: the type of the parameters and of the computation, independent of the type on disk.
+      shardings: a function from the abstract parameters (`Model.abstract_params`) to a tree of shardings. By default
+        all parameters are on the default device, uncommitted.
+      matrices_in_int8: True to convert each matrix of the layers to int8 and scales when it is read. Such a model
+        cannot be trained.
+      only: the prefix of the names of the parameters to read, such as 'layers/3/'. All other parameters stay abstract.
     Returns:
-      The model and a plain nested dict of arrays, and of `qwix.QArray`s where they are in int8.
+      The model, and a plain nested dict of arrays; matrices in int8 are `qwix.QArray`s.
     Raises:
-      ValueError: anything in the folder that is unsupported, missing, superfluous, of another shape, or
-        damaged.
+      ValueError: something in the folder is unsupported, missing, superfluous, damaged, or of another shape.
     """
     folder = Path(path)
     config = load_config(folder)
     model = from_config(config, dtype=dtype, param_dtype=dtype)
     with open_folder(folder) as reader:
-        # Before anything of a size that config.json gives is made: are the tensors there for it?
+        # Check that the tensors exist before anything is allocated whose size comes from config.json.
         _check_depth(reader, config)
         layout = FAMILIES[config.family].tensors(config)
         names = _names_on_disk(reader, config, layout)
@@ -122,7 +122,7 @@ def load_pretrained(
             small = matrices_in_int8 and int8.is_matrix(key)
 
             def slice_of(index: Any) -> np.ndarray:
-                to = np.dtype(np.float32) if small else leaf.dtype  # not rounded twice
+                to = np.dtype(np.float32) if small else leaf.dtype  # float32, so that the values are not rounded twice
                 return _read(reader, name, tensor, leaf.shape, index).astype(to, copy=False)
 
             if sharding is None:
@@ -136,7 +136,10 @@ def load_pretrained(
 
 
 def _once(slice_of: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
-    """The same, each slice read once: several devices may hold it, and JAX asks for each."""
+    """Returns a function like `slice_of` that reads each slice only once.
+
+    Several devices may hold the same slice, and JAX asks for the slice of each device.
+    """
     read: dict[str, np.ndarray] = {}
 
     def slice_read(index: Any) -> np.ndarray:
@@ -155,7 +158,10 @@ def _check_depth(reader: Reader, config: ModelConfig) -> None:
 
 
 def _check_sizes(reader: Reader, config: ModelConfig, names: dict[str, str]) -> None:
-    """No side of a parameter is longer than the largest tensor: shapes are then no worse than the files themselves."""
+    """Checks that no side of a parameter is longer than the largest tensor has numbers.
+
+    The shapes that config.json asks for are then limited by the files themselves.
+    """
     largest = max(math.prod(reader.shape(name)) for name in names.values())
     sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
     sizes["num_heads * head_dim"] = config.num_heads * config.head_dim
@@ -168,9 +174,12 @@ def _check_sizes(reader: Reader, config: ModelConfig, names: dict[str, str]) -> 
 
 
 def _names_on_disk(reader: Reader, config: ModelConfig, layout: dict[str, Tensor]) -> dict[str, str]:
-    """From the family's name of each tensor to its name here; none may be missing and none left over."""
+    """Returns a dict from the family's name of each tensor to its name in this folder.
+
+    No tensor may be missing or superfluous.
+    """
     family = FAMILIES[config.family]
-    # A checkpoint of the bare trunk has the family's names without their first part.
+    # A checkpoint without an output matrix has the family's names without their prefix.
     bare = not any(name.startswith(family.PREFIX) for name in reader.names)
     found = {name if not bare or name == family.TIED else family.PREFIX + name: name for name in reader.names}
     wanted = {tensor.name for tensor in layout.values()}
@@ -192,11 +201,11 @@ def _names_on_disk(reader: Reader, config: ModelConfig, layout: dict[str, Tensor
 
 
 def _check_tied(reader: Reader, head: str, embedding: str) -> None:
-    """A head beside the embedding that config.json calls its equal must be its equal."""
+    """Checks that an output matrix on disk equals the embedding, if config.json says that the two are tied."""
     shape = reader.shape(embedding)
     blocks = [
         (slice(row, min(row + 4096, shape[0])), slice(0, shape[1])) for row in range(0, shape[0], 4096)
-    ]  # not whole: each may be a good part of the model
+    ]  # in blocks, because each matrix may be a large part of the model
     if reader.shape(head) != shape or not all(
         np.array_equal(reader.read(head, block), reader.read(embedding, block)) for block in blocks
     ):
@@ -216,7 +225,7 @@ def _check_shape(reader: Reader, name: str, tensor: Tensor, shape: tuple[int, ..
 
 
 def _read(reader: Reader, name: str, tensor: Tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-    """Our parameter at `index`, reading nothing else."""
+    """Returns a slice of one of this project's parameters, and reads only this slice."""
     bounds = [slice(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     offset = tensor.part * shape[-1]
     bounds[-1] = slice(bounds[-1].start + offset, bounds[-1].stop + offset)

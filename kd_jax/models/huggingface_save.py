@@ -1,4 +1,4 @@
-"""To a Hugging Face folder: what transformers opens unchanged, and `load_pretrained` bit for bit."""
+"""Writes a Hugging Face folder that transformers opens unchanged, and that `load_pretrained` reads bit for bit."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from kd_jax.models.safetensors_io import write_folder
 
 
 class SavesItself(Protocol):
-    """What `save_pretrained` asks of a tokenizer."""
+    """The method that `save_pretrained` needs of a tokenizer."""
 
     def save(self, folder: Path, /) -> Any:
         """Writes the tokenizer's files into the folder."""
@@ -38,18 +38,19 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` and `load_pretrained` open unchanged.
 
-    The folder appears whole or not at all: it is written beside its place and renamed. Parameters that are divided over
-    processes are gathered one tensor at a time: all processes call this, in which the first alone writes.
+    The folder appears complete or not at all: it is written under a temporary name and then renamed. Parameters that
+    are divided over processes are gathered one tensor at a time. All processes must call this function; only the first
+    writes.
 
     Args:
-      path: the folder to make; its parents are made too.
-      model: whose config is written.
-      params: whose values are written.
-      tokenizer: saved beside the weights.
-      dtype: on disk; by default the embedding's.
-      max_shard_bytes: a file's upper limit, from which on the weights are split over several with an index.
+      path: the folder to create; missing parent folders are created too.
+      model: the model whose config is written.
+      params: the model's parameters.
+      tokenizer: a tokenizer that is saved beside the weights, or None.
+      dtype: the type on disk; by default the type of the embedding.
+      max_shard_bytes: the largest size of a file in bytes. Larger weights are split over several files with an index.
     Raises:
-      ValueError: the folder has content already, or the parameters are not this model's.
+      ValueError: the folder is not empty, or the parameters do not belong to this model.
     """
     target = Path(path)
     arrays = _arrays_of(model, params)
@@ -61,7 +62,7 @@ def save_pretrained(
         raise ValueError(f"{target} exists and is not an empty folder; choose another path or remove it first.")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process with this id that was killed here
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process with the same id
     partial.mkdir()
     try:
         _write_json(partial / "config.json", _config_fields(model.config, kept))
@@ -93,7 +94,7 @@ def _is_shared(array: Any) -> bool:
 def _write_weights(
     folder: Path | None, config: ModelConfig, arrays: dict[str, jax.Array], dtype: np.dtype, max_shard_bytes: int
 ) -> None:
-    """Gathers each tensor and, if there is a folder, writes it; all processes take part in the same order."""
+    """Gathers each tensor, and writes it if there is a folder. All processes gather the tensors in the same order."""
     stored: dict[str, list[tuple[Tensor, str]]] = {}
     for key, tensor in FAMILIES[config.family].tensors(config).items():
         stored.setdefault(tensor.name, []).append((tensor, key))
@@ -115,7 +116,7 @@ def _write_weights(
 
     shapes = {name: shape(*parts[0]) for name, parts in stored.items()}
     if folder is None:
-        for name in shapes:  # as `write_folder` asks for them
+        for name in shapes:  # the order in which `write_folder` asks for the tensors
             values(name)
         return
     write_folder(folder, shapes, dtype, values, max_shard_bytes)
@@ -123,14 +124,15 @@ def _write_weights(
 
 def _config_fields(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     family: ModuleType = FAMILIES[config.family]
-    fields = {"model_type": config.family, **family.to_hf(config)}  # a Llama with a window is Mistral's
+    # a Llama model with a window has the model_type of Mistral
+    fields = {"model_type": config.family, **family.to_hf(config)}
     return {
         "architectures": [family.ARCHITECTURES[fields["model_type"]]],
         **fields,
         "bos_token_id": config.bos_id,
         "eos_token_id": config.eos_id,
         "pad_token_id": config.pad_id,
-        "torch_dtype": dtype.name,  # transformers 5 calls it dtype and still reads this
+        "torch_dtype": dtype.name,  # transformers 5 calls the field dtype and still reads this name
     }
 
 

@@ -1,7 +1,8 @@
-"""A model's matrices in int8 with a scale for each output channel; they become numbers of another type where they are used.
+"""A model's matrices in int8, with a scale for each output channel.
 
-Kept as they are: norms and biases, which are small, and the embedding and the output matrix, whose rounding every logit shows
-and of which a large model has little (experiments/int8_teacher).
+The matrices are converted to floating point where they are used. Norms, biases, the embedding and the output matrix
+keep their type. Norms and biases are small. Rounding of the embedding and of the output matrix shows in every logit,
+and in a large model these two are a small part (experiments/int8_teacher).
 """
 
 import functools
@@ -15,19 +16,21 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-# qwix spreads the largest entry over 127.5 steps, beyond the last; with 127 the largest is exact, and so is what int8 can hold.
+# qwix maps the largest entry to 127.5 steps, beyond the last step of int8. With 127 steps the largest entry is exact,
+# and so is a matrix whose columns are int8 numbers times their scale.
 METHOD = f"absmax,{127.5 / 127}"
 
 
 def is_matrix(name: str) -> bool:
-    """Whether the parameter 'layers/0/mlp/up/kernel', or of another name, is one that is kept in int8."""
+    """Returns True if a parameter is kept in int8. The name is a path such as 'layers/0/mlp/up/kernel'."""
     return name.startswith("layers/") and name.endswith("/kernel")
 
 
 def quantise(matrix: Float[Array, "in out"]) -> qwix.QArray:
-    """The nearest multiples of scale = max |column| / 127, and the scales [1, out], placed as the columns are.
+    """Returns the matrix in int8, as the nearest multiples of the scales, and the scales [1, out].
 
-    Its memory is given up: `matrix` must not be used again.
+    The scale of a column is max |column| / 127. The scales are sharded like the columns. The memory of `matrix` is
+    freed, so `matrix` must not be used afterwards.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,21 +57,22 @@ def _quantiser(placed: Any) -> Any:
 
 
 def dequantise(params: Any, dtype: Any) -> Any:
-    """A tree with arrays in `dtype` in place of those in int8, and all else as it is."""
+    """Returns the tree with each int8 matrix replaced by an array in `dtype`. All other leaves stay the same."""
     whole = lambda leaf: qwix.dequantize(leaf).astype(dtype) if _is_int8(leaf) else leaf
     return jax.tree.map(whole, params, is_leaf=_is_int8)
 
 
 def promote(operands: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
-    """`nnx.Linear`'s input, matrix and bias, in the type that they are multiplied in."""
+    """Converts the input, matrix and bias of `nnx.Linear` to the type in which they are multiplied."""
     x, kernel, bias = operands
     if not _is_int8(kernel):
         return promote_dtype(operands, dtype=dtype, inexact=inexact)
     x, bias = promote_dtype((x, bias), dtype=dtype, inexact=inexact)
-    # Not before the input is there: else XLA dequantises all matrices first, and once and for all before a loop over tokens.
+    # Wait for the input. Otherwise XLA would dequantise all matrices first, or once before a loop over tokens.
     x, values = jax.lax.optimization_barrier((x, kernel.qvalue))
     scale = kernel.scale
-    if jax.default_backend() == "cpu":  # where the barrier is gone when the order of the work is chosen, but not this 0
+    # On a CPU the barrier is removed before the operations are ordered. This addition of 0 remains.
+    if jax.default_backend() == "cpu":
         scale = scale + 0 * x[(0,) * x.ndim].astype(scale.dtype)
     return x, dequantise(qwix.QArray(values, scale), x.dtype), bias
 

@@ -1,4 +1,4 @@
-"""Reading and writing a folder of safetensors files, one tensor at a time."""
+"""Reads and writes a folder of safetensors files, one tensor at a time."""
 
 import contextlib
 import json
@@ -16,19 +16,19 @@ from safetensors.numpy import save_file
 from kd_jax import untrusted
 from kd_jax.storage import storing
 
-MAX_HEADER = 32 * untrusted.MIB  # of a header, or of the index: some 300,000 tensors
+MAX_HEADER = 32 * untrusted.MIB  # the largest header or index in bytes, enough for some 300,000 tensors
 _NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors", re.ASCII)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# On disk -> in NumPy; importing jax.numpy has registered bfloat16 (ml_dtypes) with NumPy.
+# The type on disk -> the type in NumPy. Importing jax.numpy registers bfloat16 (ml_dtypes) with NumPy.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
-_QUANTISED = ("I8", "U8", "F8", "F6", "F4", "I4", "U4")  # how the names of the types begin that quantised weights have
+_QUANTISED = ("I8", "U8", "F8", "F6", "F4", "I4", "U4")  # the prefixes of the type names of quantised weights
 
 
 class Reader:
-    """The tensors of a folder by name; nothing is read before `read`, and then only the slice asked for.
+    """The tensors of a folder by name. Only `read` reads values, and only the requested slice.
 
     Attributes:
-      folder: where they lie.
+      folder: the folder of the files.
     """
 
     def __init__(self, files: Mapping[str, Any], owners: Mapping[str, str], folder: Path):
@@ -36,18 +36,18 @@ class Reader:
 
     @property
     def names(self) -> set[str]:
-        """Every tensor's name."""
+        """The names of all tensors."""
         return set(self._owners)
 
     def file(self, name: str) -> Path:
-        """The file that holds the tensor."""
+        """Returns the file that holds the tensor."""
         return self.folder / self._owners[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's shape, from the header.
+        """Returns the tensor's shape, from the header.
 
         Raises:
-          ValueError: the tensor is of a type that is not float32, bfloat16, float16 or float64.
+          ValueError: the tensor's type is not float32, bfloat16, float16 or float64.
         """
         tensor = self._slice(name)
         if (kind := tensor.get_dtype()) not in _DTYPES:
@@ -59,7 +59,7 @@ class Reader:
         return tuple(tensor.get_shape())
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The tensor's values at `index`: a slice for each axis, its ends within the shape."""
+        """Returns the tensor's values at `index`, which has a slice for each axis with its ends within the shape."""
         try:
             return self._slice(name)[index]
         except SafetensorError as error:
@@ -72,7 +72,10 @@ class Reader:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the files that `open_folder` reads, the index included; those that are missing too. Without weights it is []."""
+    """Returns the files that `open_folder` reads, including the index and missing files.
+
+    Without weights the list is empty.
+    """
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if not (folder / INDEX).exists():
@@ -85,8 +88,7 @@ def open_folder(folder: Path) -> Iterator[Reader]:
     """Opens `model.safetensors`, or the files that `model.safetensors.index.json` lists.
 
     Raises:
-      ValueError: neither is there, a file is missing, outside the folder or damaged, or index and files
-        disagree.
+      ValueError: neither file exists; a file is missing, damaged or outside the folder; or index and files disagree.
     """
     with contextlib.ExitStack() as stack:
         if (folder / SINGLE).exists():
@@ -121,10 +123,10 @@ def _open(file: Path, stack: contextlib.ExitStack) -> Any:
 
 
 def check_header(file: Path) -> None:
-    """What safetensors itself does not ask: that the header is strict JSON, and no longer than the file, before it is read.
+    """Checks that the header is strict JSON and not longer than the file, before safetensors reads the file.
 
-    That a tensor's shape, type and offsets agree, and that the tensors fill the file without gap or overlap, it checks
-    itself, on a mapped file: nothing of a tensor's size is allocated before.
+    safetensors does not check this. It does check that a tensor's shape, type and offsets agree, and that the tensors
+    fill the file without gap or overlap. It does so on a mapped file, before it allocates memory of a tensor's size.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -173,21 +175,21 @@ def write_folder(
     tensor: Callable[[str], np.ndarray],
     max_shard_bytes: int,
 ) -> None:
-    """Writes the tensors file by file, holding one file's tensors at a time.
+    """Writes the tensors file by file, and holds the tensors of only one file at a time.
 
     Args:
       folder: an existing folder.
       shapes: every tensor's name and shape.
-      dtype: of all of them.
-      tensor: gives the values of a name, C-contiguous.
-      max_shard_bytes: upper limit of a file, but for a tensor that is larger by itself.
+      dtype: the type of all tensors.
+      tensor: a function from a name to the tensor's values, C-contiguous.
+      max_shard_bytes: the largest size of a file in bytes. A single tensor may be larger.
     """
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards = _shards(sizes, max_shard_bytes)
     owners = {}
     for i, names in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        # transformers refuses a file whose metadata does not say that the layout is PyTorch's.
+        # transformers refuses a file whose metadata does not name PyTorch's layout.
         tensors = {name: tensor(name) for name in names}
         with storing(folder / file):
             save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -1,23 +1,24 @@
-"""From logits to a token: which ones may be drawn, and one draw a row from a single uniform number."""
+"""Turns logits into a token: excludes tokens, and draws one token per row with a single uniform number."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-BLOCK = 128  # probabilities that are summed up as one, before the sums are searched
+BLOCK = 128  # the number of probabilities in a block; the sums of blocks are searched first
 
 
 def draw(uniform: Float[Array, " B"], probs: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """The inverse of the cumulative distribution at each row's number: one random number a row, where Gumbels take V.
+    """Returns the inverse of the cumulative distribution at each row's number, by one random number per row.
 
-    Sums of blocks are searched first, then the block that holds the number, so that the whole is read once. What has no
-    probability is never drawn, whatever is rounded.
+    A draw with Gumbel noise would need V random numbers. The sums of blocks are searched first, then the block that
+    holds the number, so that the probabilities are read once. A token with probability 0 is never drawn, whatever the
+    rounding.
 
     Args:
-      uniform: in [0, 1).
-      probs: not below 0, not all 0; a row need not sum to 1.
+      uniform: numbers in [0, 1).
+      probs: numbers that are not negative and, in each row, not all 0. A row need not sum to 1.
     Returns:
-      An id a row.
+      A token id per row.
     """
     rows, vocabulary = probs.shape
     blocks = jnp.pad(probs, ((0, 0), (0, -vocabulary % BLOCK))).reshape(rows, -1, BLOCK)
@@ -31,13 +32,19 @@ def draw(uniform: Float[Array, " B"], probs: Float[Array, "B V"]) -> Int[Array, 
 
 
 def _first_above(ends: Float[Array, "B N"], parts: Float[Array, "B N"], target: Float[Array, " B"]) -> Int[Array, " B"]:
-    """The first part that ends above the target, or the last that is not empty, where rounding leaves none."""
+    """Returns the index of the first part that ends above the target.
+
+    If no part ends above the target because of rounding, the result is the index of the last part that is not empty.
+    """
     last = ends.shape[-1] - 1 - jnp.argmax(parts[:, ::-1] > 0, axis=-1)
     return jnp.argmax((ends > target[:, None]) & (parts > 0) | (jnp.arange(ends.shape[-1]) == last[:, None]), axis=-1)
 
 
 def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
-    """-inf for what top-k, and then top-p among what that keeps, leave out."""
+    """Returns the logits with -inf for the tokens that top-k excludes, and then for those that top-p excludes.
+
+    top-p sees only the tokens that top-k keeps.
+    """
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
@@ -53,20 +60,20 @@ def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Arr
 def forbid_repeats(
     logits: Float[Array, "B V"], tokens: Int[Array, "B S"], mask: Bool[Array, "B S"], end: Int[Array, ""], size: int
 ) -> Float[Array, "B V"]:
-    """-inf for each token that would make the last `size` tokens a sequence that the row already has.
+    """Returns the logits with -inf for each token that would repeat a sequence of `size` tokens of the row.
 
     Args:
-      logits: of the token at `end`.
-      tokens: what each row has so far, up to `end`, padded on the left.
+      logits: the logits of the token at `end`.
+      tokens: the tokens of each row up to `end`, padded on the left.
       mask: True where there is a token.
-      end: how many of the slots are filled.
-      size: of the n-gram; 0: nothing is forbidden.
+      end: the number of filled slots.
+      size: the length of the n-gram; 0 forbids nothing.
     """
     if size == 0:
         return logits
     rows, slots = tokens.shape
     known = mask & (jnp.arange(slots) < end)
-    same = known  # at i: tokens[i - size + 1 : i] are the row's last size - 1
+    same = known  # True at i if tokens[i - size + 1 : i] equal the row's last size - 1 tokens
     for back in range(1, size):
         last = jax.lax.dynamic_slice_in_dim(tokens, end - back, 1, axis=1)
         earlier, is_known = (jnp.pad(array, ((0, 0), (back, 0)))[:, :slots] for array in (tokens, known))

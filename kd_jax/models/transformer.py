@@ -1,4 +1,4 @@
-"""The one decoder-only transformer; `ModelConfig` says which norms, positions and biases it has."""
+"""The decoder-only transformer of all families. `ModelConfig` chooses its norms, positions and biases."""
 
 import functools
 from typing import Any, NamedTuple
@@ -23,9 +23,10 @@ _ACTIVATIONS = {
 
 
 class Cache(NamedTuple):
-    """Keys and values of what was read, an array a layer; `index` of the S slots are filled, padding too.
+    """Keys and values of the tokens read so far, one array per layer.
 
-    Each lies as its matrix product reads it, so that no step of decoding transposes what earlier ones wrote.
+    `index` of the S slots are filled, padding included. Each array is stored in the layout of its matrix product, so
+    that no decoding step transposes earlier entries.
     """
 
     keys: tuple[Float[Array, "B K H S"], ...]
@@ -59,7 +60,8 @@ class Attention(nnx.Module):
         if rotary is not None:
             query, key = _rotate(query, *rotary), _rotate(key, *rotary)
         if cache is None and self.implementation != "plain":
-            # Their mask becomes a finite bias, so that here, too, a row that sees nothing is finite.
+            # These implementations turn the mask into a finite bias, so a row that attends to nothing is finite here,
+            # too.
             attended = jax.nn.dot_product_attention(
                 query, key, value, mask=mask[:, None], implementation=self.implementation
             )
@@ -67,7 +69,8 @@ class Attention(nnx.Module):
         key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
         if cache is not None:
             keys, values, index = cache
-            # The tuple (0, 0, 0, index) has two types of integers where JAX's default is 64 bits.
+            # This function takes only one index. A tuple (0, 0, 0, index) would mix two integer types where JAX's
+            # default is 64 bits.
             key = jax.lax.dynamic_update_slice_in_dim(keys, key, index, axis=3)
             value = jax.lax.dynamic_update_slice_in_dim(values, value, index, axis=2)
         attended = _attend(query, key, value, mask)
@@ -75,7 +78,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down(act(gate x) * up x), or down(act(up x)) without a gate."""
+    """The multilayer perceptron down(act(gate x) * up x), or down(act(up x)) without a gate."""
 
     def __init__(self, config: ModelConfig, linear: "_Linear"):
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -91,7 +94,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A transformer block that normalises before each half."""
+    """A transformer block that normalises before attention and before the MLP."""
 
     def __init__(self, config: ModelConfig, linear: "_Linear", norm: "_Norm", implementation: Any):
         self.attention_norm = norm(config.hidden_size)
@@ -106,7 +109,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Tokens to hidden states after the final norm; products in `dtype`, norms and softmax in float32."""
+    """Maps tokens to hidden states after the final norm. Products are in `dtype`, norms and softmax in float32."""
 
     def __init__(
         self, config: ModelConfig, dtype: DTypeLike, param_dtype: DTypeLike, remat: str, attention: str, rngs: nnx.Rngs
@@ -119,7 +122,8 @@ class Transformer(nnx.Module):
             promote_dtype=int8.promote,
             rngs=rngs,
         )
-        # dtype=float32 keeps the whole norm there; the caller casts back. The fast variance loses digits.
+        # dtype=float32 computes the whole norm in float32, and the caller casts back. The fast variance would lose
+        # digits.
         kind: Any = nnx.LayerNorm if config.layer_norm else nnx.RMSNorm
         norm = functools.partial(
             kind,
@@ -129,7 +133,7 @@ class Transformer(nnx.Module):
             use_fast_variance=False,
             rngs=rngs,
         )
-        # Embed would cast the whole table on every call: it stays in the parameters' type and the rows are
+        # nnx.Embed would cast the whole table in every call. So the table keeps the parameters' type, and the rows are
         # cast.
         embed = functools.partial(
             nnx.Embed,
@@ -169,9 +173,12 @@ class Transformer(nnx.Module):
         return self.end(x), cache
 
     def begin(self, tokens: Array, mask: Array | None, cache: Cache | None) -> Any:
-        """What the first block takes."""
+        """Returns the inputs of the first block.
+
+        These are the embedded tokens, the rotary factors, the attention mask and the cache.
+        """
         attend, positions, cache = _see(tokens, mask, cache)
-        if mask is not None:  # a masked id is never read, not even where it is no id
+        if mask is not None:  # a masked id is never read, even if it is outside the vocabulary
             tokens = jnp.where(mask != 0, tokens, 0)
         x = self.embed(tokens).astype(self.dtype)
         rotary = None
@@ -183,15 +190,16 @@ class Transformer(nnx.Module):
         return x, rotary, attend, cache
 
     def end(self, x: Array) -> Array:
-        """What becomes of what the last block gives."""
+        """Returns the hidden states after the final norm, from the output of the last block."""
         return self.norm(x).astype(self.dtype)
 
 
 def _see(tokens, mask, cache):
-    """Which slots each query sees [B or 1, L, S], each position [B or 1, L], the cache with its new mask.
+    """Returns the slots that each query attends to, each token's position, and the cache with its new mask.
 
-    Positions count real tokens only, so that padding on either side moves nothing. A mask of integers divides a row
-    into segments, each of which sees only itself and counts from 0.
+    The slots are [B or 1, L, S], and the positions are [B or 1, L]. Positions count only real tokens, so padding on
+    either side moves nothing. A mask of integers divides a row into segments. Each segment attends only to itself, and
+    its positions start at 0.
     """
     length = tokens.shape[1]
     causal = jnp.tril(jnp.ones((1, length, length), bool))
@@ -213,11 +221,13 @@ def _see(tokens, mask, cache):
 
 
 def _attend(query, key, value, mask):
-    """softmax(q k / sqrt(H)) v; a row that sees nothing averages all values, which is finite and never read.
+    """Returns softmax(q k / sqrt(H)) v.
 
-    query is [B, L, heads, H], key [B, K, H, S], value [B, K, S, H]. The queries that share a key lie side by side along
-    the length, so that both products are plain batched matrix products: a quarter faster on a CPU than
-    `jax.nn.dot_product_attention`, and nothing is repeated.
+    A row that attends to nothing averages all values. The average is finite, and is never read.
+
+    query is [B, L, heads, H], key [B, K, H, S], value [B, K, S, H]. The queries that share a key are placed side by
+    side along the length, so both products are plain batched matrix products and nothing is repeated. On a CPU this is
+    a quarter faster than `jax.nn.dot_product_attention`.
     """
     batch, length, heads, width = query.shape
     groups, slots = key.shape[1], key.shape[3]
@@ -232,11 +242,13 @@ def _attend(query, key, value, mask):
 
 
 def rotary_frequencies(config: ModelConfig) -> Float[np.ndarray, " H/2"]:
-    """theta^(-2i/H), in radians a position, stretched where the config asks for Llama 3.1's scaling.
+    """Returns the frequencies theta^(-2i/H), in radians per position.
 
-    A wavelength above original / low_freq_factor is multiplied by `factor`, one below original /
-    high_freq_factor is left alone, and between the two the frequencies are interpolated linearly in original
-    / wavelength.
+    The frequencies are scaled as in Llama 3.1 if the config asks for this. The scaling depends on the wavelength.
+
+    - A wavelength above original / low_freq_factor is multiplied by `factor`.
+    - A wavelength below original / high_freq_factor is not changed.
+    - Between these bounds the frequencies are interpolated linearly in original / wavelength.
 
     References:
       Su et al., "RoFormer", https://arxiv.org/abs/2104.09864, 2021, eq. 15.
@@ -252,13 +264,15 @@ def rotary_frequencies(config: ModelConfig) -> Float[np.ndarray, " H/2"]:
 
 
 def _rotate(x, cos, sin):
-    """Turns coordinate i and i + H/2 of each head as one pair, in float32."""
+    """Rotates coordinates i and i + H/2 of each head as one pair, in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _residual_init(config: ModelConfig):
-    """GPT-2's: what is added to the residual stream 2 * num_layers times starts smaller by the root of that.
+    """Returns GPT-2's initialiser of the matrices that write to the residual stream.
+
+    These matrices write 2 * num_layers times, so their standard deviation is divided by the square root of that number.
 
     References:
       Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.3.

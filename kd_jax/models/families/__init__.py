@@ -1,10 +1,16 @@
-"""The families of models: each file is names and settings of the one transformer.
+"""The families of models. Each file holds the names and settings of one family of the transformer.
 
-A family gives `ARCHITECTURES` (model_type in config.json -> the class that must be named beside it), `FIXED`
-(what a `ModelConfig` of this family cannot choose), `DEFAULTS` (what it can), `check`, `from_hf` and `to_hf`
-(config.json), `tensors` (our parameter -> its tensor on disk), `PREFIX` (which checkpoints of the bare trunk
-leave out), `TOLERATED` (tensors that are passed over) and `TIED` (the head's tensor, which is passed over
-when it equals the embedding).
+A family module defines:
+
+- `ARCHITECTURES`: a dict from model_type in config.json to the class that config.json must name beside it.
+- `FIXED`: the settings that a `ModelConfig` of this family cannot choose.
+- `DEFAULTS`: the defaults of settings that it can choose.
+- `check`: a function that checks a `ModelConfig` of this family.
+- `from_hf` and `to_hf`: functions that read and write the fields of config.json.
+- `tensors`: a function that returns, for each parameter, its tensor on disk.
+- `PREFIX`: the first part of the tensor names, which checkpoints without an output matrix omit.
+- `TOLERATED`: patterns of tensors that are ignored.
+- `TIED`: the name of the output matrix, which is ignored if it equals the embedding.
 """
 
 from kd_jax.models.families import gpt2, llama, qwen2, qwen3

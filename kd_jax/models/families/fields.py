@@ -1,4 +1,4 @@
-"""What the family files share: how a tensor lies on disk, and how config.json spells a rotary embedding."""
+"""Code that the family files share: a tensor's layout on disk, and the fields of config.json with their checks."""
 
 import dataclasses
 from collections.abc import Mapping, Set
@@ -7,20 +7,20 @@ from typing import Any
 from kd_jax import untrusted
 
 Fields = Mapping[str, Any]
-MISTRAL_WINDOW = QWEN_WINDOW = 4096  # transformers' default of sliding_window
-QWEN_FULL_LAYERS = 28  # transformers' default of max_window_layers
-MANY_LAYERS = 2**16  # more than any model has: a number in a config.json makes no list that is longer
+MISTRAL_WINDOW = QWEN_WINDOW = 4096  # the default of sliding_window in transformers
+QWEN_FULL_LAYERS = 28  # the default of max_window_layers in transformers
+MANY_LAYERS = 2**16  # More than any model has: this limits the length of a list whose length comes from config.json.
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where one of our parameters lies in a Hugging Face checkpoint.
+    """The tensor of a Hugging Face checkpoint that holds one of this project's parameters.
 
     Args:
       name: the tensor's name on disk.
-      transposed: the disk holds [out, in] (`torch.nn.Linear`), we hold [in, out].
-      part: which of `parts` equal slices of the last axis, for a tensor that holds several fused parameters.
-      parts: how many parameters are fused.
+      transposed: True if the tensor on disk is [out, in] (`torch.nn.Linear`) and the parameter is [in, out].
+      part: the index of the parameter among `parts` equal slices of the last axis, for a tensor of several parameters.
+      parts: the number of parameters in the tensor.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-    """Rotary frequencies stretched for a longer context, as Llama 3.1 does it: low ones divided by `factor`.
+    """Scaling of rotary frequencies for a longer context, as in Llama 3.1: low frequencies are divided by `factor`.
 
     References:
       Grattafiori et al., "The Llama 3 Herd of Models", https://arxiv.org/abs/2407.21783, 2024.
@@ -44,7 +44,7 @@ class Llama3Scaling:
 
 
 def required(fields: Fields, name: str) -> Any:
-    """The field's value; absent or null is an error that names it."""
+    """Returns the field's value. An absent or null field is an error that names the field."""
     if fields.get(name) is None:
         kind = untrusted.shown(fields.get("model_type"))
         raise ValueError(f"the field {name!r} is missing; a {kind} config must give it.")
@@ -52,7 +52,10 @@ def required(fields: Fields, name: str) -> Any:
 
 
 def whole(fields: Fields, name: str, default: int | None = None) -> int:
-    """A size; without a default it is required. 2^31 and more is no size of anything, and overflows elsewhere."""
+    """Returns a size. Without a default the field is required.
+
+    A number of 2^31 or more is refused: no size is so large, and such a number would overflow elsewhere.
+    """
     if fields.get(name) is None and default is not None:
         return default
     value = required(fields, name)
@@ -62,7 +65,7 @@ def whole(fields: Fields, name: str, default: int | None = None) -> int:
 
 
 def real(fields: Fields, name: str, default: float | None = None) -> float:
-    """A positive number; without a default it is required."""
+    """Returns a positive number. Without a default the field is required."""
     if fields.get(name) is None and default is not None:
         return default
     value = required(fields, name)
@@ -72,32 +75,32 @@ def real(fields: Fields, name: str, default: float | None = None) -> float:
 
 
 def flag(fields: Fields, name: str, default: bool) -> bool:
-    """True or false; null is the default."""
+    """Returns True or False. A null or absent field has the default value."""
     value = default if fields.get(name) is None else fields[name]
     refuse_unless(isinstance(value, bool), fields, name, "true or false")
     return value
 
 
 def refuse_unless(supported: bool, fields: Fields, name: str, expected: str) -> None:
-    """A field that is in use and that the transformer does not implement must not be ignored silently."""
+    """Raises an error for a field that the transformer does not implement, so that the field is not ignored silently."""
     if not supported:
         raise ValueError(f"{name} = {untrusted.shown(fields.get(name))} is not supported; expected {expected}.")
 
 
 def refuse_another_function(fields: Fields) -> None:
-    """Refuses the fields by which transformers gives any model another function."""
+    """Refuses the fields with which transformers changes the function that a model computes."""
     refuse_unless(flag(fields, "is_causal", True), fields, "is_causal", "true")
     refuse_unless(not fields.get("per_layer_config"), fields, "per_layer_config", "null")
 
 
 def window_from_hf(fields: Fields) -> dict[str, Any]:
-    """Returns the window of a Mistral config, which all of its layers have; null is none."""
+    """Returns the sliding window of a Mistral config, which all layers have; null means no window."""
     layer_types(fields, {"full_attention"})
     return {"sliding_window": _window({"sliding_window": MISTRAL_WINDOW, **fields})}
 
 
 def windows_from_hf(fields: Fields) -> dict[str, Any]:
-    """Returns the window of a Qwen config, and the layers that have it."""
+    """Returns the sliding window of a Qwen config, and the layers that have the window."""
     depth, kinds = whole(fields, "num_hidden_layers"), layer_types(fields, {"full_attention", "sliding_attention"})
     used = flag(fields, "use_sliding_window", False)
     window = _window({"sliding_window": QWEN_WINDOW, **fields}) if used else None
@@ -116,7 +119,7 @@ def windows_from_hf(fields: Fields) -> dict[str, Any]:
 
 
 def layer_types(fields: Fields, known: Set[str]) -> list[str]:
-    """Returns the types of the layers; [] where the config does not list them."""
+    """Returns the types of the layers; [] if the config does not list them."""
     kinds = fields.get("layer_types") or []
     supported = isinstance(kinds, list) and all(isinstance(kind, str) and kind in known for kind in kinds)
     refuse_unless(supported, fields, "layer_types", f"{' or '.join(map(repr, sorted(known)))} in every layer")
@@ -124,11 +127,11 @@ def layer_types(fields: Fields, known: Set[str]) -> list[str]:
 
 
 def windows_to_hf(window: int | None, layers: Set[int], depth: int) -> dict[str, Any]:
-    """Returns the fields of a Qwen config of `depth` layers, of which `layers` have the window."""
+    """Returns the fields of a Qwen config with `depth` layers, of which `layers` have the window."""
     if window is None:
         return {"use_sliding_window": False}
     kinds = ["sliding_attention" if layer in layers else "full_attention" for layer in range(depth)]
-    # The first versions for Qwen know max_window_layers alone.
+    # The first versions of transformers for Qwen read only max_window_layers.
     found = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": min(layers)}
     return found | {"layer_types": kinds}
 
@@ -144,9 +147,9 @@ def _window(fields: Fields) -> int | None:
 def rotary_from_hf(fields: Fields) -> dict[str, Any]:
     """Returns `rope_theta` and `rope_scaling`, read from every spelling that transformers 5.24 reads.
 
-    Up to transformers 4 both fields are at the top level, and `rope_scaling` is null for the plain embedding. Since
-    transformers 5 one field, `rope_parameters`, holds the base as well. Where both fields are set, transformers uses
-    `rope_scaling` and ignores `rope_parameters`, its base included.
+    Up to transformers 4, both fields are at the top level, and `rope_scaling` is null for the plain embedding. Since
+    transformers 5, one field, `rope_parameters`, also holds the base. Where both `rope_scaling` and `rope_parameters`
+    are set, transformers uses `rope_scaling` and ignores `rope_parameters`, including its base.
     """
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     rope = fields.get(name) or {}
@@ -165,7 +168,11 @@ def rotary_from_hf(fields: Fields) -> dict[str, Any]:
 
 
 def _llama3_scaling(fields: Fields, rope: Fields) -> Llama3Scaling:
-    """Returns the scaling; the length before it is named at the top level, or in `rope`, or is the model's own."""
+    """Returns the scaling.
+
+    The length before scaling is a field at the top level or in `rope`. Otherwise it is the model's own number of
+    positions.
+    """
     name = "original_max_position_embeddings"
     named = fields if fields.get(name) is not None else rope
     scaling = Llama3Scaling(
@@ -180,7 +187,7 @@ def _llama3_scaling(fields: Fields, rope: Fields) -> Llama3Scaling:
 
 
 def rotary_to_hf(theta: float, scaling: Llama3Scaling | None) -> dict[str, Any]:
-    """The classic spelling, which transformers 4 needs and transformers 5 still reads."""
+    """Returns the fields in the classic spelling, which transformers 4 needs and transformers 5 still reads."""
     if scaling is None:
         return {"rope_theta": theta, "rope_scaling": None}
     return {

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, layer norms with a bias, a plain MLP, one matrix for query, key and value."""
+"""GPT-2: learned positions, layer norms with a bias, an MLP without a gate, one matrix for query, key and value."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ FIXED = {
 }
 DEFAULTS = {"activation": "gelu_new", "norm_eps": 1e-5}
 PREFIX = "transformer."
-# The causal mask and its fill value, which old checkpoints carry as buffers.
+# The causal mask and its fill value, which old checkpoints store as buffers.
 TOLERATED = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",)
 TIED = "lm_head.weight"
-# Other spellings of four fields; where both are given, transformers uses the other spelling.
+# Other spellings of four fields. Where both are given, transformers uses the other spelling.
 SPELLINGS = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
@@ -34,7 +34,10 @@ SPELLINGS = {
 
 
 def check(config: ModelConfig) -> None:
-    """The fused matrix is [D, 3 D]: heads are neither grouped nor of another size. No layer has a window."""
+    """Checks that heads are neither grouped nor of another size, and that no layer has a window.
+
+    The fused matrix of query, key and value is [D, 3 D], so the heads must be equal.
+    """
     if config.sliding_window is not None:
         raise ValueError(f"family 'gpt2' has no sliding_window; got {config.sliding_window}.")
     if config.num_kv_heads != config.num_heads or config.head_dim * config.num_heads != config.hidden_size:
@@ -46,7 +49,7 @@ def check(config: ModelConfig) -> None:
 
 
 def from_hf(fields: Fields) -> dict[str, Any]:
-    """The keywords of `ModelConfig` from config.json."""
+    """Returns the keywords of `ModelConfig` from config.json."""
     fields = {**fields, **{SPELLINGS[name]: value for name, value in fields.items() if name in SPELLINGS}}
     by_layer = flag(fields, "scale_attn_by_inverse_layer_idx", False)
     refuse_unless(not by_layer, fields, "scale_attn_by_inverse_layer_idx", "false")
@@ -67,7 +70,7 @@ def from_hf(fields: Fields) -> dict[str, Any]:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json from a `ModelConfig`."""
+    """Returns the fields of config.json from a `ModelConfig`."""
     return {
         "vocab_size": config.vocab_size,
         "n_embd": config.hidden_size,
@@ -83,7 +86,10 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def tensors(config: ModelConfig) -> dict[str, Tensor]:
-    """Where each parameter lies on disk. `Conv1D` holds [in, out], as we do: only the head is transposed."""
+    """Returns each parameter's tensor on disk.
+
+    `Conv1D` holds [in, out], as this project does, so only the output matrix is transposed.
+    """
     found = {
         "embed/embedding": Tensor("transformer.wte.weight"),
         "positions/embedding": Tensor("transformer.wpe.weight"),

@@ -1,7 +1,7 @@
-"""Llama and models that are built like it: TinyLlama, OpenLLaMA, SmolLM2 and Mistral.
+"""Llama and models with the same structure: TinyLlama, OpenLLaMA, SmolLM2 and Mistral.
 
-A Mistral checkpoint becomes a `llama` model with a `sliding_window`, and a `llama` model with a window is saved as
-Mistral. Without a window the two are the same function.
+A Mistral checkpoint becomes a `llama` model with a `sliding_window`. A `llama` model with a window is saved as Mistral.
+Without a window, Llama and Mistral compute the same function.
 """
 
 from __future__ import annotations
@@ -35,13 +35,18 @@ DEFAULTS = {
     "mlp_bias": False,
 }
 PREFIX = "model."
-# The rotary frequencies, which old checkpoints carry as a buffer and everyone computes from the config.
+# The rotary frequencies. Old checkpoints store them as a buffer, but every implementation computes them from the
+# config.
 TOLERATED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 TIED = "lm_head.weight"
 
 
 def check(config: ModelConfig) -> None:
-    """One field of config.json, `attention_bias`, governs all four projections; Mistral has neither it nor `mlp_bias`."""
+    """Checks that the biases are those that config.json can express.
+
+    One field of config.json, `attention_bias`, governs all four projections. Mistral has neither this field nor
+    `mlp_bias`.
+    """
     if config.attention_bias != config.output_bias:
         raise ValueError(
             f"family {config.family!r} has a bias on all four attention projections or on none; "
@@ -57,12 +62,12 @@ def check(config: ModelConfig) -> None:
 
 
 def from_hf(fields: Fields) -> dict[str, Any]:
-    """The keywords of `ModelConfig` from config.json."""
+    """Returns the keywords of `ModelConfig` from config.json."""
     window: dict[str, Any] = {}
     if fields["model_type"] == "mistral":
         window = window_from_hf(fields)
-        required(fields, "num_key_value_heads")  # transformers' default is 8 there, not the number of heads
-        for name in ("attention_bias", "mlp_bias"):  # transformers reads neither, and its Mistral has no biases
+        required(fields, "num_key_value_heads")  # the default of transformers is 8, not the number of heads
+        for name in ("attention_bias", "mlp_bias"):  # transformers reads neither field, and its Mistral has no biases
             refuse_unless(not flag(fields, name, False), fields, name, "false in a mistral config")
     bias = flag(fields, "attention_bias", False)
     layer_types(fields, {"full_attention"})
@@ -78,14 +83,14 @@ def from_hf(fields: Fields) -> dict[str, Any]:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json from a `ModelConfig`."""
+    """Returns the fields of config.json from a `ModelConfig`."""
     if config.sliding_window is not None:
         return common_to_hf(config) | {"model_type": "mistral", "sliding_window": config.sliding_window}
     return common_to_hf(config) | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
 
 
 def common_from_hf(fields: Fields) -> dict[str, Any]:
-    """The fields that Llama, Qwen2 and Qwen3 spell alike."""
+    """Returns the keywords of `ModelConfig` from the fields that Llama, Qwen2 and Qwen3 spell alike."""
     return {
         "vocab_size": whole(fields, "vocab_size"),
         "hidden_size": whole(fields, "hidden_size"),
@@ -103,7 +108,7 @@ def common_from_hf(fields: Fields) -> dict[str, Any]:
 
 
 def common_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `common_from_hf`."""
+    """Returns the fields that Llama, Qwen2 and Qwen3 spell alike: the inverse of `common_from_hf`."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -121,7 +126,7 @@ def common_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def tensors(config: ModelConfig) -> dict[str, Tensor]:
-    """Where each parameter lies on disk; Qwen2 and Qwen3 use the same names."""
+    """Returns each parameter's tensor on disk. Qwen2 and Qwen3 use the same names."""
     found = {
         "embed/embedding": Tensor("model.embed_tokens.weight"),
         "norm/scale": Tensor("model.norm.weight"),

@@ -18,16 +18,16 @@ tensors = llama.tensors
 
 
 def check(config: ModelConfig) -> None:
-    """Nothing beyond FIXED."""
+    """Checks nothing, because FIXED already covers all limits of this family."""
 
 
 def from_hf(fields: Fields) -> dict[str, Any]:
-    """The keywords of `ModelConfig` from config.json."""
-    required(fields, "num_key_value_heads")  # transformers' default is 32, not the number of heads
+    """Returns the keywords of `ModelConfig` from config.json."""
+    required(fields, "num_key_value_heads")  # the default of transformers is 32, not the number of heads
     return llama.common_from_hf(fields) | windows_from_hf(fields)
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json from a `ModelConfig`."""
+    """Returns the fields of config.json from a `ModelConfig`."""
     windows = windows_to_hf(config.sliding_window, config.layers_with_window, config.num_layers)
     return llama.common_to_hf(config) | windows

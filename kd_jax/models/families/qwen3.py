@@ -1,4 +1,4 @@
-"""Qwen3 (dense): Llama with an RMS norm on each head's query and key, and a head size of its own."""
+"""Qwen3 (dense): Llama with an RMS norm on each head's query and key, and a separate setting for the head size."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ check, tensors = llama.check, llama.tensors
 
 
 def from_hf(fields: Fields) -> dict[str, Any]:
-    """The keywords of `ModelConfig` from config.json."""
-    required(fields, "num_key_value_heads")  # transformers' defaults are 32 and 128, whatever the other sizes are
+    """Returns the keywords of `ModelConfig` from config.json."""
+    # the defaults of transformers are 32 and 128, independent of the other sizes
+    required(fields, "num_key_value_heads")
     required(fields, "head_dim")
     bias = flag(fields, "attention_bias", False)
     return llama.common_from_hf(fields) | windows_from_hf(fields) | {"attention_bias": bias, "output_bias": bias}
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json from a `ModelConfig`."""
+    """Returns the fields of config.json from a `ModelConfig`."""
     windows = windows_to_hf(config.sliding_window, config.layers_with_window, config.num_layers)
     return llama.common_to_hf(config) | windows | {"attention_bias": config.attention_bias}
