@@ -88,8 +88,9 @@ def make_train_step(
       - tokens, targets: [B, L] int32.
       - mask: [B, L] bool, or the int32 segments of packed rows.
       - loss_mask: [B, L] bool.
-      - origin: [B], the index into `objectives.ORIGINS` of each row's text. Without it every row is from the data.
-      - log_probs: [B, L], the log-probabilities of the targets under the student that drew them; needed with origin.
+      - origin, optional: [B], the index into `objectives.ORIGINS` of each row's text. Without origin every row is from
+        the data.
+      - log_probs, optional: [B, L], the log-probabilities of the targets under the student that drew the targets.
       - names that begin with teacher_: the arrays of a cached teacher.
     """
     needs_teacher = any(term.needs_teacher for term in terms)
