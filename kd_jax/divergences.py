@@ -147,9 +147,9 @@ def adaptive_kl(
 def jensen_shannon(log_p: LogProbs, log_q: LogProbs, *, weight: Weight = 0.5) -> PerToken:
     """Returns ``w KL(p || m) + (1 - w) KL(q || m)`` with ``m = w p + (1 - w) q``.
 
-    The value is always finite, and is bounded by the entropy of ``(w, 1 - w)``. Divided by w it tends to ``KL(p || q)``
-    as w tends to 0. Divided by 1 - w it tends to ``KL(q || p)`` as w tends to 1. At w = 0 and w = 1 the value is 0 for
-    all distributions, so these Python numbers are refused.
+    The value is always finite, and is bounded by the entropy of ``(w, 1 - w)``. Divided by w, the value tends to
+    ``KL(p || q)`` as w tends to 0. Divided by 1 - w, the value tends to ``KL(q || p)`` as w tends to 1. At w = 0 and
+    w = 1 the value is 0 for all distributions, so these Python numbers are refused.
 
     Args:
       weight: w, the teacher's share of the mixture, in ``(0, 1)``.

@@ -172,7 +172,7 @@ def _sweep(
     rest = tuple(array.reshape(tokens, *array.shape[2:]) for array in rest)
     live = _live(rest[0])
     order = jnp.argsort(~live, stable=True)
-    # indices beyond the end are read as 0 and not written
+    # Indices beyond the end are read as 0 and not written.
     order = jnp.pad(order, (0, chunk + piece), constant_values=tokens)
 
     def body(size: int, first: Array | int, i: Array, carry: Any) -> Any:
@@ -209,7 +209,7 @@ def _sweep(
     )
     count, done, carry = most(jnp.sum(live)), 0, start
     if piece < chunk:
-        # a remainder that would fill all pieces of a chunk is computed as a chunk
+        # A remainder that would fill all pieces of a chunk is computed as a chunk.
         done = (count + piece - 1) // chunk * chunk
         carry = jax.lax.fori_loop(0, done // chunk, partial(body, chunk, 0), carry)
     carry = jax.lax.fori_loop(0, -(-(count - done) // piece), partial(body, piece, done), carry)

@@ -1,13 +1,13 @@
 """Arithmetic on log-probabilities whose values and gradients stay finite where a probability is zero.
 
-A probability of zero is a log-probability of ``-inf``. This package calls such an entry an entry without mass. Two
-rules keep it from making other entries NaN.
+A probability of zero is a log-probability of ``-inf``. This package calls such an entry an entry without
+mass. Two rules keep such an entry from making other entries NaN.
 
 1. The difference of two infinite log-probabilities is never computed.
 2. The branch that a ``where`` does not select is computed from finite replacement values. JAX multiplies the gradient
    of that branch by zero, and zero times infinity is NaN.
 
-``alpha_beta_entries`` defines its own derivatives, so only the first rule concerns it.
+``alpha_beta_entries`` defines its own derivatives, so only the first rule applies there.
 """
 
 import math
@@ -201,7 +201,7 @@ def alpha_beta_entries(
         up, down, exponent_q = total, -alpha, mixed
     else:
         up, down, exponent_p = -beta, total, mixed
-    if up + down < 0:  # if both are negative, the three points are named from the other side
+    if up + down < 0:  # if both are negative, the same three points are described from the other side
         up, down, exponent_p, exponent_q = -down, -up, exponent_q, exponent_p
 
     top = _power(jnp.maximum(exponent_p, exponent_q), d, total)
@@ -282,8 +282,8 @@ def _times(factor: Number, log_p: Array) -> Array:
 def _power(exponent: Array, d: Array, total: Number) -> Array:
     """Returns ``exp(exponent)``.
 
-    With a negative total it would overflow at a small probability. Where ``p == q`` the result is multiplied by 0
-    later, so there the exponent is limited to 80.
+    With a negative total the result would overflow at a small probability. Where ``p == q`` the result is multiplied by
+    0 later, so there the exponent is limited to 80.
     """
     return jnp.exp(jnp.where(d == 0, jnp.minimum(exponent, 80.0), exponent) if total < 0 else exponent)
 
@@ -299,10 +299,10 @@ def mixture_kl_entries(
 ) -> tuple[Float[Array, "*batch vocab"], Float[Array, "*batch vocab"]]:
     """Returns the contributions of each entry to ``KL(p || m)`` and ``KL(q || m)``, with ``m = w p + (1 - w) q``.
 
-    No contribution is negative: ``m - p`` is added to each entry of the first, and ``m - q`` to each of the second.
-    These differences sum to 0. With them a contribution is of second order in ``log p - log q`` where p and q are
-    close. Every contribution is the greater of p and q times a function of their ratio. As the smaller of w and 1 - w
-    tends to 0, the relative rounding error grows as the inverse of that number.
+    No contribution is negative: ``m - p`` is added to each entry of ``KL(p || m)``, and ``m - q`` to each entry of
+    ``KL(q || m)``. These differences sum to 0. With them a contribution is of second order in ``log p - log q`` where p
+    and q are close. Every contribution is the greater of p and q times a function of their ratio. As the smaller of w
+    and 1 - w tends to 0, the relative rounding error grows as the inverse of that number.
 
     Args:
       log_p: log-probabilities, normalised over the last axis.
@@ -311,7 +311,7 @@ def mixture_kl_entries(
 
     Returns:
       The terms to sum over the vocabulary, for p and for q. A term is infinite, and has no gradient, where m has no
-        mass.
+      mass.
     """
     log_p, log_q = promote(log_p, log_q)
     weight = over_vocab(weight)

@@ -96,7 +96,7 @@ def read(workdir: str) -> list[dict[str, Any]]:
 
 
 def progress(total: int, initial: int, quiet: bool = False) -> tqdm:
-    """Returns a progress bar over steps that shows the remaining time. `set_postfix` adds loss and tokens per second."""
+    """Returns a progress bar over steps, with the remaining time. `set_postfix` adds loss and tokens per second."""
     return tqdm(
         total=total, initial=initial, desc="train", unit="step", dynamic_ncols=True, disable=quiet, mininterval=1
     )

@@ -1,4 +1,7 @@
-"""The objective: a sum of terms, each a divergence of a pair of distributions, averaged over the tokens of some rows."""
+"""The objective: a sum of terms.
+
+Each term is a divergence of a pair of distributions, averaged over the tokens of some rows.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -241,8 +244,7 @@ def _schedule(spec: Any, of_rows: str = "") -> Any:
 def _names_one(spec: Any) -> bool:
     """Returns True if the spec names an assistant.
 
-    {"name": "none"} names no assistant, and a flag can change it. None also names no assistant, and no flag can change
-    it.
+    Both {"name": "none"} and None name no assistant. A flag can change the former, but not None.
     """
     return spec is not None and spec != "none" and (isinstance(spec, str) or spec["name"] != "none")
 
@@ -296,13 +298,13 @@ def _weighted(loss: Callable[..., Array]) -> Callable[..., Array]:
 def _policy_gradient(
     spec: Any, teacher_share: float, max_new_tokens: int | None
 ) -> tuple[Callable[..., Array], Callable[[Scores], Any]]:
-    """Returns the clipped surrogate of the drawn tokens, and the function that computes its constants for each token."""
+    """Returns the clipped surrogate of the drawn tokens, and the function that computes each token's constants."""
     signals = policy_gradient.make_signals(spec, teacher_share, max_new_tokens)
     baseline, scale, clip = spec["baseline"], spec["reward_scale"], spec["clip"]
 
     def loss(log_p: Array, log_q: Array, target: Array, weight: Any, *signals: Array) -> Array:
         advantage, drawn_log_q, importance = signals
-        if baseline == "kl":  # the exact mean of the reward is -KL(q || p); without it the advantage varies less
+        if baseline == "kl":  # the exact mean of the reward is -KL(q || p); subtracting this mean reduces the variance
             advantage = advantage + jax.lax.stop_gradient(divergences.reverse_kl(log_p, log_q)) / scale
         return policy_gradient.clipped_surrogate(
             -cross_entropy(log_q, target), drawn_log_q, advantage, importance, clip

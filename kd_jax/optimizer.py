@@ -10,7 +10,7 @@ import optax
 
 from kd_jax import resolve
 
-# the names in optax's optimisers of the keyword that chooses the decaying parameters
+# The names in optax's optimisers of the keyword that chooses the decaying parameters.
 MASKS = ("mask", "weight_decay_mask")
 
 
@@ -85,7 +85,7 @@ def _short(paths: list[str]) -> list[str]:
 def _with_masks() -> list[str]:
     """Returns the names of optax's optimisers that can exclude parameters from weight decay."""
     found = []
-    # deprecated names are not in vars(optax); reading one would cause a warning
+    # Deprecated names are not in vars(optax); reading one would cause a warning.
     for name, function in vars(optax).items():
         if inspect.isfunction(function):
             parameters = inspect.signature(function).parameters

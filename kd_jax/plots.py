@@ -11,7 +11,7 @@ import numpy as np
 
 from kd_jax import metrics
 
-# a split in metrics.jsonl -> the name of its chart
+# A split in metrics.jsonl -> the name of its chart
 SPLITS = {"train": "losses", "eval": "evaluation", "samples": "sampling"}
 
 

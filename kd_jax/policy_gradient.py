@@ -91,7 +91,7 @@ def importance(scores: Scores, teacher_share: float) -> Float[Array, "B L"]:
 
     The result is the importance weight of a token that was drawn from the mixture with the teacher's share a.
     """
-    # with larger exponents the weight is 0 in float32
+    # With larger exponents the weight is 0 in float32.
     odds = jnp.exp(jnp.minimum(scores.log_p - scores.drawn_log_q, 80.0))
     return 1 / ((1 - teacher_share) + teacher_share * odds)
 

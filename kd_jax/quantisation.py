@@ -1,4 +1,7 @@
-"""The error of a teacher in int8: its distributions are compared with those of the same teacher in float."""
+"""The error of a teacher in int8.
+
+The distributions of the teacher in int8 are compared with the distributions of the same teacher in float.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -62,7 +65,7 @@ def difference(run: Any, params: Any, whole: Any) -> dict[str, float]:
 
 
 def _difference(run: Any, params: Any, outer: Any, layer: Callable[[int], Any], sizes: Any) -> dict[str, float]:
-    """Returns `difference`, with the unrounded parameters in two parts: `layer` gives the layers, `outer` all others."""
+    """Returns `difference`, from unrounded parameters in two parts: `layer` gives the layers, `outer` all others."""
     teacher, batch, chunk = run.models.teacher, next(run.eval_batches()), run.config.loss.chunk or None
     placed = run.put({name: batch[name] for name in NEEDED})
     inputs = placed["tokens"], placed["mask"]

@@ -192,7 +192,7 @@ def check_fraction(name: str, value: Any) -> Any:
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
-    """Returns `` (did you mean 'forward_kl'?)`` for a name that is close to a known name, and an empty text otherwise."""
+    """Returns `` (did you mean 'forward_kl'?)`` for a name close to a known name, and an empty text otherwise."""
     lower = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(str(name).lower(), lower, n=1)
     return f" (did you mean {lower[close[0]]!r}?)" if close else ""

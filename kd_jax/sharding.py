@@ -122,7 +122,7 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch's arrays: the rows are divided over data and fsdp, all other axes are replicated."""
+    """Returns the sharding of a batch's arrays: rows are divided over data and fsdp, other axes are replicated."""
     return NamedSharding(mesh, BATCH)
 
 

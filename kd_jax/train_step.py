@@ -74,7 +74,8 @@ def make_train_step(
         teacher.
       terms: the terms from `objectives.make_terms`.
       tx: the optimiser, including gradient clipping.
-      vocab_size: the number of token ids in use; the padding of the heads beyond it gets no mass in either model.
+      vocab_size: the number of token ids in use; the padding of the heads beyond these ids gets no mass
+        in either model.
       temperature: the divisor of both models' logits.
       microbatches: the number of parts of a batch's rows that are processed one after another.
       chunk: the number of tokens whose logits are held at a time, as in `token_sum`.
@@ -82,14 +83,15 @@ def make_train_step(
       max_skipped: the largest number of consecutive steps that may be skipped because they are not finite.
 
     Returns:
-      (state, teacher_params, batch) -> (state, metrics), to be jitted with the state donated. The batch contains tokens
-        and
-      targets [B, L] int32; mask [B, L], bool or the int32 segments of packed rows; and loss_mask [B, L] bool. Optional
-      arrays are origin [B], the index into `objectives.ORIGINS` of each row's text (without origin, every row is from
-        the
-      data); log_probs [B, L], the log-probabilities of the targets under the student that drew them; and the arrays of
-        a
-      cached teacher, whose names begin with teacher_.
+      (state, teacher_params, batch) -> (state, metrics), to be jitted with the state donated. The batch contains:
+
+      - tokens, targets: [B, L] int32.
+      - mask: [B, L] bool, or the int32 segments of packed rows.
+      - loss_mask: [B, L] bool.
+      - origin, optional: [B], the index into `objectives.ORIGINS` of each row's text. Without origin every row is from
+        the data.
+      - log_probs, optional: [B, L], the log-probabilities of the targets under the student that drew the targets.
+      - names that begin with teacher_: the arrays of a cached teacher.
     """
     needs_teacher = any(term.needs_teacher for term in terms)
     if needs_teacher and teacher is None:

@@ -39,7 +39,7 @@ def check_folder(folder: Path, named: str = "") -> None:
             f"{where}: the folder has no config.json; expected a Hugging Face folder with config.json, weights in "
             f"safetensors, and tokenizer.json.{snapshots if (folder / 'snapshots').is_dir() else ''}"
         )
-    # this check comes early because a student's weights are read late
+    # This check comes early because a student's weights are read late.
     for file in sorted(folder.glob("*.safetensors")):
         if file.is_file():
             with file.open("rb") as stream:

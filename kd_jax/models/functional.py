@@ -56,7 +56,8 @@ class Model:
 
         Args:
           key: a key from `jax.random.key`.
-          shardings: a function from the abstract parameters to their shardings. The values do not depend on it.
+          shardings: a function from the abstract parameters to their shardings. The values do not depend on
+            the shardings.
         Returns:
           A plain nested dict with string keys, such as params["layers"]["0"]["attention"]["query"]["kernel"].
         """
@@ -124,8 +125,8 @@ class Model:
         """Returns the logits of hidden states, in float32."""
         matrix, tied = self.stored_head(params)
         if tied and hidden.ndim == 2 and 1 < len(hidden) <= FEW_ROWS and jax.default_backend() == "cpu":
-            # With the embedding on the left, a CPU reads it without a transposition. Without the barrier XLA would swap
-            # the sides back.
+            # With the embedding on the left, a CPU reads the embedding without a transposition. Without the barrier
+            # XLA would swap the sides back.
             scores = jnp.matmul(matrix, hidden.T, preferred_element_type=jnp.float32)
             return jax.lax.optimization_barrier(scores).T
         return jnp.matmul(hidden, matrix.T if tied else matrix, preferred_element_type=jnp.float32)

@@ -65,7 +65,7 @@ def generate(
       no_repeat_ngram_size: the length n of a sequence that may not occur twice in prompt and response; 0 for no limit.
       mixture: another model, its parameters, and its weight w. Tokens are then drawn from (1 - w) times this model's
         distribution plus w times the other model's distribution, each after the limits above.
-      vocab_size: the number of token ids in use; ids beyond it are never drawn. None for all ids.
+      vocab_size: the number of token ids in use; ids beyond this number are never drawn. None for all ids.
       eos_id: the token, or tokens, that end a row.
       pad_id: the token that follows a row's end.
     Returns:

@@ -1,4 +1,7 @@
-"""Reads a Hugging Face folder, config.json and safetensors. Each process reads only the slices that its devices need."""
+"""Reads a Hugging Face folder: config.json and safetensors.
+
+Each process reads only the slices that its devices need.
+"""
 
 import math
 import os
@@ -25,8 +28,8 @@ from kd_jax.models.safetensors_io import Reader, open_folder
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     """Returns the `ModelConfig` of a Hugging Face folder, without reading the weights.
 
-    The ids that end a text come from generation_config.json if it gives them, as in transformers' `generate`. Both
-    files are treated as data: only the fields that are known here are read, and no field names code. `auto_map` is
+    The ids that end a text come from generation_config.json if they are given there, as in transformers' `generate`.
+    Both files are treated as data: only the fields that are known here are read, and no field names code. `auto_map` is
     ignored, as transformers ignores it without trust_remote_code.
 
     Args:

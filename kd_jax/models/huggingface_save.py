@@ -124,7 +124,7 @@ def _write_weights(
 
 def _config_fields(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     family: ModuleType = FAMILIES[config.family]
-    # a Llama model with a window has the model_type of Mistral
+    # A Llama model with a window has the model_type of Mistral.
     fields = {"model_type": config.family, **family.to_hf(config)}
     return {
         "architectures": [family.ARCHITECTURES[fields["model_type"]]],

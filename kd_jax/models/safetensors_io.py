@@ -125,8 +125,9 @@ def _open(file: Path, stack: contextlib.ExitStack) -> Any:
 def check_header(file: Path) -> None:
     """Checks that the header is strict JSON and not longer than the file, before safetensors reads the file.
 
-    safetensors does not check this. It does check that a tensor's shape, type and offsets agree, and that the tensors
-    fill the file without gap or overlap. It does so on a mapped file, before it allocates memory of a tensor's size.
+    safetensors does not check this. safetensors does check that a tensor's shape, type and offsets agree, and that the
+    tensors fill the file without gap or overlap. These checks use a mapped file. Memory of a tensor's size is allocated
+    only afterwards.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:

@@ -82,7 +82,7 @@ def flag(fields: Fields, name: str, default: bool) -> bool:
 
 
 def refuse_unless(supported: bool, fields: Fields, name: str, expected: str) -> None:
-    """Raises an error for a field that the transformer does not implement, so that the field is not ignored silently."""
+    """Raises an error for a field that the transformer does not implement, instead of ignoring the field silently."""
     if not supported:
         raise ValueError(f"{name} = {untrusted.shown(fields.get(name))} is not supported; expected {expected}.")
 
@@ -170,8 +170,8 @@ def rotary_from_hf(fields: Fields) -> dict[str, Any]:
 def _llama3_scaling(fields: Fields, rope: Fields) -> Llama3Scaling:
     """Returns the scaling.
 
-    The length before scaling is a field at the top level or in `rope`. Otherwise it is the model's own number of
-    positions.
+    The length before scaling is a field at the top level or in `rope`. Otherwise the length is the model's own number
+    of positions.
     """
     name = "original_max_position_embeddings"
     named = fields if fields.get(name) is not None else rope

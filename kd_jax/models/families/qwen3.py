@@ -19,7 +19,7 @@ check, tensors = llama.check, llama.tensors
 
 def from_hf(fields: Fields) -> dict[str, Any]:
     """Returns the keywords of `ModelConfig` from config.json."""
-    # the defaults of transformers are 32 and 128, independent of the other sizes
+    # The defaults of transformers are 32 and 128, independent of the other sizes.
     required(fields, "num_key_value_heads")
     required(fields, "head_dim")
     bias = flag(fields, "attention_bias", False)
