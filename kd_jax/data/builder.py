@@ -19,7 +19,7 @@ from kd_jax.value_types import EXPECTED
 
 Row = Mapping[str, str]
 DEFAULT_DIR = str(tfds.core.constants.DATA_DIR)
-SIGN = "dataset_info.json"  # Written last, so that a copied dataset that has this file is complete.
+SIGN = "dataset_info.json"  # copied last, so that a copied dataset with this file is complete
 FIELDS = ("name", "prompt", "context", "response")
 # Each source is a function (**options) -> (fingerprint of the content, split -> () -> rows).
 SOURCES: dict[str, Callable[..., tuple[str, Mapping[str, Callable[[], Iterable[Row]]]]]] = {

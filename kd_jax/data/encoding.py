@@ -9,7 +9,7 @@ from typing import NamedTuple
 from kd_jax.data import prompts
 from kd_jax.data.tokenizer import Tokenizer
 
-ENCODED_AT_ONCE = 4096  # rows: enough for all cores, and few enough for memory
+ENCODED_AT_ONCE = 4096  # rows: enough for all cores, and few enough to hold as Python lists
 
 
 class Encoded(NamedTuple):

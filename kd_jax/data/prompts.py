@@ -11,7 +11,7 @@ from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.resolve import nearest
 
 TEMPLATES = ("plain", "alpaca", "chat")
-DATE = "2026-01-01"  # of strftime_now without the option `date`; fixed, so that a resumed run has the same rows
+DATE = "2026-01-01"  # the default date of strftime_now; fixed, so that a resumed run has the same rows
 OURS = ("messages", "add_generation_prompt")  # variables of a chat template that are set for each row
 Render = Callable[[str, str], str]  # (prompt, context) -> text
 
@@ -27,8 +27,8 @@ class Template:
       system: the system message of a chat; "" for none.
 
     Raises:
-      ValueError: the name is unknown, an option is not a JSON value or is set for each row, the date is invalid, or the
-        template takes neither options nor a system message.
+      ValueError: the name is unknown, an option is not a JSON value or is set for each row, or the date is invalid.
+        Only the template chat takes options and a system message.
     """
 
     name: str

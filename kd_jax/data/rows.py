@@ -93,7 +93,7 @@ def join(rows: Rows, *, max_length: int) -> Rows:
 def pack_rows(rows: Rows, *, max_length: int) -> Packed:
     """Groups rows that fit into one row of a batch together, so that little of a batch is padding.
 
-    The rows are placed in order of decreasing length, each into the group with the least sufficient room. Only the
+    The rows are placed in order of decreasing length, each into the group with the least room that suffices. Only the
     padding changes. The segments in a batch say which tokens belong together, and attention and positions are separate
     for each segment. The loss equals the loss of the unpacked rows. A batch therefore holds more rows than its size
     says.

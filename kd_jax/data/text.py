@@ -24,8 +24,8 @@ def source(
         held out.
 
     Raises:
-      ValueError: a pattern matches no file, a file is not UTF-8, there is no text, the share is out of range, or the
-        text has only one line and some of it is to be held out.
+      ValueError: a pattern matches no file, a file is not UTF-8, there is no text, or the share is out of range. Text
+        of one line raises it, too, if some of the text is to be held out.
     """
     jsonl.check_share(validation_fraction, validation_path)
     training, held_out = _files("path", path), _files("validation_path", validation_path) if validation_path else []

@@ -18,7 +18,7 @@ from kd_jax.data.tokenizer_elsewhere import Elsewhere, is_usual
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 MAX_GROWTH = 10_000  # the growth factor of a text by all parts of a tokenizer; tokenizers in use have 2 or 3
 MAX_WORD = 1_000  # characters; the time of WordPiece grows with their square
-MAX_TOKEN = 1_000  # characters, also of affixes; each character of unknown text may become such a token
+MAX_TOKEN = 1_000  # characters, also of prefixes and suffixes; each unknown character may become such a token
 HOLES = 65_536  # the largest number of ids without a token
 
 
@@ -167,7 +167,7 @@ def _factor(step: dict[str, Any]) -> int:
         content = step.get("content", step.get("prepend"))
         return max(1, len(content)) if isinstance(content, str) else 1
     if kind in ("ByteLevel", "Metaspace"):
-        return 2  # two characters for a byte, or a blank before each word
+        return 2  # two bytes for a byte, or a blank before each word
     if kind == "BertNormalizer":
         return 3  # a blank before and after each Chinese character, at each call
     if kind == "Precompiled":

@@ -43,7 +43,7 @@ def words(text: str) -> list[str]:
       (['привет', 'мир', '使', '用', 'python3'], ['ส', 'วั', 'ส', 'ดี'])
     """
     found: list[str] = []
-    kind = ""  # the kind of the last character
+    kind = ""  # the kind of the last character, which decides whether the next one continues its word
     for character in normal(text):
         before, kind = kind, _kind(character)
         if kind in ("mark", "joiner"):

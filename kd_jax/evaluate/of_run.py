@@ -108,7 +108,7 @@ def _settings(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "data" not in given and options.get("name") and options["name"] != "text":
         found["data"] = options["name"]
-        # JSON has no tuples, and options with lists would not be those of the run's dataset.
+        # JSON has no tuples, and options with lists would describe another dataset.
         own = {**options.get("defaults", {}).get(options["name"], {}), **options.get("options", {})}
         own = {name: tuple(v) if isinstance(v, list) else v for name, v in own.items()}
         found["data_options"] = own | given.get("data_options", {})
