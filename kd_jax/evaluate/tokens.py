@@ -44,11 +44,11 @@ def token_values(
 
     Returns:
       name -> [B, L], in nats or as shares. Always: cross_entropy (-log q of the text's token), entropy of q, confidence
-        (q of its likeliest token), and accuracy (1 if that token is the text's). With a teacher: forward_kl, KL(p ||
-        q), reverse_kl, KL(q || p), total_variation, and top1_agreement (1 if both models have the same likeliest
-        token). With a teacher of which the k likeliest tokens are stored, the three divergences are over k + 1
-        outcomes. They are at most the divergences of the whole distributions, and their names begin with coarse_. With
-        a teacher of which samples are stored, there is only sampled_forward_kl, whose mean is that of KL(p || q).
+        (q of its likeliest token), and accuracy (1 if that token is the text's). With a teacher: forward_kl
+        (KL(p || q)), reverse_kl (KL(q || p)), total_variation, and top1_agreement (1 if both models have the same
+        likeliest token). With a teacher of which the k likeliest tokens are stored, the first three are over k + 1
+        outcomes. They are at most those of the whole distributions, and their names begin with coarse_. With a teacher
+        of which samples are stored, there is only sampled_forward_kl, whose expected mean is that of KL(p || q).
     """
     kind = teacher.kind if isinstance(teacher, CachedTeacher) else "whole"
 
