@@ -1,4 +1,4 @@
-"""What all commands share: whatever ends one is a paragraph without a traceback, and Ctrl-C says what is kept."""
+"""Shared behaviour of all commands: errors end in one paragraph without a traceback, and Ctrl-C says what is kept."""
 
 import contextlib
 import io
@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 
 from kd_jax import storage
 
-INTERRUPTED = 130  # the exit code of shells for a command that Ctrl-C has ended
-_watched = threading.Event()  # a thread ends the process at the second Ctrl-C
+INTERRUPTED = 130  # the exit code that shells use for a command ended by Ctrl-C
+_watched = threading.Event()  # set while a thread waits for the second Ctrl-C
 
 
 def start() -> None:
-    """Prepares the terminal: characters that its encoding lacks are replaced, and a full disk is said once.
+    """Prepares the terminal: characters that its encoding lacks are replaced, and a full disk is reported only once.
 
-    Of several threads that a full disk stops, the one that was asked to write says so in a paragraph. A notebook calls no command,
-    so that nothing is changed there.
+    A full disk can stop several threads. Only the thread that was asked to write reports the error, in a paragraph. A
+    notebook does not call this function, so nothing changes there.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -32,11 +32,11 @@ def start() -> None:
 
 @contextlib.contextmanager
 def ends_well(name: str, kept: Callable[[], str]) -> Iterator[None]:
-    """Ends a command with a paragraph for an error of the user's, and with a line and the code 130 for Ctrl-C.
+    """Ends a command with a paragraph for a user's error, and with a line and the exit code 130 for Ctrl-C.
 
     Args:
-      name: of the command, which begins the paragraph.
-      kept: gives what is kept where Ctrl-C ends the command, as a clause.
+      name: the name of the command, which begins the paragraph.
+      kept: a function that returns a clause on the results that are kept if Ctrl-C ends the command.
     """
     with second_interrupt(name, kept):
         try:
@@ -50,14 +50,15 @@ def ends_well(name: str, kept: Callable[[], str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def second_interrupt(name: str, kept: Callable[[], str]) -> Iterator[None]:
-    """Ends the process at once at the second Ctrl-C, also while the main thread is in a compiler or waits for a disk.
+    """Ends the process at once at the second Ctrl-C, even while the main thread is in a compiler or waits for a disk.
 
-    Python calls a signal's handler only between two of its own instructions, and calls it once for two signals that come
-    meanwhile. The operating system's part of the handler writes a byte for each signal, which a thread reads.
+    Python calls a signal handler only between two Python instructions, and only once for two signals that arrive
+    meanwhile. The part of the handler that runs in the operating system writes a byte for each signal. A thread reads
+    these bytes.
 
     Args:
-      name: of the command.
-      kept: as in `ends_well`.
+      name: the name of the command.
+      kept: the argument of `ends_well`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -73,7 +74,7 @@ def second_interrupt(name: str, kept: Callable[[], str]) -> Iterator[None]:
             if count > 1:
                 line = f"\n{name}: interrupted twice, and stopped at once; {kept()}.\n"
                 os.write(2, line.encode(sys.stderr.encoding or "utf-8", errors="replace"))
-                os._exit(INTERRUPTED)  # closes nothing: what is whole has its name already
+                os._exit(INTERRUPTED)  # nothing is closed: complete files already have their final names
 
     thread = threading.Thread(target=watch, name="kd_jax.command", daemon=True)
     thread.start()
@@ -89,5 +90,5 @@ def second_interrupt(name: str, kept: Callable[[], str]) -> Iterator[None]:
 
 
 def watched() -> bool:
-    """Whether the second Ctrl-C ends the process as `second_interrupt` says, so that no handler has to do it."""
+    """Returns True if `second_interrupt` ends the process at the second Ctrl-C, so that no other handler has to."""
     return _watched.is_set()

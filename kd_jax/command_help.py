@@ -1,6 +1,6 @@
-"""What --help prints: usage, methods, settings and keys, read from the files that declare them.
+"""The text of --help: usage, methods, settings and keys, read from the files that declare them.
 
-Nothing here imports JAX, so that the help of a command is there before the imports of the command, which take seconds.
+This module does not import JAX. So the help appears before the imports of the command, which take seconds.
 """
 
 import ast
@@ -37,10 +37,12 @@ EXAMPLES = {
 
 
 def answer(command: str, argv: list[str]) -> None:
-    """Ends the process with the help of a command if the arguments ask for it, or with what is missing if there are none.
+    """Prints the help of a command and exits, if the arguments ask for help.
+
+    Without any arguments, the process exits with a message about the missing flags.
 
     Args:
-      command: main, ablate or cache_teacher.
+      command: the command: main, ablate or cache_teacher.
       argv: the command line, with the name of the program first.
     """
     if ASKED & set(argv[1:]):
@@ -51,7 +53,7 @@ def answer(command: str, argv: list[str]) -> None:
 
 
 def missing(command: str) -> str:
-    """The sentence for a command line without the flags that a command needs."""
+    """Returns the message for a command line that lacks the flags that a command needs."""
     folder = "out" if command == "cache_teacher" else "workdir"
     command = command if command in EXAMPLES else "main"
     return (
@@ -61,7 +63,7 @@ def missing(command: str) -> str:
 
 
 def text(command: str) -> str:
-    """The help of a command."""
+    """Returns the help of a command."""
     path = Path(__file__).parent / f"{command}.py"
     usage, _, about = (_docstring(path) or "").partition("\n")
     flags = (
@@ -90,20 +92,20 @@ def text(command: str) -> str:
 
 
 def first_sentences(folder: Path) -> dict[str, str]:
-    """The config files of a folder, each with the first sentence of its docstring."""
+    """Returns the config files of a folder, each with the first sentence of its docstring."""
     files = sorted(path for path in folder.glob("*.py") if path.stem not in NO_METHODS)
     return {path.stem: first_sentence(_docstring(path) or "") for path in files}
 
 
 def settings() -> Iterator[tuple[str, str]]:
-    """The settings with the first sentences of their docstrings."""
+    """Yields the settings with the first sentences of their docstrings."""
     for node in ast.parse((CONFIGS / "settings.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and node.name != "get":
             yield node.name, first_sentence(ast.get_docstring(node) or "")
 
 
 def keys() -> Iterator[tuple[str, dict[str, str]]]:
-    """The declared keys by section, each with its default and the comment beside it in configs/base.py."""
+    """Yields the declared keys by section, each with its default and the comment beside it in configs/base.py."""
     if str(CONFIGS.parent) not in sys.path:
         sys.path.append(str(CONFIGS.parent))
     from configs import base
@@ -136,7 +138,7 @@ def keys() -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def own_flags(path: Path) -> Iterator[tuple[str, str]]:
-    """The flags that a module defines with absl, with their defaults and help texts."""
+    """Yields the flags that a module defines with absl, with their defaults and help texts."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("DEFINE"):
             constants = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
@@ -146,7 +148,7 @@ def own_flags(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of a docstring, on one line."""
+    """Returns the first sentence of a docstring, on one line."""
     paragraph = " ".join(docstring.split("\n\n")[0].split())
     return re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph, maxsplit=1)[0]
 
@@ -156,7 +158,7 @@ def _docstring(path: Path) -> str | None:
 
 
 def _comments(path: Path) -> dict[int, str]:
-    """The comment at the end of each line that has one."""
+    """Returns the comment at the end of each line that has one, by line number."""
     with path.open("rb") as file:
         tokens = [token for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT]
     return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.line.strip() != token.string.strip()}
@@ -170,7 +172,7 @@ def _look_up(config: Any, name: str) -> Any:
 
 def _with_default(value: Any, meaning: str) -> str:
     show: Callable[[Any], str] = lambda value: value.to_json() if hasattr(value, "to_json") else repr(value)
-    if hasattr(value, "keys") and "name" in value:  # a spec, as a flag may give it
+    if hasattr(value, "keys") and "name" in value:  # a spec, shown in the form in which a flag can give it
         others = ", ".join(f"{key}={show(value[key])}" for key in value if key != "name")
         return f"{meaning} [{value['name']}({others})]"
     return f"{meaning} [{show(value)}]"

@@ -1,4 +1,4 @@
-"""A work directory: the config and the contents that it belongs to, and that one run at a time is in it."""
+"""A work directory: the config and the data that belong to it, and a lock so that only one run uses it at a time."""
 
 import contextlib
 import fcntl
@@ -13,8 +13,8 @@ from etils import epath
 from kd_jax import storage, untrusted
 
 CONFIG, PARTIAL, LOCK = "config.json", "config.json.partial", "lock"
-IDENTITY = "identity.json"  # name -> fingerprint of what the config names
-# What may differ between a run and its resumption: none of it decides the batches or what is made of them.
+IDENTITY = "identity.json"  # name -> fingerprint of the data and models that the config names
+# Keys that may differ between a run and its resumption. None of them changes the batches or the training on them.
 FREE = (
     "mesh.",
     "keep_checkpoints",
@@ -25,20 +25,20 @@ FREE = (
     "teacher.int8_report",
 )
 
-# Keys that earlier versions did not have, each with the value that means what those versions did. The keys of an ablation's
-# base end with these.
+# Keys that earlier versions did not have, each with the value that gives the behaviour of those versions. The keys of
+# an ablation's base end with these names.
 ADDED = {"data.template_options": {}, "data.system": "", "optimizer.no_decay": []}
 
 
 def check(workdir: str, config: dict[str, Any]) -> None:
-    """Refuses a directory of another run, or one with something else in it, and says what differs.
+    """Checks that a directory belongs to this run, and lists the differences if it belongs to another one.
 
     Args:
-      workdir: of the run; it need not exist.
-      config: nested dicts of what JSON can hold.
+      workdir: the work directory, which need not exist.
+      config: the config, as nested dicts of JSON values.
 
     Raises:
-      ValueError: the directory is not this run's.
+      ValueError: the directory belongs to another config, or contains something else.
     """
     differences = config_difference(workdir, config)
     if differences:
@@ -52,14 +52,14 @@ def check(workdir: str, config: dict[str, Any]) -> None:
 
 
 def config_difference(workdir: str, config: dict[str, Any]) -> list[str] | None:
-    """What differs between a config and the one that a work directory was started with, but what is in FREE.
+    """Returns the differences between a config and the config of a work directory, except for the keys in FREE.
 
     Args:
-      workdir: of the run.
-      config: nested dicts of what JSON can hold.
+      workdir: the work directory.
+      config: the config, as nested dicts of JSON values.
 
     Returns:
-      None where the directory has no config yet; else a line per difference, [] where they agree.
+      A line for each difference, or None if the directory has no config yet.
     """
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
@@ -78,7 +78,7 @@ def config_difference(workdir: str, config: dict[str, Any]) -> list[str] | None:
 
 
 def _with_defaults(tree: Any) -> Any:
-    """A config, or an ablation's, with `data.defaults` merged into the options that they stand for.
+    """Returns a config, or an ablation's, with `data.defaults` merged into the options of each dataset.
 
     The options of a dataset are the same wherever a config has them. Earlier versions had all of them in `data.options`.
     """
@@ -99,17 +99,17 @@ def _with_defaults(tree: Any) -> Any:
 
 
 def write_config(workdir: str, config: dict[str, Any]) -> None:
-    """Writes the resolved config, whole or not at all."""
+    """Writes the resolved config completely, or not at all."""
     _write_json(epath.Path(workdir), CONFIG, config)
 
 
 def write_identity(workdir: str, fingerprints: dict[str, str]) -> None:
-    """Writes the fingerprints of what the config names, whole or not at all."""
+    """Writes the fingerprints of the data and models that the config names, completely or not at all."""
     _write_json(epath.Path(workdir), IDENTITY, fingerprints)
 
 
 def read_identity(workdir: str) -> dict[str, str]:
-    """Returns what `write_identity` wrote; {} where nothing did, such as in a directory of an older version.
+    """Returns the fingerprints from `write_identity`, or {} if there are none, as in a directory of an older version.
 
     Raises:
       ValueError: the file is damaged.
@@ -133,13 +133,13 @@ def _write_json(folder: epath.Path, name: str, content: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def alone(workdir: str) -> Iterator[None]:
-    """Holds a work directory, which is made if it does not exist; who dies lets it go.
+    """Holds a lock on a work directory, which is created if it does not exist. A process that dies releases the lock.
 
-    The lock is the operating system's, on a file: it reaches as far as the file system's locks do, which on NFS and Lustre is
-    all hosts. At an address `remote.work_directory` keeps others out.
+    The lock is a lock of the operating system on a file. It works as far as the locks of the file system do. On NFS and
+    Lustre these reach all hosts. At an address, `remote.work_directory` keeps other runs away.
 
     Raises:
-      ValueError: another run is in it; it is named.
+      ValueError: another run uses the directory; the message names the run.
     """
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,12 +159,12 @@ def alone(workdir: str) -> Iterator[None]:
 
 
 def _foreign_files(folder: epath.Path) -> list[str]:
-    """What is in a directory without a config that no run of ours can have left there."""
+    """Returns the names of files in a directory without a config that no run of kd_jax can have left there."""
     return [path.name for path in folder.iterdir() if not path.name.startswith(PARTIAL) and path.name != LOCK]
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A config's nested dicts as one, {"data.batch_size": ...}."""
+    """Returns the nested dicts of a config as one dict: {"data.batch_size": ...}."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     return {k: v for name, sub in tree.items() for k, v in flat(sub, f"{prefix}.{name}" if prefix else name).items()}

@@ -1,8 +1,9 @@
-"""Folders and files on an object store (gs://, s3://): whatever appends, renames or locks works in a local folder beside it.
+"""Folders and files on an object store (gs://, s3://).
 
-The only module that knows of addresses. A run works in a temporary folder, which is copied to its address while it goes on:
-no file there is ever appended to, and the run waits for the store only before a checkpoint. Checkpoints on gs:// are left to
-orbax, which writes each host's part there by itself; it has no s3://, where they are copied as everything else.
+Object stores cannot append, rename or lock. So a run works in a local temporary folder, which is copied to its address
+while the run continues. The run waits for the store only before a checkpoint. Checkpoints on gs:// are written by orbax
+itself: each host writes its part there. orbax does not support s3://, so checkpoints are copied there like all other
+files. No module outside this one handles addresses.
 """
 
 import contextlib
@@ -21,22 +22,22 @@ from kd_jax import remote_lease
 from kd_jax.remote_copy import CHECKPOINTS, Copy
 from kd_jax.storage import storing
 
-UNREAD = ("tensorboard", "profile", "nonfinite")  # of a work directory: what a run that goes on only adds to
-HEAVY = (*UNREAD, CHECKPOINTS, "student")  # what a page of it needs nothing of
-BY_ORBAX = ("gs", "gcs")  # what it writes to by itself
+UNREAD = ("tensorboard", "profile", "nonfinite")  # folders of a work directory that a resumed run only adds to
+HEAVY = (*UNREAD, CHECKPOINTS, "student")  # folders that a report page does not need
+BY_ORBAX = ("gs", "gcs")  # the schemes to which orbax writes by itself
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}
 
 
 def is_remote(path: Any) -> bool:
-    """Whether a path is an address."""
+    """Returns True if a path is an address."""
     return "://" in str(path)
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system of an address, and the path in it.
+    """Returns fsspec's file system of an address, and the path in it.
 
     Raises:
-      ValueError: no such kind of address, or the package that knows it is not installed.
+      ValueError: the kind of address is unknown, or its package is not installed.
     """
     scheme = url.partition("://")[0]
     try:
@@ -49,12 +50,14 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 class Place(NamedTuple):
-    """What the folder that a run works in stands for.
+    """The place that a local work folder stands for.
 
     Attributes:
-      url: the work directory as it was given.
-      shared: where all processes write together: checkpoints, and a state whose next step was not finite.
-      store: copies what is new now, or raises OSError; nothing where another process copies, or nobody has to.
+      url: the work directory as the user gave it.
+      shared: the folder or address where all processes write together: checkpoints, and a state before a step that was
+        not finite.
+      store: a function that copies new files now, or raises OSError. It does nothing if another process copies, or if
+        no copy is needed.
     """
 
     url: str
@@ -66,22 +69,24 @@ class Place(NamedTuple):
 def work_directory(
     url: str, processes: int = 1, writes: bool = True, unread: tuple[str, ...] = UNREAD, alone: bool = True
 ) -> Iterator[tuple[str, Place]]:
-    """A folder to work in that stands for a work directory, and what it stands for.
+    """Yields a local folder for a work directory, and the `Place` that the folder stands for.
 
-    What is there is fetched first; what is new is copied while the caller works, when it asks for that, and at the end. A store
-    that fails is said at once. Who asks waits for it for PATIENCE seconds, and then fails: a run does so before each
-    checkpoint, so that none goes on without being stored.
+    The existing files are fetched first. New files are copied in the background while the caller works, when the caller
+    calls `store`, and at the end. A failure of the store is reported at once. `store` retries for PATIENCE seconds and
+    then fails. A run calls `store` before each checkpoint, so that no run continues for long without being stored.
 
     Args:
       url: an address, or a local path, which stands for itself.
-      processes: of the run.
-      writes: whether this process is the one that copies to the address.
-      unread: folders in it that are not fetched.
-      alone: whether who writes to the address keeps others out: see `remote_lease`. In a folder `directory.alone` does.
+      processes: the number of processes of the run.
+      writes: True if this process copies to the address.
+      unread: folders of the work directory that are not fetched.
+      alone: True to keep other runs away from the address: see `remote_lease`. For a local folder, `directory.alone`
+        does this.
 
     Raises:
-      ValueError: an address that cannot be used, that has something else, or that another run is in.
-      OSError: what is new could not be copied; it is named, and stays in the temporary folder, which else goes.
+      ValueError: the address cannot be used, contains something else, or is in use by another run.
+      OSError: new files could not be copied; the message names the temporary folder. This folder is kept then, and is
+        deleted otherwise.
     """
     if not is_remote(url):
         yield url, Place(url, url, lambda: None)
@@ -101,7 +106,7 @@ def work_directory(
         raise ValueError(f"the work directory {url} has something else in it; choose an empty or a new one.")
     with remote_lease.held(system, root, url) if writes and alone else contextlib.nullcontext(lambda: None) as check:
         temporary = tempfile.mkdtemp(prefix="kd_jax-")
-        folder = Path(temporary) / path.lstrip("/")  # so that what is said of it says what is meant
+        folder = Path(temporary) / path.lstrip("/")  # keeps the path of the address, so that messages are clear
         copy = Copy(system, root, folder, (CHECKPOINTS,) if by_orbax else (), check=check)
         place = Place(url, url if by_orbax else str(folder), copy.store if writes else lambda: None)
         try:
@@ -114,15 +119,15 @@ def work_directory(
 
 
 def stand_in(url: str) -> Path:
-    """A local folder that is the same for the same address, and stays."""
+    """Returns a permanent local folder for an address. It is always the same for the same address."""
     return Path("~/.cache/kd_jax/remote").expanduser() / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
 
 
 def local_folder(path: str | Path) -> Path:
-    """A folder that is read where it lies, part by part.
+    """Returns the path of a folder that is read in place, part by part.
 
     Raises:
-      ValueError: an address.
+      ValueError: the path is an address.
     """
     if is_remote(path):
         raise ValueError(
@@ -133,7 +138,7 @@ def local_folder(path: str | Path) -> Path:
 
 
 def local_file(path: str | Path) -> Path:
-    """A file as one can open it: of an address a copy, fetched where what is there is not what was fetched before.
+    """Returns a local path of a file. A file at an address is copied, unless a copy of the same content exists.
 
     Raises:
       ValueError: there is no such file at the address.
@@ -145,7 +150,7 @@ def local_file(path: str | Path) -> Path:
         system.invalidate_cache()
         if not system.isfile(root):
             raise ValueError(f"there is no file {path}.")
-        # ukey is a store's own mark of a content.
+        # ukey identifies the content, as the store sees it.
         target = stand_in(str(path)) / str(system.ukey(root))[:12] / root.rpartition("/")[2]
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +162,7 @@ def local_file(path: str | Path) -> Path:
 
 
 def matches(pattern: str) -> list[str]:
-    """The files, here or at an address, that a pattern such as 'books/*.txt' fits, in order."""
+    """Returns the files, local or at an address, that match a pattern such as 'books/*.txt', in sorted order."""
     if not is_remote(pattern):
         return sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
     system, root = filesystem(pattern)
@@ -167,7 +172,14 @@ def matches(pattern: str) -> list[str]:
 
 @contextlib.contextmanager
 def folder_beside(path: str | Path, writes: bool = True) -> Iterator[Path]:
-    """A folder to write in, a file after the other; of an address a local one that stays, fetched and kept up as a run's is."""
+    """Yields a folder in which one file after another is written.
+
+    For an address it is a permanent local folder. Its files are fetched first and copied to the address, as in a run.
+
+    Args:
+      path: a local path or an address.
+      writes: True if this process fetches and copies the files.
+    """
     if not is_remote(path):
         yield Path(path).expanduser()
         return
@@ -179,7 +191,13 @@ def folder_beside(path: str | Path, writes: bool = True) -> Iterator[Path]:
 
 
 def fetch_folder(url: str, folder: Path, sign: str) -> None:
-    """The folder at an address, whole or not at all: it is whole where it has the file `sign`."""
+    """Fetches the folder at an address completely, or not at all.
+
+    Args:
+      url: the address.
+      folder: the local folder.
+      sign: the name of the file that is present only in a complete folder.
+    """
     system, root = filesystem(url)
     with storing(url):
         system.invalidate_cache()
@@ -192,7 +210,7 @@ def fetch_folder(url: str, folder: Path, sign: str) -> None:
 
 
 def store_folder(folder: Path, url: str, sign: str) -> None:
-    """The reverse of `fetch_folder`; `sign` goes last."""
+    """Copies a folder to an address, the reverse of `fetch_folder`. The file `sign` is copied last."""
     system, root = filesystem(url)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == sign):
         with storing(url):

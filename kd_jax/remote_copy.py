@@ -1,4 +1,4 @@
-"""A local folder and its copy at an address: fetched, kept up while the folder is written in, and whole at the end."""
+"""A local folder and its copy at an address. The copy is updated while the folder is in use, and at the end."""
 
 import contextlib
 import re
@@ -14,43 +14,43 @@ from tqdm import tqdm
 from kd_jax.remote_lease import LOCK, Taken
 from kd_jax.storage import StorageError, storing
 
-EVERY = 60.0  # seconds between looks at what is to be copied
-PATIENCE, AGAIN = 120.0, 5.0  # seconds that a run waits for a store that fails, and between its tries
+EVERY = 60.0  # seconds between two updates of the copy
+PATIENCE, AGAIN = 120.0, 5.0  # seconds that a run waits for a failing store, and between two tries
 CHECKPOINTS = "checkpoints"
-UNFINISHED = (".orbax-checkpoint-tmp", ".partial")  # in the name of what will have another one
+UNFINISHED = (".orbax-checkpoint-tmp", ".partial")  # parts of the names of unfinished files
 
 
 class Copy:
     """A local folder and its copy at an address.
 
     Attributes:
-      problem: why it is not stored, if the last try failed.
+      problem: the reason why the last update failed, or "".
     """
 
     def __init__(
         self, system: Any, root: str, folder: Path, skipped: tuple[str, ...] = (), parts: tuple[str, ...] = UNFINISHED,
         check: Callable[[], None] = lambda: None,
     ):  # fmt: skip
-        """Copies nothing yet.
+        """Prepares a copy. Nothing is copied yet.
 
         Args:
           system: fsspec's file system of the address.
-          root: its path there.
-          folder: the local one.
-          skipped: folders in it that are not copied, in either direction.
-          parts: what has one of them in its name is not copied to the address.
-          check: called before whatever is; raises Taken where that must not be any more.
+          root: the path of the address in that file system.
+          folder: the local folder.
+          skipped: folders that are not copied, in either direction.
+          parts: parts of names; a file with one of them in its name is not copied to the address.
+          check: a function that is called before each update, and raises Taken if this run may no longer copy.
         """
         self._system, self._root, self._folder, self._skipped = system, root, folder, (*skipped, LOCK)
         self._parts, self._check = parts, check
-        self._there: dict[str, tuple[int, int]] = {}  # name -> size and time of what was copied
+        self._there: dict[str, tuple[int, int]] = {}  # name -> size and time of the copied file
         self._pushing, self._patience, self.problem = threading.Lock(), PATIENCE, ""
 
     def pull(self, unread: tuple[str, ...] = ()) -> None:
-        """Fetches everything but the folders `unread`.
+        """Fetches everything except the folders `unread`.
 
         Raises:
-          ValueError: an object would come to lie outside the folder.
+          ValueError: an object has a name that leads out of the folder.
         """
         with storing(self._root):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +69,11 @@ class Copy:
                 self._there[name] = _stamp(target)
 
     def push(self) -> None:
-        """Copies what is new or changed; of a checkpoint that is gone here what is there goes once a newer one is whole there."""
-        # First what checkpoints there are and then the rest: what metrics.jsonl has is never behind a checkpoint.
+        """Copies new and changed files.
+
+        The copy of a deleted checkpoint is deleted once the copy of a newer checkpoint is complete.
+        """
+        # Files are listed first and checkpoints are copied last, so that metrics.jsonl is never behind a checkpoint.
         names = set(self._files())
         for name in sorted(names, key=lambda name: (_of_checkpoint(name), name)):
             try:
@@ -81,8 +84,8 @@ class Copy:
                     self._there[name] = stamp
             except FileNotFoundError:
                 if (self._folder / name).exists():
-                    raise  # what is not found is the bucket
-        # A step that came or went meanwhile may be there in part: the list of its files is then another one by now.
+                    raise  # the bucket was not found
+        # A step whose list of files changed during the copy may be incomplete at the address.
         changed = {_step(name) for name in names ^ set(self._files())}
         newest = dict(sorted(step for step in {_step(name) for name in names} - changed if step))
         for name in self._there.keys() - names:
@@ -92,15 +95,15 @@ class Copy:
                 del self._there[name]
 
     def store(self) -> None:
-        """Pushes, and again while that fails.
+        """Updates the copy, and retries if the update fails.
 
         Raises:
-          OSError: it has failed for PATIENCE seconds, or another run has the address.
+          OSError: the update has failed for PATIENCE seconds, or another run has the address.
         """
         started = time.monotonic()
         while not self._tried():
             if time.monotonic() >= started + self._patience:
-                self._patience = 0.0  # at the end it is tried once more
+                self._patience = 0.0  # only one try is made at the end
                 raise StorageError(
                     f"{self._folder} could not be copied to {self._root}; it is still there: {self.problem}"
                 )
@@ -108,7 +111,7 @@ class Copy:
 
     @contextlib.contextmanager
     def kept_up(self) -> Iterator[None]:
-        """Pushes every minute from a thread, and whatever happens at the end."""
+        """Updates the copy every minute from a thread, and always once more at the end, even after an error."""
         ended = threading.Event()
 
         def follow() -> None:
@@ -125,14 +128,17 @@ class Copy:
             self.store()
 
     def _tried(self) -> bool:
-        """Whether it could be pushed; that it cannot, and that it can again, is said."""
+        """Tries to update the copy, and returns True on success.
+
+        A line is printed when updates begin to fail, and when they succeed again.
+        """
         with self._pushing:
             before, self.problem = self.problem, "it was interrupted"
             try:
                 self._check()
                 self.push()
                 problem = ""
-            except Exception as error:  # each store has its own
+            except Exception as error:  # each store has its own kinds of errors
                 self._patience *= not isinstance(error, Taken)
                 problem = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
             if bool(before) != bool(problem):
@@ -156,7 +162,7 @@ def _of_checkpoint(name: str) -> bool:
 
 
 def _step(name: str) -> tuple[str, int] | None:
-    """Of a checkpoint's file the folder of checkpoints and the step."""
+    """Returns the folder of checkpoints and the step of a checkpoint's file, or None for another file."""
     found = re.fullmatch(rf"(.*/)?{CHECKPOINTS}/(\d+)/.*", name)
     return (found[1] or "", int(found[2])) if found else None
 

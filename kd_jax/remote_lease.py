@@ -1,11 +1,13 @@
-"""One run at a time at an address: an object there says whose it is, and its run writes it anew as long as it lives.
+"""A lock for an address, so that only one run uses it at a time. The lock is an object that its run renews regularly.
 
-Stores have no locks, but those of Google and Amazon can refuse to write an object that exists already. Who finds one watches it:
-what is renewed meanwhile is somebody's, what is not for STALE seconds was left by a kill, and is taken over. No clocks are compared.
+Object stores have no locks, but those of Google and Amazon can refuse to write an object that already exists. A run
+that finds such an object watches it. If the object is renewed meanwhile, another run is active. If it is not renewed
+for STALE seconds, its run was killed, and the new run takes over. No clocks are compared.
 
-What remains: a run that was silent for so long, its host suspended or its network down, and was taken over, learns it only at its
-next look, which is before whatever it copies and before each checkpoint. What it was writing then goes on, and so it does
-where two take over within the same moment, or where a store that speaks S3 does not know the condition.
+Some cases are not covered. A run can be silent for STALE seconds because its host was suspended or its network was
+down. If another run has then taken over, the first run notices this only at its next check. It checks before it copies
+anything and before each checkpoint, but a write in progress continues. The same can happen if two runs take over at the
+same moment, or if an S3-compatible store does not support the condition.
 """
 
 import contextlib
@@ -23,19 +25,24 @@ from tqdm import tqdm
 from kd_jax.storage import storing
 
 LOCK = "lock"
-RENEW, STALE, LOOK = 15.0, 60.0, 2.0  # seconds between renewals, without one until it is taken over, and between looks
+RENEW, STALE, LOOK = 15.0, 60.0, 2.0  # seconds between renewals, until a lock is stale, between looks
 
 
 class Taken(OSError):
-    """Another run has the address."""
+    """The error of a run whose address another run has taken over."""
 
 
 @contextlib.contextmanager
 def held(system: Any, root: str, url: str) -> Iterator[Callable[[], None]]:
-    """Holds an address, whose path in the file system is `root`; gives what raises Taken once another run has it.
+    """Holds an address, and yields a function that raises Taken if another run has taken the address over.
+
+    Args:
+      system: fsspec's file system of the address.
+      root: the path of the address in that file system.
+      url: the address, for messages.
 
     Raises:
-      ValueError: another run is in it; it is named.
+      ValueError: another run uses the address; the message names the run.
     """
     path = f"{root}/{LOCK}"
     owner = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
@@ -56,7 +63,7 @@ def held(system: Any, root: str, url: str) -> Iterator[Callable[[], None]]:
 
     def renew() -> None:
         while not ended.wait(RENEW):
-            with contextlib.suppress(Exception):  # of the network; whoever copies something says it
+            with contextlib.suppress(Exception):  # network errors are reported when files are copied
                 check()
                 write("overwrite")
 
@@ -76,13 +83,19 @@ def held(system: Any, root: str, url: str) -> Iterator[Callable[[], None]]:
     finally:
         ended.set()
         thread.join()
-        with contextlib.suppress(Exception):  # what stays is taken over
+        with contextlib.suppress(Exception):  # a lock that remains becomes stale and is taken over
             check()
             system.rm_file(path)
 
 
 def _left(read: Callable[[], str], found: str, url: str) -> bool:
-    """Whether what was found is still as it was after STALE seconds; it may also go. Says what takes so long."""
+    """Returns True if the lock is unchanged after STALE seconds, and False if it is deleted meanwhile.
+
+    Prints why it waits.
+
+    Raises:
+      ValueError: the lock changed, so another run is active.
+    """
     say = lambda text: tqdm.write(f"kd_jax: {text}", file=sys.stderr)
     say(f"{url}/{LOCK} is that of {found}; for up to {STALE:g} s this waits to see whether that run is still there.")
     deadline = time.monotonic() + STALE

@@ -1,4 +1,4 @@
-"""Failures of storage as one paragraph: the path, the cause, and the space that is left on its file system."""
+"""Storage errors as one paragraph: the path, the cause, and the space that is left on the file system of the path."""
 
 import contextlib
 import errno
@@ -10,23 +10,24 @@ from pathlib import Path
 from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# As the libraries' own errors quote the operating system's.
+# The texts of the operating system's errors, as errors of libraries quote them.
 FULL_TEXT = re.compile(r"No space left on device|Disk quota exceeded|File too large|\b(ENOSPC|EDQUOT|EFBIG)\b")
 
 
 class StorageError(OSError):
-    """A failure of storage, said in a paragraph that names the path."""
+    """A storage failure. The message is a paragraph that names the path."""
 
 
 @contextlib.contextmanager
 def storing(path: Any) -> Iterator[None]:
-    """Turns whatever a library of storage raises into a paragraph: for blocks that do nothing but read or write.
+    """Turns any error in a block into a paragraph. This is for blocks that only read or write.
 
     Args:
-      path: that is read or written.
+      path: the path that is read or written.
 
     Raises:
-      StorageError: in place of any error; a ValueError stays, which says itself what is wrong, unless a full disk led to it.
+      StorageError: an error occurred. A ValueError is passed on unchanged, because it already explains the cause,
+        unless it comes from a full disk.
     """
     try:
         yield
@@ -40,10 +41,10 @@ def storing(path: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def room(path: Any) -> Iterator[None]:
-    """Turns an error of a full disk into a paragraph, and no other error: for blocks that also compute.
+    """Turns the error of a full disk into a paragraph, and no other error. This is for blocks that also compute.
 
     Args:
-      path: that is written, where the error names none.
+      path: the path that is written, used if the error names none.
 
     Raises:
       StorageError: the disk is full.
@@ -59,7 +60,7 @@ def room(path: Any) -> Iterator[None]:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is that of a full disk, a quota, or a limit of a file's size."""
+    """Returns True if an error, or a cause of it, is about a full disk, a quota, or a limit on a file's size."""
     while error is not None:
         if (isinstance(error, OSError) and error.errno in FULL) or FULL_TEXT.search(str(error)):
             return True
@@ -68,7 +69,7 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def said(path: Any, error: BaseException) -> str:
-    """The paragraph for an error with a path."""
+    """Returns the paragraph for an error with a path."""
     cause = " ".join(str(error).split())[-300:] or type(error).__name__
     if is_full(error):
         return f"{path} could not be written: {cause}. {space_left(path)}Make room, and call again."
@@ -76,7 +77,7 @@ def said(path: Any, error: BaseException) -> str:
 
 
 def space_left(path: Any) -> str:
-    """A sentence on the file system of a path, with a space behind; "" where it is an address."""
+    """Returns a sentence on the free space of a path's file system, followed by a space; "" for an address."""
     if "://" in str(path):
         return ""
     folder = Path(str(path)).expanduser().absolute()
@@ -86,10 +87,10 @@ def space_left(path: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file in UTF-8, whole or not at all.
+    """Writes a UTF-8 file completely, or not at all.
 
     Raises:
-      StorageError: it cannot be written.
+      StorageError: the file cannot be written.
     """
     partial = path.with_name(f"{path.name}.partial.{os.getpid()}")
     with storing(path):

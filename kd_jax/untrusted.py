@@ -1,4 +1,4 @@
-"""Reading what someone else has written: JSON that means one thing, files of a bounded size, messages of a bounded length."""
+"""Safe reading of files from other people: unambiguous JSON, and limits on the length of files and messages."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 MIB = 2**20
-LFS = b"version https://git-lfs.github.com/spec/"  # how a pointer of Git LFS begins
+LFS = b"version https://git-lfs.github.com/spec/"  # the beginning of a Git LFS pointer
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # ORG/NAME, as the Hugging Face hub names a model
 
 
@@ -20,8 +20,8 @@ def check_folder(folder: Path, named: str = "") -> None:
       named: the setting that names the folder, such as 'teacher.path', for the message.
 
     Raises:
-      ValueError: the folder does not exist, or is a file. Of a name like those of the Hugging Face hub, the message says
-        how to download the model.
+      ValueError: the folder does not exist, or is a file. If the name looks like a name on the Hugging Face hub, the
+        message says how to download the model.
 
     Example:
       >>> check_folder(Path("/nowhere/teacher"), "teacher.path")
@@ -43,11 +43,11 @@ def check_folder(folder: Path, named: str = "") -> None:
 
 
 def refuse_pointer(file: Path, content: bytes) -> None:
-    """Refuses the few lines of text that Git LFS leaves in place of a file that was not fetched.
+    """Refuses a Git LFS pointer: a few lines of text in place of a file that was not fetched.
 
     Args:
-      file: for the message.
-      content: the file's first bytes.
+      file: the path, for the message.
+      content: the first bytes of the file.
 
     Raises:
       ValueError: the content is a Git LFS pointer.
@@ -60,12 +60,13 @@ def refuse_pointer(file: Path, content: bytes) -> None:
 
 
 def read_bytes(file: Path, limit: int) -> bytes:
-    """The file's bytes, at most `limit` of them; a larger one is not read at all.
+    """Returns the bytes of a file. A file of more than `limit` bytes is refused before any of it is read.
 
-    A link is followed: caches are built of them, and whoever makes one may read what it points to.
+    Symbolic links are followed, because caches consist of links. A person who can make a link can already read its
+    target.
 
     Raises:
-      ValueError: no such file, one that is larger, a pipe or a device, a pointer of Git LFS, or one that cannot be read.
+      ValueError: the file does not exist, is too large, is a pipe or a device, is a Git LFS pointer, or cannot be read.
     """
     try:
         if not file.is_file():
@@ -82,12 +83,12 @@ def read_bytes(file: Path, limit: int) -> bytes:
 
 
 def read_text(file: Path, limit: int) -> str:
-    """`read_bytes` as UTF-8."""
+    """Returns the text of a UTF-8 file. The conditions of `read_bytes` apply."""
     return decoded(read_bytes(file, limit), file)
 
 
 def decoded(content: bytes, file: Path) -> str:
-    """Returns a file's content as UTF-8.
+    """Returns a file's content as text, decoded from UTF-8.
 
     Raises:
       ValueError: the content is not UTF-8; the message names the file.
@@ -99,7 +100,11 @@ def decoded(content: bytes, file: Path) -> str:
 
 
 def read_json(file: Path, limit: int = 4 * MIB) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes; anything else there is an error that names it."""
+    """Returns the JSON object in a file of at most `limit` bytes.
+
+    Raises:
+      ValueError: the file cannot be read or contains no JSON object; the message names the file.
+    """
     found = parse_json(read_bytes(file, limit), str(file))
     if not isinstance(found, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(found).__name__}.")
@@ -107,14 +112,15 @@ def read_json(file: Path, limit: int = 4 * MIB) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, where: str, *, finite: bool = True) -> Any:
-    """A JSON text as Python's values; what two readers could understand differently is refused.
+    """Returns a JSON text as Python values. Text that two parsers could understand differently is refused.
 
     Args:
-      text: in UTF-8.
-      where: the file, and perhaps the line, for the message.
-      finite: refuse NaN, Infinity and numbers that float64 cannot hold, which are no JSON, though Python writes them.
+      text: the text, in UTF-8.
+      where: the file, and if useful the line, for the message.
+      finite: True to refuse NaN, Infinity and numbers too large for float64. They are not JSON, but Python writes them.
     Raises:
-      ValueError: not JSON, a key twice in an object, nested too deeply, an integer of thousands of digits.
+      ValueError: the text is not JSON, an object has a key twice, the nesting is too deep, or an integer has thousands
+        of digits.
 
     Example:
       >>> parse_json(b'{"a": 1, "a": 2}', "config.json")
@@ -131,7 +137,7 @@ def parse_json(text: bytes, where: str, *, finite: bool = True) -> Any:
 
 
 def shown(value: Any) -> str:
-    """`repr`, cut where it is long or deep: what a message can quote of anything.
+    """Returns `repr` of a value, truncated if it is long or deep, so that a message can quote any value.
 
     Example:
       >>> shown("x" * 1000), shown([[[[[[[[[]]]]]]]]])
@@ -145,7 +151,7 @@ _REPR.maxstring, _REPR.maxother, _REPR.maxlong, _REPR.maxdict = 80, 80, 40, 8
 
 
 def clip(text: str, length: int = 300) -> str:
-    """A text, cut to a length that a message can quote."""
+    """Returns a text, truncated to a length that a message can quote."""
     return text if len(text) <= length else f"{text[:length]}..."
 
 

@@ -1,4 +1,4 @@
-"""The types of a config's values: how a flag's text becomes one, and what a value of the wrong type is told."""
+"""The types of a config's values: the parsing of flags, and the messages for values of the wrong type."""
 
 import decimal
 import math
@@ -20,10 +20,10 @@ EXPECTED = {
 
 
 def whole_number(text: Any) -> int:
-    """A text such as 1000, 1_000, 1000.0, 1e3 or 0x3e8 as an int.
+    """Converts a text such as 1000, 1_000, 1000.0, 1e3 or 0x3e8 to an int.
 
     Raises:
-      ValueError: the text is no whole number; the message says what is expected.
+      ValueError: the text is not a whole number; the message says which form is expected.
 
     Example:
       >>> [whole_number(text) for text in ("1000", "1_000", "1000.0", "1e3")]
@@ -35,7 +35,7 @@ def whole_number(text: Any) -> int:
         pass
     try:
         if float(text).is_integer():
-            return int(decimal.Decimal(text))  # exact, where a float has 53 bits
+            return int(decimal.Decimal(text))  # exact; a float has only 53 bits
     except (TypeError, ValueError, OverflowError, decimal.InvalidOperation):
         pass
     raise ValueError(_expects(int))
@@ -79,7 +79,7 @@ class _TupleParser(tuple_parser.TupleParser):
 
 
 def register() -> None:
-    """Has ml_collections parse the flags of a config's keys as this module does."""
+    """Makes ml_collections parse the flags of a config's keys with the parsers of this module."""
     parsers = {
         int: WholeNumberParser(),
         float: _FloatParser(),
@@ -95,14 +95,15 @@ def check_types(
 ) -> None:
     """Checks that a config has every declared key, with a value of the declared type.
 
-    Most assignments of the wrong type are refused by ml_collections at once. It lets through None, a bool in place of a number,
-    and whatever is in a dict that replaces another.
+    ml_collections itself refuses most assignments of the wrong type. It accepts None, a bool in place of a number, and
+    any content of a dict that replaces another dict.
 
     Args:
-      declared: keys with values of the right types, nested.
+      declared: the keys with values of the right types, nested.
       given: the config that is checked.
-      open_keys: names whose values are dicts with keywords of their own, which are not checked here.
-      prefix: of the keys in messages.
+      open_keys: the names of keys whose values are dicts with keywords of their own. The contents of these are not
+        checked here.
+      prefix: the prefix of the keys in messages.
 
     Raises:
       ValueError: a key is missing, or a value has another type.
@@ -116,7 +117,7 @@ def check_types(
         value = given[key]
         if key in open_keys:
             is_dict = isinstance(default, Mapping | ConfigDict)
-            is_spec = is_dict and isinstance(value, str) and "name" in default  # a name or a call
+            is_spec = is_dict and isinstance(value, str) and "name" in default  # a name, or a call with arguments
             if is_dict and not isinstance(value, Mapping | ConfigDict) and not is_spec:
                 raise ValueError(f"{name}={value!r} must be a dict such as {dict(default) or {'key': 'value'}}.")
         elif isinstance(default, Mapping | ConfigDict):

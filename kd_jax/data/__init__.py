@@ -1,4 +1,4 @@
-"""Text in, batches of tokens out: datasets, prompts, the tokenizer, and the pipeline from one to the other."""
+"""Datasets, prompt templates, the tokenizer, and the pipeline that turns text into batches of tokens."""
 
 from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, SOURCES, fingerprint, load, load_references, splits
 from kd_jax.data.pipeline import batches, encode_prompts, from_ids, pack, pad, prompt_of, tokenize

@@ -1,4 +1,4 @@
-"""The one tfds builder: rows of prompt, context and response, built once per content and read at random."""
+"""The tfds builder: rows of name, prompt, context and response, built once for each content and read at random."""
 
 import contextlib
 import dataclasses
@@ -19,9 +19,9 @@ from kd_jax.value_types import EXPECTED
 
 Row = Mapping[str, str]
 DEFAULT_DIR = str(tfds.core.constants.DATA_DIR)
-SIGN = "dataset_info.json"  # the file that says that a dataset is whole, where it is copied to and from
+SIGN = "dataset_info.json"  # copied last, so that a copied dataset with this file is complete
 FIELDS = ("name", "prompt", "context", "response")
-# Each is (**options) -> (fingerprint of the content, split -> () -> rows).
+# Each source is a function (**options) -> (fingerprint of the content, split -> () -> rows).
 SOURCES: dict[str, Callable[..., tuple[str, Mapping[str, Callable[[], Iterable[Row]]]]]] = {
     "docstrings": docstrings.source,
     "dolly": dolly.source,
@@ -29,7 +29,8 @@ SOURCES: dict[str, Callable[..., tuple[str, Mapping[str, Callable[[], Iterable[R
     "jsonl": jsonl.source,
     "text": text.source,
 }
-# The same, but to evaluate on only: rows of prompt, context and references, which are read as they are, and not built.
+# Sources of the same form that are only evaluated on. The rows have prompt, context and references. They are read
+# directly from their files and are not built.
 EVALUATION: dict[str, Callable[..., tuple[str, Mapping[str, Callable[[], Iterable[dict[str, Any]]]]]]] = {
     name: partial(instructions.source, name) for name in instructions.FILES
 }
@@ -37,13 +38,13 @@ EVALUATION: dict[str, Callable[..., tuple[str, Mapping[str, Callable[[], Iterabl
 
 @dataclasses.dataclass
 class RowsConfig(tfds.core.BuilderConfig):
-    """A dataset by its content: its name carries the fingerprint, so that changed content is built anew."""
+    """The configuration of a dataset. The name contains the fingerprint, so that changed content is built anew."""
 
     splits: Mapping[str, Callable[[], Iterable[Row]]] = dataclasses.field(default_factory=dict, repr=False)
 
 
 class KdJaxRows(tfds.core.GeneratorBasedBuilder):
-    """Prompts and responses as array_record, without TensorFlow."""
+    """Builds rows of prompts and responses as array_record files, without TensorFlow."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -55,7 +56,7 @@ class KdJaxRows(tfds.core.GeneratorBasedBuilder):
         generators = {}
         for split, rows in self.builder_config.splits.items():
             ahead = iter(rows())
-            for first in ahead:  # tfds cannot write a split without rows: it is left out
+            for first in ahead:  # tfds cannot write a split without rows: such a split is omitted
                 generators[split] = self._generate_examples(itertools.chain([first], ahead))
                 break
         if not generators:
@@ -63,7 +64,7 @@ class KdJaxRows(tfds.core.GeneratorBasedBuilder):
         return generators
 
     def _create_builder_config(self, builder_config: Any, version: Any) -> Any:
-        return builder_config  # tfds would warn of each that it is not in a fixed list, which none here can be
+        return builder_config  # tfds would warn that the config is not in its fixed list
 
     def _generate_examples(self, rows: Iterable[Row]) -> Iterator[tuple[int, dict[str, str]]]:
         for index, row in enumerate(rows):
@@ -71,7 +72,7 @@ class KdJaxRows(tfds.core.GeneratorBasedBuilder):
 
 
 class _Decoded:
-    """Rows as dicts of str; tfds without TensorFlow gives bytes."""
+    """A sequence of rows as dicts of str. The decoding is needed because tfds without TensorFlow returns bytes."""
 
     def __init__(self, source: Any, folder: Any):
         self._source, self._folder = source, folder
@@ -91,7 +92,10 @@ class _Decoded:
 
 @contextlib.contextmanager
 def _named(folder: Any) -> Iterator[None]:
-    """Whatever goes wrong with files that were once right; array_record's own checksums find changed bytes."""
+    """Turns any error about a built dataset into a ValueError that names the dataset's folder.
+
+    The checksums of array_record find changed bytes.
+    """
     try:
         yield
     except Exception as error:
@@ -102,16 +106,22 @@ def _named(folder: Any) -> Iterator[None]:
 
 
 def open_builder(data_dir: str | None, config: RowsConfig) -> KdJaxRows:
-    """The builder of a dataset; where that has been built, with what its files say of it."""
+    """Returns the builder of a dataset. If the dataset has been built, the builder has read dataset_info.json."""
     with _named(f"{data_dir or DEFAULT_DIR}/{KdJaxRows.name}/{config.name}"):
         return KdJaxRows(data_dir=data_dir, config=config, file_format="array_record")
 
 
 def read_back(builder: tfds.core.DatasetBuilder, split: str) -> _Decoded:
-    """The rows of a split that has been built.
+    """Returns the rows of a split that has been built.
 
+    Args:
+      builder: the builder of the dataset.
+      split: the name of the split.
+    Returns:
+      A sequence of {"name", "prompt", "context", "response"}, each a str.
     Raises:
-      ValueError: the split is empty, or its files are damaged, lie elsewhere or have not as many rows as dataset_info.json says.
+      ValueError: the split is empty, its files are damaged or outside the dataset's folder, or the number of rows
+        differs from dataset_info.json.
     """
     folder = builder.data_path
     sizes = {known_split: info.num_examples for known_split, info in builder.info.splits.items()}
@@ -132,23 +142,23 @@ def read_back(builder: tfds.core.DatasetBuilder, split: str) -> _Decoded:
 
 
 def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) -> _Decoded:
-    """The rows of a split, built first if they are not on disk.
+    """Returns the rows of a split, and builds the dataset first if it is not on disk.
 
-    A dataset's folder appears when it is complete, and its name carries what it was made from, so that neither half a
-    dataset nor an outdated one is read.
+    The folder of a dataset appears only when the dataset is complete. The name of the folder contains the fingerprint
+    of the content. So no incomplete and no outdated dataset is read.
 
     Args:
-      name: docstrings, dolly, gsm8k, jsonl or text.
-      split: train, validation or test, as far as the dataset has them.
-      data_dir: where built datasets are kept, here or at an address; None: tensorflow_datasets' default.
-      **options: keywords of that dataset's `source`.
+      name: the dataset: docstrings, dolly, gsm8k, jsonl or text.
+      split: the split: train, validation or test, if the dataset has it.
+      data_dir: the folder or address of built datasets; None means the default folder of tensorflow_datasets.
+      **options: keyword arguments of the dataset's `source` function.
 
     Returns:
       A sequence of {"name", "prompt", "context", "response"}, each a str.
 
     Raises:
-      ValueError: an unknown name, option or split, an empty split, or a row that cannot be read.
-      OSError: the dataset cannot be written, such as where the disk is full.
+      ValueError: the name, an option or the split is unknown, the split is empty, or a row cannot be read.
+      OSError: the dataset cannot be written, for example because the disk is full.
     """
     if name in EVALUATION:
         raise ValueError(
@@ -161,7 +171,7 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
     address = data_dir if data_dir and remote.is_remote(data_dir) else ""
     data_dir = str(remote.stand_in(address)) if address else data_dir
     builder = open_builder(data_dir, config)
-    if address and not builder.data_path.exists():  # array_record reads and writes local files alone
+    if address and not builder.data_path.exists():  # array_record can only use local files
         address += f"/{builder.data_path.relative_to(data_dir)}"
         remote.fetch_folder(address, builder.data_path, SIGN)
         builder = open_builder(data_dir, config)
@@ -170,7 +180,7 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
             with storage.storing(builder.data_path):
                 builder.download_and_prepare()
         except OSError:
-            # tfds builds in a temporary folder and renames it, which fails where another process was first.
+            # tfds builds in a temporary folder and renames it. Renaming fails if another process was faster.
             if not builder.data_path.exists():
                 raise
         if address:
@@ -180,23 +190,27 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
 
 
 def fingerprint(name: str, *, split: str, **options: Any) -> str:
-    """Returns the fingerprint of a dataset's content; nothing is built.
+    """Returns the fingerprint of a dataset's content. The dataset is not built.
 
     Args:
-      name, split, **options: as in `load`.
+      name, split, **options: the arguments of `load`.
 
     Raises:
-      ValueError: as `load`, for a name, an option, a split or a file.
+      ValueError: the name, an option, the split or a file is wrong, as in `load`.
     """
     return _open(name, SOURCES, split, options)[0]
 
 
 def load_references(name: str, *, split: str, data_dir: str | None = None, **options: Any) -> list[dict[str, Any]]:
-    """The rows of a split to evaluate on, each with prompt, context and references, a list of texts that are good answers.
+    """Returns the rows of a split for evaluation, each with prompt, context and references.
 
     Args:
-      name: dolly_eval, self_instruct, vicuna, super_natural, unnatural, or what `load` knows, with a row's one response.
-      split, data_dir, **options: as in `load`.
+      name: an evaluation dataset (dolly_eval, self_instruct, vicuna, super_natural, unnatural) or a dataset of `load`,
+        whose response is the only reference.
+      split, data_dir, **options: the arguments of `load`.
+
+    Returns:
+      The rows. The references of a row are a list of texts that are all good answers.
     """
     if name in SOURCES:
         return [
@@ -206,14 +220,19 @@ def load_references(name: str, *, split: str, data_dir: str | None = None, **opt
 
 
 def splits(name: str, **options: Any) -> tuple[str, ...]:
-    """Returns the names of the splits of a dataset, to train or to evaluate on, with these options."""
+    """Returns the names of the splits that a dataset has with these options.
+
+    Args:
+      name: the name of a dataset for training or for evaluation.
+      **options: keyword arguments of the dataset's `source` function.
+    """
     return tuple(_open(name, SOURCES | EVALUATION, None, options)[1])
 
 
 def _open(
     name: str, sources: Mapping[str, Any], split: str | None, options: Mapping[str, Any]
 ) -> tuple[str, Mapping[str, Any]]:
-    """Fingerprint and splits of a dataset, its name, options and split checked."""
+    """Checks a dataset's name, options and split, and returns the dataset's fingerprint and splits."""
     if name not in sources:
         raise ValueError(f"there is no dataset {name!r}{nearest(name, sources)}; known: {', '.join(sources)}.")
     known = inspect.signature(sources[name]).parameters
@@ -237,7 +256,7 @@ def _open(
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value has the type that a parameter is annotated with: of str, float, bool and tuples of str."""
+    """Returns True if a value has the annotated type. Annotations are str, float, bool, tuples of str, and unions."""
     if isinstance(annotation, types.UnionType):
         return any(_fits(value, kind) for kind in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:

@@ -1,4 +1,4 @@
-"""What became of a dataset's rows, in words."""
+"""Sentences about a dataset's rows: how many were read, kept, truncated and dropped."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,9 @@ from kd_jax.data import pipeline
 from kd_jax.data.prompts import Template
 from kd_jax.data.tokenizer import Tokenizer
 
-MANY = 0.1  # share of the rows above which a warning is due
-SAMPLE = 1000  # rows whose prompts are measured for a warning
-KEEPS_MOST = "prompt_length_90"  # the count's name: tokens that nine of ten prompts have at most
+MANY = 0.1  # share of truncated or dropped rows above which a warning is given
+SAMPLE = 1000  # the smallest number of rows that are measured for a warning, if the source has as many
+KEEPS_MOST = "prompt_length_90"  # name of a count: the 90th percentile of prompt lengths, in tokens
 NAMES = {
     "read": "rows read",
     "prompts_cut": "prompts truncated",
@@ -23,7 +23,7 @@ NAMES = {
 
 
 def sentence(split: str, counts: Mapping[str, int]) -> str:
-    """Returns the counts of `data.tokenize` or `data.pack` in words; what did not happen is not mentioned.
+    """Returns the counts of `data.tokenize` or `data.pack` as a sentence. Counts of zero are omitted.
 
     Example:
       >>> sentence("train", {"read": 1034, "prompts_cut": 969, "prompts_dropped": 0, "empty": 12, "kept": 1022})
@@ -39,13 +39,13 @@ def sentence(split: str, counts: Mapping[str, int]) -> str:
 
 
 def warnings(split: str, counts: Mapping[str, int], *, prompts: str, responses: str) -> list[str]:
-    """Returns a warning where more than a tenth of the prompts, or of the responses, is truncated or dropped.
+    """Returns a warning if more than a tenth of the prompts, or of the responses, is truncated or dropped.
 
     Args:
-      split: of the dataset.
-      counts: of `data.tokenize`, and perhaps `KEEPS_MOST`.
-      prompts: what to change where it is the prompts.
-      responses: what to change where it is the responses.
+      split: the name of the dataset's split.
+      counts: the counts of `data.tokenize`, with or without `KEEPS_MOST`.
+      prompts: the advice for a warning about prompts.
+      responses: the advice for a warning about responses.
 
     Example:
       >>> counts = {"read": 1034, "prompts_cut": 981, "prompts_dropped": 0, "prompt_length_90": 310}
@@ -72,7 +72,10 @@ data.max_prompt_length=32. Nine of ten prompts have at most 310 tokens.
 def with_length(
     counts: dict[str, int], source: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: str | Template
 ) -> dict[str, int]:
-    """Adds `KEEPS_MOST`, measured on up to a thousand rows from all of the source, where too many prompts are too long."""
+    """Adds the count `KEEPS_MOST` if more than a tenth of the prompts are too long.
+
+    The prompt lengths are measured on fewer than 2,000 rows, evenly spaced over the source.
+    """
     if counts["prompts_cut"] + counts["prompts_dropped"] <= MANY * counts["read"]:
         return counts
     step = max(1, len(source) // SAMPLE)

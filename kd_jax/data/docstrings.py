@@ -1,4 +1,4 @@
-"""Functions and what they say they do: built from the Python on this machine, with no download."""
+"""Functions and their docstrings, from the Python packages of this machine. Nothing is downloaded."""
 
 import ast
 import hashlib
@@ -17,7 +17,7 @@ from kd_jax.data import jsonl
 
 SKIPPED = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "__pycache__", "_vendor", "conftest"}
 SPLITS = ("train", "validation", "test")
-SHARES = {"test": 0.03, "validation": 0.03}  # of the modules; the rest is for training
+SHARES = {"test": 0.03, "validation": 0.03}  # shares of the modules; the other modules are for training
 PACKAGES = ("numpy", "scipy", "jax", "matplotlib")
 MAX_CHARACTERS = 6000
 
@@ -25,19 +25,23 @@ MAX_CHARACTERS = 6000
 def source(
     packages: tuple[str, ...] = PACKAGES, standard_library: bool = True
 ) -> tuple[str, dict[str, Callable[[], Iterable[dict[str, str]]]]]:
-    """Prompt: a function's source without its docstring. Response: the docstring's first paragraph.
+    """Returns the fingerprint and the splits of the docstrings dataset.
 
-    The files are parsed and never imported. Modules are whole in one split (94 % train, 3 % validation, 3 % test, by a hash
-    of the module's name); of a few modules each split has at least one. A function that is a twin of an earlier one, by its
-    body or by its name and docstring, is dropped. The held-out splits go first, so that no held-out function has a twin in
-    training.
+    The prompt is the source of a function without its docstring. The response is the first paragraph of the docstring.
+    The files are parsed and never imported.
+
+    A hash of a module's name assigns the whole module to one split: about 94 % to train, 3 % to validation and 3 % to
+    test. If there are few modules, each split still has at least one.
+
+    A function is dropped if an earlier function has the same body, or the same name and docstring. The held-out splits
+    are processed first, so that no held-out function has a duplicate in the training split.
 
     Args:
-      packages: installed packages to read beside the standard library.
-      standard_library: whether to read that.
+      packages: the installed packages that are read in addition to the standard library.
+      standard_library: True to read the standard library.
 
     Raises:
-      ValueError: a package that is not installed.
+      ValueError: a package is not installed.
     """
     roots = [(Path(sysconfig.get_path("stdlib")), "")] if standard_library else []
     versions = [f"python {sys.version_info.major}.{sys.version_info.minor}"] if standard_library else []
@@ -61,7 +65,7 @@ def source(
 
 
 def _split(roots: list[tuple[Path, str]]) -> dict[str, list[dict[str, str]]]:
-    """All rows by split, without twins."""
+    """Returns all rows by split, without duplicates."""
     modules: dict[str, list[dict[str, str]]] = {}
     for root, package in roots:
         for path in sorted(root.rglob("*.py")):
@@ -89,7 +93,7 @@ def _split(roots: list[tuple[Path, str]]) -> dict[str, list[dict[str, str]]]:
 
 
 def split_of(module: str) -> str:
-    """The split of a module among many, by a hash of its name."""
+    """Returns the split of a module by a hash of the module's name, as in a dataset of many modules."""
     return _in_range({"test": (0.0, 0.03), "validation": (0.03, 0.06), "train": (0.06, 1.0)}, module)
 
 
@@ -98,7 +102,10 @@ def _in_range(ranges: dict[str, tuple[float, float]], module: str) -> str:
 
 
 def _fraction(module: str) -> float:
-    """A number in [0, 1) that orders modules by a hash of their names: first by what it leaves modulo 100."""
+    """Returns a number in [0, 1) that depends only on a hash of the module's name.
+
+    The remainder of the hash modulo 100 comes first. The hash itself orders modules that have the same remainder.
+    """
     number = int(hashlib.sha256(module.encode()).hexdigest(), 16)
     return (number % 100 + number / 2**256 * 0.999) / 100
 
@@ -106,11 +113,11 @@ def _fraction(module: str) -> float:
 def _functions(path: Path, module: str) -> Iterator[dict[str, str]]:
     try:
         text = path.read_text(encoding="utf-8")
-        with warnings.catch_warnings():  # of other people's escapes
+        with warnings.catch_warnings():  # invalid escape sequences in the files give warnings
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
     except (SyntaxError, UnicodeDecodeError, ValueError):
-        return  # a template, or a file for another Python
+        return  # not valid Python, such as a template or a file for another version
     lines = text.splitlines()
     for node, name in _walk(tree, module):
         docstring = ast.get_docstring(node, clean=False)

@@ -1,11 +1,11 @@
-"""databricks-dolly-15k: 15,011 instructions and responses (CC BY-SA 3.0), the papers' training set."""
+"""databricks-dolly-15k: 15,011 instructions and responses (CC BY-SA 3.0), the training set of the papers."""
 
 from collections.abc import Callable, Iterable, Iterator
 
 from kd_jax import remote
 from kd_jax.data import download, jsonl
 
-# A revision, whose bytes cannot change, and what they hash to.
+# A fixed revision, whose bytes cannot change, and the SHA-256 of the file.
 URL = (
     "https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/"
     "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl"
@@ -15,16 +15,18 @@ FIELDS = {"prompt": "instruction", "context": "context", "response": "response"}
 
 
 def source(path: str = "") -> tuple[str, dict[str, Callable[[], Iterable[dict[str, str]]]]]:
-    """Splits train, validation and test (about 94, 3 and 3 %), by a hash of the instruction.
+    """Returns the fingerprint and the splits of Dolly: train, validation and test (about 94, 3 and 3 %).
+
+    A hash of the instruction decides the split of a row.
 
     Args:
-      path: a local .jsonl or .jsonl.gz, whose contents are taken as they are. Each split of it has at least one row, as far as
-        there are as many instructions. Empty: the file is downloaded from the Hugging Face hub, once, and refused unless its
-        SHA-256 is the one in this module.
+      path: a local .jsonl or .jsonl.gz file, which is not checked against a checksum. Each split has at least one row
+        if the file has enough instructions. Empty: the file is downloaded once from the Hugging Face hub and must have
+        the SHA-256 in this module.
 
     Raises:
-      ValueError: a file that does not exist, or a download with another checksum.
-      ConnectionError: no download.
+      ValueError: the file does not exist, or the download has another checksum.
+      ConnectionError: the download failed.
     """
     file = remote.local_file(path) if path else download.fetch(URL, SHA256)
 

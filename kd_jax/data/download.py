@@ -1,4 +1,4 @@
-"""Files from the web, by address and checksum."""
+"""Downloads of files from the web, which are checked by their checksums."""
 
 import hashlib
 import os
@@ -11,16 +11,17 @@ from kd_jax.checksum import file_digest
 
 
 def fetch(url: str, sha256: str = "") -> Path:
-    """The file at an address, downloaded once, and refused unless it hashes to what is known of it.
+    """Returns the local path of a file from the web. The file is downloaded once, and its checksum is verified.
 
     Args:
-      url: best of a revision, whose bytes cannot change.
-      sha256: of the bytes. Empty: nobody here knows it. Then the first download is trusted; its SHA-256 is printed and kept
-        beside the file, as `sha256sum --check` reads it, and every later use and download is held to it.
+      url: the address, preferably of a fixed revision, whose bytes cannot change.
+      sha256: the SHA-256 of the file's bytes. Empty: the checksum is unknown, so the first download is trusted. The
+        SHA-256 of the first download is printed and stored beside the file, in the format of `sha256sum --check`. All
+        later uses and downloads must match it.
 
     Raises:
-      ValueError: a download, or a file from an earlier one, with another checksum.
-      ConnectionError: no download.
+      ValueError: the new download, or the file of an earlier download, has another checksum.
+      ConnectionError: the download failed.
     """
     folder = Path("~/.cache/kd_jax").expanduser()
     target = folder / f"{(sha256 or hashlib.sha256(url.encode()).hexdigest())[:12]}-{url.rpartition('/')[2]}"
@@ -28,7 +29,7 @@ def fetch(url: str, sha256: str = "") -> Path:
     known = sha256 or (record.read_text(encoding="utf-8")[:64] if record.exists() else "")
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        # Renamed when it is whole and right, so that two may download at once.
+        # The file is renamed once it is complete and verified, so that two processes may download it at once.
         partial = target.with_suffix(f".{os.getpid()}")
         try:
             with storage.room(partial):
@@ -63,5 +64,5 @@ def fetch(url: str, sha256: str = "") -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes."""
+    """Returns the SHA-256 of a file's bytes."""
     return file_digest(path)

@@ -1,4 +1,4 @@
-"""Rows of text as ids: a prompt and the response that follows it, encoded as one text, and long prompts truncated."""
+"""The encoding of rows: prompt and response are encoded as one text, and long prompts are truncated."""
 
 import dataclasses
 import itertools
@@ -9,17 +9,18 @@ from typing import NamedTuple
 from kd_jax.data import prompts
 from kd_jax.data.tokenizer import Tokenizer
 
-ENCODED_AT_ONCE = 4096  # rows: enough for all cores, few enough to hold as Python lists
+ENCODED_AT_ONCE = 4096  # rows: enough for all cores, and few enough to hold as Python lists
 
 
 class Encoded(NamedTuple):
-    """A row as ids.
+    """A row as token ids.
 
     Attributes:
       prompt: the ids of the rendered prompt, with the tokenizer's `prefix_ids` unless the template writes its own.
-      response: the ids of the response, without an end token.
-      truncated: whether some of the user's text was removed from the prompt.
-      own_prefix: whether the prompt's text begins with the tokenizer's `prefix_ids`, which are then not added again.
+      response: the ids of the response, to which no end token is added.
+      truncated: True if some of the user's text was removed from the prompt.
+      own_prefix: True if the text of the prompt begins with the tokenizer's `prefix_ids`, which are then not added
+        again.
     """
 
     prompt: list[int]
@@ -33,10 +34,11 @@ class Encoder:
     """Renders and encodes rows.
 
     Attributes:
-      tokenizer: gives the ids.
-      template: how prompts are written (`kd_jax.data.prompts`).
+      tokenizer: the tokenizer that gives the ids.
+      template: the format of prompts (`kd_jax.data.prompts`).
       max_prompt_length: the largest number of tokens of a prompt.
-      truncates: whether the user's text of a longer prompt is truncated. Otherwise the caller decides what happens to the row.
+      truncates: True to truncate the user's text of a longer prompt. With False the caller decides what happens to the
+        row.
     """
 
     tokenizer: Tokenizer
@@ -45,10 +47,12 @@ class Encoder:
     truncates: bool = False
 
     def rows(self, source: Sequence[Mapping[str, str]]) -> Iterator[Encoded]:
-        """Yields each row of a source, which needs a length and an index: tfds' sources raise no IndexError.
+        """Yields each row of a source in encoded form.
+
+        The source needs a length and an index, because the sources of tfds raise no IndexError at their end.
 
         Raises:
-          ValueError: the template's own tokens are more than `max_prompt_length`, and prompts are to be truncated.
+          ValueError: prompts are to be truncated, but the template's own tokens alone exceed `max_prompt_length`.
         """
         render = prompts.make_render(self.template, self.tokenizer)
         indices = iter(range(len(source)))
@@ -73,9 +77,10 @@ class Encoder:
         return found
 
     def _shortened(self, rows: Sequence[Mapping[str, str]], lengths: Sequence[int]) -> list[dict[str, str]]:
-        """Removes from each row's context, or without one from its prompt, as many tokens as its rendered prompt has too many.
+        """Returns the rows with shorter text, so that each rendered prompt fits into `max_prompt_length` tokens.
 
-        At least one character goes, so that repeated calls end.
+        The text is removed from the end of the row's context, or of the prompt if there is no context. At least one
+        character is removed from each row, so that repeated calls end.
         """
         fields = ["context" if row["context"] else "prompt" for row in rows]
         ends = self.tokenizer.token_ends([row[field] for row, field in zip(rows, fields, strict=True)])

@@ -1,11 +1,11 @@
-"""GSM8K: 7,473 and 1,319 word problems of grade-school mathematics with worked answers that end in "#### NUMBER" (MIT)."""
+"""GSM8K: 7,473 and 1,319 grade-school mathematics problems with worked answers that end in "#### NUMBER" (MIT)."""
 
 from collections.abc import Callable, Iterable, Iterator
 
 from kd_jax import remote
 from kd_jax.data import download, jsonl
 
-# A commit, whose bytes cannot change, and what they hash to.
+# A fixed commit, whose bytes cannot change, and the SHA-256 of each file.
 URL = (
     "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
     "grade_school_math/data/{}.jsonl"
@@ -18,15 +18,18 @@ FIELDS = {"prompt": "question", "response": "answer"}
 
 
 def source(path: str = "") -> tuple[str, dict[str, Callable[[], Iterable[dict[str, str]]]]]:
-    """Splits train and test, as published, and validation: 3 % of train, by a hash of the question, and at least one.
+    """Returns the fingerprint and the splits of GSM8K: train, validation and test.
+
+    The test split is the published one. A hash of the question assigns 3 % of the published training set, and at least
+    one row, to the validation split.
 
     Args:
-      path: a folder with train.jsonl and test.jsonl, whose contents are taken as they are; empty: they are downloaded from
-        GitHub, once, and refused unless their SHA-256 is the one in this module.
+      path: a folder with train.jsonl and test.jsonl, which are not checked against checksums. Empty: both files are
+        downloaded once from GitHub and must have the SHA-256 in this module.
 
     Raises:
-      ValueError: a file that does not exist, or a download with another checksum.
-      ConnectionError: no download.
+      ValueError: a file does not exist, or a download has another checksum.
+      ConnectionError: a download failed.
 
     References:
       Cobbe et al., "Training Verifiers to Solve Math Word Problems", https://arxiv.org/abs/2110.14168, 2021.

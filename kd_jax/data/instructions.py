@@ -1,4 +1,4 @@
-"""The papers' five evaluation sets: prompts with one or several responses that are good, to evaluate on."""
+"""The five evaluation sets of the papers. Each row has a prompt and one or several good responses."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -7,8 +7,9 @@ from typing import Any
 from kd_jax import remote
 from kd_jax.data import download, jsonl
 
-# MiniLLM's files on the Hugging Face hub: repository, revision, file. The bytes of a full revision cannot change; of the others
-# only the first digits of the newest revision were known here: ad9edcc of self-inst, 05a1870 of Vicuna, b1e63ef of sinst.
+# Files of MiniLLM on the Hugging Face hub: repository, revision, file. The bytes of a full revision cannot change.
+# The files on `main` are not fixed, because only the first digits of their newest revisions were known: ad9edcc of
+# self-inst, 05a1870 of Vicuna, b1e63ef of sinst.
 URL = "https://huggingface.co/datasets/MiniLLM/{}"
 FILES = {
     "dolly_eval": "dolly/resolve/d131636138be0ff3fd0901c12c1739844d337279/valid.jsonl",
@@ -23,31 +24,37 @@ FIELDS = {"prompt": "prompt", "references": "output"}
 def source(
     name: str, path: str = "", sha256: str = ""
 ) -> tuple[str, dict[str, Callable[[], Iterable[dict[str, Any]]]]]:
-    """A split test, of rows with prompt, context (always empty) and references.
+    """Returns the fingerprint and the split `test` of an evaluation set.
 
-    dolly_eval: 500 held-out instructions of databricks-dolly-15k. self_instruct: Self-Instruct's 252 user-oriented instructions, of
-    which MiniLLM's file has 242. vicuna: Vicuna's 80 questions, answered by a larger model. super_natural, unnatural: what of
-    Super-Natural Instructions' test tasks and Unnatural Instructions' core has references of 11 words and more; MiniLLM takes the
-    first 10,000 of the latter.
+    Each row has a prompt, an empty context and references. The sets are:
 
-    The prompts have the template of Alpaca already and are used as they are: template plain. No file's SHA-256 is known
-    here, so the first download is trusted, as `download.fetch` says.
+    - dolly_eval: 500 held-out instructions of databricks-dolly-15k.
+    - self_instruct: the 252 user-oriented instructions of Self-Instruct. The file of MiniLLM has 242 of them.
+    - vicuna: the 80 questions of Vicuna, answered by a larger model.
+    - super_natural: the rows of Super-Natural Instructions' test tasks whose references have 11 words or more.
+    - unnatural: the rows of Unnatural Instructions' core set whose references have 11 words or more. MiniLLM uses the
+      first 10,000 of these.
+
+    The prompts already have the Alpaca template, so they are used with the template `plain`. The SHA-256 of these files
+    is not known, so the first download is trusted, as described in `download.fetch`.
 
     Args:
-      name: one of the five.
-      path: a local .jsonl or .jsonl.gz in MiniLLM's form, with prompt and output, a text or a list of texts; its contents are taken
-        as they are. Empty: the file is downloaded from the Hugging Face hub, once.
-      sha256: what the file must hash to, if you know it, downloaded or local.
+      name: one of the five names above.
+      path: a local .jsonl or .jsonl.gz file in MiniLLM's format, which is not checked unless `sha256` is given. A row
+        has the fields prompt and output; output is a text or a list of texts. Empty: the file is downloaded once from
+        the Hugging Face hub.
+      sha256: the expected SHA-256 of the file, if known. A download and a local file are both checked.
 
     Raises:
-      ValueError: a file that does not exist, a checksum that is none, or a file with another one.
-      ConnectionError: no download.
+      ValueError: the file does not exist, `sha256` is not a SHA-256, or the file has another checksum.
+      ConnectionError: the download failed.
 
     References:
       Gu et al., "MiniLLM: knowledge distillation of large language models", https://arxiv.org/abs/2306.08543, 2024.
-      Wang et al., "Self-Instruct", https://arxiv.org/abs/2212.10560, 2023. Chiang et al., "Vicuna", https://lmsys.org/blog/2023-03-30-vicuna,
-      2023. Wang et al., "Super-NaturalInstructions", https://arxiv.org/abs/2204.07705, 2022. Honovich et al., "Unnatural
-      Instructions", https://arxiv.org/abs/2212.09689, 2023.
+      Wang et al., "Self-Instruct", https://arxiv.org/abs/2212.10560, 2023.
+      Chiang et al., "Vicuna", https://lmsys.org/blog/2023-03-30-vicuna, 2023.
+      Wang et al., "Super-NaturalInstructions", https://arxiv.org/abs/2204.07705, 2022.
+      Honovich et al., "Unnatural Instructions", https://arxiv.org/abs/2212.09689, 2023.
     """
     if sha256 and not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ValueError(f"sha256={sha256!r} is no SHA-256: it has 64 digits of 0123456789abcdef.")

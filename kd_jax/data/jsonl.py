@@ -1,4 +1,4 @@
-"""The user's own prompts and responses: a JSON object a line."""
+"""Prompts and responses of the user's own, from files with one JSON object per line."""
 
 import codecs
 import gzip
@@ -16,7 +16,7 @@ from kd_jax.checksum import file_digest
 
 MAX_LINE = 16 * untrusted.MIB
 MAX_BLANK = 10_000
-MAX_RATIO = 200  # packed text has 3 to 20; gzip can reach 1,000
+MAX_RATIO = 200  # the compression ratio of text is 3 to 20; gzip can reach 1,000
 
 
 def source(
@@ -27,19 +27,20 @@ def source(
     validation_path: str = "",
     validation_fraction: float = 0.02,
 ) -> tuple[str, dict[str, Callable[[], Iterable[dict[str, str]]]]]:
-    """Splits train and validation.
+    """Returns the fingerprint and the splits train and validation of a JSON-lines file.
 
     Args:
-      path: a .jsonl or .jsonl.gz file, here or at an address.
-      prompt_field: the field of the prompt.
-      response_field: the field of the response.
-      context_field: the field of the context; empty: there is none.
-      validation_path: a file of held-out rows; empty: a part of `path` is held out.
-      validation_fraction: the share that is held out then, by a hash of the prompt. Above 0 both splits have at least one
-        prompt's rows, if there are two prompts. With 0 nothing is held out.
+      path: a .jsonl or .jsonl.gz file, as a local path or an address.
+      prompt_field: the name of the prompt's field.
+      response_field: the name of the response's field.
+      context_field: the name of the context's field; empty if there is no context.
+      validation_path: a file of held-out rows. Empty: a part of `path` is held out.
+      validation_fraction: the share of `path` that is held out, in [0, 1), by a hash of the prompt. Above 0, both
+        splits have the rows of at least one prompt, provided that there are two different prompts. With 0 nothing is
+        held out.
 
     Raises:
-      ValueError: a file that does not exist, a line that is not JSON, a row without its field, a share out of range.
+      ValueError: a file does not exist, a line is not JSON, a row lacks a field, or the share is out of range.
     """
     check_share(validation_fraction, validation_path)
     fields = {"prompt": prompt_field, "response": response_field}
@@ -60,7 +61,11 @@ def source(
 
 
 def check_share(validation_fraction: float, validation_path: Any) -> None:
-    """Checks the share that is held out, which counts where no file of held-out rows is named."""
+    """Checks that the share of held-out rows is in [0, 1). The share is not used if a file of held-out rows is named.
+
+    Raises:
+      ValueError: the share is used and out of range.
+    """
     if not validation_path and not 0 <= validation_fraction < 1:
         raise ValueError(
             f"data.options.validation_fraction={validation_fraction} must be at least 0 and below 1; 0 holds nothing out."
@@ -68,14 +73,15 @@ def check_share(validation_fraction: float, validation_path: Any) -> None:
 
 
 def divide(fractions: Iterable[float], shares: dict[str, float]) -> dict[str, tuple[float, float]]:
-    """The range of `fraction` of each split: what is at or above the first number and below the second.
+    """Returns for each split the range of `fraction` that belongs to the split: [low, high).
 
-    The splits are neighbours, from 0 up, and `train` has the rest. Of many texts each split has about its share. Of a few
-    the ranges are moved so that each split has at least one text: `train` first, then `validation`, then the others.
+    The ranges are adjacent and begin at 0. The split `train` has the rest, up to 1. With many texts, each split has
+    about the requested share. With few texts, the ranges are moved so that each split has at least one text, in the
+    order `train`, `validation`, other splits.
 
     Args:
-      fractions: of all texts; the same text may come again.
-      shares: split -> its share; a split with the share 0 stays empty.
+      fractions: the fractions of all texts; equal texts may occur several times.
+      shares: the requested share of each split; a split with the share 0 stays empty.
 
     Example:
       >>> divide([0.2, 0.5, 0.9], {"validation": 0.25})
@@ -99,10 +105,21 @@ def divide(fractions: Iterable[float], shares: dict[str, float]) -> dict[str, tu
 
 
 def read(path: Path, fields: dict[str, str], several: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-    """Rows of a file, each field a string, or of `several` a string or a list of them; errors name the file and the line."""
+    """Yields the rows of a file.
+
+    Args:
+      path: the file.
+      fields: our name -> the name of the field in the file.
+      several: our names of the fields whose value may also be a non-empty list of strings.
+
+    Raises:
+      ValueError: a row is not a JSON object, or a field is missing or has the wrong type; the message names the file
+        and the line.
+    """
     for number, line in _lines(path):
         where = f"{path}:{number}"
-        row = untrusted.parse_json(line, where, finite=False)  # Python writes NaN, and no field here is a number
+        # NaN is allowed, because Python can write it and no field that is read here is a number.
+        row = untrusted.parse_json(line, where, finite=False)
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a JSON object is expected, not {type(row).__name__}.")
         for ours, field in fields.items():
@@ -118,7 +135,10 @@ def read(path: Path, fields: dict[str, str], several: tuple[str, ...] = ()) -> I
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, and their numbers; of a compressed file no more than text ever has."""
+    """Yields the number and the bytes of each line that is not blank.
+
+    A compressed file may expand at most `MAX_RATIO`-fold, or to 1 MiB, because text never compresses that well.
+    """
     compressed = path.suffix == ".gz"
     try:
         limit = max(untrusted.MIB, MAX_RATIO * path.stat().st_size) if compressed else math.inf
@@ -152,14 +172,23 @@ def _is_text(value: str) -> bool:
 
 
 def read_references(path: Path, fields: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Rows of a file with their context and a list of references, whose field is a text or a list of texts."""
+    """Yields the rows of a file with context and references.
+
+    Args:
+      path: the file.
+      fields: our name -> the name of the field in the file. The field of the references is a text or a list of texts.
+    """
     for row in read(path, fields, several=("references",)):
         references = row["references"]
         yield {"context": "", **row, "references": [references] if isinstance(references, str) else references}
 
 
 def digest(files: list[Path], settings: str) -> str:
-    """A fingerprint of files' contents and of what is read from them."""
+    """Returns a fingerprint of the files' contents and of the settings with which they are read.
+
+    Raises:
+      ValueError: a file does not exist or cannot be read.
+    """
     total = hashlib.sha256(settings.encode())
     for path in files:
         if not path.is_file():
@@ -174,5 +203,5 @@ def digest(files: list[Path], settings: str) -> str:
 
 
 def fraction(text: str) -> float:
-    """A number in [0, 1) that is the same for the same text everywhere: what divides rows into splits."""
+    """Returns a number in [0, 1) that depends only on the text. It decides the split of a row."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48

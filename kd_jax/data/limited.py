@@ -1,7 +1,7 @@
-"""A tokenizer's files without its last added tokens, for two models whose tokenizers differ in a few of them.
+"""Removal of a tokenizer's last added tokens, for two models whose tokenizers differ in a few of them.
 
-Qwen2.5 has 151,665 ids and Qwen3 the same ones and four more added tokens. A run of both uses the common ids. The other tokens
-must not be found in texts: one of the models has never seen their ids, or has no row for them.
+Qwen2.5 has 151,665 ids. Qwen3 has the same ids and four more added tokens. A run with both models uses the common ids.
+The other tokens must not be found in texts: one of the models has never seen their ids, or has no embedding for them.
 """
 
 import json
@@ -11,20 +11,22 @@ from typing import Any
 from kd_jax import untrusted
 from kd_jax.data.special_tokens import KINDS, model_tokens
 
-MOST = 1024  # tokens that may go
-SHARE = 100  # ids that must stay for each token that goes: more than 1 % is another vocabulary
+MOST = 1024  # the largest number of tokens that may be removed
+SHARE = 100  # ids kept per removed token: tokenizers that differ in over 1 % are too different
 
-SHOWN = 5  # tokens that a message names
+SHOWN = 5  # the largest number of tokens that a message names
 
 TOKENIZER, ADDED = "tokenizer.json", "added_tokens.json"
 
 
 def common_ids(ours: Mapping[str, int], theirs: Mapping[str, int]) -> int:
-    """Returns how many ids from 0 on mean the same token in two vocabularies, or none in both.
+    """Returns the number of leading ids, from 0 on, that mean the same token in both vocabularies.
+
+    An id that neither vocabulary uses counts as common.
 
     Args:
-      ours: token -> id.
-      theirs: token -> id.
+      ours: the ids of the first vocabulary, by token.
+      theirs: the ids of the second vocabulary, by token.
 
     Example:
       >>> common_ids({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 1, "d": 2})
@@ -36,13 +38,13 @@ def common_ids(ours: Mapping[str, int], theirs: Mapping[str, int]) -> int:
 
 
 def differing_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[tuple[str, int | None, int | None]]:
-    """Tokens that two vocabularies number differently, or that only one of them has, in the order of their ids.
+    """Returns the tokens whose ids differ, or that only one vocabulary has, in the order of their ids.
 
     Args:
-      ours: token -> id.
-      theirs: token -> id.
+      ours: the ids of the first vocabulary, by token.
+      theirs: the ids of the second vocabulary, by token.
     Returns:
-      (token, its id in `ours`, its id in `theirs`) for each such token; None where the vocabulary lacks the token.
+      (token, id in `ours`, id in `theirs`) for each such token; an id is None if the vocabulary lacks the token.
 
     Example:
       >>> differing_tokens({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 2, "d": 3})
@@ -57,11 +59,12 @@ def tokens_beyond(vocabulary: Mapping[str, int], fields: dict[str, Any], size: i
     """Returns the tokens with an id of `size` or more, in the order of their ids.
 
     Args:
-      vocabulary: token -> id, added tokens included.
-      fields: of tokenizer.json.
-      size: ids that stay.
+      vocabulary: the ids by token, added tokens included.
+      fields: the fields of tokenizer.json.
+      size: the number of ids that are kept.
     Raises:
-      ValueError: a token of the model's own vocabulary is among them, or they are more than MOST or than 1 % of `size`.
+      ValueError: one of these tokens is in the model's own vocabulary, or there are more than MOST of them, or more
+        than 1 % of `size`.
     """
     found = sorted((i, token) for token, i in vocabulary.items() if i >= size)
     own = model_tokens(fields)
@@ -80,11 +83,11 @@ def tokens_beyond(vocabulary: Mapping[str, int], fields: dict[str, Any], size: i
 
 
 def without(files: dict[str, bytes], tokens: set[str]) -> dict[str, bytes]:
-    """Returns a tokenizer's files in which nothing names these added tokens any more. Other files keep their bytes.
+    """Returns a tokenizer's files without the given added tokens. Files that name none of the tokens keep their bytes.
 
     Args:
-      files: name -> content, each valid as `Tokenizer.load` checks it.
-      tokens: the texts of the tokens to leave out.
+      files: the contents of the files by name, each valid as `Tokenizer.load` checks it.
+      tokens: the texts of the tokens that are removed.
     """
     changed = dict(files)
     for name, content in files.items():
@@ -100,7 +103,7 @@ def without(files: dict[str, bytes], tokens: set[str]) -> dict[str, bytes]:
 
 
 def shown_difference(different: Sequence[tuple[str, int | None, int | None]], who: str) -> str:
-    """Returns the number of differing tokens, and the first five with their ids.
+    """Returns the number of differing tokens, and the first five of them with their ids.
 
     Example:
       >>> shown_difference([("b", 1, None)], "teacher")
@@ -116,7 +119,7 @@ def shown_difference(different: Sequence[tuple[str, int | None, int | None]], wh
 
 
 def shown_tokens(tokens: Sequence[str]) -> str:
-    """Returns a list of at most five tokens.
+    """Returns a phrase that names at most five tokens.
 
     Example:
       >>> shown_tokens(["<a>", "<b>"])

@@ -1,4 +1,7 @@
-"""From rows of text to batches of tokens: tokenised once, in a global order that the seed gives, resumable anywhere."""
+"""From rows of text to batches of tokens: rows are tokenised once, and the seed gives their global order.
+
+Iteration over the batches can be resumed at any batch.
+"""
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,25 +32,27 @@ def tokenize(
 ) -> tuple[Rows, dict[str, int]]:
     """Returns every row of the source as prompt, response and one end token, at most max_length + 1 tokens.
 
-    A row has one more token than `max_length` because it gives inputs [:-1] and targets [1:]. Prompt and response are encoded
-    as one text (`Tokenizer.encode_pairs`).
+    A row has one more token than `max_length` because it gives inputs [:-1] and targets [1:]. Prompt and response are
+    encoded as one text (`Tokenizer.encode_pairs`).
 
     Args:
       source: rows with prompt, context and response.
-      tokenizer: its `eos_id` is the end token.
-      template: plain, alpaca or chat (`kd_jax.data.prompts`).
+      tokenizer: the tokenizer, whose `eos_id` is the end token.
+      template: the template: plain, alpaca or chat (`kd_jax.data.prompts`).
       max_length: the number of tokens of a model's input.
       max_prompt_length: the largest number of tokens of a prompt.
-      long_prompts: what happens to a longer prompt. "cut" truncates the user's text, its context first, and never the
-        template's own tokens; "drop" drops the row.
-      long_responses: what happens to a response that does not fit with its end token. "cut" truncates it, without an end token,
-        since the response does not end there; "drop" drops the row.
-      loss_on: "response" counts the response and its end token, "all" the prompt as well.
+      long_prompts: the treatment of a longer prompt. "cut" truncates the user's text, the context first, and never the
+        template's own tokens. "drop" drops the row.
+      long_responses: the treatment of a response that does not fit with its end token. "cut" truncates the response and
+        adds no end token, since the response does not end there. "drop" drops the row.
+      loss_on: "response" counts the response and its end token in the loss; "all" counts the prompt as well.
     Returns:
-      The rows, and counts: read, prompts_cut, prompts_dropped, responses_cut, responses_dropped, empty (rows whose response
-      has no token, which are dropped), own_prefix (prompts that begin with the tokenizer's bos as text) and kept.
+      The rows, and these counts: read, prompts_cut, prompts_dropped, responses_cut, responses_dropped, empty (rows
+        whose response has no token, which are dropped), own_prefix (prompts whose text begins with the tokenizer's
+        `prefix_ids`) and kept.
     Raises:
-      ValueError: `max_prompt_length` leaves no room for a response or for the template, a choice is unknown, or no row is left.
+      ValueError: `max_prompt_length` leaves no room for a response or for the template, a choice is unknown, or no row
+        is left.
     References:
       Long prompts are truncated in DistiLLM and dropped in MiniLLM.
     """
@@ -74,14 +79,15 @@ def tokenize(
 def from_ids(
     pairs: Sequence[tuple[list[int], list[int]]], tokenizer: Tokenizer, *, max_length: int, loss_on: str = "response"
 ) -> tuple[Rows, dict[str, int]]:
-    """Returns rows of which the ids are at hand, such as those that a model drew, each with one end token.
+    """Returns rows made from ids, such as sampled responses. Each row gets one end token.
 
     Args:
-      pairs: the ids of a prompt and of its response; an end token after the response is replaced by the one that is trained.
-      tokenizer, max_length, loss_on: as in `tokenize`. Longer responses are truncated.
+      pairs: (ids of a prompt, ids of its response). End tokens after the response are replaced by the trained end
+        token.
+      tokenizer, max_length, loss_on: the arguments of `tokenize`. Longer responses are truncated.
 
     Returns:
-      Rows and counts as `tokenize` returns them.
+      The rows and counts, as `tokenize` returns them.
     """
     encoded = (Encoded(prompt, response, False, False) for prompt, response in pairs)
     return _assemble(encoded, tokenizer, max_length, max_length, "cut", loss_on)
@@ -91,7 +97,7 @@ def _assemble(
     encoded_rows: Iterable[Encoded], tokenizer: Tokenizer, max_length: int, max_prompt_length: int, long_responses: str,
     loss_on: str,
 ) -> tuple[Rows, dict[str, int]]:  # fmt: skip
-    """Puts prompt, response and end token together, and counts what is dropped or truncated."""
+    """Joins prompt, response and end token of each row, and counts the rows that are dropped or truncated."""
     counts = dict.fromkeys(COUNTS, 0)
     pieces: list[Int[np.ndarray, " L"]] = []
     prompt_lengths: list[int] = []
@@ -122,18 +128,19 @@ def _assemble(
 
 
 def pack(source: Sequence[dict[str, str]], tokenizer: Tokenizer, *, max_length: int) -> tuple[Rows, dict[str, int]]:
-    """The responses as one stream, an end token after each, in rows of max_length + 1 of which every token counts.
+    """Returns the responses as one stream, split into rows of max_length + 1 tokens, all of which are counted.
 
-    For plain text: no padding but in the last row. Rows overlap by one token, so that each token is a target once.
+    This is for plain text. An end token follows each response, and only the last row needs padding. Adjacent rows
+    overlap by one token, so that each token after the first is a target exactly once.
 
     Args:
-      source: rows whose `response` is text; the dataset `text`.
-      tokenizer: its ids.
-      max_length: tokens of a model's input.
+      source: rows whose `response` is text, such as the dataset `text`.
+      tokenizer: the tokenizer.
+      max_length: the number of tokens of a model's input.
     Returns:
-      The rows, and counts: read (of the source) and kept (rows of tokens).
+      The rows, and the counts read (rows of the source) and kept (rows of tokens).
     Raises:
-      ValueError: if there is no text.
+      ValueError: there is no text, or `max_length` is below 1.
     """
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, but is {max_length}.")
@@ -164,30 +171,31 @@ def batches(
     pad_id: int,
     beside: Beside | None = None,
 ) -> grain.IterDataset:
-    """Batches of a fixed shape, of this process's rows: every `process_count`-th of each global batch.
+    """Returns batches of a fixed shape: this process's share of each global batch.
 
-    The global order depends on the seed alone, each epoch has its own, and batch i holds the same rows however many
-    processes share it. With several epochs a batch may hold the end of one epoch and the start of the next. The
-    iterator's `get_state` and `set_state` are exact: a resumed run reads the batches that it would have read.
+    A process gets every `process_count`-th row of a global batch. The global order depends only on the seed, and each
+    epoch has its own order. Batch i holds the same rows for any number of processes. With several epochs, a batch may
+    hold the end of one epoch and the start of the next. The iterator's `get_state` and `set_state` are exact: a resumed
+    run reads the same batches as an uninterrupted run.
 
     Args:
-      rows: from `tokenize`, `pack`, `join` or `pack_rows`.
-      batch_size: rows of a global batch.
-      max_length: tokens of a row of the batch; the rows have at most one more.
-      seed: of the order, in [0, 2^32).
-      shuffle: False for the rows' own order.
-      num_epochs: None for no end. Otherwise the last batch is filled up with rows that are all masked: each row is
-        read, and every process gets the same number of batches.
-      process_index, process_count: as `jax.process_index()` and `jax.process_count()`.
-      pad_id: fills rows up, on the right.
-      beside: more numbers of the rows' tokens, which become arrays of their names, [batch_size / process_count, max_length,
-        ...]. Of packed rows they are those of the rows that are packed.
+      rows: the rows from `tokenize`, `pack`, `join` or `pack_rows`.
+      batch_size: the number of rows of a global batch.
+      max_length: the number of tokens of a row of the batch. The given rows have at most one more.
+      seed: the seed of the order, in [0, 2^32).
+      shuffle: False to keep the rows' own order.
+      num_epochs: the number of epochs; None for no end. With a number, the last batch is filled up with fully masked
+        rows. So each row is read, and every process gets the same number of batches.
+      process_index, process_count: the values of `jax.process_index()` and `jax.process_count()`.
+      pad_id: the token that fills rows up, on the right.
+      beside: more numbers of the rows' tokens. They become arrays by name, [batch_size / process_count, max_length,
+        ...]. For packed rows, `beside` is indexed by the rows before packing.
     Returns:
       An iterable of dicts of NumPy arrays, each [batch_size / process_count, max_length]: tokens and targets (int32),
-      mask (True where `tokens` has a token) and loss_mask (True where the target counts). Of packed rows, mask is
-      int32: each token's segment, from 1, and 0 where there is no token.
+        mask (True if `tokens` has a token) and loss_mask (True if the target counts). For packed rows, mask is int32:
+        each token's segment, from 1, and 0 at padding.
     Raises:
-      ValueError: for a batch that the processes cannot share evenly, rows longer than max_length + 1, or a number out
+      ValueError: the processes cannot share the batch evenly, rows are longer than max_length + 1, or a number is out
         of range.
 
     Example:
@@ -211,7 +219,7 @@ def batches(
             f"the longest row has {longest} tokens; max_length={max_length} has room for {max_length + 1}."
         )
     order: Any = grain.MapDataset.range(len(rows))
-    order = (order.shuffle(seed) if shuffle else order).repeat()  # beyond the first epoch, shuffled anew
+    order = (order.shuffle(seed) if shuffle else order).repeat()  # each later epoch is shuffled anew
     num_rows = sys.maxsize if num_epochs is None else len(rows) * num_epochs
 
     def make_batch(index: int) -> dict[str, np.ndarray]:
@@ -223,15 +231,20 @@ def batches(
             return batch | {"mask": batch["mask"] > 0}
         return pad(rows.rows, [rows.groups[index] for index in indices], len(places), max_length, pad_id, beside)
 
-    # Whole batches are the elements: an index is all the state there is. The rows are in memory, so that two threads
-    # are enough to have the next batches ready. What is read beside them may be large.
+    # The elements are whole batches, so that an index is the whole state. The rows are in memory, so two threads are
+    # enough to prepare the next batches. The numbers of `beside` may be large, so fewer batches are buffered.
     num_batches = num_rows // batch_size if num_epochs is None else -(-num_rows // batch_size)
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8 if beside is None else 2)
     return grain.MapDataset.range(num_batches).map(make_batch).to_iter_dataset(ahead)
 
 
 def prompt_of(tokens: Int[np.ndarray, " L"], loss_mask: Bool[np.ndarray, " L"]) -> list[int]:
-    """The ids of the prompt of a batch's row: what is before the first token that counts."""
+    """Returns the ids of the prompt of a row of a batch: all tokens before the first target that counts.
+
+    Args:
+      tokens: the row's tokens.
+      loss_mask: True if the target at a position counts.
+    """
     return tokens[: loss_mask.argmax() + 1].tolist()
 
 
@@ -239,13 +252,13 @@ def pad(
     rows: Rows, groups: Sequence[Sequence[int]], num_rows: int, max_length: int, pad_id: int,
     beside: Beside | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """The arrays of a batch, as `batches` gives them but for the mask, which is of segments.
+    """Returns the arrays of a batch, as `batches` does, except that the mask always holds segments.
 
     Args:
-      rows: to take from.
-      groups: the indices of those that share a row of the batch.
-      num_rows: of the batch; what is more than the groups counts nowhere.
-      max_length, pad_id, beside: as in `batches`.
+      rows: the rows from which the batch is made.
+      groups: the indices of the rows that share a row of the batch.
+      num_rows: the number of rows of the batch. Rows beyond the groups are padding and count nowhere.
+      max_length, pad_id, beside: the arguments of `batches`.
     """
     tokens = np.full((num_rows, max_length), pad_id, np.int32)
     targets = np.full((num_rows, max_length), pad_id, np.int32)
@@ -275,13 +288,13 @@ def encode_prompts(
     """Returns the ids of each row's rendered prompt.
 
     Args:
-      rows: with prompt and context.
-      tokenizer, template: as in `tokenize`.
+      rows: rows with prompt and context.
+      tokenizer, template: the arguments of `tokenize`.
       max_length: the largest number of tokens of a prompt.
-      cut: whether the user's text of a longer prompt is truncated, as in `tokenize`; otherwise the row gives None.
+      cut: True to truncate the user's text of a longer prompt, as in `tokenize`. With False the row gives None.
 
     Raises:
-      ValueError: as in `tokenize`.
+      ValueError: no prompt can be truncated to fit, as in `tokenize`.
     """
     encoder = Encoder(tokenizer, template, max_length, truncates=cut)
     found = (encoded.prompt for encoded in encoder.rows([{**row, "response": ""} for row in rows]))

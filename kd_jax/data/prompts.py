@@ -1,4 +1,4 @@
-"""From a row's prompt and context to the text that a model is given."""
+"""Prompt templates: functions from a row's prompt and context to the text that a model is given."""
 
 import dataclasses
 import datetime
@@ -11,26 +11,24 @@ from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.resolve import nearest
 
 TEMPLATES = ("plain", "alpaca", "chat")
-DATE = (
-    "2026-01-01"  # of strftime_now, unless the option `date` names another one: a resumed run has the rows that it had
-)
-OURS = ("messages", "add_generation_prompt")  # variables of a chat template that a row decides
+DATE = "2026-01-01"  # the default date of strftime_now; fixed, so that a resumed run has the same rows
+OURS = ("messages", "add_generation_prompt")  # variables of a chat template that are set for each row
 Render = Callable[[str, str], str]  # (prompt, context) -> text
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How prompts are written.
+    """A prompt template with its options.
 
     Attributes:
-      name: plain, alpaca or chat.
-      options: variables of a chat template, such as enable_thinking, with values of JSON. The option `date` is also the date
-        of the templates' function strftime_now, which is `DATE` by default.
+      name: the name: plain, alpaca or chat.
+      options: the variables of a chat template, such as enable_thinking, with JSON values. The option `date` is also
+        the date of the templates' function strftime_now, which is `DATE` by default.
       system: the system message of a chat; "" for none.
 
     Raises:
-      ValueError: an unknown name, an option that is no value of JSON or that a row decides, a date that is none, or options or
-        a system message for a template that takes none.
+      ValueError: the name is unknown, an option is not a JSON value or is set for each row, or the date is invalid.
+        Only the template chat takes options and a system message.
     """
 
     name: str
@@ -59,11 +57,13 @@ class Template:
 
     @classmethod
     def of(cls, options: Any) -> "Template":
-        """Returns the template that the `data` part of a config names; a config of an older run may lack the newer keys."""
+        """Returns the template that the `data` part of a config names. An older config may lack the newer keys."""
         return cls(options["template"], options.get("template_options", {}), options.get("system", ""))
 
     def set_apart(self) -> dict[str, Any]:
-        """Returns the options and the system message, as far as there are any: a fingerprint without them stays as it was.
+        """Returns the options and the system message as a dict, without empty ones.
+
+        A fingerprint of this dict does not change if neither is used.
 
         Example:
           >>> Template("chat", system="Be brief.").set_apart(), Template("chat").set_apart()
@@ -82,12 +82,12 @@ def make_render(template: str | Template, tokenizer: Tokenizer) -> Render:
 
     Args:
       template: a `Template`, or the name of one: plain, alpaca or chat.
-      tokenizer: whose template chat uses; the others do not look at it.
+      tokenizer: the tokenizer, whose chat template is used by chat. The other templates do not use it.
     Returns:
       (prompt, context) -> the text whose continuation is the response.
     Raises:
-      ValueError: for an unknown name; for chat, if the tokenizer has no template or one that Jinja cannot read, or one that does
-        not read an option or does not write the system message.
+      ValueError: the name is unknown. For chat: the tokenizer has no template, Jinja cannot read the template, or the
+        template does not read an option or does not write the system message.
     """
     template = as_template(template)
     if template.name == "chat":
@@ -96,12 +96,14 @@ def make_render(template: str | Template, tokenizer: Tokenizer) -> Render:
 
 
 def adds_special_tokens(template: str | Template) -> bool:
-    """Whether a rendered prompt is to be encoded with special tokens, such as a bos: a chat template writes its own."""
+    """Returns True if special tokens, such as a bos, are added to a rendered prompt. A chat template writes its own."""
     return as_template(template).name != "chat"
 
 
 def plain(prompt: str, context: str) -> str:
-    r"""The prompt, a blank line and the context if there is one, and the end of the line, if it is not there yet.
+    r"""Returns the prompt, then a blank line and the context if there is one, and ends the text with a newline.
+
+    No newline is added to a text that already ends with one, or to an empty text.
 
     Example:
       >>> plain("def f(): return 1", "")
@@ -118,7 +120,7 @@ def plain(prompt: str, context: str) -> str:
 
 
 def alpaca(prompt: str, context: str) -> str:
-    """The template of Stanford Alpaca as MiniLLM, DistiLLM, ABKD and AMiD use it for Dolly.
+    """Returns a prompt in the template of Stanford Alpaca, as MiniLLM, DistiLLM, ABKD and AMiD use it for Dolly.
 
     References:
       Taori et al., "Stanford Alpaca: an instruction-following LLaMA model", 2023,
@@ -135,15 +137,15 @@ def alpaca(prompt: str, context: str) -> str:
 
 
 def with_template_end(tokenizer: Tokenizer, template: str | Template) -> Tokenizer:
-    """Returns the tokenizer with the end that the template writes after a response as the end that is trained.
+    """Returns the tokenizer with the template's end of a response as the trained end token.
 
     A chat template often ends a turn with another token than the tokenizer's end token: `<|im_end|>` in place of
     `<|endoftext|>`. The first token after an answer is that end, if it is an added token. The tokenizer's own end token
     still ends a response. The templates plain and alpaca write no end, and the tokenizer stays as it is.
 
     Args:
-      tokenizer: as loaded.
-      template: as in `make_render`.
+      tokenizer: the tokenizer as loaded.
+      template: the template, as in `make_render`.
     """
     template = as_template(template)
     if template.name != "chat" or tokenizer.chat_template is None:
@@ -152,7 +154,7 @@ def with_template_end(tokenizer: Tokenizer, template: str | Template) -> Tokeniz
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
     try:
         text = _render_chat(template, tokenizer, messages, add_generation_prompt=False)
-    except ValueError:  # a template without a turn of the assistant
+    except ValueError:  # the template does not support a turn of the assistant
         return tokenizer
     after = text.rpartition(answer)[2].lstrip(" ")
     ids = tokenizer.encode(after) if after and answer in text else []
@@ -160,7 +162,10 @@ def with_template_end(tokenizer: Tokenizer, template: str | Template) -> Tokeniz
 
 
 def _make_chat(template: Template, tokenizer: Tokenizer) -> Render:
-    """The tokenizer's own template, with one user's message, up to where the answer begins; it runs in `sandbox`."""
+    """Returns the tokenizer's own template as a function, which writes one user message up to the start of the answer.
+
+    The template runs in `sandbox`.
+    """
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the template chat needs a chat_template, and {tokenizer.folder} has none, neither in "
@@ -198,7 +203,7 @@ def _render_chat(
 ) -> str:
     """Returns the messages as the tokenizer's chat template writes them.
 
-    As in transformers, a template sees tools and documents as none, and of the special tokens those that there are.
+    As in transformers, tools and documents are None in a template, and only the special tokens that exist are defined.
     """
     variables = tokenizer.special_tokens | {"tools": None, "documents": None} | dict(template.options)
     variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
@@ -206,7 +211,7 @@ def _render_chat(
 
 
 def _check_read(template: Template, read: list[str], folder: Any) -> None:
-    """Refuses an option that the chat template never reads: a misspelt one would change nothing."""
+    """Refuses an option that the chat template never reads, because a misspelt option would have no effect."""
     for name in template.options:
         if name not in read:
             others = [other for other in read if other not in OURS]
@@ -225,7 +230,7 @@ def _check_date(date: Any) -> None:
 
 
 def _json_object(options: Any) -> dict[str, Any]:
-    """Options as JSON has them; a ConfigDict is an object, and a tuple is an array."""
+    """Returns the options as JSON values: a ConfigDict becomes an object, and a tuple becomes an array."""
 
     def plain_value(value: Any) -> Any:
         if hasattr(value, "to_dict"):

@@ -1,4 +1,4 @@
-"""Token rows of different lengths, and the two ways to fill a batch with more than one of them a row."""
+"""Token rows of different lengths, and two ways to put more than one of them into a row of a batch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,13 +10,13 @@ from jaxtyping import Int
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Token rows of different lengths, end to end in one array.
+    """Token rows of different lengths, concatenated in one array.
 
     Attributes:
-      tokens: all rows' ids.
-      offsets: row i is tokens[offsets[i] : offsets[i + 1]].
-      prompt_lengths: how many of a row's first tokens are its prompt.
-      first_counted: the position in the row of its first token that the loss counts; what follows counts too.
+      tokens: the ids of all rows.
+      offsets: the boundaries of the rows: row i is tokens[offsets[i] : offsets[i + 1]].
+      prompt_lengths: the number of prompt tokens at the start of each row.
+      first_counted: the position in each row of the first token that the loss counts. All later tokens count too.
     """
 
     tokens: Int[np.ndarray, " T"]
@@ -32,27 +32,28 @@ class Rows:
 
 
 class Beside(Protocol):
-    """Numbers of the tokens that count, which are kept beside the rows and read with them.
+    """Additional numbers for the counted tokens, which are stored beside the rows and read together with them.
 
     Attributes:
-      fills: the numbers of a position, by name, where there are none: their shape and type are all positions'.
+      fills: the values at positions without numbers, by name. They also give the shape and type of each position's
+        numbers.
     """
 
     @property
     def fills(self) -> Mapping[str, np.ndarray]: ...
 
     def read(self, index: int) -> Mapping[str, np.ndarray]:
-        """Of some or all names the numbers of row `index`, an entry for each of its tokens that count."""
+        """Returns the numbers of row `index` for some or all names, with one entry for each counted token."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Several rows in each row of a batch, apart from one another: see `pack_rows`.
+    """Rows that share rows of a batch but are kept apart there by segments: see `pack_rows`.
 
     Attributes:
-      rows: what is packed.
-      groups: indices of the rows that share a row of a batch.
+      rows: the rows that are packed.
+      groups: the indices of the rows that share a row of a batch.
     """
 
     rows: Rows
@@ -65,7 +66,7 @@ class Packed:
 def from_pieces(
     pieces: Sequence[Int[np.ndarray, " L"]], prompt_lengths: Int[np.ndarray, " N"], first: Int[np.ndarray, " N"]
 ) -> Rows:
-    """Rows out of one array each."""
+    """Returns `Rows` made from one array per row."""
     offsets = np.zeros(len(pieces) + 1, np.int64)
     np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
@@ -73,16 +74,16 @@ def from_pieces(
 
 
 def join(rows: Rows, *, max_length: int) -> Rows:
-    """Rows end to end, prompts included, cut anew into rows of max_length + 1 of which every token counts.
+    """Concatenates all rows, prompts included, and splits them into rows of max_length + 1 tokens, all of which count.
 
-    A language model learns most from a batch without padding: short rows waste most of one. A row then begins in the middle of
-    an example, and attention sees across the end tokens.
+    A batch without padding gives a language model more tokens to learn from, because short rows are mostly padding. A
+    new row may begin in the middle of an example, and attention sees across the end tokens.
 
     Args:
-      rows: as from `tokenize`.
-      max_length: tokens of a model's input.
+      rows: the rows from `tokenize`.
+      max_length: the number of tokens of a model's input.
     Returns:
-      The rows. They overlap by one token, so that each token is a target once.
+      The new rows. Adjacent rows overlap by one token, so that each token after the first is a target exactly once.
     """
     starts = range(0, len(rows.tokens) - 1, max_length)
     zeros = np.zeros(len(starts), np.int32)
@@ -90,14 +91,16 @@ def join(rows: Rows, *, max_length: int) -> Rows:
 
 
 def pack_rows(rows: Rows, *, max_length: int) -> Packed:
-    """Rows put together, the longest first and each where least room is left, so that little of a batch is padding.
+    """Groups rows that fit into one row of a batch together, so that little of a batch is padding.
 
-    Nothing changes but the padding: in a batch their segments say which tokens belong together, attention and positions
-    are kept apart, and the loss is that of the rows unpacked. What a batch holds is more rows than its size says.
+    The rows are placed in order of decreasing length, each into the group with the least room that suffices. Only the
+    padding changes. The segments in a batch say which tokens belong together, and attention and positions are separate
+    for each segment. The loss equals the loss of the unpacked rows. A batch therefore holds more rows than its size
+    says.
 
     Args:
-      rows: as from `tokenize`.
-      max_length: tokens of a model's input.
+      rows: the rows from `tokenize`.
+      max_length: the number of tokens of a model's input.
     """
     lengths = np.diff(rows.offsets) - 1
     groups: list[list[int]] = []

@@ -1,12 +1,13 @@
-"""Chat templates and tokenizers with regular expressions of their own, in processes that get neither our time nor our memory.
+"""Runs chat templates and unusual tokenizers in separate processes with limits on time and memory.
 
-Jinja's sandbox keeps a template from Python's objects, but it may still loop for ever, or multiply a string until memory ends
-(and already when it is compiled: Jinja computes what is constant); a regular expression may try more ways through a text than
-there is time for. No check from outside stops one C call, so that another process works, with a limit on its memory, and is
-ended if it takes too long. It is started once, and takes template after template, or tokenizer after tokenizer. Its program is
-`sandbox_process.py`.
+Jinja's sandbox keeps a template away from Python's objects. But a template may still loop for ever, or multiply a
+string until memory is full. This can even happen during compilation, because Jinja evaluates constant expressions. A
+regular expression may need too much time on a text. No check from outside can stop a call into C code. So another
+process does the work, with a limit on its memory, and it is killed if it takes too long. The process is started once
+and handles one template, or one tokenizer, after another. The program of the process is `sandbox_process.py`.
 
-Not covered: where the system knows no RLIMIT_AS (macOS), memory is bounded by the time limit and the limit on the text alone.
+One case is not covered: on systems without RLIMIT_AS (macOS), only the time limit and the limit on the text bound the
+memory.
 """
 
 import json
@@ -21,23 +22,23 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-SECONDS = 10.0  # for a template or a text: 100,000 times what one needs
-START_SECONDS = 60.0  # Python's, to start from a slow disk
+SECONDS = 10.0  # for a template or a text: 100,000 times the usual time
+START_SECONDS = 60.0  # for the start of Python from a slow disk
 MIB = 2**20
-MEMORY = {"template": 512 * MIB, "tokenizer": 4096 * MIB}  # whose library has threads
-BYTES_A_SECOND = MIB // 2  # that a tokenizer has more time for: of its own file and of texts
+MEMORY = {"template": 512 * MIB, "tokenizer": 4096 * MIB}  # the tokenizers library has threads
+BYTES_A_SECOND = MIB // 2  # a tokenizer gets a second more per so many bytes of its file and texts
 
 
 def render(template: str, variables: dict[str, Any], date: str) -> str:
-    """Returns the template's text, as transformers renders it.
+    """Returns the rendered template, as transformers renders it.
 
     Args:
-      template: Jinja.
-      variables: the values that the template may read, each of them a value of JSON.
-      date: the date, in the form of ISO 8601, that `strftime_now` gives in place of the present one.
+      template: the Jinja template.
+      variables: the values that the template may read, each a JSON value.
+      date: the date, in ISO 8601 format, that `strftime_now` returns in place of the present date.
     Raises:
-      ValueError: whatever goes wrong, as the end of a sentence on the template: it is not Jinja, it raised something, the
-        sandbox refused it, or it took too much time, memory or text.
+      ValueError: the template is not valid Jinja, raised an error, was refused by the sandbox, or needed too much time,
+        memory or text. The message is the end of a sentence about the template.
     """
     with _lock:
         return _value(_worker("template").ask({"template": template, "variables": variables, "date": date}))
@@ -46,31 +47,33 @@ def render(template: str, variables: dict[str, Any], date: str) -> str:
 def names(template: str) -> list[str]:
     """Compiles the template, and returns the names of the variables that the template reads.
 
-    The name `date` stands for a call of `strftime_now`, whose date `render` is given.
+    The name `date` stands for a call of `strftime_now`, whose date is an argument of `render`.
 
     Args:
-      template: Jinja.
+      template: the Jinja template.
     Raises:
-      ValueError: as for `render`.
+      ValueError: the template fails, as in `render`.
     """
     with _lock:
         return _value(_worker("template").ask({"template": template}))
 
 
 def tokenizer(content: bytes, method: str, *arguments: Any) -> Any:
-    """What a method of a `tokenizers.Tokenizer` gives, which is neither padded nor truncated.
+    """Calls a method of a `tokenizers.Tokenizer` in the other process, and returns the result.
+
+    The tokenizer neither pads nor truncates.
 
     Args:
-      content: its tokenizer.json, in UTF-8.
-      method: its name. encode_batch gives ids and offsets, encode_batch_fast ids alone.
-      *arguments: values of JSON.
+      content: the content of tokenizer.json, in UTF-8.
+      method: the name of the method. encode_batch returns ids and offsets, encode_batch_fast only ids.
+      *arguments: the arguments of the method, as JSON values.
     Raises:
-      ValueError: whatever goes wrong, as for `render`.
+      ValueError: the call fails, as in `render`.
     """
     with _lock:
         worker = _worker("tokenizer")
         request = {"method": method, "arguments": arguments}
-        if worker.holds != content:  # the process keeps the last one
+        if worker.holds != content:  # the process keeps the last tokenizer
             request["content"] = content.decode()
         reply = worker.ask(request, BYTES_A_SECOND)
         worker.holds = b"" if "error" in reply else content
@@ -82,14 +85,14 @@ class _Failed(Exception):
 
 
 class _Worker:
-    """The process, from this side."""
+    """The parent's handle of a sandbox process."""
 
     def __init__(self, kind: str) -> None:
         program = str(Path(__file__).with_name("sandbox_process.py").absolute())
         command = [sys.executable, "-P", program, kind, str(MEMORY[kind])]
         self._process: Any = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-            env=os.environ | {"RAYON_NUM_THREADS": "8"},  # each has memory of its own
+            env=os.environ | {"RAYON_NUM_THREADS": "8"},  # each thread has memory of its own
         )  # fmt: skip
         self._owner, self._memory, self.holds = os.getpid(), MEMORY[kind], b""
         weakref.finalize(self, _end, self._process, self._owner)
@@ -101,18 +104,23 @@ class _Worker:
             raise RuntimeError(f"{' '.join(command)} did not start within {START_SECONDS:g} s.") from error
 
     def alive(self) -> bool:
-        """Whether it can be asked, and by this process: after a fork it is the parent's."""
+        """Returns True if the process runs and belongs to this process. After a fork it belongs to the parent."""
         return self._owner == os.getpid() and self._process.poll() is None
 
     def ask(self, request: dict[str, Any], bytes_a_second: float = math.inf) -> dict[str, Any]:
-        """The reply; to a question that is long there is more time, if so many bytes need a second."""
+        """Returns the reply to a request.
+
+        Args:
+          request: the request, as JSON values.
+          bytes_a_second: the rate that sets the extra time for a long request.
+        """
         question = json.dumps(request).encode() + b"\n"
         try:
             return json.loads(self._exchange(question, SECONDS + len(question) / bytes_a_second))
         except _Failed as error:
             _end(self._process, self._owner)
             return {"error": str(error)}
-        except BaseException:  # an interrupted question must not answer the next one
+        except BaseException:  # the reply to an interrupted request must not be read as the next reply
             _end(self._process, self._owner)
             raise
 
@@ -128,7 +136,12 @@ class _Worker:
             raise _Failed(f"took longer than {seconds:.3g} s") from error
 
     def _line(self, seconds: float) -> bytes:
-        """The next line that the process writes."""
+        """Returns the next line that the process writes.
+
+        Raises:
+          TimeoutError: no whole line arrives in the given seconds.
+          EOFError: the process has ended.
+        """
         until = time.monotonic() + seconds
         pieces = [self._left]
         with selectors.DefaultSelector() as selector:

@@ -1,6 +1,6 @@
-"""The program of the process that `sandbox` starts: templates of Jinja, and tokenizers of the tokenizers library.
+"""The program of the process that `sandbox` starts, for Jinja templates and for tokenizers of the tokenizers library.
 
-It is started as a script, and reads a question a line. It imports nothing of kd_jax.
+The program is started as a script and reads one request per line. It imports nothing from kd_jax.
 """
 
 import contextlib
@@ -10,16 +10,16 @@ import sys
 from typing import Any, NoReturn
 
 MIB = 2**20
-CHARACTERS = MIB  # of a rendered text, and 16 times the message's own
+CHARACTERS = MIB  # the limit of a rendered text, plus 16 times the size of the variables
 
 
 class Failed(Exception):
-    """A failure whose message is the end of a sentence on the template."""
+    """A failure whose message is the end of a sentence about the template."""
 
 
 def _serve(kind: str, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # writes no file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # the process may write no file
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     kept: dict[str, Any] = {}
@@ -32,7 +32,7 @@ def _serve(kind: str, memory: int) -> None:
             _reply({"error": f"needed more than {memory // MIB} MiB of memory"})
         except Failed as error:
             _reply({"error": str(error)[:500]})
-        except BaseException as error:  # of whatever kind: the template's own program raised it, or Rust panicked
+        except BaseException as error:  # any error of a template, or a panic of Rust
             _reply({"error": f"{type(error).__name__}: {str(error)[:500]}"})
 
 
@@ -58,7 +58,7 @@ def _tokenized(kept: dict[str, Any], method: str, arguments: list[Any], content:
 def _templated(
     compiled: dict[str, Any], template: str, variables: dict[str, Any] | None = None, date: str = ""
 ) -> list[str] | str:
-    """The answer to `names`, or with variables the answer to `render`."""
+    """Returns the answer to `names`, or with variables the answer to `render`."""
     import jinja2
 
     if template not in compiled:
@@ -92,29 +92,29 @@ def _rendered(template: Any, variables: dict[str, Any], date: str) -> str:
             length += len(piece)
             if length > limit:
                 raise Failed(f"writes more than {limit} characters")
-    except jinja2.TemplateError as error:  # raise_exception and what the sandbox refuses, among others
+    except jinja2.TemplateError as error:  # for example from raise_exception, or refused by the sandbox
         raise Failed(str(error)) from error
     return "".join(pieces)
 
 
 def _environment() -> Any:
-    """Jinja with transformers' settings, so that a template gives here what the template gives there.
+    """Returns a Jinja environment with the settings of transformers, so that a template gives the same text as there.
 
-    One thing differs: `strftime_now` is a variable of `_rendered`, since the present date in a prompt would change the rows of
-    a run that is resumed on another day.
+    There is one difference: `strftime_now` is a variable of `_rendered`. The present date in a prompt would change the
+    rows of a run that is resumed on another day.
     """
     from jinja2 import exceptions, ext, nodes, utils
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(ext.Extension):
-        """The tag `generation`, which marks the text of the assistant; the text itself is rendered as without the tag."""
+        """The tag `generation`, which marks the text of the assistant. The text is rendered as without the tag."""
 
         tags = {"generation"}  # noqa: RUF012  # as in Jinja
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            # A call block is what transformers has: variables that are set inside the tag end with the tag.
+            # transformers uses a call block, too: variables that are set inside the tag end with the tag.
             return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
 
         def _text(self, caller: Any) -> str:
@@ -124,7 +124,7 @@ def _environment() -> Any:
         """Jinja's namespace without attributes that begin with an underscore, which transformers refuses, too."""
 
         def __init__(*arguments: Any, **attributes: Any) -> None:
-            self, *rest = arguments  # so that an attribute may be called self
+            self, *rest = arguments  # allows an attribute with the name self
             utils.Namespace.__init__(self)
             for name, value in dict(*rest, **attributes).items():
                 self[name] = value
@@ -151,7 +151,7 @@ def _raise_exception(message: str) -> NoReturn:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    # Jinja's own filter escapes HTML, and has other keywords.
+    # The filter of Jinja escapes HTML and has other keywords.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -7,11 +7,11 @@ Four files can name such tokens, and they can disagree. The order is that of `Pr
    Otherwise special_tokens_map.json overrides tokenizer_config.json, and added_tokens.json adds tokens.
 3. The defaults of the tokenizer's class fill the gaps.
 
-Each token so found becomes an added token. Its id is the one that it has in the vocabulary, or else the next free id: like
-the tokenizers library, transformers uses the ids in the files only to order the tokens.
+Each token that is found in this way becomes an added token. Its id is its id in the vocabulary, or else the next free
+id. Like the tokenizers library, transformers uses the ids in the files only to order the tokens.
 
-The flags `add_bos_token` and `add_eos_token` in tokenizer_config.json have no effect: beside a tokenizer.json, transformers
-drops them, and the post-processor of tokenizer.json alone decides which tokens are put around a text.
+The flags `add_bos_token` and `add_eos_token` in tokenizer_config.json have no effect. If there is a tokenizer.json,
+transformers ignores these flags. Only the post-processor of tokenizer.json decides which tokens are put around a text.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from kd_jax import untrusted
 KINDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 END = "<|endoftext|>"
-# What a class of transformers puts in where no file names the token. A class that is not listed here puts in nothing.
+# The tokens that a class of transformers uses if no file names them. A class that is not listed here has no defaults.
 DEFAULTS: dict[str, dict[str, str | None]] = {
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "GPT2Tokenizer": {"bos_token": END, "eos_token": END, "unk_token": END, "pad_token": None},
@@ -38,15 +38,15 @@ Token = str | dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """The parsed files of a tokenizer's folder, each an empty object where the folder lacks it.
+    """The parsed files of a tokenizer's folder, each an empty object if the folder lacks the file.
 
     Attributes:
-      folder: for the messages.
-      tokenizer: tokenizer.json.
-      config: tokenizer_config.json.
-      special_tokens_map: special_tokens_map.json.
-      added_tokens: added_tokens.json, token -> id.
-      model_type: of config.json, or None.
+      folder: the folder, for messages.
+      tokenizer: the content of tokenizer.json.
+      config: the content of tokenizer_config.json.
+      special_tokens_map: the content of special_tokens_map.json.
+      added_tokens: the content of added_tokens.json: token -> id.
+      model_type: the field model_type of config.json, or None.
     """
 
     folder: Path
@@ -65,15 +65,16 @@ class Files:
 def resolve(files: Files) -> tuple[dict[str, str | None], list[dict[str, Any]]]:
     """Returns the named special tokens, and the tokens that transformers adds to those of tokenizer.json.
 
-    A default of the tokenizer's class counts only where the vocabulary has it: transformers would add it with a new id,
-    which the model has never seen.
+    A default of the tokenizer's class counts only if the vocabulary has the token. transformers would add a missing one
+    with a new id, which the model has never seen.
 
     Returns:
-      "eos_token" and so on, and the names of a model's own tokens such as "image_token" -> the token's text, or None where a
-      file says that there is none. A kind that no file names is missing. And the tokens to append to `added_tokens` of
-      tokenizer.json, in order, without ids.
+      Two values. The first is a dict from "eos_token" and so on, and from the names of a model's own tokens such as
+        "image_token", to the token's text. The text is None if a file says that there is no such token. A kind that no
+        file names is missing. The second value is the list of tokens to append to `added_tokens` of tokenizer.json, in
+        order, without ids.
     Raises:
-      ValueError: an entry of the wrong type, with its file and key.
+      ValueError: an entry has the wrong type; the message names the file and the key.
     """
     where = str(files.folder / "tokenizer_config.json")
     named, specific, listed = dict(files.config), {}, _listed(files)
@@ -116,7 +117,7 @@ def model_tokens(tokenizer: dict[str, Any]) -> set[str]:
     """Returns the tokens that the model of a tokenizer.json has in its vocabulary."""
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, list):  # of Unigram: [token, score]
+    if isinstance(vocabulary, list):  # a Unigram vocabulary: [token, score]
         vocabulary = [entry[0] for entry in vocabulary if isinstance(entry, list) and entry]
     return {token for token in vocabulary if isinstance(token, str)} if isinstance(vocabulary, dict | list) else set()
 
@@ -136,7 +137,10 @@ def _in_order(
 
 
 def _move_specific(named: dict[str, Any], specific: dict[str, Any]) -> None:
-    """Moves the tokens of a model's own, like image_token, and an object of extra special tokens to `specific`."""
+    """Moves a model's own tokens from `named` to `specific`.
+
+    These are tokens such as image_token, and extra special tokens that are given as an object.
+    """
     for key in list(named):
         token = named[key]
         if (
@@ -151,7 +155,7 @@ def _move_specific(named: dict[str, Any], specific: dict[str, Any]) -> None:
 
 
 def _override(named: dict[str, Any], special_tokens_map: dict[str, Any]) -> None:
-    """Puts special_tokens_map.json over tokenizer_config.json."""
+    """Overrides the entries of tokenizer_config.json by those of special_tokens_map.json."""
     special = lambda token: token | {"special": True, "__type": "AddedToken"} if isinstance(token, dict) else token
     for key, value in special_tokens_map.items():
         if isinstance(value, list):
@@ -164,7 +168,7 @@ def _override(named: dict[str, Any], special_tokens_map: dict[str, Any]) -> None
 
 
 def _listed(files: Files) -> dict[int, dict[str, Any]]:
-    """Returns id -> token of what tokenizer.json lists as added tokens."""
+    """Returns id -> token for the added tokens that tokenizer.json lists."""
     where, found = f"{files.folder / 'tokenizer.json'}: added_tokens", files.tokenizer.get("added_tokens")
     if not isinstance(found, list | None):
         raise ValueError(f"{where} is {untrusted.shown(found)}; expected a list of tokens.")
@@ -194,7 +198,10 @@ def _of_encoder(found: dict[str, Any], special: set[str], where: str) -> dict[in
 
 
 def _defaults(files: Files) -> dict[str, str | None]:
-    """Returns what the class that AutoTokenizer chooses puts in, and before that the padding token of tokenizer.json."""
+    """Returns the default tokens of the class that AutoTokenizer chooses.
+
+    If the class has no default padding token, the padding token of tokenizer.json is used.
+    """
     named, registered = files.config.get("tokenizer_class"), ""
     named = named.removesuffix("Fast") if isinstance(named, str) else ""
     if isinstance(files.model_type, str):
@@ -233,7 +240,7 @@ def _content(token: Any) -> str:
 
 
 def _checked(token: Any, where: str) -> Token | None:
-    """Returns a token as some file names it; an empty text is none."""
+    """Returns a token as a file names it. An empty text means that there is no token."""
     return (token or None) if isinstance(token, str | None) else _token(token, where)
 
 
@@ -247,7 +254,7 @@ def _token(token: Any, where: str) -> dict[str, Any]:
 
 
 def _whole(token: dict[str, Any]) -> dict[str, Any]:
-    """Returns the token with all its flags; a missing one has the default of the tokenizers library."""
+    """Returns the token with all its flags. A missing flag has the default of the tokenizers library."""
     flags = dict.fromkeys(FLAGS, False) | {"normalized": not token.get("special")}
     flags |= {flag: token[flag] for flag in FLAGS if token.get(flag) is not None}
     return {"content": token["content"]} | flags

@@ -1,4 +1,4 @@
-"""Plain text files, for packing to length."""
+"""The dataset of plain text files, whose tokens are packed into rows of full length."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,17 +12,20 @@ PIECE = 64 * 1024
 def source(
     path: str | tuple[str, ...], validation_path: str | tuple[str, ...] = "", validation_fraction: float = 0.02
 ) -> tuple[str, dict[str, Callable[[], Iterable[dict[str, str]]]]]:
-    """Splits train and validation, of files divided at line ends into pieces of about 64 Ki characters (at most twice as many).
+    """Returns the fingerprint and the splits train and validation of plain text files.
+
+    The files are divided at line ends into pieces of about 64 Ki characters, and of at most twice that length.
 
     Args:
       path: a file, a pattern such as 'books/*.txt', or several of them.
-      validation_path: the same, of held-out text; empty: a part of `path` is held out.
-      validation_fraction: the share of pieces that is held out then, by a hash of their text. Above 0 both splits have at least
-        one piece, and if there is one piece only, its last lines are held out. With 0 nothing is held out.
+      validation_path: a file, a pattern or several of them with held-out text. Empty: a part of `path` is held out.
+      validation_fraction: the share of pieces of `path` that is held out, in [0, 1), by a hash of their text. Above 0
+        both splits have at least one piece. If there is only one piece, its last lines are held out. With 0 nothing is
+        held out.
 
     Raises:
-      ValueError: a pattern that matches no file, a file that is not UTF-8, no text at all, one line where some text is to be held
-        out, or a share out of range.
+      ValueError: a pattern matches no file, a file is not UTF-8, there is no text, or the share is out of range. Text
+        of one line raises it, too, if some of the text is to be held out.
     """
     jsonl.check_share(validation_fraction, validation_path)
     training, held_out = _files("path", path), _files("validation_path", validation_path) if validation_path else []
@@ -56,7 +59,7 @@ def _files(option: str, path: str | tuple[str, ...]) -> list[Path]:
 
 
 def _part(files: list[Path], split: str, share: float) -> Iterator[str]:
-    """The pieces of a split; a piece that is alone is divided."""
+    """Yields the pieces of a split. If there is only one distinct piece, it is divided."""
     fractions = list(map(jsonl.fraction, _all_pieces(files)))
     if len(set(fractions)) == 1:
         yield _divide(next(_all_pieces(files)), share, files[0])[split]
@@ -66,7 +69,13 @@ def _part(files: list[Path], split: str, share: float) -> Iterator[str]:
 
 
 def _divide(piece: str, share: float, path: Path) -> dict[str, str]:
-    """A piece in two at the line end that leaves about the share behind it."""
+    """Returns a piece in two parts: train and validation.
+
+    The division is at the line end that leaves about `share` of the text for validation.
+
+    Raises:
+      ValueError: the piece has only one line of text.
+    """
     ends = [place + 1 for place, character in enumerate(piece) if character == "\n"]
     ends = [end for end in ends if piece[:end].strip() and piece[end:].strip()]
     if not ends:
@@ -86,6 +95,6 @@ def _pieces(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8-sig") as file:  # without the mark that Windows writes before the text
             while piece := file.read(PIECE):
-                yield piece + file.readline(PIECE)  # to the line's end, but no further than as much again
+                yield piece + file.readline(PIECE)  # up to the line's end, but at most PIECE characters more
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as UTF-8 text ({error}).") from error

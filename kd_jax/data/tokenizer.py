@@ -1,4 +1,4 @@
-"""Text to ids and back: a Hugging Face folder's tokenizer.json, read by the tokenizers library."""
+"""The tokenizer: a Hugging Face folder's tokenizer.json, read by the tokenizers library."""
 
 import contextlib
 import copy
@@ -12,7 +12,7 @@ from kd_jax import untrusted
 from kd_jax.data import limited, tokenizer_folder
 from kd_jax.data.tokenizer_json import named_errors, read_fields
 
-NAMING = ("tokenizer_config.json", "special_tokens_map.json")  # the files that name the end token
+NAMING = ("tokenizer_config.json", "special_tokens_map.json")  # the files that can name the end token
 
 
 class Tokenizer:
@@ -21,22 +21,23 @@ class Tokenizer:
     Attributes:
       vocab_size: the largest id plus one.
       eos_id: the end token that is written after a response, so that a model learns it.
-      end_ids: every token that ends a response; the first one is `eos_id`.
-      bos_id: begins a text, or None.
-      eos_token, bos_token: the folder's end and first token as text, "" for none.
-      special_tokens: the special tokens that the folder names, by the names that a chat template reads, such as pad_token.
-      pad_id: fills rows; the folder's end token where the folder names no padding.
-      prefix_ids: the tokens that the post-processor puts before a text, such as a bos. What it puts after a text is never used:
-        an end token there would stand between a prompt and its response.
-      chat_template: Jinja, or None.
-      folder: where it was loaded from.
+      end_ids: all tokens that end a response; the first one is `eos_id`.
+      bos_id: the token that begins a text, or None.
+      eos_token, bos_token: the folder's end token and first token as text; "" for none.
+      special_tokens: the special tokens that the folder names, by the variable names of a chat template, such as
+        pad_token.
+      pad_id: the token that fills rows; the folder's end token if the folder names no padding token.
+      prefix_ids: the tokens that the post-processor puts before a text, such as a bos. Tokens that it puts after a text
+        are never used: an end token there would stand between a prompt and its response.
+      chat_template: the Jinja chat template, or None.
+      folder: the folder from which the tokenizer was loaded.
     """
 
     def __init__(self, content: tokenizer_folder.Folder):
-        """Makes a tokenizer of a folder's content.
+        """Makes a tokenizer from a folder's content.
 
         Raises:
-          ValueError: as `tokenizer_folder.resolve`.
+          ValueError: the content is invalid, as in `tokenizer_folder.resolve`.
         """
         self._content, self.folder = content, content.path
         self._backend, special = tokenizer_folder.resolve(content)
@@ -49,19 +50,20 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json, and beside it the special tokens and the chat template.
+        """Reads tokenizer.json, the special tokens and the chat template of a folder.
 
         Raises:
-          ValueError: as `tokenizer_folder.read` and `tokenizer_folder.resolve`.
+          ValueError: the folder is invalid, as in `tokenizer_folder.read` and `tokenizer_folder.resolve`.
         """
         return cls(tokenizer_folder.read(Path(folder).expanduser()))
 
     def with_ends(self, eos_id: int, others: Iterable[int] = ()) -> "Tokenizer":
-        """Returns the same tokenizer with another trained end, and with more ends.
+        """Returns a copy of the tokenizer with another trained end token, and with more end tokens.
 
         Args:
           eos_id: the token that is written after a response.
-          others: more tokens that end a response. Ids that the tokenizer does not have are ignored: no text contains them.
+          others: more tokens that end a response. Ids that the tokenizer does not have are ignored, since no text
+            contains them.
         """
         changed = copy.copy(self)
         changed.eos_id, changed.end_ids = eos_id, self._with_known(eos_id, (*self.end_ids, *others))
@@ -71,13 +73,13 @@ class Tokenizer:
         return tuple(dict.fromkeys((eos_id, *(number for number in others if 0 <= number < self.vocab_size))))
 
     def limited(self, size: int) -> "Tokenizer":
-        """Returns this tokenizer without its added tokens of id `size` or more, which it then finds in no text.
+        """Returns this tokenizer without its added tokens of id `size` or more, which are then found in no text.
 
         Args:
-          size: ids that stay.
+          size: the number of ids that are kept.
         Raises:
-          ValueError: what has such an id is no added token, or not rare (`limited.tokens_beyond`), or ends, begins or pads a
-            text.
+          ValueError: a token with such an id is not an added token, or it is the end, first or padding token. Or there
+            are too many such tokens (`limited.tokens_beyond`), or other tokens would change their ids.
         """
         if size >= self.vocab_size:
             return self
@@ -95,14 +97,14 @@ class Tokenizer:
             raise ValueError(
                 f"{self.folder}: without its {len(gone)} last added tokens, other tokens change their ids."
             )
-        found.encode("", add_special_tokens=True)  # refuses a post-processor with an id that is gone
+        found.encode("", add_special_tokens=True)  # refuses a post-processor that uses a removed id
         return found.with_ends(self.eos_id, self.end_ids)
 
     def tokens_beyond(self, size: int) -> list[str]:
         """Returns the added tokens of id `size` or more.
 
         Raises:
-          ValueError: as `limited.tokens_beyond`.
+          ValueError: the tokens cannot be removed, as in `limited.tokens_beyond`.
         """
         if size >= self.vocab_size:
             return []
@@ -111,14 +113,23 @@ class Tokenizer:
             return limited.tokens_beyond(self.vocabulary(), fields, size)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Ids of a text; special tokens are what the tokenizer's own post-processor adds."""
+        """Returns the ids of a text.
+
+        Args:
+          text: the text.
+          add_special_tokens: True to add the special tokens of the tokenizer's post-processor.
+        """
         return self.encode_batch([text], add_special_tokens)[0]
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
-        """Ids of many texts, on all cores.
+        """Returns the ids of many texts, which are encoded on all cores.
+
+        Args:
+          texts: the texts.
+          add_special_tokens: the argument of `encode`.
 
         Raises:
-          ValueError: the tokenizer fails on a text, or gives an id that is none of its own.
+          ValueError: the tokenizer fails on a text, or returns an id that is outside its vocabulary.
         """
         with self._named("encode"):
             encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
@@ -133,17 +144,17 @@ class Tokenizer:
             )
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """Returns the ids of prompts and of the responses that follow them, each pair encoded as one text.
+        """Returns the ids of prompts and of their responses. Each pair is encoded as one text.
 
-        Encoded apart, a response would begin as a text begins: SentencePiece-like tokenizers put a "▁" there. The text is split
-        before the token that holds the response's first character, so that a token with characters of both belongs to the
-        response. No special token is added.
+        If a response were encoded alone, it would begin as a text begins: tokenizers such as SentencePiece put a "▁"
+        there. The text is split before the token that holds the response's first character. So a token with characters
+        of both belongs to the response. No special token is added.
 
         Args:
-          pairs: (rendered prompt, response).
+          pairs: the pairs of (rendered prompt, response).
 
         Raises:
-          ValueError: as in `encode_batch`.
+          ValueError: the tokenizer fails, as in `encode_batch`.
         """
         with self._named("encode"):
             encoded = self._backend.encode_batch([prompt + text for prompt, text in pairs], add_special_tokens=False)
@@ -156,13 +167,13 @@ class Tokenizer:
         return rows
 
     def token_ends(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns where each token of each text ends, in characters."""
+        """Returns the end position of each token of each text, in characters."""
         with self._named("encode"):
             encoded = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [[end for _, end in encoding.offsets] for encoding in encoded]
 
     def begins_with_prefix(self, ids: Sequence[int]) -> bool:
-        """Whether a text has, as text, the tokens that the post-processor would put before it."""
+        """Returns True if the ids of a text already begin with `prefix_ids`."""
         return bool(self.prefix_ids) and tuple(ids[: len(self.prefix_ids)]) == self.prefix_ids
 
     def strip_ends(self, ids: Sequence[int]) -> list[int]:
@@ -173,11 +184,14 @@ class Tokenizer:
         return list(ids[:length])
 
     def with_prefix(self, ids: list[int]) -> list[int]:
-        """Returns a text's ids with `prefix_ids` before them, unless the text begins with these tokens itself."""
+        """Returns a text's ids with `prefix_ids` before them, unless the text already begins with these tokens."""
         return ids if self.begins_with_prefix(ids) else [*self.prefix_ids, *ids]
 
     def _find_prefix(self) -> tuple[int, ...]:
-        """Returns what the post-processor puts before the first of these texts that has a token."""
+        """Returns the tokens that the post-processor puts before a text.
+
+        They are found with the first of a few test texts that has a token.
+        """
         for text in ("a", "0", " ", "."):
             bare, whole = (self.encode(text, special) for special in (False, True))
             if bare:
@@ -186,7 +200,12 @@ class Tokenizer:
         return ()
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids."""
+        """Returns the text of ids.
+
+        Args:
+          ids: the token ids.
+          skip_special_tokens: True to omit special tokens from the text.
+        """
         with self._named("decode"):
             return self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
 
@@ -194,7 +213,10 @@ class Tokenizer:
         return named_errors(f"{self.folder}: tokenizer.json cannot {what} this")
 
     def fingerprint(self) -> str:
-        """A hash of all that decides the ids of a row: the tokenizer itself, its first token and the end that is trained."""
+        """Returns a hash of everything that decides the ids of a row.
+
+        The hash covers the tokenizer itself, the first token and the trained end token.
+        """
         what = self._backend.to_str() + str((self.bos_id, self.eos_id))
         return hashlib.sha256(what.encode()).hexdigest()[:12]
 
@@ -204,21 +226,27 @@ class Tokenizer:
             return f"{number} ({untrusted.shown(self._backend.id_to_token(number))})"
 
     def is_added(self, number: int) -> bool:
-        """Whether an id is that of an added token, such as a control token, and not of the model's own vocabulary."""
+        """Returns True if an id belongs to an added token, such as a control token.
+
+        The ids of the model's own vocabulary give False.
+        """
         return number in self._added
 
     def vocabulary(self) -> dict[str, int]:
-        """Token -> id, added tokens included."""
+        """Returns the ids by token, added tokens included."""
         return self._backend.get_vocab(with_added_tokens=True)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the files that it was loaded from. They are unchanged, unless they name another end token than `eos_id`."""
+        """Writes the files from which the tokenizer was loaded.
+
+        The files are unchanged, unless they name another end token than `eos_id`.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in (self._content.files | self._files_with_end()).items():
             (Path(folder) / name).write_bytes(content)
 
     def _files_with_end(self) -> dict[str, bytes]:
-        """Returns the files in which `eos_id` has to be named as the end token, and is not."""
+        """Returns the changed files that name `eos_id` as the end token; {} if the folder already does so."""
         with self._named("name the end token of"):
             token = self._backend.id_to_token(self.eos_id)
         if token == self.eos_token:

@@ -1,10 +1,12 @@
-"""Tokenizers that are made of something else than published ones are: they work in `sandbox`'s process, which has a time limit.
+"""Tokenizers with unusual parts, which work in the process of `sandbox` under a time limit.
 
-What published ones are made of needs time that goes with the text. Of a regular expression in general nobody can say: one of 30
-characters takes hours over a sentence. So those that are in use are known here by their text, and any other one, and steps or
-tokens of unusual numbers and lengths, cost the start of a process, a tenth of a second, and the ids' way from there.
+The parts of published tokenizers need time proportional to the text. No such bound is known for a regular expression in
+general: one of 30 characters can take hours for a sentence. So the regular expressions in use are listed here by their
+text. A tokenizer with any other one, or with an unusual number of steps or length of tokens, works in another process.
+This costs a tenth of a second to start the process, and the time to send the ids back.
 
-What remains: the limit is a call's, and a run makes many; and the tokenizers library's own code is trusted.
+Two risks remain. The time limit is for one call, and a run makes many calls. The code of the tokenizers library itself
+is trusted.
 """
 
 from collections.abc import Iterator
@@ -14,10 +16,10 @@ from typing import Any
 from kd_jax.data import sandbox
 
 MAX_STEPS = 100
-PIECE = 64  # characters of a token of Unigram's, whose time goes with the number of tokens that begin at a place
-ADDED = 10**7  # characters that the added tokens become, which are normalised when they are read
+PIECE = 64  # characters of a Unigram token; time grows with the number of tokens that begin at a position
+ADDED = 10**7  # characters of the added tokens after normalisation, which happens when they are read
 REGEXES = frozenset({
-    # GPT-2, and what has its tokenizer
+    # GPT-2 and models with its tokenizer
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     # Llama 3
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -38,16 +40,16 @@ REGEXES = frozenset({
     r"[一-龥぀-ゟ゠-ヿ]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    # Parts of several
+    # Parts of several tokenizers
     r"\p{N}{1,3}", r"\p{N}", r"[0-9][0-9][0-9]", r"\d", r"\s+", " {2,}",
 })  # fmt: skip
 
 
 class Elsewhere:
-    """What kd_jax uses of a `tokenizers.Tokenizer`, in the other process.
+    """The part of `tokenizers.Tokenizer` that kd_jax uses, run in the other process.
 
     Raises:
-      ValueError: from here on, whatever goes wrong there.
+      ValueError: any call fails in the other process.
     """
 
     def __init__(self, content: bytes):
@@ -83,12 +85,12 @@ class Elsewhere:
 
 
 def is_usual(steps: list[Any], pieces: list[str], added: int) -> bool:
-    """Whether a tokenizer may work in this process.
+    """Returns True if a tokenizer may work in this process.
 
     Args:
-      steps: what stands in its file for normalizer, pre_tokenizer, post_processor and decoder.
-      pieces: the tokens of a Unigram model; none for another one.
-      added: characters that its added tokens may become.
+      steps: the fields normalizer, pre_tokenizer, post_processor and decoder of tokenizer.json.
+      pieces: the tokens of a Unigram model; empty for other models.
+      added: the number of characters that the added tokens may become.
     """
     found = list(_dicts(steps))
     regexes = {regex for step in found if isinstance(regex := step.get("Regex", ""), str) and "Regex" in step}

@@ -1,4 +1,4 @@
-"""A tokenizer's folder: its files, and the special tokens that they and the model's configuration name together."""
+"""A tokenizer's folder: its files, and the special tokens that these files and the model's configuration name."""
 
 import dataclasses
 import json
@@ -26,9 +26,9 @@ class Folder:
     """The content of a tokenizer's folder.
 
     Attributes:
-      path: for messages.
-      files: name -> content, of `FILES` those that the folder has.
-      config, generation_config: of the model beside the tokenizer; empty where there is none.
+      path: the path, for messages.
+      files: the contents by name, for those `FILES` that the folder has.
+      config, generation_config: the configuration files of the model in the same folder; empty if they are missing.
     """
 
     path: Path
@@ -42,13 +42,13 @@ class Special:
     """The special tokens of a folder.
 
     Attributes:
-      bos_id: begins a text, or None.
-      eos_id: ends a text.
-      pad_id: fills rows; the end token where no file names a padding token.
-      named: the tokens that a chat template reads, by its variables' names, such as pad_token.
-      added: ids of added tokens, such as control tokens.
-      ends: ids at which the model's configuration says that a text ends.
-      chat_template: Jinja, or None.
+      bos_id: the token that begins a text, or None.
+      eos_id: the token that ends a text.
+      pad_id: the token that fills rows; the end token if no file names a padding token.
+      named: the tokens that a chat template reads, by the template's variable names, such as pad_token.
+      added: the ids of added tokens, such as control tokens.
+      ends: the ids that end a text according to the model's configuration.
+      chat_template: the Jinja chat template, or None.
     """
 
     bos_id: int | None
@@ -64,7 +64,7 @@ def read(path: Path) -> Folder:
     """Reads the files of a tokenizer's folder.
 
     Raises:
-      ValueError: no such folder, no tokenizer.json, or a file that cannot be read.
+      ValueError: the folder or its tokenizer.json does not exist, or a file cannot be read.
     """
     untrusted.check_folder(path)
     if not (path / "tokenizer.json").exists():
@@ -74,13 +74,13 @@ def read(path: Path) -> Folder:
 
 
 def resolve(folder: Folder) -> tuple[Any, Special]:
-    """Returns the tokenizers library's tokenizer, or an `Elsewhere`, and the special tokens.
+    """Returns the tokenizer of the tokenizers library, or an `Elsewhere`, and the special tokens.
 
-    The special tokens are those that transformers finds (`special_tokens.resolve`). Where no file of the tokenizer names one,
-    the model's config.json and generation_config.json do.
+    The special tokens are those that transformers finds (`special_tokens.resolve`). If no file of the tokenizer names a
+    special token, the model's config.json and generation_config.json are used.
 
     Raises:
-      ValueError: a tokenizer.json that cannot be read, no end token anywhere, or a special token for which the model has no id.
+      ValueError: tokenizer.json cannot be read, no file names an end token, or the model has no id for a special token.
     """
     path = folder.path
     ids_of_model = folder.config | folder.generation_config
@@ -100,10 +100,10 @@ def resolve(folder: Folder) -> tuple[Any, Special]:
         with named_errors(f"{files.where(f'{kind}_token')}: the {kind}_token"):
             number = backend.token_to_id(token) if token else None
         if f"{kind}_token" not in tokens or (kind == "eos" and not token):
-            # As GPT-2's folder has it; a bos_token of null says that there is none.
+            # GPT-2's folder names its tokens only by id. A bos_token of null means that there is none.
             number = ids_of_model.get(f"{kind}_token_id")
         number = number[0] if isinstance(number, list) and number else number
-        if number == -1 and kind == "pad":  # the first Llama folders write this for none
+        if number == -1 and kind == "pad":  # the first Llama folders write -1 for no padding token
             number = None
         check_ids(backend, () if number is None else (number,), f"{path}: {kind}_token_id")
         ids[kind] = number
@@ -127,7 +127,7 @@ def resolve(folder: Folder) -> tuple[Any, Special]:
 
 
 def _as_ids(found: Any) -> tuple[int, ...]:
-    """Returns a field that has an id, a list of ids, or nothing, as a tuple."""
+    """Returns a field that is an id, a list of ids, or None, as a tuple of ids."""
     found = found if isinstance(found, list) else [found]
     return tuple(number for number in found if isinstance(number, int) and not isinstance(number, bool))
 
@@ -146,9 +146,9 @@ def _parsed(files: dict[str, bytes], folder: Path, name: str) -> dict[str, Any]:
 def _check_room(
     backend: Any, files: special_tokens.Files, tokens: dict[str, str | None], model: dict[str, Any]
 ) -> None:
-    """Checks that the model beside the tokenizer has an id for a special token that tokenizer.json lacks.
+    """Checks that the model in the same folder has an id for each special token that tokenizer.json lacks.
 
-    Without a config.json there is no model to check; what loads one compares the sizes.
+    Without a config.json there is no model to check. The code that loads a model compares the sizes.
     """
     own, size = special_tokens.own_tokens(files.tokenizer), model.get("vocab_size")
     for kind in ("bos_token", "eos_token", "pad_token"):
@@ -165,11 +165,11 @@ def _check_room(
 
 
 def _chat_template(folder: Folder, named: dict[str, Any]) -> str | None:
-    """Returns the template of chat_template.jinja, or else that of tokenizer_config.json."""
+    """Returns the template of chat_template.jinja, or else the template of tokenizer_config.json."""
     if CHAT_TEMPLATE in folder.files:
         return untrusted.decoded(folder.files[CHAT_TEMPLATE], folder.path / CHAT_TEMPLATE)
     chat = named.get("chat_template")
-    if isinstance(chat, list):  # several, by name
+    if isinstance(chat, list):  # several templates, by name
         chat = next(
             (entry.get("template") for entry in chat if isinstance(entry, dict) and entry.get("name") == "default"),
             None,

@@ -1,4 +1,7 @@
-"""tokenizer.json, before and while the tokenizers library reads it: its panics, its ids, and what could blow a text up."""
+"""Checks of tokenizer.json before and while the tokenizers library reads it.
+
+They cover panics of the library, ids out of range, and settings that could make a text extremely long.
+"""
 
 import base64
 import binascii
@@ -13,15 +16,18 @@ from kd_jax import untrusted
 from kd_jax.data.tokenizer_elsewhere import Elsewhere, is_usual
 
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-MAX_GROWTH = 10_000  # of a text, by everything in a tokenizer together; in use are 2 or 3
-MAX_WORD = 1_000  # characters; WordPiece's time goes with their square
-MAX_TOKEN = 1_000  # characters, also of what marks a place in a word: of an unknown text, each may become one
-HOLES = 65_536  # ids without a token
+MAX_GROWTH = 10_000  # the growth factor of a text by all parts of a tokenizer; tokenizers in use have 2 or 3
+MAX_WORD = 1_000  # characters; the time of WordPiece grows with their square
+MAX_TOKEN = 1_000  # characters, also of prefixes and suffixes; each unknown character may become such a token
+HOLES = 65_536  # the largest number of ids without a token
 
 
 @contextlib.contextmanager
 def named_errors(what: str) -> Iterator[None]:
-    """The library's errors as ValueErrors; a Rust panic arrives as an exception that is no Exception."""
+    """Turns the library's errors into ValueErrors that begin with `what`.
+
+    A panic of Rust arrives as an exception that is not a subclass of Exception.
+    """
     try:
         yield
     except BaseException as error:
@@ -34,7 +40,7 @@ def read_fields(path: Path, content: bytes) -> dict[str, Any]:
     """Returns the fields of a tokenizer.json.
 
     Raises:
-      ValueError: no JSON object, or none of a tokenizer.
+      ValueError: the content is not a JSON object, or not that of a tokenizer.
     """
     fields = untrusted.parse_json(content, str(path))
     if not isinstance(fields, dict):
@@ -45,24 +51,26 @@ def read_fields(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def with_added(fields: dict[str, Any], tokens: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the fields with more added tokens behind those that they have.
+    """Returns the fields with more added tokens, after the existing ones.
 
-    The library reads added tokens in order, and gives a token that the vocabulary lacks the next free id. It ignores the id
-    in the file, but needs one.
+    The library reads added tokens in order, and gives a token that the vocabulary lacks the next free id. It ignores
+    the id in the file, but requires one.
     """
     return fields | {"added_tokens": [*(fields.get("added_tokens") or ()), *({"id": 0} | token for token in tokens)]}
 
 
 def read_backend(path: Path, content: bytes, fields: dict[str, Any]) -> Any:
-    """The library's tokenizer of a tokenizer.json, without padding and truncation, or, of an unusual one, `Elsewhere`.
+    """Returns the library's tokenizer for a tokenizer.json, without padding and truncation.
+
+    An unusual tokenizer is returned as an `Elsewhere`.
 
     Args:
-      path: for the messages.
-      content: of the file, or what `with_added` made of it.
-      fields: the same as `read_fields` returns them.
+      path: the path, for messages.
+      content: the content of the file, with the tokens of `with_added` if there are any.
+      fields: the fields of the content, as `read_fields` returns them.
     Raises:
-      ValueError: what the library cannot read, ids far beyond the number of tokens, or what would make a text thousands of
-        times as long.
+      ValueError: the library cannot read the content, ids are far larger than the number of tokens, or a text could
+        become thousands of times as long.
     """
     if (times := growth(fields)) > MAX_GROWTH:
         raise ValueError(
@@ -103,7 +111,10 @@ def added_tokens(fields: dict[str, Any]) -> list[str]:
 
 
 def _texts(found: Any) -> list[str]:
-    """Of a vocabulary, in whichever of its forms, or of added tokens; what is none of them the library refuses."""
+    """Returns the texts of a vocabulary, in any of its forms, or of added tokens.
+
+    Entries of other types are omitted, because the library refuses them.
+    """
     texts = []
     for entry in found if isinstance(found, dict | list) else ():
         if isinstance(entry, list) and entry:  # [token, score]
@@ -116,7 +127,11 @@ def _texts(found: Any) -> list[str]:
 
 
 def check_ids(backend: Any, ids: Iterable[Any], where: str) -> None:
-    """Each must be a whole number below the largest id plus one."""
+    """Checks that each id is a whole number below the largest id of the tokenizer plus one.
+
+    Raises:
+      ValueError: an id is invalid; the message begins with `where`.
+    """
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     for number in ids:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < size:
@@ -124,7 +139,9 @@ def check_ids(backend: Any, ids: Iterable[Any], where: str) -> None:
 
 
 def growth(fields: dict[str, Any]) -> int:
-    """How many times as long a text can become, from above: the product over all steps that write more than they read.
+    """Returns an upper bound on the factor by which a text can grow.
+
+    The bound is the product over all steps that write more than they read.
 
     Example:
       >>> growth({"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "aaa"}, "model": {}})
@@ -150,9 +167,9 @@ def _factor(step: dict[str, Any]) -> int:
         content = step.get("content", step.get("prepend"))
         return max(1, len(content)) if isinstance(content, str) else 1
     if kind in ("ByteLevel", "Metaspace"):
-        return 2  # a byte as two, a blank before each word
+        return 2  # two bytes for a byte, or a blank before each word
     if kind == "BertNormalizer":
-        return 3  # a blank before and after each Chinese character, and as often as it is called
+        return 3  # a blank before and after each Chinese character, at each call
     if kind == "Precompiled":
         return _longest(step.get("precompiled_charsmap"))
     if kind == "TemplateProcessing":
@@ -164,7 +181,10 @@ def _factor(step: dict[str, Any]) -> int:
 
 
 def _longest(charsmap: Any) -> int:
-    """What one character can become: the map is the length of a trie, the trie, and the texts, each with a zero byte after it."""
+    """Returns the length in bytes of the longest text that one character can become.
+
+    The map is the length of a trie, the trie, and the texts, each followed by a zero byte.
+    """
     try:
         content = base64.b64decode(charsmap, validate=True)
     except (binascii.Error, TypeError, ValueError):

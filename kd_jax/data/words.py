@@ -1,7 +1,8 @@
-"""Words of a text in any script, for scores that compare texts.
+"""The words of a text in any script, for scores that compare texts.
 
-The tokenizer of the package rouge-score keeps a to z and 0 to 9: of a Chinese or a Russian text it keeps nothing, and of "déjà" it
-keeps "d" and "j". The papers' numbers are of that tokenizer, so that Latin text keeps it, accents or not.
+The tokenizer of the package rouge-score keeps only a to z and 0 to 9. It keeps nothing of a Chinese or a Russian text,
+and only "d" and "j" of "déjà". The numbers of the papers are made with that tokenizer. So it is also used here for
+Latin text, with or without accents.
 """
 
 import functools
@@ -11,8 +12,8 @@ from rouge_score import tokenizers
 
 # The beginnings of the names that Unicode gives to characters of scripts without spaces between words.
 UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HENTAIGANA", "THAI", "LAO", "KHMER", "MYANMAR")
-FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # ASCII, as wide as a Chinese character
-JOINERS = "\u200c\u200d"  # inside words of Persian and of Indian scripts
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width ASCII -> ASCII
+JOINERS = "\u200c\u200d"  # these occur inside words of Persian and of Indian scripts
 PAPERS, UNICODE = "papers", "unicode"
 DESCRIBED = {
     PAPERS: "words of a to z and 0 to 9, stemmed, as in the papers",
@@ -21,7 +22,9 @@ DESCRIBED = {
 
 
 def normal(text: str) -> str:
-    """Returns the text with one code for what looks the same: composed accents, ASCII for full-width ASCII, and small letters.
+    """Returns the text with one code for equal characters.
+
+    Accents are composed, full-width ASCII becomes ASCII, and letters become lower-case.
 
     Example:
       >>> normal("ＡＢＣ１２３") == "abc123", normal("É") == normal("E\u0301")
@@ -31,14 +34,16 @@ def normal(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Returns the text's words: runs of letters, digits and marks, or in a script without spaces a letter with its marks.
+    """Returns the text's words: runs of letters, digits and marks.
+
+    In a script without spaces between words, each letter with its marks is a word.
 
     Example:
       >>> words("Привет, мир! 使用Python３。"), words("สวัสดี")
       (['привет', 'мир', '使', '用', 'python3'], ['ส', 'วั', 'ส', 'ดี'])
     """
     found: list[str] = []
-    kind = ""  # of the last character: a word goes on, or a mark joins a letter that stands alone
+    kind = ""  # the kind of the last character, which decides whether the next one continues its word
     for character in normal(text):
         before, kind = kind, _kind(character)
         if kind in ("mark", "joiner"):
@@ -53,10 +58,10 @@ def words(text: str) -> list[str]:
 
 
 def tokenizer_of(reference: str) -> str:
-    """Returns which tokenizer ROUGE-L takes for a reference, `PAPERS` or `UNICODE`.
+    """Returns the tokenizer that ROUGE-L uses for a reference, `PAPERS` or `UNICODE`.
 
-    The papers' tokenizer is for references in which at least half of the words have a Latin letter, and for numbers. The
-    decision is the reference's alone, so that all models are measured alike.
+    The papers' tokenizer is used for numbers, and for references in which at least half of the words with letters have
+    a Latin letter. Only the reference decides, so that all models are measured in the same way.
 
     Example:
       >>> [tokenizer_of(text) for text in ("Café 8", "Привет, world", "使用Python编程", "42", "٤٢", "É")]
@@ -68,7 +73,7 @@ def tokenizer_of(reference: str) -> str:
 
 
 class UnicodeTokenizer(tokenizers.Tokenizer):
-    """`words` as a tokenizer of the package rouge-score."""
+    """The function `words` as a tokenizer of the package rouge-score."""
 
     def tokenize(self, text: str) -> list[str]:
         return words(text)
@@ -76,7 +81,7 @@ class UnicodeTokenizer(tokenizers.Tokenizer):
 
 @functools.lru_cache(maxsize=65536)
 def _kind(character: str) -> str:
-    """Returns "word", "alone", "mark" or "joiner"; "" for what separates words."""
+    """Returns "word", "alone", "mark" or "joiner", or "" for a character that separates words."""
     if character in JOINERS:
         return "joiner"
     category = unicodedata.category(character)

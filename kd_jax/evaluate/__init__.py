@@ -1,4 +1,4 @@
-"""How good a student is: its next-token distributions on given text, and the text that it writes itself."""
+"""Evaluation of a student: its next-token distributions on given text, and the text that it writes itself."""
 
 from kd_jax.evaluate.scores import exact_match, number_match, rouge_l, rouge_tokens
 from kd_jax.evaluate.tables import PLACES, by_place

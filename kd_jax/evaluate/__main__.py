@@ -1,8 +1,11 @@
 """python -m kd_jax.evaluate --model=FOLDER [--data=NAME-OR-FILE] --out=DIR [--teacher=FOLDER] ...
 
-Of a finished run's work directory, or of its exported student, the run's dataset, template and lengths are the defaults. The
-command leaves in DIR report.html, table.md, results.jsonl (a line for each generation seed, and one for all) and every text in
-generations.jsonl.
+If --model is the work directory of a finished run, or its exported student, then the run's dataset, template and
+lengths are the defaults. The command writes to DIR:
+
+- report.html and table.md,
+- results.jsonl, with one line for each generation seed and a last line for all seeds,
+- generations.jsonl, with every generated text.
 """
 
 import argparse
@@ -25,13 +28,13 @@ from kd_jax.value_types import EXPECTED, whole_number
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the flags; those that a run may fill in are absent where they are not given (`of_run.filled`)."""
+    """Returns the parsed flags. Flags that a run may fill in are absent if they are not given (`of_run.filled`)."""
     parser = argparse.ArgumentParser(
         prog="python -m kd_jax.evaluate",
         description="A model's texts against references, and its distributions against a teacher's.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
-    parser.register("type", int, _whole_number)  # what type=int means below
+    parser.register("type", int, _whole_number)  # the parser for type=int below
     add = parser.add_argument
 
     def of_the_run(name: str, kind: Any = str, help: str = "", **more: Any) -> None:
@@ -84,13 +87,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def _whole_number(text: str) -> int:
     try:
         return whole_number(text)
-    except ValueError:  # whose message argparse would replace
+    except ValueError:  # argparse would replace the message of a ValueError
         raise argparse.ArgumentTypeError(f"{text!r} is not {EXPECTED[int]}.") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """A model and its teacher, or None, on a mesh."""
+    """A model and its teacher on a mesh. The teacher and its parameters may be None."""
 
     mesh: jax.sharding.Mesh
     tokenizer: data.Tokenizer
@@ -101,15 +104,15 @@ class Models:
 
     @property
     def both(self) -> tuple[models.Model, Any, models.Model | None, Any]:
-        """As `texts.assess` takes them."""
+        """Returns the model, its parameters, the teacher and the teacher's parameters, as `texts.assess` takes them."""
         return self.model, self.params, self.teacher, self.teacher_params
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluates, writes the results, and returns what stands in the last line of results.jsonl.
+    """Evaluates the model, writes the results, and returns the last line of results.jsonl.
 
     Raises:
-      ValueError: whatever is wrong, before anything is computed or written.
+      ValueError: an argument or a file is wrong. This is found before anything is computed or written.
     """
     with storage.room(args.out), remote.work_directory(args.out, writes=jax.process_index() == 0) as (out, _):
         return _run(args, Path(out))
@@ -131,7 +134,7 @@ def _run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     examples = texts.read_examples(
         rows, of.tokenizer, template=template, max_prompt_length=args.max_prompt_length, cut=True
     )
-    # First, since a task may have to be downloaded, and that may fail.
+    # The tasks come first, because a task may have to be downloaded, and the download may fail.
     tasks = lm_eval(model_folder(args.model, "--model")) if lm_eval is not None and jax.process_index() == 0 else []
     batches, prompts = given_batches(args, of.tokenizer, rows)
     given = tokens.collect(*of.both, batches, of.mesh, vocab_size=of.tokenizer.vocab_size)
@@ -169,7 +172,13 @@ def _run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 
 def load(args: argparse.Namespace) -> Models:
-    """The models that the arguments name, on the mesh, checked against each other and the lengths."""
+    """Returns the models that the arguments name, on the mesh.
+
+    The models are checked against each other and against the requested lengths.
+
+    Raises:
+      ValueError: the batch size, a model, the tokenizers or the lengths do not fit.
+    """
     mesh = sharding.make_mesh(-1, args.fsdp, args.tensor)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if args.batch_size < 1 or args.batch_size % ways:
@@ -177,7 +186,7 @@ def load(args: argparse.Namespace) -> Models:
             f"--batch_size={args.batch_size} must be a multiple of the {ways} devices that divide a batch."
         )
     folder, place = model_folder(args.model, "--model"), partial(sharding.tree_shardings, mesh)
-    teacher_folder = model_folder(args.teacher, "--teacher") if args.teacher else None  # before anything is loaded
+    teacher_folder = model_folder(args.teacher, "--teacher") if args.teacher else None  # before loading
     tokenizer = data.with_template_end(data.Tokenizer.load(folder), template_of(args))
     model, params = models.load_pretrained(folder, dtype=args.dtype, shardings=place)
     tokenizer = setup.fit_tokenizer(args.model, model.config, tokenizer, "model")
@@ -196,7 +205,7 @@ def load(args: argparse.Namespace) -> Models:
 
 
 def read_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows with prompt, context and references, of a file or of a dataset by name."""
+    """Returns the rows of a file or of a named dataset, with prompt, context and references."""
     if args.data.endswith((".jsonl", ".jsonl.gz", ".json")):
         path = remote.local_file(args.data)
         if not path.is_file():
@@ -219,7 +228,10 @@ def read_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 def given_batches(
     args: argparse.Namespace, tokenizer: data.Tokenizer, rows: list[dict[str, Any]]
 ) -> tuple[Any, dict[str, int]]:
-    """Returns prompts with their first references, in the rows' order, and what became of the rows, which is printed."""
+    """Returns batches of the prompts with their first references, in the rows' order, and the counts of the rows.
+
+    The counts say how many rows were read, truncated and dropped. They are also printed.
+    """
     length = args.max_prompt_length + args.max_new_tokens
     responses = [row | {"response": row["references"][0]} for row in rows]
     given, found = data.tokenize(
@@ -242,7 +254,7 @@ def given_batches(
 
 
 def make_sampler(args: argparse.Namespace, of: Models) -> rollouts.Sampler:
-    """How the arguments say that responses are drawn."""
+    """Returns the sampler of responses that the arguments describe."""
     return rollouts.Sampler(
         of.mesh, of.tokenizer, args.max_prompt_length + args.max_new_tokens, args.max_new_tokens, args.temperature,
         args.top_p, args.top_k, args.no_repeat_ngram_size,
@@ -264,7 +276,7 @@ def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def _json(text: str) -> dict[str, Any]:
-    """A flag's JSON object."""
+    """Returns the JSON object of a flag."""
     try:
         found = json.loads(text)
     except ValueError as error:

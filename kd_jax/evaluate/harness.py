@@ -1,4 +1,7 @@
-"""EleutherAI's lm-eval on an exported model. It needs PyTorch, is no requirement, and is imported only where it is asked for."""
+"""EleutherAI's lm-eval on an exported model.
+
+lm-eval needs PyTorch. It is not a requirement of the project, and is imported only if it is asked for.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -7,22 +10,24 @@ from typing import Any
 
 from kd_jax.resolve import nearest
 
-Score = dict[str, Any]  # task, metric, value, error (None where there is none), shots, prompts
+Score = dict[str, Any]  # task, metric, value, error (or None), shots, prompts
 
 
 def make(tasks: str, path: str = "", dtype: str = "float32", **options: Any) -> Callable[[Path], list[Score]]:
-    """What evaluates a Hugging Face folder on tasks of lm-eval, all of them known to exist.
+    """Returns a function that evaluates a Hugging Face folder on tasks of lm-eval.
 
-    On a GPU, JAX takes most of the memory at its start and PyTorch needs some too: XLA_PYTHON_CLIENT_PREALLOCATE=false.
+    All tasks are checked to exist. On a GPU, JAX takes most of the memory at its start, and PyTorch needs some of it,
+    too. Set XLA_PYTHON_CLIENT_PREALLOCATE=false to leave it some.
 
     Args:
-      tasks: names of tasks, groups or tags, or patterns of them, with commas between.
-      path: a folder with tasks of your own, a YAML file each; empty: there are none.
-      dtype: of the model.
-      **options: of `lm_eval.simple_evaluate`: `limit=100` takes the first hundred prompts of each task.
+      tasks: the names of tasks, groups or tags, or patterns of them, separated by commas.
+      path: a folder with your own tasks, one YAML file for each; empty for none.
+      dtype: the type of the model's parameters.
+      **options: keyword arguments of `lm_eval.simple_evaluate`. For example, `limit=100` uses the first hundred prompts
+        of each task.
 
     Raises:
-      ValueError: lm-eval is not installed, a folder or a task does not exist.
+      ValueError: lm-eval is not installed, or a folder or a task does not exist.
 
     References:
       Gao et al., "The Language Model Evaluation Harness", https://github.com/EleutherAI/lm-evaluation-harness, 2024.
@@ -30,7 +35,7 @@ def make(tasks: str, path: str = "", dtype: str = "float32", **options: Any) -> 
     try:
         lm_eval = importlib.import_module("lm_eval")
         manage = importlib.import_module("lm_eval.tasks").TaskManager
-        # What the extra hf brings: lm-eval without it can be imported too.
+        # The extra hf brings this module. lm-eval can be imported without it.
         importlib.import_module("lm_eval.models.huggingface")
         torch = importlib.import_module("torch")
     except ImportError as error:
@@ -41,7 +46,7 @@ def make(tasks: str, path: str = "", dtype: str = "float32", **options: Any) -> 
     if path and not Path(path).expanduser().is_dir():
         raise ValueError(f"there is no folder --lm_eval_path={path}.")
     manager = manage(include_path=str(Path(path).expanduser()) if path else None)
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # lm-eval's own default is cuda, even where there is none
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the default of lm-eval is cuda, even without a GPU
     names: list[str] = []
     for task in filter(None, (task.strip() for task in tasks.split(","))):
         matches = manager.match_tasks([task])
@@ -64,7 +69,10 @@ def make(tasks: str, path: str = "", dtype: str = "float32", **options: Any) -> 
 
 
 def scores(found: dict[str, Any]) -> list[Score]:
-    """What `lm_eval.simple_evaluate` returns, a metric a row; a metric that has a filter is called METRIC (FILTER)."""
+    """Returns the results of `lm_eval.simple_evaluate` as rows, one for each metric.
+
+    A metric that has a filter is called METRIC (FILTER).
+    """
     rows = []
     for task, values in found["results"].items():
         for key, value in values.items():

@@ -1,4 +1,4 @@
-"""What an evaluation takes from the run whose student it evaluates."""
+"""Defaults that an evaluation takes from the run whose student it evaluates."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 from kd_jax import data, directory, setup, untrusted
 
-# Of a model that no run has left.
+# The defaults for a model that does not come from a run.
 DEFAULTS: dict[str, Any] = {
     "data_options": {}, "split": "test", "data_dir": "", "template": "plain", "template_options": {}, "system": "",
     "max_prompt_length": 256, "max_new_tokens": 256,
@@ -16,10 +16,13 @@ STUDENT = "student"  # the exported folder in a work directory
 
 
 def config_of(path: str) -> dict[str, Any] | None:
-    """Returns the config of the run that a path means: a work directory, or its exported student; None for another folder.
+    """Returns the config of the run at a path, which is a work directory or its exported student.
+
+    Returns:
+      The config, or None if the path is any other folder.
 
     Raises:
-      ValueError: a config.json that cannot be read.
+      ValueError: a config.json cannot be read.
     """
     if path.startswith(setup.PACKAGED):
         return None
@@ -34,11 +37,17 @@ def config_of(path: str) -> dict[str, Any] | None:
 
 
 def model_folder(path: str, flag: str) -> Path:
-    """Returns the folder of a model, of a run's work directory the exported student, after a look at its config.json.
+    """Returns the folder of a model, after a check of its config.json.
+
+    For the work directory of a run this is the exported student.
+
+    Args:
+      path: the path that the user gave.
+      flag: the flag of the path, for messages.
 
     Raises:
-      ValueError: a work directory whose run has not exported a student, or as `setup.model_folder`, where the message names the
-        flag.
+      ValueError: the path is a work directory whose run has not exported a student, or the folder is invalid, as in
+        `setup.model_folder`.
     """
     folder = setup.folder(path)
     if (folder / STUDENT / "config.json").exists():
@@ -52,19 +61,20 @@ def model_folder(path: str, flag: str) -> Path:
 
 
 def filled(args: argparse.Namespace) -> tuple[argparse.Namespace, list[str]]:
-    """Fills in what the flags leave open, from the run of --model or else from `DEFAULTS`.
+    """Fills in flags that are not given, from the run of --model or else from `DEFAULTS`.
 
-    A flag that is given wins. Temperature, top_p and top_k are never the run's: the papers' evaluation draws at temperature 1
-    from all tokens, however a run has drawn its training text.
+    A flag that is given has priority. Temperature, top_p and top_k are never taken from the run. The evaluation of the
+    papers samples at temperature 1 from all tokens, independently of the sampling during the run.
 
     Args:
-      args: of the command's parser, which leaves out the flags that are not given.
+      args: the parsed flags, without the flags that are not given.
 
     Returns:
-      All arguments; and lines on what was taken from the run, and on a teacher that was trained in another way.
+      All arguments, and lines for the user. The lines say which values come from the run, and whether the teacher was
+        trained with another template.
 
     Raises:
-      ValueError: no --data, and no run that has a dataset with prompts.
+      ValueError: --data is missing, and there is no run that has a dataset with prompts.
     """
     given, config = vars(args), config_of(args.model)
     of_run = {} if config is None else _settings(config, given)
@@ -93,12 +103,12 @@ def template_of(args: argparse.Namespace) -> data.Template:
 
 
 def _settings(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Returns the run's settings as arguments; a run of an older version lacks some."""
+    """Returns the run's settings as arguments. Settings that an older run lacks are omitted."""
     options, sampling = config["data"], config.get("sampling", {})
     found: dict[str, Any] = {}
     if "data" not in given and options.get("name") and options["name"] != "text":
         found["data"] = options["name"]
-        # JSON has no tuples, and lists would be another dataset's options.
+        # JSON has no tuples, and options with lists would describe another dataset.
         own = {**options.get("defaults", {}).get(options["name"], {}), **options.get("options", {})}
         own = {name: tuple(v) if isinstance(v, list) else v for name, v in own.items()}
         found["data_options"] = own | given.get("data_options", {})
@@ -107,7 +117,7 @@ def _settings(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         found["split"] = "test" if "test" in splits else options.get("eval_split", "validation")
     template = data.Template.of(options)
     if given.get("data") in data.EVALUATION:
-        template = data.Template("plain")  # the prompts of these sets have Alpaca's template already
+        template = data.Template("plain")  # the prompts of these sets already have the Alpaca template
     if given.get("template", template.name) == template.name:
         found |= {"template": template.name, "template_options": template.options, "system": template.system}
     found["max_prompt_length"] = options.get("max_prompt_length")

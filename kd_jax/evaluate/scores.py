@@ -1,4 +1,4 @@
-"""How good a text is, against one or several references, in any script."""
+"""Scores of a text against one or several references, in any script."""
 
 import functools
 import re
@@ -12,20 +12,22 @@ from rouge_score import rouge_scorer
 
 from kd_jax.data.words import PAPERS, UNICODE, UnicodeTokenizer, normal, tokenizer_of
 
-# First a number with points between its thousands and a comma before its fraction.
+# The first alternative is a number with points between thousands and a comma before its fraction.
 _NUMBER = re.compile(r"-?[1-9]\d{0,2}(?:\.\d{3})+,\d+|-?\d+(?:,\d+)*(?:\.\d+)?|-?\.\d+")
-# Spaces that do not break, thin spaces and apostrophes between thousands.
+# Non-breaking spaces, thin spaces and apostrophes between thousands.
 _BETWEEN_THOUSANDS = re.compile(r"(?<=\d)(?<!\d{4})[\u00a0\u202f\u2009'\u2019](?=\d{3}(?!\d))")
-# Minus signs, and the points and commas of Arabic and of full-width numbers. A full-width comma separates clauses.
+# Minus signs, and the points and commas of Arabic and full-width numbers. A full-width comma is not among them, because
+# it separates clauses.
 _SIGNS = str.maketrans({"\u2212": "-", "\uff0d": "-", "\u066b": ".", "\uff0e": ".", "\u066c": ","})
 
 
 def rouge_l(text: str, references: Sequence[str]) -> float:
-    """Returns the F-measure of ROUGE-L for the reference that the text fits best, in [0, 100].
+    """Returns the largest ROUGE-L F-measure of the text over the references, in [0, 100].
 
-    A reference in Latin letters is compared by the papers' words: a to z and 0 to 9, stemmed. A reference in another script is
-    compared by words of that script's letters and digits, and by single characters where a script has no spaces between words,
-    as in Chinese, Japanese and Thai. `words.tokenizer_of` decides, and `rouge_tokens` counts.
+    A reference in Latin letters is compared by the words of the papers: a to z and 0 to 9, stemmed. A reference in
+    another script is compared by words of letters and digits of that script. Scripts without spaces between words, such
+    as Chinese, Japanese and Thai, are compared by single characters. `words.tokenizer_of` decides, and `rouge_tokens`
+    counts.
 
     Example:
       >>> round(rouge_l("the cats sat", ["no", "the cat sat down"]), 1)
@@ -34,8 +36,8 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
       (75.0, 100.0)
 
     References:
-      Lin, "ROUGE", https://aclanthology.org/W04-1013, 2004, by the package rouge-score; the best over references and the
-      stemmer as in MiniLLM's and DistiLLM's evaluation.
+      Lin, "ROUGE", https://aclanthology.org/W04-1013, 2004, computed by the package rouge-score. The maximum over
+      references and the stemmer are as in the evaluation of MiniLLM and DistiLLM.
     """
     return 100 * max(
         _scorer(tokenizer_of(reference)).score(reference, text)["rougeL"].fmeasure for reference in references
@@ -54,7 +56,7 @@ def rouge_tokens(references: Iterable[str]) -> dict[str, int]:
 
 
 def exact_match(text: str, references: Sequence[str]) -> float:
-    """Returns 100 if the text is one of the references but for case, punctuation and white space, else 0.
+    """Returns 100 if the text equals a reference up to case, punctuation and white space, else 0.
 
     Example:
       >>> exact_match("Paris. ", ["London", "paris"]), exact_match("「東京」。", ["東京"]), exact_match("?", ["!"])
@@ -75,10 +77,10 @@ def number_match(text: str, references: Sequence[str]) -> float:
 
 
 def final_number(text: str) -> Decimal | None:
-    """Returns the last number in a text, in the digits of any script; None where there is none.
+    """Returns the last number in a text, in the digits of any script, or None if there is no number.
 
-    A comma before three digits separates thousands, as in English. A single comma before other digits begins the fraction, and
-    several such commas separate numbers.
+    A comma before three digits separates thousands, as in English. A single comma before other digits begins the
+    fraction. Several such commas separate numbers.
 
     Example:
       >>> [str(final_number(text)) for text in ("1,200.50", "1.200,50", "3,5", "1,2,3", "１２个", "٣٫٥", "1\u202f200", "\u22125")]
@@ -94,12 +96,12 @@ def final_number(text: str) -> Decimal | None:
 
 
 def _with_a_point(number: str) -> str:
-    """Returns the number without separators of thousands, and with a point before its fraction."""
+    """Returns the number without thousands separators, and with a point before its fraction."""
     if -1 < number.find(".") < number.find(","):
         return number.replace(".", "").replace(",", ".")
     _, *groups = number.partition(".")[0].split(",")
     sizes = [len(group) for group in groups]
-    if sizes[-1:] in ([], [3]) and set(sizes[:-1]) <= {2, 3}:  # 2 as in India: 1,00,000
+    if sizes[-1:] in ([], [3]) and set(sizes[:-1]) <= {2, 3}:  # groups of 2 are used in India: 1,00,000
         return number.replace(",", "")
     return number.replace(",", ".") if len(groups) == 1 and "." not in number else number.rpartition(",")[2]
 
@@ -113,7 +115,7 @@ def _scorer(kind: str) -> rouge_scorer.RougeScorer:
 def _normalised(text: str) -> str:
     text = normal(text)
     kept = "".join(character for character in text if not _is_punctuation(character)).split()
-    return " ".join(kept or text.split())  # of a text without words the punctuation is all there is
+    return " ".join(kept or text.split())  # a text without words consists of punctuation only
 
 
 @functools.lru_cache(maxsize=65536)

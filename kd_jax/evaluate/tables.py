@@ -1,4 +1,4 @@
-"""An evaluation's numbers over seeds, along a response, and as Markdown."""
+"""Tables of an evaluation: numbers over seeds, along a response, and as Markdown."""
 
 import statistics
 from typing import Any
@@ -8,18 +8,18 @@ import numpy as np
 from kd_jax import metrics
 from kd_jax.comparison import rouge_line
 
-BUCKETS = (0, 4, 16, 64, 256)  # the first places of the parts of a response by which exposure bias is shown
+BUCKETS = (0, 4, 16, 64, 256)  # the first position of each part of a response for which exposure bias is shown
 PLACES = tuple(f"{a + 1} to {b}" for a, b in zip(BUCKETS, (*BUCKETS[1:], "..."), strict=True))
 
 
 def over_seeds(lines: list[dict[str, float]]) -> dict[str, tuple[float, float | None]]:
-    """Mean and standard deviation of each number over the seeds; of one seed there is no deviation."""
+    """Returns the mean and standard deviation of each number over the seeds. The deviation of one seed is None."""
     columns = {name: [line[name] for line in lines] for name in (lines[0] if lines else ()) if name != "seed"}
     return {n: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else None) for n, v in columns.items()}
 
 
 def by_place(values: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
-    """Means over the places in a response up to 4, 16, 64, ...; None where there is no token."""
+    """Returns means over parts of a response, which begin at `BUCKETS`. A part without tokens gives None."""
     bucket = np.searchsorted(BUCKETS, values["place"], side="right")
     inside = [bucket == i for i in range(1, len(BUCKETS) + 1)]
     chosen = ("forward_kl", "reverse_kl", "total_variation")
@@ -27,8 +27,11 @@ def by_place(values: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: what the model writes, its distributions on given and own text, how they differ along a response,
-    and its scores on lm-eval's tasks."""
+    """Returns the results of an evaluation as Markdown.
+
+    The tables are: scores of the written texts, distributions on given and own text, their difference along a response,
+    and scores on the tasks of lm-eval.
+    """
     seeds = found["seeds"]
     own = any(name.startswith("own_") for name in seeds)
     parts = []

@@ -1,4 +1,4 @@
-"""What a model writes to prompts, and how good it is."""
+"""Responses of a model to prompts, and their scores."""
 
 import dataclasses
 import statistics
@@ -12,13 +12,14 @@ from kd_jax import data, models, rollouts
 from kd_jax.evaluate.scores import exact_match, number_match, rouge_l
 from kd_jax.evaluate.tokens import NEEDED, collect, summary
 
-# What is no comparison with a given text: a model's own tokens are drawn from it.
+# The measures that are meaningful on the model's own text. The others compare the model with a given text, but the
+# model's own tokens are sampled from the model itself.
 OF_OWN_TEXT = ("entropy", "forward_kl", "reverse_kl", "total_variation", "top1_agreement")
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt's ids, and the texts that are good answers to it."""
+    """The ids of a prompt, and the texts that are good answers to it."""
 
     prompt: list[int]
     references: tuple[str, ...]
@@ -32,10 +33,17 @@ def read_examples(
     max_prompt_length: int,
     cut: bool,
 ) -> list[Example]:
-    """Rows with prompt, context and references as examples; a prompt that is too long is cut or its row left out.
+    """Returns rows with prompt, context and references as examples.
+
+    Args:
+      rows: rows with prompt, context and references.
+      tokenizer: the tokenizer.
+      template: the template of prompts.
+      max_prompt_length: the largest number of tokens of a prompt.
+      cut: True to truncate a prompt that is too long. With False the row is dropped.
 
     Raises:
-      ValueError: where none is left.
+      ValueError: no row is left.
     """
     encoded = data.encode_prompts(
         [{"prompt": row["prompt"], "context": row["context"]} for row in rows], tokenizer=tokenizer, template=template,
@@ -48,7 +56,13 @@ def read_examples(
 
 
 def held_out_examples(rows: data.Rows, tokenizer: data.Tokenizer, count: int) -> list[Example]:
-    """The first rows as prompts, with what follows as the reference; of plain text the prompt is the first token."""
+    """Returns the first rows as examples, with the counted part of each row as the reference.
+
+    Args:
+      rows: the token rows. In rows of plain text the prompt is the first token.
+      tokenizer: the tokenizer.
+      count: the largest number of examples.
+    """
     found = []
     for i in range(min(count, len(rows))):
         begin = max(int(rows.first_counted[i]), 1)
@@ -61,28 +75,34 @@ def respond(
     sampler: rollouts.Sampler, model: models.Model, params: Any, prompts: Sequence[Sequence[int]], *, batch_size: int,
     seed: int, progress: Callable[..., Any] = iter,
 ) -> rollouts.Rows:  # fmt: skip
-    """One response to each prompt, in batches of one size.
+    """Returns one sampled response to each prompt. All batches have the same size.
 
     Args:
-      sampler: how they are drawn.
-      model: who writes.
-      params: its parameters.
-      prompts: ids, at least one of them each.
-      batch_size: prompts answered at a time.
-      seed: of the draws.
-      progress: iterable -> the same with a progress bar.
+      sampler: the sampler.
+      model: the model that writes.
+      params: the model's parameters.
+      prompts: the ids of each prompt, at least one.
+      batch_size: the number of prompts that are answered at a time.
+      seed: the seed of the sampling.
+      progress: a function from an iterable to the same iterable with a progress bar.
     """
     parts = []
     for start in progress(range(0, len(prompts), batch_size)):
         some = list(prompts[start : start + batch_size])
-        filled = some + [some[-1]] * (batch_size - len(some))  # one shape
+        filled = some + [some[-1]] * (batch_size - len(some))  # one shape compiles one program
         drawn = sampler.rows(model, params, filled, rollouts.draw_key(seed, start), "student")
         parts.append(rollouts.take(drawn, slice(len(some))))
     return rollouts.concatenate(parts)
 
 
 def score(texts: Sequence[str], examples: Sequence[Example], numbers: bool = False) -> list[dict[str, float]]:
-    """rouge_l and exact_match of each text against its example's references, in [0, 100]; `numbers`: number_match too."""
+    """Returns the scores of each text against its example's references, in [0, 100].
+
+    Args:
+      texts: the texts.
+      examples: the example of each text.
+      numbers: True to add number_match to rouge_l and exact_match.
+    """
     measures = {"rouge_l": rouge_l, "exact_match": exact_match} | ({"number_match": number_match} if numbers else {})
     return [
         {name: measure(text, example.references) for name, measure in measures.items()}
@@ -94,19 +114,20 @@ def assess(
     sampler: rollouts.Sampler, both: tuple[models.Model, Any, models.Model | None, Any], examples: Sequence[Example], *,
     batch_size: int, seed: int, numbers: bool = False, progress: Callable[..., Any] = iter, **options: Any,
 ) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, np.ndarray]]:  # fmt: skip
-    """A model answers prompts, and is measured on what it writes.
+    """Lets a model answer prompts, and measures the answers.
 
     Args:
-      sampler: how responses are drawn.
-      both: the model, its parameters, the teacher or None, and the teacher's.
-      examples: prompts and references.
-      batch_size, seed, progress: as in `respond`.
-      numbers: as in `score`.
-      **options: of `tokens.collect`.
+      sampler: the sampler of responses.
+      both: the model, its parameters, the teacher or None, and the teacher's parameters.
+      examples: the prompts and references.
+      batch_size, seed, progress: the arguments of `respond`.
+      numbers: the argument of `score`.
+      **options: keyword arguments of `tokens.collect`.
 
     Returns:
-      The means: scores, what `Sampler.report` says, and "own_" with each name of `OF_OWN_TEXT`; each text with its scores and,
-      beside a teacher, `pieces` and KL(q || p) at each as `reverse_kl`; and `tokens.collect` of the texts.
+      Three values: the means, the texts, and `tokens.collect` of the texts. The means are of the scores, of
+        `Sampler.report`, and of each name of `OF_OWN_TEXT`, prefixed with "own_". Each text has its scores. With a
+        teacher it also has `pieces`, and KL(q || p) at each piece as `reverse_kl`.
     """
     prompts = [example.prompt for example in examples]
     drawn = respond(sampler, *both[:2], prompts, batch_size=batch_size, seed=seed, progress=progress)
@@ -131,7 +152,14 @@ def assess(
 
 
 def own_batches(rows: rollouts.Rows, batch_size: int) -> Iterable[dict[str, np.ndarray]]:
-    """What a model wrote as this process's batches of one size; what fills up the last one counts nowhere."""
+    """Yields a model's texts as batches of one size, with this process's rows of each.
+
+    Rows that fill up the last batch count nowhere.
+
+    Args:
+      rows: the prompts and responses.
+      batch_size: the number of rows of a global batch.
+    """
     whole, share = rollouts.as_batch(rows), batch_size // jax.process_count()
     for start in range(0, len(rows["lengths"]), batch_size):
         part = {name: whole[name][start : start + batch_size] for name in NEEDED}
@@ -143,8 +171,8 @@ def own_batches(rows: rollouts.Rows, batch_size: int) -> Iterable[dict[str, np.n
 
 
 def pieces(tokenizer: data.Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Each token's share of the text; of a character in several tokens the last one has it."""
-    found, start, done = [], 0, 0  # the text of ids[start:done] is known; decoders look at what is before a token
+    """Returns each token's part of the text. A character of several tokens belongs to the last of them."""
+    found, start, done = [], 0, 0  # the text of ids[start:done] is known; a token's text can depend on the token before
     for end in range(1, len(ids) + 1):
         before, text = tokenizer.decode(list(ids[start:done])), tokenizer.decode(list(ids[start:end]))
         if text.endswith("\ufffd") and end < len(ids):

@@ -1,4 +1,4 @@
-"""How near a student's next-token distributions are to its teacher's and to the text, token by token."""
+"""Distances of a student's next-token distributions from its teacher's and from the text, at each token."""
 
 import functools
 from collections.abc import Iterable
@@ -17,12 +17,12 @@ from kd_jax.teacher_cache import CachedTeacher, sampled_forward_kl
 
 ALONE = ("cross_entropy", "entropy", "confidence", "accuracy")
 WITH_TEACHER = ("forward_kl", "reverse_kl", "total_variation", "top1_agreement")
-# The same with a teacher of which only a part is kept.
+# The names for a teacher of which only the k likeliest tokens, or samples, are stored.
 WITH_TOP_K = ("coarse_forward_kl", "coarse_reverse_kl", "coarse_total_variation", "top1_agreement")
 WITH_SAMPLES = ("sampled_forward_kl",)
 NAMES = tuple(dict.fromkeys((*ALONE, *WITH_TEACHER, *WITH_TOP_K, *WITH_SAMPLES)))
 NEEDED = ("tokens", "targets", "mask", "loss_mask")
-BINS = 15  # of confidence, for the calibration error
+BINS = 15  # bins of confidence, for the calibration error
 
 
 @functools.partial(jax.jit, static_argnames=("student", "teacher", "vocab_size", "chunk", "mesh"))
@@ -30,25 +30,25 @@ def token_values(
     student: Any, params: Any, teacher: Any, teacher_params: Any, batch: dict[str, Array], *, vocab_size: int,
     chunk: int | None = None, mesh: Any = None,
 ) -> dict[str, Array]:  # fmt: skip
-    """What is measured at each token that counts, at temperature 1, and 0 at the others.
+    """Returns the measures at each token that counts, at temperature 1, and 0 at the other tokens.
 
     Args:
-      student: with `hidden` and `stored_head`.
-      params: the student's.
-      teacher: the same, a `CachedTeacher`, or None: then only what needs none is measured.
-      teacher_params: the teacher's.
-      batch: as in `make_train_step`.
-      vocab_size: ids that have a meaning.
-      chunk: as in `token_sum`.
-      mesh: as in `token_sum`.
+      student: a model with `hidden` and `stored_head`.
+      params: the student's parameters.
+      teacher: a model, a `CachedTeacher`, or None. With None, only measures that need no teacher are returned.
+      teacher_params: the teacher's parameters.
+      batch: the batch, as in `make_train_step`.
+      vocab_size: the number of ids that have a meaning.
+      chunk: the argument of `token_sum`.
+      mesh: the argument of `token_sum`.
 
     Returns:
-      name -> [B, L]: cross_entropy (-log q of the text's token), entropy of q, confidence (q of its likeliest token) and
-      accuracy (whether that is the text's); with a teacher forward_kl, KL(p || q), reverse_kl, KL(q || p), total_variation,
-      and top1_agreement, whether both models' likeliest token is the same. Nats, or shares. With a teacher of which the k
-      likeliest tokens are kept the first three are of k + 1 outcomes, which are at most as far apart as the whole
-      distributions, and have a coarse_ before their names; with one of which draws are kept there is sampled_forward_kl, whose
-      mean is KL(p || q)'s.
+      name -> [B, L], in nats or as shares. Always: cross_entropy (-log q of the text's token), entropy of q, confidence
+        (q of its likeliest token), and accuracy (1 if that token is the text's). With a teacher: forward_kl
+        (KL(p || q)), reverse_kl (KL(q || p)), total_variation, and top1_agreement (1 if both models have the same
+        likeliest token). With a teacher of which the k likeliest tokens are stored, the first three are over k + 1
+        outcomes. They are at most those of the whole distributions, and their names begin with coarse_. With a teacher
+        of which samples are stored, there is only sampled_forward_kl, whose expected mean is that of KL(p || q).
     """
     kind = teacher.kind if isinstance(teacher, CachedTeacher) else "whole"
 
@@ -59,7 +59,7 @@ def token_values(
             columns += [sampled_forward_kl(log_p, seen)]
         elif log_p is not None:
             columns += [forward_kl(log_p, seen), reverse_kl(log_p, seen), total_variation(log_p, seen)]
-            # Of the k likeliest the first one is the likeliest.
+            # The first of the k likeliest tokens is the likeliest.
             columns += [seen[..., 0] == log_q.max(-1) if kind == "top_k" else jnp.argmax(log_p, axis=-1) == best]
         return jnp.stack([column.astype(log_q.dtype) for column in columns], axis=-1)
 
@@ -76,15 +76,16 @@ def collect(
     student: Any, params: Any, teacher: Any, teacher_params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Any,
     *, vocab_size: int, chunk: int | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """`token_values` of all counted tokens of the batches, as every process can hold them.
+    """Returns `token_values` of all counted tokens of the batches. Every process gets the values of all processes.
 
     Args:
-      batches: numpy batches, this process's rows of each.
-      mesh: where they go.
-      (others): as in `token_values`.
+      student, params, teacher, teacher_params: the arguments of `token_values`.
+      batches: NumPy batches, with this process's rows of each.
+      mesh: the mesh on which the batches are placed.
+      vocab_size, chunk: the arguments of `token_values`.
 
     Returns:
-      name -> [N]; and "place", a token's place among those that count in its row: in a response, from 0.
+      name -> [N], and "place": the index of a token among the counted tokens of its row, from 0.
     """
     parts = []
     for batch in batches:
@@ -103,7 +104,9 @@ def _compared(kind: str) -> tuple[str, ...]:
 
 
 def summary(values: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means of what `collect` gives, the perplexity, and the expected calibration error, over 15 bins of confidence.
+    """Returns the means of the values of `collect`, the perplexity, and the expected calibration error.
+
+    The calibration error uses 15 bins of confidence.
 
     References:
       Guo et al., "On Calibration of Modern Neural Networks", https://arxiv.org/abs/1706.04599, 2017, eq. 5.
@@ -116,5 +119,5 @@ def summary(values: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def evaluate(*models: Any, **options: Any) -> dict[str, float]:
-    """`summary` of what `collect` gives for the same arguments."""
+    """Returns `summary` of the values of `collect` for the same arguments."""
     return summary(collect(*models, **options))

@@ -1,6 +1,6 @@
-"""report.html: what came of a run, an evaluation or an ablation, on one page that needs nothing else.
+"""report.html: the results of a run, an evaluation or an ablation, on one self-contained page.
 
-python -m kd_jax.report DIR [DIR ...] [--out=FILE] makes it again, or puts several on one page.
+python -m kd_jax.report DIR [DIR ...] [--out=FILE] makes the page again, or puts several results on one page.
 """
 
 from kd_jax.report.environment import write_environment

@@ -1,4 +1,4 @@
-"""Where something was computed."""
+"""A record of the environment in which something was computed."""
 
 import datetime
 import importlib.metadata
@@ -17,7 +17,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 
 
 def write_environment(folder: Path) -> None:
-    """Leaves environment.json: command, commit, devices, and versions."""
+    """Writes environment.json: date, command, commit, devices, processes, machine, and versions."""
     (folder / "environment.json").write_text(json.dumps(_environment(), indent=2) + "\n", encoding="utf-8")
 
 
@@ -35,7 +35,10 @@ def _environment() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Of the checkout that runs; "unknown" where it is none."""
+    """Returns the commit of the checkout that runs, or "unknown" outside a checkout.
+
+    The suffix ", changed" means that tracked files differ from the commit.
+    """
     here = Path(__file__).parent
     try:
         told = [

@@ -1,4 +1,4 @@
-"""Sections as one HTML file without anything to load."""
+"""Report sections as one HTML file that loads no other file."""
 
 import os
 from collections.abc import Sequence
@@ -11,22 +11,22 @@ from kd_jax import comparison, plots
 from kd_jax.data.words import words
 from kd_jax.report import sections
 
-MOST = 200  # generations on a page
+MOST = 200  # the largest number of generations on a page
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def write(folders: Sequence[Path | str], out: Path | str = "") -> Path:
-    """Writes the page of one folder, or of several with a comparison of them first.
+    """Writes the page of one folder, or a page of several folders that begins with their comparison.
 
     Args:
-      folders: each of a finished run, an evaluation or an ablation.
-      out: the file; empty: report.html in the folder, where there is but one.
+      folders: the folders, each of a finished run, an evaluation or an ablation.
+      out: the file; empty for report.html in the folder, if there is only one.
 
     Returns:
-      The file.
+      The path of the file.
 
     Raises:
-      ValueError: a folder in which none of the three is finished, or several and no `out`.
+      ValueError: a folder has no finished run, evaluation or ablation, or there are several folders and no `out`.
     """
     if not out and len(folders) != 1:
         raise ValueError("of several folders one page can only be made with --out=FILE.html.")
@@ -52,14 +52,17 @@ def write(folders: Sequence[Path | str], out: Path | str = "") -> Path:
         most=max(1.0, float(np.quantile(values, 0.95))) if values else 1.0,
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")  # two shards may end together
+    partial = path.with_suffix(f".{os.getpid()}")  # two shards may write the page at the same time
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
     return path
 
 
 def _comparisons(found: Sequence[sections.Section]) -> list[tuple[str, str, list[plots.Chart]]]:
-    """Of several runs, and of several evaluations: a title, a table, and charts."""
+    """Returns a comparison of the runs, and one of the evaluations, each as a title, a table and charts.
+
+    A kind with only one section gets no comparison.
+    """
     made = []
     for kind in ("run", "evaluation"):
         ours = [one for one in found if one.kind == kind]
@@ -72,7 +75,10 @@ def _comparisons(found: Sequence[sections.Section]) -> list[tuple[str, str, list
 
 
 def _rows(markdown: str) -> list[list[list[str]]]:
-    """The tables of a Markdown text as rows of cells, without the line below the head; what is between them is left out."""
+    """Returns the tables of a Markdown text as rows of cells.
+
+    The line below the head of a table, and the text between tables, are omitted.
+    """
     tables: list[list[list[str]]] = [[]]
     for line in markdown.splitlines():
         if not line.startswith("|"):
@@ -83,7 +89,11 @@ def _rows(markdown: str) -> list[list[list[str]]]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """What the folders are called: their last part, or where two have the same, all that differs."""
+    """Returns the names of the folders: their last parts, or longer paths if two last parts are equal.
+
+    Raises:
+      ValueError: a folder occurs twice.
+    """
     last = [folder.name for folder in folders]
     if len(set(last)) == len(last):
         return last

@@ -1,4 +1,4 @@
-"""A folder that a run, an evaluation or an ablation left, as what the page shows of it."""
+"""The section of a report page about one folder of a run, an evaluation or an ablation."""
 
 import dataclasses
 import json
@@ -10,12 +10,19 @@ from kd_jax import comparison, plots
 from kd_jax.comparison import rouge_line
 
 COLUMNS = ("forward_kl", "reverse_kl", "own_reverse_kl", "cross_entropy", "rouge_l", "top1_agreement", "number_match")
-AUTHORS = {"teacher": "teacher", "before": "student before", "after": "student after"}  # of a run
+AUTHORS = {"teacher": "teacher", "before": "student before", "after": "student after"}  # for a run
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """What someone wrote to a prompt: `pieces` are the tokens' shares of it and KL(q || p) at each, or empty."""
+    """A text that an author wrote to a prompt.
+
+    Attributes:
+      who: the author.
+      text: the text.
+      rouge_l: the ROUGE-L score, in [0, 100].
+      pieces: for each token its part of the text and KL(q || p), in nats; or empty.
+    """
 
     who: str
     text: str
@@ -25,7 +32,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A prompt, its references, and what was written to it."""
+    """A prompt, its references, and the texts that were written to the prompt."""
 
     prompt: str
     references: tuple[str, ...]
@@ -34,20 +41,20 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A folder on the page.
+    """The section of a folder on the page.
 
     Attributes:
-      name: of the folder.
-      kind: run, evaluation or ablation.
-      verdict: what came out, in sentences.
-      cards: (title, (who, number) each) of the numbers that matter most.
-      tables: Markdown.
-      charts: of it.
-      generations: what was written.
-      config: as JSON.
-      environment: name -> value.
-      lines: of `comparison`, with which it is compared to others of its kind.
-      workdirs: of the lines, where they are runs.
+      name: the name of the folder.
+      kind: the kind: run, evaluation or ablation.
+      verdict: the results, in sentences.
+      cards: the most important numbers, as (title, pairs of (author, number)).
+      tables: tables in Markdown.
+      charts: the charts.
+      generations: the generated texts.
+      config: the config as JSON.
+      environment: the environment, as name -> value.
+      lines: lines of `comparison`, with which the folder is compared to others of its kind.
+      workdirs: the work directories of the lines, if the lines are runs.
     """
 
     name: str
@@ -64,10 +71,10 @@ class Section:
 
 
 def read(folder: Path, name: str) -> Section:
-    """The section of a folder, and what it is called.
+    """Returns the section of a folder, with the given name.
 
     Raises:
-      ValueError: a folder that does not exist, or in which none of the three is finished.
+      ValueError: the folder does not exist, or it has no finished run, evaluation or ablation.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}.")
@@ -133,7 +140,7 @@ def _evaluation(folder: Path, name: str) -> Section:
         mean, deviation = over.get(metric) or (given[metric], None)
         spread = "" if deviation is None else f" ± {deviation:.3f}"
         cards.append((comparison.title(metric), (("model", f"{mean:.3f}{spread}"),)))
-    if "rouge_l_words" in found:  # not in an evaluation by an older version
+    if "rouge_l_words" in found:  # absent from an evaluation by an older version
         verdict.append(rouge_line(found["rouge_l_words"]))
     charts: list[plots.Chart] = []
     if "own" in (places := found.get("by_place", {})):
@@ -145,7 +152,7 @@ def _evaluation(folder: Path, name: str) -> Section:
         charts.append(_by_place(places["places"], places["given"], places["own"]))
     rows: list[Generation] = []
     for place, line in enumerate(_lines_of(folder / "generations.jsonl")):
-        if place < found["rows"]:  # the seeds follow each other, each with all rows
+        if place < found["rows"]:  # all rows of the first seed come first, then all rows of the next seed
             rows.append(Generation(line["prompt"], tuple(line["references"]), ()))
         row = rows[place % found["rows"]]
         written = (*row.texts, _text(f"seed {line['seed']}", line))
@@ -180,13 +187,16 @@ def _ablation(folder: Path, name: str) -> Section:
 
 
 def _lead(name: str, groups: dict[str, list[comparison.Line]]) -> list[str]:
-    """A sentence on which point is best, and whether that is more than chance; of one point alone nothing can be said."""
+    """Returns a sentence that says which point is best and whether its lead exceeds the standard deviations.
+
+    The list is empty if there are fewer than two points with numbers.
+    """
     if len(groups) < 2:
         return []
     best = comparison.winner(groups, name)
     second = comparison.winner({point: its for point, its in groups.items() if point != best}, name)
     if not best or not second:
-        return []  # not a number
+        return []  # a metric is not a number
     (mean, deviation), (other, its_deviation) = (comparison.mean(groups[point], name) for point in (best, second))
     gap = abs(other - mean)
     sure = "more" if gap > max(deviation, its_deviation) else "less"
@@ -195,7 +205,13 @@ def _lead(name: str, groups: dict[str, list[comparison.Line]]) -> list[str]:
 
 
 def merged(several: Sequence[tuple[str, Sequence[Generation]]]) -> list[Generation]:
-    """What several wrote to the same prompts, side by side; what a teacher wrote once, where it is the same in all."""
+    """Returns the texts of several sets of generations, side by side for each prompt.
+
+    If the teacher's text for a prompt is the same in all sets, it appears only once.
+
+    Args:
+      several: pairs of (name, generations).
+    """
     rows: dict[tuple[Any, ...], list[tuple[str, Text]]] = {}
     for name, generations in several:
         seen: dict[tuple[Any, ...], int] = {}
@@ -222,7 +238,7 @@ def _by_place(places: Sequence[str], given: dict[str, Any], own: dict[str, Any])
 
 
 def _generations(workdir: Path, authors: dict[str, str]) -> list[Generation]:
-    """What stands in a run's generations.jsonl, by some of its authors."""
+    """Returns the generations of a run's generations.jsonl, with the texts of the given authors."""
     return [
         Generation(
             line["prompt"],
