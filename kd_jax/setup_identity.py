@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kd_jax import data, directory, models, remote, sharding, untrusted
+from kd_jax import checkpoint, data, directory, models, remote, sharding, untrusted
 from kd_jax.checksum import file_digest
 from kd_jax.setup import dataset_options, folder, load_tokenizer
 from kd_jax.teacher_cache_files import MANIFEST, about_rows
@@ -59,7 +59,7 @@ def check(workdir: str, config: Any, run: Any = None) -> None:
 def write(workdir: str, config: Any, run: Any) -> None:
     """Writes the fingerprints into the work directory; those that it has already stay.
 
-    A directory of an older version has none, and takes those of now.
+    A directory of an older version that has nothing to resume has none, and takes those of now.
     """
     there = directory.read_identity(workdir)
     here = {name: part.fingerprint for name, part in parts(config, run).items() if part.fingerprint}
@@ -69,7 +69,7 @@ def write(workdir: str, config: Any, run: Any) -> None:
 
 def _difference(workdir: str, config: Any, run: Any) -> str:
     if not (there := directory.read_identity(workdir)):
-        return ""
+        return _of_older_version(workdir, config)
     lines = [
         f"{part.named} has other content than when the run began"
         for name, part in parts(config, run).items()
@@ -82,6 +82,18 @@ def _difference(workdir: str, config: Any, run: Any) -> str:
     return (
         f"the work directory {workdir} belongs to a run of other contents. Put the old content back, or choose another "
         f"--workdir:\n  {listed}"
+    )
+
+
+def _of_older_version(workdir: str, config: Any) -> str:
+    """Returns why a run without fingerprints cannot be resumed; "" where no step is saved, or where all are made."""
+    step = checkpoint.last_step(workdir)
+    if step is None or step >= config.steps:
+        return ""
+    return (
+        f"the work directory {workdir} has step {step} of a run that has no {directory.IDENTITY}: an earlier version of kd_jax "
+        f"began it. That version truncated and encoded prompts and responses in another way, so that the run would go on with "
+        f"other rows. Finish it with the version that began it, or begin it again in another --workdir."
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from kd_jax import sharding
+from kd_jax.directory import flat
 from kd_jax.value_types import check_types
 
 PACKINGS = ("none", "rows", "stream")
@@ -38,6 +39,10 @@ def check_numbers(config: Any) -> None:
         "sampling.top_k": 0,
         "text.batch_size": 1,
     }
+    for name, value in flat(config.to_dict()).items():
+        most = 2**32 if name == "seed" else 2**31  # a step is an int32, and 32 bits of a seed are used
+        if isinstance(value, int) and value >= most:
+            raise ValueError(f"{name}={value} must be below {most}.")
     for name, low in least.items():
         if not (value := operator.attrgetter(name)(config)) >= low:  # nan is not
             raise ValueError(f"{name}={value} must be at least {low}.")

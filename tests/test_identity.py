@@ -253,6 +253,19 @@ def test_a_directory_of_an_older_version_takes_the_contents_of_now(tmp_path, dat
     assert directory.read_identity(str(tmp_path / "run")).keys() == {"data", "tokenizer", "teacher"}
 
 
+def test_an_unfinished_run_of_an_older_version_is_refused(tmp_path, data_dir):
+    """Its rows were truncated and encoded in another way: the steps that are left would see others."""
+    write_rows(tmp_path / "rows.jsonl", 200)
+    config = of_rows("sft", tmp_path, data_dir, **SHORT)
+    train.train(config, str(tmp_path / "run"), quiet=True)
+    (tmp_path / "run" / directory.IDENTITY).unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
+    with pytest.raises(ValueError, match=r"has step 2 of a run that has no identity\.json: an earlier version of kd_jax"):
+        train.train(config, str(tmp_path / "run"), quiet=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    train.train(config, str(tmp_path / "run"), quiet=True)
+
+
 @pytest.mark.slow
 def test_an_ablation_whose_rows_were_replaced_is_refused(tmp_path, data_dir, monkeypatch):
     """Or its table would compare runs over different rows."""

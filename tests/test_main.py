@@ -132,6 +132,8 @@ def test_a_value_of_the_wrong_type_in_a_config_file_is_one_sentence_with_the_lin
         (dict(mesh=dict(data=1)), "no key 'mesh.fsdp' any more"),
         (dict(student__layers=("a",)), "student.layers=('a',) must be a tuple of whole numbers"),
         (dict(profile_steps=(1, 2.5)), "profile_steps=(1, 2.5) must be"),
+        (dict(steps=10**30), f"steps={10**30} must be below {2**31}."),
+        (dict(seed=2**32), f"seed={2**32} must be below {2**32}."),
         (dict(profile_steps=(1,)), "profile_steps=(1,) must be first and last of the"),
         (dict(clip_norm=float("inf")), "clip_norm=inf must be a number"),
         (dict(data__options=None), "data.options=None must be a dict"),
