@@ -61,9 +61,7 @@ def get_config() -> ConfigDict:
     config.teacher.dtype = "float32"  # number type of the parameters and the computation
     config.teacher.weights = "float"  # float: as in dtype; int8: matrices of the layers in int8, one scale per output
     config.teacher.int8_report = True  # measure the error of int8 at the start, also with one layer at a time in dtype
-    config.teacher.sharding = (
-        "student"  # student: same; spread: also over data; tensor: only over tensor; whole: copies
-    )
+    config.teacher.sharding = "student"  # student: same; spread: also over data; tensor: over tensor; whole: copies
 
     config.student = ConfigDict()
     config.student.init = "random"  # random (sizes in config), pretrained (path), or layers (of the teacher)
@@ -95,10 +93,8 @@ def get_config() -> ConfigDict:
     config.data.max_prompt_length = 256  # largest number of tokens of a prompt, as part of max_length
     config.data.long_prompts = "drop"  # drop: omit the row; cut: truncate the user's text, but never the template
     config.data.long_responses = "cut"  # cut: truncate the response; drop: omit the row
-    config.data.loss_on = "response"  # training tokens that count: response (with its end token), or all
-    config.data.packing = (
-        "none"  # none; rows: several rows in one, kept separate; stream: joined rows, all tokens count
-    )
+    config.data.loss_on = "response"  # counted in training: response (with its end), or all; held-out: response
+    config.data.packing = "none"  # none; rows: several rows in one, kept separate; stream: joined, all tokens count
     config.data.batch_size = 32  # number of rows in an update, over all devices
     config.data.eval_batch_size = 32  # number of rows in an evaluation batch, over all devices
 
@@ -131,7 +127,7 @@ def term(**changes: Any) -> ConfigDict:
     kind policy_gradient use policy.
     """
     values: dict[str, Any] = {
-        "kind": "divergence",  # divergence; hard_labels: -log q(token of row); policy_gradient of KL(q || p): see policy
+        "kind": "divergence",  # divergence; hard_labels: -log q(token); policy_gradient of KL(q || p): see policy
         "divergence": {"name": "forward_kl"},  # spec: a divergence of kd_jax.divergences
         "assistant": {"name": "none"},  # spec: an assistant of kd_jax.assistants, or none
         "pair": ("teacher", "student"),  # first and second argument of the divergence: teacher, student or assistant
