@@ -204,8 +204,7 @@ def _evaluate(run: Any, writer: metrics.Writer, step: int, state: TrainState) ->
 
 
 def _report_samples(run: Any, writer: metrics.Writer, step: int, shown: int) -> int:
-    """Writes the report on a step's rows, and prints some new responses if `show_every` steps have passed since step
-    `shown`.
+    """Writes the report on a step's rows, and prints new responses `show_every` steps after `shown`.
 
     Returns the last step whose responses were printed.
     """

@@ -21,8 +21,7 @@ def begin(run: Any, params: Any, workdir: str) -> None:
 
 
 def finish(run: Any, params: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
-    """Writes a run's table, plots, samples, page and student to the work directory, and prints the samples and the
-    table.
+    """Writes a run's table, plots, samples, page and student, and prints the samples and the table.
 
     Args:
       run: a `train.Run`.
@@ -87,8 +86,9 @@ def _write(folder: Path, result: dict[str, Any], texts: dict[str, list[dict[str,
 
 
 def _answers(run: Any, model: models.Model, params: Any, alone: bool = False) -> tuple[list[dict[str, Any]], Any]:
-    """Returns a model's answers to the shown prompts, and values at each token, compared with the teacher unless
-    `alone`.
+    """Returns a model's answers to the shown prompts, and values at each token.
+
+    Unless `alone` is true, the values compare the model with the teacher.
     """
     longest = max(len(example.prompt) for example in run.shown)
     room = max(1, min(run.config.sample_tokens, run.models.max_positions - longest))

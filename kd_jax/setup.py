@@ -1,6 +1,4 @@
-"""Loads the tokenizer, the teacher and the student of a config, and checks that they fit each other and the config's
-numbers.
-"""
+"""Loads the tokenizer, the teacher and the student of a config, and checks that they fit together."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,9 +18,7 @@ INITS = ("random", "pretrained", "layers")
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """A teacher with another tokenizer than the student. The student learns from the teacher's text without a
-    comparison.
-    """
+    """A teacher with another tokenizer than the student, from whose text alone the student learns."""
 
     model: models.Model
     params: Any

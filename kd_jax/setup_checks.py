@@ -111,8 +111,9 @@ def check_gradient(config: Any, term: Term) -> None:
 
 
 def _gradient(term: Term, weight: float, config: Any) -> float:
-    """Returns the largest entry of a term's gradient with respect to the student's logits, for distributions that
-    differ.
+    """Returns the largest entry of the gradient of a term's loss with respect to a student's logits.
+
+    The teacher's and the student's distributions differ.
     """
     rows, length, vocabulary = 2, 4, 8
     teacher, student = np.random.default_rng(0).normal(scale=2.0, size=(2, rows, length, vocabulary)).astype(np.float32)

@@ -102,8 +102,9 @@ class Run:
         return sharding.put_batch(self.mesh, batch)
 
     def evaluate(self, params: Any) -> dict[str, float]:
-        """Evaluates student parameters on the held-out rows: `evaluate.summary` of the rows, `evaluate.assess` of the
-        answers.
+        """Returns the measures of student parameters on the held-out rows.
+
+        The measures are those of `evaluate.summary` on the rows and of `evaluate.assess` on the answers.
         """
         return self._evaluate(self.models.student, params, self.models.compared, self.models.teacher_params)
 
@@ -203,11 +204,11 @@ def build(config: Any) -> Run:
 
 
 def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
-    """Trains and evaluates, and writes metrics, checkpoints, a report page, plots, samples and the student's folder to
-    `workdir`.
+    """Trains and evaluates a student, and writes all results to `workdir`.
 
-    A second call on the same directory resumes the run, with the numbers of an uninterrupted run. On another mesh or
-    another number of hosts the numbers are equal up to rounding.
+    The results are metrics, checkpoints, a report page, plots, samples and the student's folder. A second call on the
+    same directory resumes the run, with the numbers of an uninterrupted run. On another mesh or another number of hosts
+    the numbers are equal up to rounding.
 
     Args:
       config: the config, as in `build`.
