@@ -1,18 +1,22 @@
-"""DistiLLM-2: skew KL on the teacher's responses and skew reverse KL on the student's, to the same prompts and drawn anew every
-epoch; the skew by its curriculum, the student's share beta 0.5 for half of the run and then growing to 1 (Ko et al.,
+"""DistiLLM-2: skew KL on the teacher's responses and skew reverse KL on the student's responses (Ko et al.,
 https://arxiv.org/abs/2503.07067, 2025).
+
+In the paper both models answer the same prompts anew in every epoch. The skew follows a curriculum. The student's share
+beta is 0.5 for half of the run, and then grows to 1.
 
     python -m kd_jax.main --config=configs/distillm2.py --workdir=runs/distillm2
 
-Of the paper: base skew 0.1 and at least 0.01, temperature 0.8 and top-p 0.95, means over each response. Its code has both skews
-constant and coefficients 1 and 1: --config.objective.terms.forward.weight.name="constant_schedule(value=0.1)", reverse's at 0.9,
-both coefficient.name="constant_schedule(value=1.0)", and --config.objective.terms.reverse.stop_gradient.
-Here a phase is 8 batches of prompts, 16 steps, in which the curriculum takes its mean: reference_steps follows prefixes.every and
-prefixes.epochs. With every=0, an epoch, or "paired(...)" as prefixes.name, name the steps of a phase yourself:
---config.objective.terms.forward.weight.reference_steps=N, and reverse's.
+The base skew 0.1, the least skew 0.01, the temperature 0.8, the top-p 0.95, and the mean over each response are the
+paper's. The published code has constant skews and the coefficients 1 and 1. For these, set
+--config.objective.terms.forward.weight.name="constant_schedule(value=0.1)", the same key of reverse with 0.9, both keys
+coefficient.name="constant_schedule(value=1.0)", and --config.objective.terms.reverse.stop_gradient. Here a phase has 8
+batches of prompts, which make 16 steps. The curriculum takes the mean over a phase, because reference_steps follows
+prefixes.every and prefixes.epochs. If every=0 (an epoch), or if prefixes.name is "paired(...)", set the steps of a
+phase yourself: --config.objective.terms.forward.weight.reference_steps=N, and the same key of reverse.
 
-Ran in docstrings and smoke. From one fine-tuned student, 116,000 tokens of docstrings, three seeds: KL(p || q) 2.26 -> 2.24,
-KL(q || p) 2.62 -> 2.19, the latter on its own text 2.35 -> 2.00, ROUGE-L 7.6 -> 8.9 (experiments/methods_docstrings).
+The method has been run in the settings docstrings and smoke. Result (experiments/methods_docstrings) from one
+fine-tuned student, on 116,000 tokens of docstrings, mean of three seeds: KL(p || q) 2.26 -> 2.24, KL(q || p) 2.62 ->
+2.19, KL(q || p) on the student's own text 2.35 -> 2.00, ROUGE-L 7.6 -> 8.9.
 """
 
 from typing import Any
@@ -29,10 +33,13 @@ def get_config(setting: str = "docstrings") -> ConfigDict:
     config.sampling.top_p = 0.95
 
     def term(rows: str, share: float, **changes: Any) -> ConfigDict:
-        """A term on the rows of one author, whose share beta or 1 - beta, halved, goes from 0.25 to `share`."""
+        """Returns a term on the rows of one author.
+
+        The coefficient is half of that author's share (beta or 1 - beta), and goes from 0.25 to `share`.
+        """
         every, epochs = (config.prefixes.get_oneway_ref(key) for key in ("every", "epochs"))
-        phase = 2 * every * epochs  # two batches of rows to one of prompts
-        half = config.get_oneway_ref("steps") // 2  # beta is at its least until then
+        phase = 2 * every * epochs  # each batch of prompts gives two batches of rows
+        half = config.get_oneway_ref("steps") // 2  # beta keeps its smallest value until this step
         return base.term(
             assistant={"name": "arithmetic_mixture"},
             weight={

@@ -1,17 +1,21 @@
-"""MiniLLM: the policy gradient of KL(q || p) on responses drawn from 0.8 q + 0.2 p, with importance weights, the returns'
-length normalised, the exact KL of each single step, and language modelling on a second stream (Gu et al.,
+"""MiniLLM: the policy gradient of KL(q || p) on responses sampled from the mixture 0.8 q + 0.2 p (Gu et al.,
 https://arxiv.org/abs/2306.08543, 2024).
+
+Importance weights correct for the mixture, and the returns are normalised by length. Further terms are the exact KL of
+each single step, and language modelling on a second stream.
 
     python -m kd_jax.main --config=configs/minillm.py --workdir=runs/minillm
 
-Of the paper: sampling.teacher_share 0.2, policy.clip 0.2, 256 rows drawn at a time and gone over 4 times (here 4 batches).
-Its code differs: policy.discount=0.95, policy.include_current=True, policy.whiten=all,
-policy.reward_scale=0.5, policy.reward_limit=100, and single_step.importance=False, by the author's intention.
-The second stream has its hard labels and KL(p || q) at 0.5 each, as in the code; the paper's is OpenWebText, here it is the task's
-own training text, prompts and all. Plain text of yours: --config.text.name=text --config.text.options.path=FILE.
+The value 0.2 of sampling.teacher_share and policy.clip is the paper's. The paper samples 256 rows at a time and trains
+on them 4 times. Here 4 batches are sampled at a time. The published code differs: policy.discount=0.95,
+policy.include_current=True, policy.whiten=all, policy.reward_scale=0.5, policy.reward_limit=100, and
+single_step.importance=False, which the author intends. On the second stream, hard labels and KL(p || q) have the
+coefficient 0.5 each, as in the code. The second stream of the paper is OpenWebText. Here it is the training text of the
+task, with the prompts. To use your own plain text: --config.text.name=text --config.text.options.path=FILE.
 
-Ran in docstrings and smoke. From one fine-tuned student, 116,000 tokens of docstrings, three seeds: KL(p || q) 2.26 -> 2.32,
-KL(q || p) 2.62 -> 2.45, the latter on its own text 2.35 -> 2.36, ROUGE-L 7.6 -> 5.9 (experiments/methods_docstrings).
+The method has been run in the settings docstrings and smoke. Result (experiments/methods_docstrings) from one
+fine-tuned student, on 116,000 tokens of docstrings, mean of three seeds: KL(p || q) 2.26 -> 2.32, KL(q || p) 2.62 ->
+2.45, KL(q || p) on the student's own text 2.35 -> 2.36, ROUGE-L 7.6 -> 5.9.
 """
 
 from ml_collections import ConfigDict

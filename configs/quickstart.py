@@ -1,4 +1,5 @@
-"""The packaged docstrings teacher into a student of less than a quarter of its size, in a few minutes on a laptop.
+"""Distils the packaged docstrings teacher into a student of less than a quarter of its size, in a few minutes on a
+laptop.
 
 python -m kd_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """

@@ -1,4 +1,4 @@
-"""Which models on which data: the part of a config after the colon, --config=configs/amid.py:dolly_smollm2."""
+"""Settings: models and data, named by the part of a config after the colon (--config=configs/amid.py:dolly_smollm2)."""
 
 import difflib
 
@@ -8,7 +8,7 @@ from configs import base
 
 
 def get(name: str) -> ConfigDict:
-    """The base config with a setting's models and data."""
+    """Returns the base config with the models and the data of a setting."""
     settings = {f.__name__: f for f in (docstrings, smoke, dolly_smollm2, dolly_gpt2)}
     if name not in settings:
         near = difflib.get_close_matches(name, settings, n=1)
@@ -20,7 +20,10 @@ def get(name: str) -> ConfigDict:
 
 
 def docstrings(config: ConfigDict) -> None:
-    """From a function's source to its docstring: everything is on this machine. The student has a quarter of the size."""
+    """The task is to write the docstring of a Python function from its source, with data from this machine.
+
+    The student has less than a quarter of the teacher's size.
+    """
     config.steps = 1500
     config.learning_rate = base.cosine(config, 3e-3, 1e-5)
     config.teacher.path = config.tokenizer.path = "package:docstrings_teacher"
@@ -34,7 +37,10 @@ def docstrings(config: ConfigDict) -> None:
 
 
 def smoke(config: ConfigDict) -> None:
-    """Seconds: a few rows of two small packages, a student of 70 thousand parameters. For tests."""
+    """Makes a run of a few seconds, for tests.
+
+    The rows come from two small packages, and the student has 70 thousand parameters.
+    """
     docstrings(config)
     config.steps = 2
     config.student.config = ConfigDict(
@@ -53,7 +59,10 @@ def smoke(config: ConfigDict) -> None:
 
 
 def dolly_smollm2(config: ConfigDict) -> None:
-    """SmolLM2-135M-Instruct and every third of its layers on databricks-dolly-15k, with its own chat template."""
+    """Distils SmolLM2-135M-Instruct into every third of its layers on databricks-dolly-15k.
+
+    Prompts have the chat template of the tokenizer.
+    """
     config.steps = 4000
     config.learning_rate = base.cosine(config, 1e-3, 1e-5)
     config.teacher.path = "models/SmolLM2-135M-Instruct"
@@ -70,12 +79,13 @@ def dolly_smollm2(config: ConfigDict) -> None:
 
 
 def dolly_gpt2(config: ConfigDict) -> None:
-    """GPT-2 XL to GPT-2 on databricks-dolly-15k with the hyper-parameters of MiniLLM's and DistiLLM's scripts.
+    """Distils GPT-2 XL into GPT-2 on databricks-dolly-15k, as in MiniLLM and DistiLLM.
 
-    20 epochs of about 12,500 rows in batches of 32 (8 on each of 4 devices), AdamW at 5e-4 with decay 0.01 of all but
-    biases and the parameters of norms, a cosine to 1e-7 without warm-up, clipping at 1; prompts of up to 256 tokens out of
-    512. Both models are fine-tuned on Dolly
-    first, such as
+    The hyper-parameters are those of the scripts of MiniLLM and DistiLLM. The run has 20 epochs of about 12,500 rows in
+    batches of 32 (8 on each of 4 devices). AdamW has the learning rate 5e-4 and the weight decay 0.01, except for
+    biases and the parameters of norms. The learning rate follows a cosine to 1e-7 without warm-up. The gradient's norm
+    is clipped at 1. A row has up to 512 tokens, of which the prompt has up to 256. Both models must be fine-tuned on
+    Dolly first, for example with
 
     python -m kd_jax.main --config=configs/sft.py:dolly_gpt2 --config.teacher.path= --config.student.path=FOLDER-OF-GPT-2
     """

@@ -1,6 +1,9 @@
-"""The README's table of the methods, from their configs: python -c 'from configs import table; print(table.methods())'
+"""Prints the README's table of the methods, made from the methods' configs.
 
-A method is a point in four axes: whose text, which pair of distributions, which divergence, which schedules.
+    python -c 'from configs import table; print(table.methods())'
+
+A method is a choice in each of four axes: the source of the text, the pair of distributions, the divergence, the
+schedules.
 """
 
 import importlib
@@ -14,7 +17,7 @@ SHORT = {"teacher": "p", "student": "q", "assistant": "r"}
 
 
 def methods() -> str:
-    """Markdown, a row for each term of each method."""
+    """Returns a Markdown table with one row for each term of each method."""
     lines = ["| config | whose text | term | pair | assistant r | schedules |", "| --- | --- | --- | --- | --- | --- |"]
     for method in METHODS:
         config = importlib.import_module(f"configs.{method}").get_config()
@@ -44,7 +47,7 @@ def _term(name: str, term: Any) -> tuple[str, str, str, str]:
 
 
 def _spec(spec: Any) -> str:
-    """A spec as a call, without what follows the number of steps."""
+    """Returns a spec as a call, without the keywords that only follow the number of steps."""
     shown = []
     for key, value in spec.items():
         if hasattr(value, "items"):

@@ -1,4 +1,4 @@
-"""The training loop: steps, readings, evaluations, checkpoints, and what ends it early."""
+"""The training loop: steps, reads of the metrics, evaluations, checkpoints, and early ends of the run."""
 
 import contextlib
 import math
@@ -16,15 +16,17 @@ from kd_jax import checkpoint, command, metrics, nonfinite, remote, results, spe
 from kd_jax.setup_rows import make_sampler, show
 from kd_jax.train_step import TrainState
 
-STOPPED = 75  # the exit code, EX_TEMPFAIL of sysexits.h: nothing is wrong, call again
-Pending = list[tuple[int, Any, Any]]  # step, its metrics on the devices, this process's rows of its batch
+STOPPED = 75  # the exit code EX_TEMPFAIL of sysexits.h: a temporary end, after which the call can be repeated
+Pending = list[tuple[int, Any, Any]]  # step, metrics on the devices, this process's rows of the batch
 
 
 class Stopped(SystemExit):
-    """SIGTERM came, or a preemption notice: the same call goes on. Uncaught, it ends Python with code 75.
+    """Signals that SIGTERM or a preemption notice arrived. The same call resumes the run.
+
+    If the exception is not caught, Python exits with code 75.
 
     Attributes:
-      step: that was saved for it; None: there was nothing to save.
+      step: the step that was saved for this end; None if there was nothing to save.
     """
 
     def __init__(self, step: int | None = None):
@@ -33,10 +35,10 @@ class Stopped(SystemExit):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C came, or a notebook's interrupt: the same call goes on.
+    """Signals that Ctrl-C was pressed, or a notebook was interrupted. The same call resumes the run.
 
     Attributes:
-      step: that was saved for it; None: there was nothing to save.
+      step: the step that was saved for this end; None if there was nothing to save.
     """
 
     def __init__(self, step: int | None = None):
@@ -45,10 +47,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Notices:
-    """SIGTERM and Ctrl-C, while the block lasts: noted, for the steps to stop after one, or raised where nothing is to be saved.
+    """Handles SIGTERM and Ctrl-C while the block lasts.
 
-    With several processes JAX's own service has SIGTERM, which agrees on a step between them and ends nothing by itself. The first
-    Ctrl-C is handed to that service as SIGTERM. A second Ctrl-C is raised wherever it comes.
+    A notice is recorded, so that the loop stops after the current step. Where there is nothing to save, the notice
+    raises an exception at once. With several processes, JAX's own service handles SIGTERM: the processes agree on a
+    step, and the service ends nothing by itself. The first Ctrl-C is passed to that service as SIGTERM. A second Ctrl-C
+    raises at once.
     """
 
     def __init__(self) -> None:
@@ -56,11 +60,11 @@ class Notices:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is not threading.main_thread():  # Python delivers no signals to other threads
+        if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
             return self
         if not jax.distributed.is_initialized():
             self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._tell)
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a job in the background
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # SIGINT is ignored in a background job
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
@@ -70,25 +74,28 @@ class Notices:
 
     @contextlib.contextmanager
     def raised(self, raises: bool = True) -> Iterator[None]:
-        """Whether a notice raises `Stopped` there and then; one that came before, at the block's ends."""
+        """Lets a notice raise `Stopped` or `Interrupted` at once if `raises` is true.
+
+        A notice that arrived earlier raises at the start or the end of the block.
+        """
         before, self._raises = self._raises, raises
         self._raise()
         try:
             yield
         except BaseException:
-            self._raises = False  # what is now closed and copied is not to be disturbed
+            self._raises = False  # no notice may disturb the closing and the copying that follow
             raise
         self._raises = before
         self._raise()
 
     def came(self, step: int) -> bool:
-        """Whether the run is to stop after a step."""
+        """Returns whether the run should stop after a step."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
         return self._told
 
     def ended(self, step: int | None = None) -> Stopped | Interrupted:
-        """What to raise once the step is saved."""
+        """Returns the exception to raise after the step is saved."""
         return Interrupted(step) if self._interrupted else Stopped(step)
 
     def _tell(self, *_: Any) -> None:
@@ -102,7 +109,7 @@ class Notices:
             raise KeyboardInterrupt
         self._interrupted = True
         if not self._raises:
-            # print cannot be called while the main thread is in it.
+            # The handler must not call print, because the main thread may be inside print.
             os.write(2, b"\nkd_jax: interrupted; the step is finished and saved. Ctrl-C again stops at once.\n")
             if jax.distributed.is_initialized():
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -110,7 +117,7 @@ class Notices:
 
     def _raise(self) -> None:
         if self._told and self._raises:
-            self._raises = False  # once, as above
+            self._raises = False  # raised only once: no notice may disturb the cleanup
             raise self.ended()
 
 
@@ -118,28 +125,29 @@ def run_steps(
     run: Any, state: TrainState, workdir: str, writer: metrics.Writer, manager: Any, notices: Notices, quiet: bool,
     place: remote.Place,
 ) -> TrainState:  # fmt: skip
-    """All steps from `state` on.
+    """Runs all steps after `state`.
 
-    A checkpoint is from before its step's evaluation, which a run that goes on from it makes first: a notice need not wait for it.
+    A checkpoint is made before the evaluation of its step. A resumed run first makes that evaluation, so that a notice
+    does not have to wait for one.
 
     Args:
       run: a `train.Run`.
-      state: with the number of steps made.
-      workdir: of the run.
-      writer: of its metrics.
-      manager: of its checkpoints.
-      notices: as the caller has them; here they wait for a step's end.
-      quiet: no progress bar.
-      place: that the work directory stands for.
+      state: the state, with the number of steps made.
+      workdir: the work directory of the run.
+      writer: the writer of the metrics.
+      manager: the manager of the checkpoints.
+      notices: the caller's notices; in this function they wait for the end of a step.
+      quiet: whether to omit the progress bar.
+      place: the place that the work directory stands for.
 
     Returns:
       The state after the last step, which is saved.
 
     Raises:
-      OSError: a checkpoint could not be written, or what belongs to it.
-      FloatingPointError: a loss or a gradient that is not finite, after more than `max_skipped` others in a row.
-      Stopped: SIGTERM, or a preemption notice on any host; the state is saved.
-      Interrupted: Ctrl-C; the state is saved.
+      OSError: a checkpoint, or a file that belongs to it, could not be written.
+      FloatingPointError: a loss or a gradient is not finite, after more than `max_skipped` such steps in a row.
+      Stopped: SIGTERM or a preemption notice arrived on any host; the state is saved.
+      Interrupted: Ctrl-C was pressed; the state is saved.
     """
     config, first = run.config, int(state.step)
     evaluates = lambda step: step % config.eval_every == 0 or step == config.steps
@@ -165,7 +173,8 @@ def run_steps(
                 jax.profiler.stop_trace()
             stopping, evaluating = notices.came(step), evaluates(step)
             saving = step % config.checkpoint_every == 0 or step == config.steps or stopping
-            # The previous step's numbers are read while this one runs; all of them before anything is saved.
+            # The previous step's metrics are read while this step runs. Before a save or an evaluation all metrics are
+            # read.
             keep = 0 if evaluating or saving else 1
             if len(pending) > config.log_every or keep == 0:
                 ready, pending = pending[: len(pending) - keep], pending[len(pending) - keep :]
@@ -195,7 +204,10 @@ def _evaluate(run: Any, writer: metrics.Writer, step: int, state: TrainState) ->
 
 
 def _report_samples(run: Any, writer: metrics.Writer, step: int, shown: int) -> int:
-    """What is to be said of a step's rows, and some that were drawn in it, `show_every` steps after `shown`, the last that was."""
+    """Writes the report on a step's rows, and prints new responses `show_every` steps after `shown`.
+
+    Returns the last step whose responses were printed.
+    """
     if run.feed.report:
         writer.write(step, "samples", run.feed.report)
     every = run.config.sampling.show_every
@@ -208,13 +220,13 @@ def _report_samples(run: Any, writer: metrics.Writer, step: int, shown: int) -> 
 def _read(
     run: Any, writer: metrics.Writer, steps: Pending, state: TrainState, workdir: str, place: remote.Place
 ) -> float:
-    """Writes the steps' numbers; the tokens that they saw."""
+    """Writes the metrics of the steps, and returns the number of tokens in these steps."""
     tokens = 0.0
     for step, sums, rows in steps:
         values = metrics.averages(jax.device_get(sums))
         skipped = values.pop("skipped")
         if skipped > run.config.max_skipped:
-            # The steps after it have left the state as it was before it.
+            # The later steps have kept the state from before the non-finite step.
             nonfinite.stop(run, state, step, rows, values, workdir, place)
         tokens += values["tokens"]
         values |= {"learning_rate": float(run.learning_rate(step - 1))}

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from kd_jax import command_help
 
-if __name__ == "__main__":  # before the imports below, which take seconds
+if __name__ == "__main__":  # answered before the slow imports below, which take seconds
     command_help.answer("main", sys.argv)
 
 import jax
@@ -27,7 +27,8 @@ from kd_jax import checkpoint, command, directory, loop, remote, sharding, train
 from kd_jax.resolve import nearest
 from kd_jax.value_types import EXPECTED, register
 
-# Configs lock the keys that they declare, so that a typo is an error; only specs ({"name": ..., ...}) take new ones.
+# Configs lock the keys that they declare, so that a misspelt key is an error. Only specs ({"name": ..., ...}) accept
+# new keys.
 register()
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config file, and after a colon its setting.", lock_config=False, accept_new_attributes=True
@@ -41,14 +42,14 @@ PROCESSES = flags.DEFINE_string(
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
-ARRIVE = 300  # seconds that the processes of a run have to meet
-HEARTBEAT = 60  # seconds without a sign of life after which a process is dead, and the others stop
+ARRIVE = 300  # seconds within which all processes of a run must connect
+HEARTBEAT = 60  # seconds without a heartbeat after which a process counts as dead and the others stop
 TPU = "the TPU's hosts"
 
 
 def main(argv: list[str]) -> None:
     command.start()
-    logging.set_verbosity(logging.ERROR)  # what orbax and tfds log at every step of theirs would bury the progress bar
+    logging.set_verbosity(logging.ERROR)  # otherwise the logs of orbax and tfds would hide the progress bar
     if len(argv) > 1:
         sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --config.steps=100.")
     use_cache()
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 
 def kept() -> str:
-    """What Ctrl-C leaves of the run in the work directory, as a clause."""
+    """Returns a clause that names what remains of the run in the work directory after Ctrl-C."""
     workdir = str(WORKDIR.value)
     if remote.is_remote(workdir):
         return f"what is stored in {workdir} is kept, and the same command goes on"
@@ -71,11 +72,11 @@ def kept() -> str:
 
 @contextlib.contextmanager
 def ends_well(kept: Callable[[], str], name: str = "kd_jax") -> Iterator[None]:
-    """Whatever ends the command before its time is one paragraph, and no process waits for one that is gone.
+    """Turns any error into a one-paragraph message, and makes sure that no process waits for one that has stopped.
 
     Args:
-      kept: gives what Ctrl-C leaves, as a clause.
-      name: of the command.
+      kept: returns a clause that names what Ctrl-C leaves.
+      name: the name of the command.
     """
     with command.second_interrupt(name, kept):
         try:
@@ -91,7 +92,7 @@ def ends_well(kept: Callable[[], str], name: str = "kd_jax") -> Iterator[None]:
             if step is None:
                 leave(f"interrupted; {kept()}.", command.INTERRUPTED)
             print(f"\nkd_jax: interrupted; step {step} is saved, and the same command goes on.", file=sys.stderr)
-            sys.exit(command.INTERRUPTED)  # the other processes have saved the step, too, and end by themselves
+            sys.exit(command.INTERRUPTED)  # the other processes also have saved the step, and end by themselves
         except Exception as error:
             if not jax.distributed.is_initialized():
                 raise
@@ -100,22 +101,23 @@ def ends_well(kept: Callable[[], str], name: str = "kd_jax") -> Iterator[None]:
 
 
 def use_cache() -> None:
-    """Compiled programs are kept for the next run, unless JAX is told where already."""
+    """Keeps compiled programs on disk for later runs, unless JAX already has a cache directory."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/kd_jax/xla"))
 
 
 def join(processes: str) -> None:
-    """Meets the other processes of the run, before anything touches a device.
+    """Connects to the other processes of the run, before any device is used.
 
-    From then on, by JAX's own service, all stop within HEARTBEAT seconds if one of them dies.
+    Afterwards, if one process dies, JAX's own service stops all others within HEARTBEAT seconds.
 
     Args:
-      processes: empty: a TPU pod's and SLURM's processes meet, any other is alone; alone: it is; auto: whatever JAX can find
-        must be there; or ADDRESS:PORT,COUNT,INDEX, the address that of the process 0.
+      processes: "" connects the processes of a TPU pod or of SLURM, and leaves any other process alone; "alone" leaves
+        this process alone; "auto" requires a cluster that JAX can find; "ADDRESS:PORT,COUNT,INDEX" names the address of
+        process 0, the number of processes, and the index of this process.
 
     Raises:
-      ValueError: something else.
+      ValueError: `processes` has none of these forms, or the connection fails.
     """
     address = count = index = None  # JAX finds them
     parts = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", processes)
@@ -132,7 +134,7 @@ def join(processes: str) -> None:
         raise ValueError(
             f"--processes={processes!r} must be auto, alone, or ADDRESS:PORT,COUNT,INDEX with INDEX below COUNT."
         )
-    # JAX ends a process that waits in vain without saying where it did.
+    # JAX ends a process that waits too long without naming the address.
     late = threading.Timer(ARRIVE, _give_up, (where or processes,))
     late.daemon = True
     late.start()
@@ -141,14 +143,15 @@ def join(processes: str) -> None:
             address, count, index, initialization_timeout=ARRIVE + 30, heartbeat_timeout_seconds=HEARTBEAT
         )
     except (ValueError, OSError) as error:
-        # JAX finds nothing here, or a TPU has no service that knows its pod.
+        # JAX finds no cluster here, or a TPU has no service that knows the pod.
         if processes or where != TPU:
             raise ValueError(f"--processes={processes}: {error} Give ADDRESS:PORT,COUNT,INDEX.") from error
         return
     finally:
         late.cancel()
     if jax.process_count() > 1:
-        # JAX ends a process by abort() after it has said that another one died: absl would add the stacks of all threads.
+        # JAX calls abort() after a message that another process died. Without this line absl would print the stacks of
+        # all threads.
         signal.signal(signal.SIGABRT, signal.SIG_DFL)
         print(
             f"kd_jax: process {jax.process_index()} of {jax.process_count()}, through {where or processes}; if one dies, all "
@@ -157,10 +160,10 @@ def join(processes: str) -> None:
 
 
 def check_same(*what: Any) -> None:
-    """Whether all processes were told the same: tasks of SLURM's may be meant as runs of their own.
+    """Checks that all processes have the same values. Tasks of SLURM may be meant as separate runs.
 
     Raises:
-      ValueError: they were not.
+      ValueError: the values differ between processes.
     """
     digest = zlib.crc32(json.dumps(what, sort_keys=True, default=str).encode()) >> 1
     if sharding.least_of_processes(digest) != -sharding.least_of_processes(-digest):
@@ -171,29 +174,29 @@ def check_same(*what: Any) -> None:
 
 
 def leave(problem: str, code: int = 1) -> NoReturn:
-    """Ends this process with what is wrong; where there are others, without waiting for them, who stop when they notice."""
+    """Ends this process with a message. With several processes, it does not wait for the others, which notice and stop."""
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         if code == 1:
             sys.exit(f"kd_jax: {problem}")
         print(f"\nkd_jax: {problem}", file=sys.stderr)
         sys.exit(code)
-    if "Gloo" in problem or "NCCL" in problem:  # a connection broke
+    if "Gloo" in problem or "NCCL" in problem:  # a connection to another process broke
         problem = f"another process is gone, and its own output should say why. ({' '.join(problem.split())[:300]})"
     index = jax.process_index()
     print(f"kd_jax: process {index} of {jax.process_count()} stops: {problem}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if index == 0:
-        time.sleep(2)  # who has the same to say can say it: all stop at once with the first
-    os._exit(code)  # JAX would wait for all the others to finish, too
+        time.sleep(2)  # processes with the same message get time to print it: all stop when the first process stops
+    os._exit(code)  # a normal exit of JAX would wait for all other processes
 
 
 def _cluster() -> str:
-    """What starts this process together with others, if something does."""
+    """Returns the name of the system that started this process together with others, or ""."""
     if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         return "SLURM"
     return (
         TPU if (jax.config.values["jax_platforms"] or "").startswith("tpu") else ""
-    )  # JAX sets it where it finds the chips
+    )  # JAX sets this value if it finds TPU chips
 
 
 def _give_up(where: str) -> None:
@@ -206,10 +209,10 @@ def _give_up(where: str) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """The flags; whatever is wrong with them is one paragraph, without a traceback."""
+    """Parses the flags. An error in the flags ends the command with one paragraph, without a traceback."""
     try:
         rest = flags.FLAGS(argv)
-        CONFIG.value.keys()  # a config file that is not there is found out by the first reading
+        CONFIG.value.keys()  # the first read finds a missing config file
         return rest
     except flags.Error as error:
         if "Error whilst parsing config file" in str(error):
@@ -253,16 +256,16 @@ def _unknown_section(argv: list[str]) -> str:
 
 
 def _of_config(error: BaseException) -> str:
-    """The problem with a config file or with one of its keys, from the exception at the root of what absl raised."""
+    """Returns the problem with a config file or one of its keys, from the root cause of absl's exception."""
     while (cause := error.__cause__ or error.__context__) and "Could not override field" not in str(error)[:30]:
         error = cause
     if missing := re.search(r"No such file or directory: '(.*\.py)", str(error)):
         path = Path(missing[1])
         return f"there is no config file {path}{nearest(path.stem, [file.stem for file in path.parent.glob('*.py')])}."
-    # A locked ConfigDict shows all its fields before it says which one was meant.
+    # The message of a locked ConfigDict lists all fields before the likely one.
     others = r"Other fields present:.*(?=Did you mean)|Other fields present:.*"
     said = re.sub(others, "", str(error), flags=re.DOTALL).strip("'\" ")
-    if key := re.search(r'Key "(\w+)" does not exist', said):  # perhaps it does, somewhere else
+    if key := re.search(r'Key "(\w+)" does not exist', said):  # the key may exist in another section
         config = flags.FLAGS["config"].value
         names = directory.flat(config.to_dict()) if config else {}
         if places := [name for name in names if name.rpartition(".")[2] == key[1]]:

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite: which rows and terms it is, and all that is needed to see it again."""
+"""Saves a step with a non-finite loss or gradient, and names the rows and terms that cause it."""
 
 import json
 import math
@@ -21,16 +21,16 @@ def stop(
     run: Any, state: Any, step: int, rows: dict[str, np.ndarray], values: dict[str, float], workdir: str,
     place: remote.Place,
 ) -> NoReturn:  # fmt: skip
-    """Saves state and batch for `kd_jax.replay`, and raises.
+    """Saves the state and the batch for `kd_jax.replay`, and raises an error.
 
     Args:
       run: a `train.Run`.
-      state: that the step was to change, and did not: see `train_step.make_train_step`.
-      step: of the update, counted from 1.
-      rows: this process's rows of its batch.
-      values: its metrics.
-      workdir: of the run; at an address each process has another one.
-      place: that it stands for, where all processes save the state together.
+      state: the state before the step, which the step did not change: see `train_step.make_train_step`.
+      step: the number of the update, counted from 1.
+      rows: this process's rows of the step's batch.
+      values: the metrics of the step.
+      workdir: the work directory; if it stands for an address, each process has a directory of its own.
+      place: the place that the work directory stands for, in which all processes save the state together.
 
     Raises:
       FloatingPointError: always, with the step, its terms and its rows.
@@ -38,7 +38,7 @@ def stop(
     batch, first, name = _whole(rows), jax.process_index() == 0, f"{FOLDER}/step_{step}"
     folder = Path(workdir) / name
     if first:
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier call, which came to the same
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier call may have stopped at the same step
         folder.mkdir(parents=True)
         np.savez(folder / BATCH, allow_pickle=False, **batch)
     sharding.least_of_processes(1)
@@ -46,7 +46,7 @@ def stop(
     found = diagnose(run, state, batch)
     if first:
         report = {"step": step, "values": {k: str(v) for k, v in values.items()}, "rows": found}
-        partial = folder / f"{REPORT}.partial"  # last: what has it is whole
+        partial = folder / f"{REPORT}.partial"  # the report is written last: a folder with a report is complete
         partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         partial.replace(folder / REPORT)
     terms = ", ".join(f"{name}={value:g}" for name, value in values.items() if "/loss" in name)
@@ -59,17 +59,17 @@ def stop(
 
 
 def diagnose(run: Any, state: Any, batch: dict[str, np.ndarray]) -> Found:
-    """The rows of a batch that, counted alone, have a loss or a gradient that is not finite.
+    """Returns the rows of a batch that, counted alone, give a non-finite loss or gradient.
 
-    The step that was compiled for the run is called once a row, with all other rows masked.
+    The compiled step of the run is called once for each row, with all other rows masked.
 
     Args:
       run: a `train.Run`.
-      state: that no step changes any more, as `stop` has it; given away.
-      batch: global.
+      state: a state that no step changes any more, as `stop` has it; the state is donated.
+      batch: the global batch.
 
     Returns:
-      Of each such row: row, its index; gradient_norm and each term's loss, as text where it is not finite.
+      A dict for each such row: row, its index; gradient_norm and the loss of each term, as text if not finite.
     """
     found: Found = []
     size, index = len(batch["tokens"]) // jax.process_count(), jax.process_index()
@@ -89,7 +89,7 @@ def diagnose(run: Any, state: Any, batch: dict[str, np.ndarray]) -> Found:
 
 
 def said(found: Found, count: int) -> str:
-    """`diagnose`'s answer as a sentence."""
+    """Returns the result of `diagnose` as a sentence."""
     if not found:
         return "No row alone has a loss or a gradient that is not finite: together they overflow."
     if len(found) == count:
@@ -99,13 +99,16 @@ def said(found: Found, count: int) -> str:
 
 
 def saved_steps(workdir: str) -> list[int]:
-    """Steps that `stop` has left in a work directory, in order."""
+    """Returns the steps that `stop` has saved in a work directory, in order."""
     names = (path.parent.name.removeprefix("step_") for path in (Path(workdir) / FOLDER).glob(f"step_*/{REPORT}"))
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def load(workdir: str, step: int, state: Any) -> tuple[Any, dict[str, np.ndarray]]:
-    """State and global batch of a step that `stop` has saved; the state placed as `state`, of ShapeDtypeStructs, says."""
+    """Loads the state and the global batch of a step that `stop` has saved.
+
+    The state is placed like `state`, a tree of ShapeDtypeStructs.
+    """
     folder = Path(workdir) / FOLDER / f"step_{step}"
     with storage.storing(folder / BATCH), np.load(folder / BATCH, allow_pickle=False) as arrays:
         batch = {name: arrays[name] for name in arrays.files}
@@ -113,7 +116,7 @@ def load(workdir: str, step: int, state: Any) -> tuple[Any, dict[str, np.ndarray
 
 
 def _whole(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The global batch, of each process's rows of it."""
+    """Returns the global batch, gathered from the rows of each process."""
     if jax.process_count() == 1:
         return rows
     return {k: np.asarray(multihost_utils.process_allgather(array, tiled=True)) for k, array in rows.items()}

@@ -1,7 +1,7 @@
 """python -m kd_jax.replay --workdir=DIR [--step=N]
 
-Shows again a step whose loss or gradient was not finite: the run's own step, on the batch and from the state that it stopped with.
-With JAX_DEBUG_NANS=1 JAX_DISABLE_JIT=1 in the environment JAX stops at the line that made the first NaN.
+Repeats a step whose loss or gradient was not finite: the run's own step, on the saved batch and from the saved state.
+If JAX_DEBUG_NANS=1 JAX_DISABLE_JIT=1 is in the environment, JAX stops at the line that made the first NaN.
 """
 
 import argparse
@@ -16,14 +16,14 @@ from kd_jax import command, data, directory, metrics, nonfinite, remote, train
 
 
 def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
-    """Prints what a saved step comes to, term by term and row by row, and returns `nonfinite.diagnose`'s answer.
+    """Prints the values of a saved step for each term and each bad row, and returns the result of `nonfinite.diagnose`.
 
     Args:
-      workdir: of the run.
-      step: one of those saved; None: the last.
+      workdir: the work directory of the run.
+      step: a saved step; None: the last saved one.
 
     Raises:
-      ValueError: nothing is saved there.
+      ValueError: the directory has no run, or no such step is saved.
     """
     if not (Path(workdir) / directory.CONFIG).is_file():
         raise ValueError(f"there is no run in the work directory {workdir}.")
@@ -35,9 +35,9 @@ def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
         )
     step = steps[-1] if step is None else step
     config = ConfigDict(json.loads((Path(workdir) / directory.CONFIG).read_text(encoding="utf-8")))
-    config.max_skipped = 0  # whatever it is by now: the saved state is one that no step changes
+    config.max_skipped = 0  # regardless of the present value: no step may change the saved state
     if config.mesh.to_dict() != {"data": -1, "fsdp": 1, "tensor": 1} and jax.device_count() == 1:
-        config.mesh = {"data": 1, "fsdp": 1, "tensor": 1}  # a pod's run, looked at on a laptop
+        config.mesh = {"data": 1, "fsdp": 1, "tensor": 1}  # the run of a pod can then be repeated on a laptop
     run = train.build(config)
     state, batch = nonfinite.load(workdir, step, run.abstract_state)
     state, sums = run.train_step(state, run.models.teacher_params, run.put(batch))

@@ -1,4 +1,4 @@
-"""What a run leaves: texts of before and after, a table, plots, a page, and the student as a Hugging Face folder."""
+"""Writes the results of a run: texts before and after training, a table, plots, a page, and the student's folder."""
 
 import itertools
 import json
@@ -14,24 +14,25 @@ BEFORE, AFTER = "generations_before.jsonl", "generations.jsonl"
 
 
 def begin(run: Any, params: Any, workdir: str) -> None:
-    """Leaves what the student writes before its first step, for `finish` to show beside what it writes after the last."""
+    """Writes the student's texts before the first step, which `finish` shows beside the texts after training."""
     written = _answers(run, run.models.student, params)[0]
     if jax.process_index() == 0:
         _write_lines(Path(workdir) / BEFORE, written)
 
 
 def finish(run: Any, params: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
-    """Leaves a run's table, plots, samples, page and student in its work directory, and prints samples and table.
+    """Writes a run's table, plots, samples, page and student, and prints the samples and the table.
 
     Args:
       run: a `train.Run`.
-      params: the student's, trained.
-      workdir: of the run, with its metrics.
-      quiet: nothing is printed.
+      params: the parameters of the trained student.
+      workdir: the work directory of the run, with its metrics.
+      quiet: whether to print nothing.
 
     Returns:
-      {"teacher": ..., "before": ..., "after": ...}, each what `Run.evaluate` returns; and with a teacher "by_place", where along
-      the response the student is how far from it. Of several processes only the first has "before" and "after".
+      {"teacher": ..., "before": ..., "after": ...}, each a result of `Run.evaluate`; with a teacher also "by_place",
+      the distance of the student from the teacher along the response. With several processes only the first one has
+      "before" and "after".
     """
     folder, first, result = Path(workdir), jax.process_index() == 0, {}
     if first:
@@ -39,7 +40,7 @@ def finish(run: Any, params: Any, workdir: str, quiet: bool = False) -> dict[str
         result = {"before": lines[0], "after": lines[-1]}
     written, own = _answers(run, run.models.student, params)
     texts = {"after": written}
-    if first and (folder / BEFORE).exists():  # not in a run that an older version began
+    if first and (folder / BEFORE).exists():  # the file is missing in a run that an older version began
         texts = {"before": _read_lines(folder / BEFORE)} | texts
     if run.models.teacher is not None:
         result = {"teacher": run.evaluate_teacher()} | result
@@ -55,12 +56,12 @@ def finish(run: Any, params: Any, workdir: str, quiet: bool = False) -> dict[str
             metrics.tqdm.write((folder / "samples.md").read_text(encoding="utf-8"))
             metrics.tqdm.write((folder / "table.md").read_text(encoding="utf-8"))
             metrics.tqdm.write(f"wrote {folder / 'report.html'} and {export}")
-    sharding.from_first_process(0)  # or those that leave before it is done would wait at the exit, and not for long
+    sharding.from_first_process(0)  # without this barrier, processes that leave early would time out at the exit
     return result
 
 
 def result_table(result: dict[str, dict[str, float]]) -> str:
-    """teacher / student before / student after, a row a metric."""
+    """Returns a table with a row for each metric, and columns for teacher, student before and student after."""
     shown = {who: values for who, values in result.items() if who in report.AUTHORS}
     rows = [["held-out rows", *(report.AUTHORS[who] for who in shown)]]
     for name in result["after"]:
@@ -85,7 +86,10 @@ def _write(folder: Path, result: dict[str, Any], texts: dict[str, list[dict[str,
 
 
 def _answers(run: Any, model: models.Model, params: Any, alone: bool = False) -> tuple[list[dict[str, Any]], Any]:
-    """What a model writes to the prompts that are shown, and its numbers at each token, beside the teacher if not alone."""
+    """Returns a model's answers to the shown prompts, and values at each token.
+
+    Unless `alone` is true, the values compare the model with the teacher.
+    """
     longest = max(len(example.prompt) for example in run.shown)
     room = max(1, min(run.config.sample_tokens, run.models.max_positions - longest))
     sampler = rollouts.Sampler(run.mesh, run.tokenizer, run.config.data.max_length, room)
@@ -97,7 +101,7 @@ def _answers(run: Any, model: models.Model, params: Any, alone: bool = False) ->
 
 
 def _first_batch(run: Any, params: Any) -> Any:
-    """The student's numbers at each token of the first held-out rows, those that are shown."""
+    """Returns the student's values at each token of the first held-out rows, which are those that are shown."""
     return evaluate.collect(
         run.models.student, params, run.models.teacher, run.models.teacher_params,
         itertools.islice(run.eval_batches(), 1), run.mesh, vocab_size=run.tokenizer.vocab_size,

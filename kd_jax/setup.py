@@ -1,4 +1,4 @@
-"""What a config names on disk: tokenizer, teacher and student, checked against each other and against its numbers."""
+"""Loads the tokenizer, the teacher and the student of a config, and checks that they fit together."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,7 @@ INITS = ("random", "pretrained", "layers")
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """A teacher whose tokenizer is not the student's: the student learns from its text, and is not compared with it."""
+    """A teacher with another tokenizer than the student, from whose text alone the student learns."""
 
     model: models.Model
     params: Any
@@ -30,11 +30,13 @@ class Models:
     """The two models of a run.
 
     Attributes:
-      student: its config names every end token of the run, so that the exported model stops at each of them.
+      student: the student; its config names every end token of the run, so that the exported model stops at each of
+        them.
       init_student: makes the student's initial parameters from a key, placed on the mesh.
-      tokenizer: of both models. Its `end_ids` are its own, the prompt template's and those that the two models' folders name.
-      teacher, teacher_params: None without a teacher that the student is compared with.
-      cached: a `CachedTeacher` in the teacher's place, or None; `teacher_params` are then what the cache has.
+      tokenizer: the tokenizer of both models. Its `end_ids` are its own, those of the prompt template, and those that
+        the folders of the two models name.
+      teacher, teacher_params: the teacher and its parameters; None if the student is compared with no teacher.
+      cached: a `CachedTeacher` in the teacher's place, or None; `teacher_params` are then the parameters in the cache.
       writer: a teacher that only writes text, or None.
     """
 
@@ -48,7 +50,7 @@ class Models:
 
     @property
     def compared(self) -> Any:
-        """What a step compares with: the teacher or its cache; None without either."""
+        """The teacher or its cache, with which a step compares the student; None without either."""
         return self.teacher or self.cached
 
     @property
@@ -58,12 +60,12 @@ class Models:
 
     @property
     def loaded(self) -> list[models.Model]:
-        """The student and, where it is here, the teacher."""
+        """The student and, if it is loaded, the teacher."""
         return [self.student] + ([self.teacher] if self.teacher else [])
 
 
 def folder(path: str) -> Path:
-    """Returns the folder that a config's path means; 'package:NAME' is one that ships with kd_jax.
+    """Returns the folder for a path of a config; 'package:NAME' is a folder that ships with kd_jax.
 
     Raises:
       ValueError: kd_jax has no model NAME, or the path is an address.
@@ -118,18 +120,19 @@ def dataset_options(config: Any, section: str = "data") -> dict[str, Any]:
 
 
 def load_tokenizer(config: Any, text_only: bool = False) -> data.Tokenizer:
-    """Loads the tokenizer of tokenizer.path, or else of the teacher's cache or folder, or else of the student's.
+    """Loads the tokenizer of tokenizer.path, or else of the teacher's cache or folder, or else of the student's folder.
 
-    The models' folders are checked first: where one of them is wrong, the message is about that folder and not its tokenizer.
+    The folders of the models are checked first, so that an error in a folder is reported as such and not as an error of
+    the tokenizer.
 
     Args:
-      config: of the run.
-      text_only: whether the student learns from the teacher's text alone. A pretrained student then keeps its own tokenizer, if
-        that is not the teacher's.
+      config: the config of the run.
+      text_only: whether the student learns only from the teacher's text. A pretrained student then keeps its own
+        tokenizer if that differs from the teacher's.
 
     Raises:
-      ValueError: nothing names a tokenizer, a folder that does not exist or has no model or no tokenizer, or a template of
-        prompts that does not fit the tokenizer.
+      ValueError: no key names a tokenizer; a folder does not exist, or has no model or no tokenizer; or a template of
+        prompts does not fit the tokenizer.
     """
     if config.teacher.path and not config.teacher.cache:
         model_folder(config.teacher.path, "teacher.path")
@@ -152,8 +155,8 @@ def load_tokenizer(config: Any, text_only: bool = False) -> data.Tokenizer:
         own = data.Tokenizer.load(folder(config.student.path))
         tokenizer = tokenizer if own.vocabulary() == tokenizer.vocabulary() else own
     template = data.Template.of(config.data)
-    if config.data.name != "text":  # whose rows have no prompts
-        data.make_render(template, tokenizer)  # whatever is wrong with the template is said early
+    if config.data.name != "text":  # rows of plain text have no prompts
+        data.make_render(template, tokenizer)  # an error in the template is reported early
     return data.with_template_end(tokenizer, template)
 
 
@@ -183,7 +186,7 @@ def load_models(
     teacher: Any = None
     params: Any = None
     writer = None
-    if path_of_teacher:  # also where no term needs it: what is measured is then measured against it too
+    if path_of_teacher:  # loaded even if no term needs the teacher, because evaluations compare with the teacher
         path = folder(path_of_teacher)
         template = data.Template.of(config.data)
         own = data.with_template_end(data.Tokenizer.load(path), template) if text_only else tokenizer
@@ -257,7 +260,7 @@ def _make_student(
 
     student, params = models.take_layers(teacher, teacher_params, tuple(config.student.layers))
     student = dataclasses.replace(student, param_dtype=jnp.float32, **how)
-    # A copy: the state is donated to every step, and these arrays are the teacher's too.
+    # The arrays are copied because the state is donated to every step, and the arrays also belong to the teacher.
     whole = lambda tree: models.dequantise(tree, jnp.float32)
     copy = jax.jit(
         lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), whole(tree)),

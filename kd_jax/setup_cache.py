@@ -1,4 +1,4 @@
-"""A config whose teacher is a cache: what it can be used for, and whether it is this run's."""
+"""Opens a teacher's cache for a config, and checks that the cache is sufficient for the config and fits the run's rows."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from kd_jax.setup import dataset_options
 from kd_jax.teacher_cache_files import about_rows, differences
 from kd_jax.teacher_cache_read import Cache, Kept
 
-# What of config.data decides the rows; of packing whether they are cut anew.
+# The keys of config.data that decide the rows. Of data.packing it matters only whether the rows are divided anew.
 DECIDE = (
     "name", "train_split", "eval_split", "eval_rows", "template", "max_length", "max_prompt_length", "long_prompts",
     "long_responses", "loss_on",
@@ -19,7 +19,10 @@ DECIDE = (
 
 
 def made_from(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
-    """What a cache and a run must share beside their rows, and under "settings" what explains rows that differ."""
+    """Returns the values that a cache and a run must share besides their rows.
+
+    The entry "settings" has the keys that can explain why rows differ.
+    """
     template = data.Template.of(config.data)
     text = template.name + (tokenizer.chat_template or "" if template.name == "chat" else "")
     text += json.dumps(more, sort_keys=True) if (more := template.set_apart()) else ""
@@ -35,10 +38,13 @@ def made_from(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
 
 
 def open_cache(config: Any, terms: tuple[Term, ...], source: Source) -> Cache | None:
-    """The cache that a config names, found to be enough for it; None where it names none.
+    """Opens the cache that a config names, and checks that the cache is sufficient for the config.
+
+    Returns:
+      The cache; None if the config names none.
 
     Raises:
-      ValueError: a cache that is no good, or less than the config needs.
+      ValueError: the cache is invalid, or has less than the config needs.
     """
     if not config.teacher.cache:
         return None
@@ -56,10 +62,11 @@ def open_cache(config: Any, terms: tuple[Term, ...], source: Source) -> Cache | 
 
 
 def kept_rows(config: Any, tokenizer: data.Tokenizer, cache: Cache | None, split: str, rows: Any) -> Any:
-    """What a cache has of the rows of a split, 'train' or 'held_out'; None without one.
+    """Returns the cached values of a split, 'train' or 'held_out'; None without a cache.
 
     Raises:
-      ValueError: where it was made with another tokenizer or template, or of other rows, with what differs.
+      ValueError: the cache was made with another tokenizer, another template, or other rows; the message has the
+        differences.
     """
     if cache is None:
         return None
@@ -74,10 +81,10 @@ def kept_rows(config: Any, tokenizer: data.Tokenizer, cache: Cache | None, split
 
 
 def check_use(config: Any, terms: tuple[Term, ...], source: Source, kind: str) -> None:
-    """Whether a cache of this kind is enough for a config.
+    """Checks that a cache of this kind is sufficient for a config.
 
     Raises:
-      ValueError: what needs the teacher itself, or more of its distributions than the kind keeps.
+      ValueError: the config needs the teacher itself, or more of the teacher's distributions than the cache has.
     """
     if source.authors or source.origins != ("data",):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A config's terms and its sampling, checked against the source of its rows."""
+"""Checks the terms and the sampling of a config against the source of the rows."""
 
 from typing import Any
 
@@ -11,11 +11,12 @@ from kd_jax.objectives import Term
 from kd_jax.policy_gradient import Scores
 from kd_jax.prefixes import Source
 
-LEAST_GRADIENT = 1e-12  # of a term's loss, times its coefficient; smaller ones vanish in an optimiser's epsilon
+# largest gradient of a term's loss times its coefficient; smaller ones vanish in an optimiser's epsilon
+LEAST_GRADIENT = 1e-12
 
 
 def check_term(config: Any, source: Source, term: Term) -> None:
-    """Whether the source gives rows that the term counts, drawn as it needs them."""
+    """Checks that the source gives rows that the term counts, sampled as the term needs them."""
     sampling, given = config.sampling, (*source.origins, *(("text",) if config.text.name else ()))
     if term.rows not in ("all", *given):
         raise ValueError(
@@ -47,14 +48,14 @@ def check_term(config: Any, source: Source, term: Term) -> None:
 
 
 def over_steps(schedule: Any, steps: int) -> np.ndarray | None:
-    """The values of a schedule in each step of a run; None where they follow the losses."""
+    """Returns the values of a schedule in each step of a run; None if the schedule follows the losses."""
     if schedule.init() != ():
         return None
     return np.asarray(jax.vmap(lambda step: schedule((), step=step))(jnp.arange(steps)))
 
 
 def check_authors(config: Any, source: Source, term: Term) -> None:
-    """Checks that a mixture whose share has a schedule gives rows of the author that a term counts."""
+    """Checks that a mixture with a scheduled share gives rows of the author that a term counts."""
     fraction = getattr(source, "fraction", None)
     shares = over_steps(fraction, config.steps) if hasattr(fraction, "init") else None
     unused = {"student": 0.0, "data": 1.0}.get(term.rows)
@@ -68,7 +69,7 @@ def check_gradient(config: Any, term: Term) -> None:
     """Checks that the loss of a term depends on the student in some step of the run.
 
     Raises:
-      ValueError: the term is constant, with the setting that makes it so, as far as that is known.
+      ValueError: the term is constant; the message names the setting that causes this, if known.
     """
     name, spec, steps = f"objective.terms.{term.name}", config.objective.terms[term.name], config.steps
     coefficients, weights = over_steps(term.coefficient, steps), over_steps(term.weight, steps)
@@ -110,7 +111,10 @@ def check_gradient(config: Any, term: Term) -> None:
 
 
 def _gradient(term: Term, weight: float, config: Any) -> float:
-    """The largest entry of the gradient of a term's loss with respect to a student's logits, for distributions that differ."""
+    """Returns the largest entry of the gradient of a term's loss with respect to a student's logits.
+
+    The teacher's and the student's distributions differ.
+    """
     rows, length, vocabulary = 2, 4, 8
     teacher, student = np.random.default_rng(0).normal(scale=2.0, size=(2, rows, length, vocabulary)).astype(np.float32)
     target = jnp.asarray(teacher.argmin(-1))
@@ -134,10 +138,10 @@ def _gradient(term: Term, weight: float, config: Any) -> float:
 
 
 def check_learning_rate(schedule: Any, steps: int) -> None:
-    """Checks that a learning rate is finite and not negative in each step, and above 0 in some.
+    """Checks that a learning rate is finite and not negative in each step, and above 0 in at least one step.
 
     Raises:
-      ValueError: it is not.
+      ValueError: the learning rate violates one of these conditions.
     """
     rates = np.asarray(jax.vmap(schedule)(jnp.arange(steps)))
     if np.any(wrong := ~(np.isfinite(rates) & (rates >= 0))):
@@ -150,7 +154,7 @@ def check_learning_rate(schedule: Any, steps: int) -> None:
 
 
 def check_sampling(config: Any, source: Source) -> None:
-    """Whether the source's authors can answer the dataset's prompts."""
+    """Checks that the authors of the source can answer the dataset's prompts."""
     name, options, sampling = name_of(config.prefixes), config.data, config.sampling
     if options.name == "text" or (source.authors and (options.packing != "none" or options.loss_on != "response")):
         raise ValueError(
@@ -182,7 +186,7 @@ def check_sampling(config: Any, source: Source) -> None:
 
 
 def check_room(config: Any) -> None:
-    """Whether the longest prompt and the longest response fit into a row."""
+    """Checks that the longest prompt and the longest response fit together into a row."""
     options, new = config.data, config.sampling.max_new_tokens
     if options.max_prompt_length + new > options.max_length + 1:
         raise ValueError(
@@ -192,5 +196,5 @@ def check_room(config: Any) -> None:
 
 
 def name_of(spec: Any) -> str:
-    """What a spec names."""
+    """Returns the name in a spec."""
     return spec if isinstance(spec, str) else spec.get("name", "")

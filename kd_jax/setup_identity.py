@@ -1,4 +1,6 @@
-"""The contents that a run belongs to beside its config: its data, models, tokenizer, cache, and functions of one's own."""
+"""Fingerprints the contents that belong to a run beside its config: data, models, tokenizer, cache, and the user's
+functions.
+"""
 
 import hashlib
 import importlib
@@ -17,16 +19,17 @@ from kd_jax.checksum import file_digest
 from kd_jax.setup import dataset_options, folder, load_tokenizer
 from kd_jax.teacher_cache_files import MANIFEST, about_rows
 
-OWN = re.compile(r"(?<![\w.:])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")  # module:function, also within a call's keywords
+# matches module:function, also inside the keywords of a call
+OWN = re.compile(r"(?<![\w.:])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 TERM_SPECS = ("divergence", "assistant", "weight", "coefficient")
 
 
 class Part(NamedTuple):
-    """One of the contents.
+    """A content of a run.
 
     Attributes:
-      named: the key and the value of the config that name it.
-      fingerprint: of the content alone; "" where the content is not there.
+      named: the key and the value of the config that name the content.
+      fingerprint: the fingerprint of the content alone; "" if the content does not exist.
     """
 
     named: str
@@ -34,17 +37,17 @@ class Part(NamedTuple):
 
 
 def check(workdir: str, config: Any, run: Any = None) -> None:
-    """Checks that the contents are those with which the run of a work directory began. All processes call it.
+    """Checks that the contents are those with which the run of a work directory began. All processes must call it.
 
-    The first process compares, so that each file is read once, and all raise the same error.
+    Only the first process compares, so that each file is read once. All processes raise the same error.
 
     Args:
-      workdir: of the run; it need not exist.
-      config: of the run.
-      run: as in `parts`.
+      workdir: the work directory of the run; it need not exist.
+      config: the config of the run.
+      run: the assembled run or None, as in `parts`.
 
     Raises:
-      ValueError: contents differ, or cannot be read; each is named.
+      ValueError: some contents differ or cannot be read; the message names each of them.
     """
     problem = ""
     if jax.process_index() == 0:
@@ -57,9 +60,9 @@ def check(workdir: str, config: Any, run: Any = None) -> None:
 
 
 def write(workdir: str, config: Any, run: Any) -> None:
-    """Writes the fingerprints into the work directory; those that it has already stay.
+    """Writes the fingerprints into the work directory, without changing fingerprints that are already there.
 
-    A directory of an older version that has nothing to resume has none, and takes those of now.
+    A directory of an older version that has nothing to resume has no fingerprints. It gets those of the present contents.
     """
     there = directory.read_identity(workdir)
     here = {name: part.fingerprint for name, part in parts(config, run).items() if part.fingerprint}
@@ -73,7 +76,8 @@ def _difference(workdir: str, config: Any, run: Any) -> str:
     lines = [
         f"{part.named} has other content than when the run began"
         for name, part in parts(config, run).items()
-        # A student's folder may be gone: a run that goes on reads no weights there. Of all else that is gone `build` says so.
+        # A missing student's folder is no error: a resumed run reads no weights there. `build` reports all other
+        # missing contents.
         if part.fingerprint and part.fingerprint != there.get(name, part.fingerprint)
     ]
     if not lines:
@@ -98,14 +102,15 @@ def _of_older_version(workdir: str, config: Any) -> str:
 
 
 def parts(config: Any, run: Any = None) -> dict[str, Part]:
-    """Returns all contents that a config names, by a name that has no path in it.
+    """Returns all contents that a config names, under names without a path.
 
     Args:
-      config: of a run.
-      run: the `train.Run` that was built of it, or None; with it the rows that a teacher wrote are among the contents.
+      config: the config of a run.
+      run: the `train.Run` built from the config, or None; with a run the contents include the rows that a teacher
+        wrote.
 
     Raises:
-      ValueError: a dataset or a tokenizer that cannot be read.
+      ValueError: a dataset or a tokenizer cannot be read.
     """
     text = config.text
     found = {"data": _data("data", config.data.name, config.data.train_split, dataset_options(config))}
@@ -132,23 +137,26 @@ def _data(key: str, name: str, split: str, options: Any) -> Part:
 
 
 def _cache(path: str) -> str:
-    """The manifest's fingerprint: it has hashes of the teacher, of the rows and of the head, and each record is checked with it."""
+    """Returns the fingerprint of a cache's manifest.
+
+    The manifest has hashes of the teacher, the rows and the head. Each record is checked with the manifest.
+    """
     file = remote.local_folder(path) / MANIFEST
     if not file.is_file():
         return ""
     manifest = untrusted.read_json(file)
-    manifest["teacher"] = {**manifest.get("teacher", {}), "path": ""}  # where the teacher was is no content
+    manifest["teacher"] = {**manifest.get("teacher", {}), "path": ""}  # the teacher's path is not part of the content
     return _hash(str(sorted(manifest.items())))
 
 
 def _tokenizers(config: Any) -> dict[str, Part]:
-    """Returns the tokenizer that the config names, and a pretrained student's own, with which it is compared."""
+    """Returns the tokenizer that the config names, and the pretrained student's own tokenizer for comparison."""
     keys = {
         "tokenizer.path": config.tokenizer.path,
         "teacher.cache": config.teacher.cache,
         "teacher.path": config.teacher.path,
         "student.path": config.student.path,
-    }  # as `load_tokenizer` takes them
+    }  # in the order of `load_tokenizer`
     key = next(key for key, path in keys.items() if path)
     found = {"tokenizer": Part(f"the tokenizer of {key}={keys[key]}", _tokenizer(config, load_tokenizer(config)))}
     if config.student.init == "pretrained" and key != "student.path":
@@ -165,7 +173,7 @@ def _tokenizer(config: Any, tokenizer: data.Tokenizer) -> str:
 
 
 def _own_functions(config: Any) -> dict[str, Part]:
-    """The source of each function that a spec names as module:function, but for those of kd_jax."""
+    """Returns the source of each function that a spec names as module:function, except for functions of kd_jax."""
     specs = {key: config[key] for key in ("learning_rate", "optimizer", "prefixes")}
     for name, term in config.objective.terms.items():
         if term is not None:
@@ -180,7 +188,7 @@ def _own_functions(config: Any) -> dict[str, Part]:
 
 
 def _strings(tree: Any, key: str) -> Iterator[tuple[str, str]]:
-    """All texts in nested mappings and sequences, each with its key."""
+    """Yields all texts in nested mappings and sequences, each with its key."""
     if isinstance(tree, str):
         yield key, tree
     elif hasattr(tree, "keys"):
@@ -192,10 +200,10 @@ def _strings(tree: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _source(module_name: str, name: str) -> str:
-    """The hash of the files that define a function; of a notebook's or a script's function that of its own source."""
+    """Returns the hash of the files that define a function, or of the function's own source in a notebook or a script."""
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except Exception:  # what such a file raises is said when the function is looked up
+    except Exception:  # the error of such a file is reported when the function is looked up
         return ""
     defined_in = {module_name, getattr(function, "__module__", None) or module_name}
     if "__main__" not in defined_in:
@@ -209,10 +217,10 @@ def _file(module: ModuleType) -> str:
 
 
 def _text(function: Any) -> str:
-    """The source of a function or a class; "" where Python does not know it."""
+    """Returns the source of a function or a class; "" if Python does not know the source."""
     try:
         return inspect.getsource(function)
-    except (OSError, TypeError):  # a class of a notebook has no file that Python could look into, but its methods have
+    except (OSError, TypeError):  # a class in a notebook has no file for Python to read, but the methods have one
         members: Mapping[str, Any] = vars(function) if inspect.isclass(function) else {}
         return "".join(_text(member) for member in members.values() if inspect.isfunction(member))
 

@@ -1,4 +1,4 @@
-"""A config's values before anything is read: their types, their ranges, and whether they divide as they have to."""
+"""Checks the values of a config before anything is read: types, ranges, and divisibility."""
 
 import operator
 from typing import Any
@@ -13,10 +13,10 @@ PACKINGS = ("none", "rows", "stream")
 
 
 def check_numbers(config: Any) -> None:
-    """What can be said of a config's numbers before anything is read.
+    """Checks the numbers and choices of a config, before anything is read.
 
     Raises:
-      ValueError: one that is out of range or of the wrong type, with its key.
+      ValueError: a value is out of range or of the wrong type; the message names the key.
     """
     check_declared(config)
     least = {
@@ -44,7 +44,7 @@ def check_numbers(config: Any) -> None:
         if isinstance(value, int) and value >= most:
             raise ValueError(f"{name}={value} must be below {most}.")
     for name, low in least.items():
-        if not (value := operator.attrgetter(name)(config)) >= low:  # nan is not
+        if not (value := operator.attrgetter(name)(config)) >= low:  # written so that nan is refused
             raise ValueError(f"{name}={value} must be at least {low}.")
     for who in ("teacher", "student"):
         if config[who].dtype not in ("float32", "bfloat16", "float16"):
@@ -86,7 +86,7 @@ def check_declared(config: Any) -> None:
     Raises:
       ValueError: a key is missing, or a value has another type.
     """
-    from configs import base  # here, since the rest of kd_jax needs no configs
+    from configs import base  # imported here because the rest of kd_jax needs no configs
 
     check_types(base.get_config(), config, base.OPEN)
     for name, term in config.objective.terms.items():
@@ -99,7 +99,7 @@ def check_declared(config: Any) -> None:
 
 
 def check_mesh(config: Any, mesh: jax.sharding.Mesh) -> None:
-    """Whether the mesh can divide the rows that are worked on at a time."""
+    """Checks that the mesh can divide the rows that are processed at a time."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     microbatch = config.data.batch_size // config.microbatches
     sizes = {"data.batch_size": microbatch, "data.eval_batch_size": config.data.eval_batch_size}

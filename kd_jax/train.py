@@ -1,4 +1,4 @@
-"""From a config to a trained student: `build` assembles a run and trains nothing, `train` is the loop."""
+"""Trains a student from a config: `build` assembles a run without training, and `train` runs the training loop."""
 
 import contextlib
 import dataclasses
@@ -53,24 +53,25 @@ from kd_jax.train_step import TrainState, init_state, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run, assembled. A notebook steps it by hand; `train` does so with logs and checkpoints.
+    """An assembled run. A notebook calls the steps itself; `train` calls them with logs and checkpoints.
 
     Attributes:
       config: the resolved config.
-      mesh: of all devices.
-      tokenizer: of teacher and student.
-      models: teacher and student, and the teacher's parameters.
-      terms: of the objective.
-      learning_rate: step -> value.
-      init_state: makes the state before the first step. The student's initial parameters are made here.
-      abstract_state: the state's shapes and shardings.
+      mesh: the mesh of all devices.
+      tokenizer: the tokenizer of teacher and student.
+      models: the teacher, the student, and the teacher's parameters.
+      terms: the terms of the objective.
+      learning_rate: step -> learning rate.
+      init_state: makes the state before the first step, including the student's initial parameters.
+      abstract_state: the shapes and shardings of the state.
       train_step: (state, teacher_params, batch) -> (state, metrics), jitted; the state is donated.
-      feed: of the training batches; its position can be saved.
+      feed: the source of the training batches, with a position that can be saved.
       eval_batches: makes an iterator that goes once over the held-out rows.
-      examples: held-out prompts that are answered at each evaluation.
-      shown: those whose answers are shown, before and after training: as many as are evaluated at a time.
-      counts: what became of the rows of each split.
-      written: the rows of the teacher's responses; None where the data's are trained on.
+      examples: the held-out prompts that are answered at each evaluation.
+      shown: the held-out prompts whose answers are shown before and after training, as many as one evaluation batch
+        has.
+      counts: for each split, the numbers of rows that were kept, truncated or dropped.
+      written: the rows of the teacher's responses; None if the run trains on the data's responses.
     """
 
     config: Any
@@ -90,19 +91,25 @@ class Run:
     written: Any = None
 
     def batch(self, step: int, params: Any) -> dict[str, jax.Array]:
-        """The batch of update `step`, which is counted from 0, on the mesh; the student's parameters draw what it draws."""
+        """Returns the batch of update `step` on the mesh. Steps are counted from 0.
+
+        Where the source has the student write responses, they are sampled with the parameters `params`.
+        """
         return self.put(self.feed.next(step, params))
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """A numpy batch onto the mesh."""
+        """Places a numpy batch on the mesh."""
         return sharding.put_batch(self.mesh, batch)
 
     def evaluate(self, params: Any) -> dict[str, float]:
-        """The student with these parameters on the held-out rows: `evaluate.summary`, and `evaluate.assess` of its texts."""
+        """Returns the measures of student parameters on the held-out rows.
+
+        The measures are those of `evaluate.summary` on the rows and of `evaluate.assess` on the answers.
+        """
         return self._evaluate(self.models.student, params, self.models.compared, self.models.teacher_params)
 
     def evaluate_teacher(self) -> dict[str, float]:
-        """The teacher on the held-out rows, where it is compared with nothing."""
+        """Evaluates the teacher on the held-out rows, without a comparison to another model."""
         return self._evaluate(self.models.teacher, self.models.teacher_params, None, None)
 
     def _evaluate(self, *both: Any) -> dict[str, float]:
@@ -112,24 +119,24 @@ class Run:
         )
         if not self.examples:
             return values
-        # At temperature 1 whatever training draws at, so that runs can be compared.
+        # The temperature is 1, and not that of training, so that runs can be compared.
         sampler = rollouts.Sampler(self.mesh, self.tokenizer, options.max_length, self.config.sampling.max_new_tokens)
         size, seed = options.eval_batch_size, self.config.seed
-        if self.models.cached:  # which has not read what the student writes
+        if self.models.cached:  # the cache has no values for the student's own text
             both = (*both[:2], None, None)
         return values | evaluate.assess(sampler, both, self.examples, batch_size=size, seed=seed, chunk=chunk)[0]
 
 
 def build(config: Any) -> Run:
-    """Assembles a run, and finds whatever is wrong with the config before anything is trained or written.
+    """Assembles a run, and reports any error in the config before anything is trained or written.
 
-    With the source `prefixes.teacher` the teacher writes its responses here, last of all, or they are found on disk.
+    With the source `prefixes.teacher`, the last action is that the teacher's responses are written, or read from disk.
 
     Args:
       config: an ml_collections.ConfigDict with the keys of `configs/base.py`.
 
     Raises:
-      ValueError: whatever is wrong, in a paragraph that names the value and what would be right.
+      ValueError: a value of the config is wrong; the message names the value and a right one.
     """
     check_numbers(config)
     sampling = config.sampling
@@ -180,7 +187,7 @@ def build(config: Any) -> Run:
         eval_rows, batch_size=config.data.eval_batch_size, shuffle=False, num_epochs=1,
         beside=kept_rows(config, tokenizer, cache, "held_out", eval_rows), **batch_options(config, tokenizer),
     )  # fmt: skip
-    # Last, since it may take long: what a teacher has written stays, whatever else is wrong.
+    # The responses come last because writing them may take long. They stay on disk if a later run fails.
     if isinstance(source, prefixes.teacher):
         train_rows, counts[config.data.train_split] = load_responses(config, source, loaded, mesh)
     else:
@@ -197,52 +204,55 @@ def build(config: Any) -> Run:
 
 
 def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
-    """Trains, evaluates, and leaves in `workdir` metrics, checkpoints, a page, plots, samples and the student's folder.
+    """Trains and evaluates a student, and writes all results to `workdir`.
 
-    The same call on the same directory goes on where it was stopped, with the numbers of a run that never was; also on another
-    mesh or another number of hosts, where they are equal to rounding.
+    The results are metrics, checkpoints, a report page, plots, samples and the student's folder. A second call on the
+    same directory resumes the run, with the numbers of an uninterrupted run. On another mesh or another number of hosts
+    the numbers are equal up to rounding.
 
     Args:
-      config: as in `build`.
-      workdir: of this run, a path or an address such as gs://bucket/run; made if it does not exist.
-      quiet: nothing is printed but what is wrong.
+      config: the config, as in `build`.
+      workdir: the run's folder, a path or an address such as gs://bucket/run; made if it does not exist.
+      quiet: whether to print only warnings and errors.
 
     Returns:
-      As `results.finish`: {"teacher": ..., "before": ..., "after": ...}, each what `Run.evaluate` returns.
+      The dict of `results.finish`: {"teacher": ..., "before": ..., "after": ...}, each a result of `Run.evaluate`.
 
     Raises:
-      ValueError: before anything is written, if the config is wrong, or if the directory belongs to another config, to other
-        contents of what the config names (see `setup_identity`), or is in use; or if all of its checkpoints are damaged.
+      ValueError: before anything is written, if the config is wrong, or if the directory is in use or belongs to
+        another config or to other contents of the files that the config names (see `setup_identity`); or if all
+        checkpoints are damaged.
       FloatingPointError: a loss or a gradient is not finite.
-      loop.Stopped: SIGTERM or a preemption notice came, and the state is saved, or there was nothing to save.
-      loop.Interrupted: a KeyboardInterrupt; Ctrl-C came, and the state is saved, or there was nothing to save.
+      loop.Stopped: SIGTERM or a preemption notice arrived, and the state is saved, or there was nothing to save.
+      loop.Interrupted: a KeyboardInterrupt; Ctrl-C was pressed, and the state is saved, or there was nothing to save.
     """
     resolved, first = config.to_dict(), jax.process_index() == 0
     with storage.room(workdir), loop.Notices() as notices, contextlib.ExitStack() as stack:
         copied = remote.work_directory(workdir, jax.process_count(), writes=first)
-        workdir, place = stack.enter_context(copied)  # of an address a local folder
-        sharding.least_of_processes(1)  # nobody looks at what is there before the first process has it
-        stack.enter_context(notices.raised())  # which ends before the last copy to the address
+        workdir, place = stack.enter_context(copied)  # for an address, `workdir` is now a local folder
+        sharding.least_of_processes(1)  # no process reads the folder before the first process has the copy
+        stack.enter_context(notices.raised())  # this block ends before the last copy to the address
         is_there = epath.Path(workdir).is_dir()
-        directory.check(workdir, resolved)  # before a lock is left in a folder of somebody else's
+        directory.check(workdir, resolved)  # checked first, so that no lock file is left in a folder of another program
         if first and is_there:
-            stack.enter_context(directory.alone(workdir))  # before anything that takes long
+            stack.enter_context(directory.alone(workdir))  # the lock is taken before any slow work
             directory.check(workdir, resolved)
-        setup_identity.check(workdir, config)  # before anything is built of other contents
+        setup_identity.check(workdir, config)  # checked before anything is built from changed contents
         run = build(config)
-        setup_identity.check(workdir, config, run)  # and what the teacher wrote, which is found again or written anew
+        # this also checks the teacher's responses, which are read or written anew
+        setup_identity.check(workdir, config, run)
         if first and not is_there:
             stack.enter_context(directory.alone(workdir))
-            directory.check(workdir, resolved)  # somebody else may have made it since
+            directory.check(workdir, resolved)  # another process may have made the folder since the first check
         rounding = quantisation.error(run)
-        # A new run reads its student before it writes anything; a resumed one has no use for an initial state.
+        # A new run reads its student before it writes anything. A resumed run needs no initial state.
         state = None if checkpoint.has_steps(place.shared) else run.init_state()
         if first:
             directory.write_config(workdir, resolved)
             setup_identity.write(workdir, config, run)
             if rounding:
                 (epath.Path(workdir) / quantisation.FILE).write_text(json.dumps(rounding) + "\n", encoding="utf-8")
-        place.store()  # or the checkpoints would be there without the config that they belong to
+        place.store()  # the config must be stored before the checkpoints that belong to it
         manager = stack.enter_context(checkpoint.open_manager(place.shared, config.keep_checkpoints))
         if state is None:
             state, damaged = checkpoint.restore(manager, run.abstract_state, run.feed)
@@ -261,13 +271,16 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
 
 
 def _allowed(state: TrainState, max_skipped: int) -> TrainState:
-    """A restored state where `max_skipped` may be less than it was: only a step that is not finite can be one too many."""
+    """Returns a restored state whose count of skipped steps is at most `max_skipped`, which may be lower than before.
+
+    Then only a new non-finite step can exceed the limit.
+    """
     skipped = np.int32(min(int(state.skipped), max_skipped))
     return dataclasses.replace(state, skipped=jax.device_put(skipped, state.skipped.sharding))
 
 
 def environment(run: Run, state: TrainState) -> str:
-    """One line: devices, mesh, parameter counts, rows."""
+    """Returns one line with the devices, the mesh, the parameter counts and the row counts."""
     device = jax.devices()[0]
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     teacher = f"teacher {_count(run.models.teacher.abstract_params())}" if run.models.teacher else "no teacher"
@@ -284,7 +297,7 @@ def environment(run: Run, state: TrainState) -> str:
 
 
 def too_long(run: Run) -> list[str]:
-    """Warnings of splits in which many prompts or responses are too long, and what to change."""
+    """Returns a warning, with advice, for each split in which many prompts or responses are too long."""
     options = run.config.data
     other = {"drop": "cut, which truncates the prompts", "cut": "drop, which leaves such rows out"}[
         options.long_prompts

@@ -1,5 +1,7 @@
-"""ABKD's plane: the alpha-beta divergence where its two numbers go, forward KL at (1, 0), reverse KL at (0, 1), the paper's
-choice at (0.2, 0.7), and beyond.
+"""The alpha-beta divergence of ABKD over a plane of its two parameters alpha and beta.
+
+The divergence is forward KL at (1, 0) and reverse KL at (0, 1). The paper's choice is (0.2, 0.7). The grid also has
+points beyond these.
 
 python -m kd_jax.ablate --config=configs/ablations/abkd_plane.py --workdir=runs/abkd_plane
 """

@@ -1,4 +1,6 @@
-"""AMiD's plane: the assistant's alpha (-1 the arithmetic, 1 the geometric mean) against the teacher's weight in it.
+"""AMiD over a plane of two parameters: the alpha of the assistant, and the weight of the teacher in the assistant.
+
+The assistant is the arithmetic mean at alpha = -1 and the geometric mean at alpha = 1.
 
 python -m kd_jax.ablate --config=configs/ablations/amid_plane.py --workdir=runs/amid_plane
 """

@@ -1,4 +1,4 @@
-"""Which distribution between teacher and student, for KL(p || r), and how much of the teacher in it.
+"""Compares assistants r between teacher and student in KL(p || r), and weights of the teacher in the assistant.
 
 python -m kd_jax.ablate --config=configs/ablations/assistants.py --workdir=runs/assistants
 """

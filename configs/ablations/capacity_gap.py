@@ -1,6 +1,8 @@
-"""Does a larger teacher make a better student? Three teachers, three methods, a student of 0.2 million parameters.
+"""Compares three teachers of different sizes with three methods, to see if a larger teacher makes a better student.
 
-The two smaller teachers are made first:
+The student has 0.2 million parameters.
+
+The first two commands train the two smaller teachers. The third command runs the ablation:
 
 python -m kd_jax.main --config=configs/ablations/capacity_gap.py:small --workdir=runs/teacher_small
 python -m kd_jax.main --config=configs/ablations/capacity_gap.py:medium --workdir=runs/teacher_medium
@@ -24,13 +26,17 @@ def get_config(setting: str = "docstrings") -> ConfigDict:
         config.student.config.update(hidden_size=min(48, config.student.config.hidden_size))
         config.student.config.update(intermediate_size=2 * config.student.config.hidden_size)
     teachers = ("runs/teacher_small/student", "runs/teacher_medium/student", "package:docstrings_teacher")
-    # The divergences are from different teachers: the cross-entropy and ROUGE-L alone are of one measure.
+    # The divergences are measured against different teachers. Only the cross-entropy and ROUGE-L are comparable across
+    # teachers.
     metrics = ("cross_entropy", "rouge_l", "forward_kl", "reverse_kl")
     return base.ablation(bases, {"teacher": ("teacher.path", teachers)}, metrics=metrics)
 
 
 def _teacher(hidden_size: int, num_layers: int) -> ConfigDict:
-    """A run that makes a teacher from hard labels; `teacher` is there for its tokenizer and to compare with."""
+    """Returns the config of a run that trains a teacher from hard labels.
+
+    The config's own `teacher` gives the tokenizer and a model to compare with.
+    """
     config = sft.get_config("docstrings")
     config.steps = 400
     config.eval_every = config.checkpoint_every = 200

@@ -1,4 +1,4 @@
-"""Which divergence, on the data's text?
+"""Compares ten divergences on the text of the dataset.
 
 python -m kd_jax.ablate --config=configs/ablations/divergences.py --workdir=runs/divergences
 """

@@ -1,7 +1,9 @@
-"""Whose text, and which direction of KL: the four objectives that the field compares, and a mixture of the two texts.
+"""Compares sources of the training text, with both directions of KL.
 
-Forward KL on the teacher's text is sequence-level distillation with its whole distribution; reverse KL on the student's is
-on-policy distillation.
+The grid has the four objectives that the literature compares, and a mixture of the data's and the student's text.
+
+Forward KL on the teacher's text is sequence-level distillation with the teacher's whole distribution. Reverse KL on the
+student's text is on-policy distillation.
 
 python -m kd_jax.ablate --config=configs/ablations/prefix_sources.py --workdir=runs/prefix_sources
 """
@@ -16,7 +18,7 @@ def get_config(setting: str = "docstrings") -> ConfigDict:
     config = base.short(forward_kl.get_config(setting))
     rows = (
         config.steps * config.data.batch_size
-    )  # written by the teacher; what has not ended is left out, and the rest read more than once
+    )  # rows that the teacher writes; responses without an end are dropped, and the others are read more than once
     axes = {
         "prefixes": (
             "prefixes.name",

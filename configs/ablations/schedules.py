@@ -1,5 +1,8 @@
-"""TAID's t, the teacher's weight in KL(r || q): adaptive as published, and with an alpha that matters in so few steps; linear
-between the same ends; falling from 1 to 0.4 by a cosine; constant; and 1, which is KL(p || q).
+"""Compares schedules for TAID's t, the weight of the teacher in KL(r || q).
+
+The grid has the adaptive schedule with the published alpha, and with an alpha large enough to matter in so few steps.
+It also has a linear schedule between the same ends, a cosine that falls from 1 to 0.4, a constant of 0.7, and a
+constant of 1. With a constant of 1 the term is KL(p || q).
 
 python -m kd_jax.ablate --config=configs/ablations/schedules.py --workdir=runs/schedules
 """
