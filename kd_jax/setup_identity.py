@@ -1,6 +1,4 @@
-"""Fingerprints the contents that belong to a run beside its config: data, models, tokenizer, cache, and the user's
-functions.
-"""
+"""Fingerprints of the contents that belong to a run: data, models, tokenizer, cache, and the user's functions."""
 
 import hashlib
 import importlib

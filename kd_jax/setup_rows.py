@@ -1,4 +1,4 @@
-"""The rows of a config: its dataset, its second stream, a teacher's responses, and the feed that serves them."""
+"""Loads the rows of a config (dataset, second stream, teacher's responses), and makes the feed that serves them."""
 
 from typing import Any
 
@@ -17,15 +17,16 @@ from kd_jax.teacher_cache_read import Cache
 
 
 def make_source(config: Any, terms: tuple[Term, ...]) -> Source:
-    """The prefix source that a config names, checked against its terms.
+    """Returns the prefix source that a config names, checked against the config's terms.
 
     Raises:
-      ValueError: a source, a number or a combination that makes no sense, with its key.
+      ValueError: a source, a number or a combination is invalid; the message names the key.
     """
     try:
         make, keywords = resolve.look_up(config.prefixes, prefixes, positional=False)
         source = make(**keywords)
-        for step in np.linspace(0, config.steps - 1, 50).astype(int):  # a schedule that leaves its range is told now
+        # a schedule that leaves its range is reported early
+        for step in np.linspace(0, config.steps - 1, 50).astype(int):
             source.choose(source.init(), step=int(step), total=config.steps, uniform=0.0, stored=0)
     except ValueError as error:
         raise ValueError(f"prefixes: {error}") from error
@@ -45,7 +46,7 @@ def make_source(config: Any, terms: tuple[Term, ...]) -> Source:
 
 
 def check_length(config: Any, loaded: Models) -> None:
-    """Checks that the models take rows of data.max_length tokens.
+    """Checks that the models accept rows of data.max_length tokens.
 
     Raises:
       ValueError: the rows are longer than the positions, or than the sliding window, of a model.
@@ -65,9 +66,10 @@ def check_length(config: Any, loaded: Models) -> None:
 
 
 def load_rows(config: Any, tokenizer: data.Tokenizer, split: str, limit: int = 0) -> tuple[Any, dict[str, int]]:
-    """Rows of a split of the dataset, as training or evaluation takes them, and what became of the source's.
+    """Loads the rows of a split for training or evaluation, and returns the rows and the counts of kept and dropped
+    ones.
 
-    Held-out rows are scored on their responses, whatever the training is on, and never packed.
+    Held-out rows are scored on their responses, regardless of `data.loss_on`, and are never packed.
     """
     options, training = config.data, split == config.data.train_split
     source = _source(config, split)
@@ -108,10 +110,10 @@ def _tokenize(config: Any, tokenizer: data.Tokenizer, source: Any, loss_on: str)
 
 
 def load_examples(config: Any, tokenizer: data.Tokenizer) -> list[evaluate.Example]:
-    """The held-out prompts that are answered at each evaluation, with their references.
+    """Loads the held-out prompts that are answered at each evaluation, with their references.
 
     Raises:
-      ValueError: a dataset without prompts, or prompts and responses that do not fit together.
+      ValueError: the dataset has no prompts, or prompts and responses do not fit into a row together.
     """
     options = config.data
     if not config.eval_prompts:
@@ -130,7 +132,7 @@ def load_examples(config: Any, tokenizer: data.Tokenizer) -> list[evaluate.Examp
 
 
 def load_text(config: Any, tokenizer: data.Tokenizer) -> data.Rows:
-    """The second stream: rows end to end, of which every token counts."""
+    """Loads the second stream: rows joined end to end, in which every token counts."""
     options, length = config.text, config.data.max_length
     keywords = dataset_options(config, "text")
     source: Any = data.load(options.name, split=options.split, data_dir=config.data.data_dir or None, **keywords)
@@ -140,15 +142,16 @@ def load_text(config: Any, tokenizer: data.Tokenizer) -> data.Rows:
 
 
 def learns_from_text(config: Any, source: Source, terms: tuple[Term, ...]) -> bool:
-    """Whether the student learns from the teacher's text alone, so that the two may have different tokenizers."""
+    """Returns whether the student learns only from the teacher's text, so that the two may have different tokenizers."""
     writes = isinstance(source, prefixes.teacher) and config.student.init != "layers"
     return writes and not any(term.needs_teacher for term in terms)
 
 
 def load_responses(config: Any, source: prefixes.teacher, loaded: Models, mesh: Any) -> tuple[Any, dict[str, int]]:
-    """Returns the dataset's prompts with the teacher's responses, which the teacher writes first if they are not on disk.
+    """Returns the dataset's prompts with the teacher's responses, which the teacher first writes if they are not on
+    disk.
 
-    Rows have the ids that the teacher drew. Only where the teacher's tokenizer is another one is its text encoded again.
+    Rows have the ids that the teacher sampled. The text is encoded again only if the teacher has another tokenizer.
     """
     options, tokenizer, template = config.data, loaded.tokenizer, data.Template.of(config.data)
     writer = loaded.writer or Writer(loaded.teacher, loaded.teacher_params, tokenizer)
@@ -177,7 +180,7 @@ def load_responses(config: Any, source: prefixes.teacher, loaded: Models, mesh: 
             seed=source.seed, settings=settings | {"path": config.teacher.path, "data": options.name, "rows": len(rows)},
             progress=lambda it: metrics.tqdm(it, desc="the teacher writes", unit="batch"),
         )  # fmt: skip
-    sharding.from_first_process(0)  # it has been copied
+    sharding.from_first_process(0)  # all processes wait until the folder has been copied
     path = remote.local_file(f"{where}/responses.jsonl")
     written = rollouts.read_responses(path)
     metrics.tqdm.write(f"the teacher's responses: {path}, {len(written)} of {len(rows)} ended and are used")
@@ -191,7 +194,7 @@ def load_responses(config: Any, source: prefixes.teacher, loaded: Models, mesh: 
 
 
 def make_sampler(config: Any, tokenizer: data.Tokenizer, mesh: Any) -> rollouts.Sampler:
-    """How the config's responses are drawn."""
+    """Returns the sampler of the config's responses."""
     sampling = config.sampling
     return rollouts.Sampler(
         mesh, tokenizer, config.data.max_length, sampling.max_new_tokens, sampling.temperature, sampling.top_p,
@@ -200,7 +203,7 @@ def make_sampler(config: Any, tokenizer: data.Tokenizer, mesh: Any) -> rollouts.
 
 
 def batch_options(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
-    """Keywords of `data.batches` that all of a run's have."""
+    """Returns the keywords of `data.batches` that all batches of a run share."""
     return dict(
         max_length=config.data.max_length, seed=config.seed, pad_id=tokenizer.pad_id,
         process_index=jax.process_index(), process_count=jax.process_count(),
@@ -211,20 +214,20 @@ def make_feed(
     config: Any, source: Source, tokenizer: data.Tokenizer, loaded: Models, mesh: Any, rows: Any, text: data.Rows | None,
     cache: Cache | None = None,
 ) -> Feed:  # fmt: skip
-    """What serves a run's batches.
+    """Returns the feed of a run's batches.
 
     Args:
-      config: of the run.
-      source: of `make_source`.
-      tokenizer: of both models.
+      config: the config of the run.
+      source: the source of `make_source`.
+      tokenizer: the tokenizer of both models.
       loaded: the models; the student's parameters come with each step.
-      mesh: where batches and models are.
-      rows: of `load_rows` or `load_responses`.
-      text: of `load_text`; None where there is no second stream.
-      cache: in the teacher's place, or None.
+      mesh: the mesh of the batches and the models.
+      rows: the rows of `load_rows` or `load_responses`.
+      text: the rows of `load_text`; None without a second stream.
+      cache: the cache in the teacher's place, or None.
 
     Raises:
-      ValueError: rows whose prompts are to be answered and that have none.
+      ValueError: some rows have no prompt, but the source needs answers to prompts.
     """
     if source.authors and np.any(rows.prompt_lengths == 0):
         raise ValueError(
@@ -254,6 +257,6 @@ def make_feed(
 
 
 def show(sampler: rollouts.Sampler, step: int, rows: rollouts.Rows, count: int = 2) -> str:
-    """Some of the responses that were drawn for a step, for the log."""
+    """Returns some of the responses that were sampled for a step, for the log."""
     some = sampler.text(rollouts.take(rows, np.arange(min(count, len(rows["lengths"])))))
     return "\n".join(f"--- drawn for step {step}\n{prompt}\n>>> {response}" for prompt, response in some)

@@ -1,4 +1,4 @@
-"""A teacher's cache on disk, written: what it was made from, its output matrix, and a record of each row's counted tokens."""
+"""Writes a teacher's cache: the manifest, the output matrix, and a record of each row's counted tokens."""
 
 import errno
 import hashlib
@@ -19,19 +19,19 @@ from kd_jax.storage import storing
 from kd_jax.untrusted import clip, shown
 
 MANIFEST, HEAD, TOKENIZER = "manifest.json", "head.safetensors", "tokenizer"
-TIED, UNTIED = "embed.embedding", "head.kernel"  # what the output matrix is called, as in a model's parameters
+TIED, UNTIED = "embed.embedding", "head.kernel"  # names of the output matrix, as in a model's parameters
 VERSION = 2  # 1: a record's hash knew nothing of the teacher, and nothing that of the output matrix
-# Before a record's numbers: the row's index, its key, and how many of its tokens count.
+# The header of a record: the row's index, the row's key, and the number of counted tokens.
 HEADER = np.dtype([("row", "<u8"), ("key", "u1", 16), ("count", "<u8")])
 # What a cache may have; a split also as many parts as MAX_PARTS.
 LARGEST = {"k": 2**16, "vocab_size": 2**24, "hidden_size": 2**20, "part_rows": 2**32}
-MAX_PARTS = 2**16  # each of which is looked for
-SHOWN = 20  # lines of what differs
+MAX_PARTS = 2**16  # each part is looked for on disk
+SHOWN = 20  # largest number of differences that a message lists
 Manifest = dict[str, Any]
 
 
 def fields(manifest: Manifest) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Type and shape of what a record has of a token, by its name in a batch, in the record's order."""
+    """Returns the type and shape of each array for one token, by the name in a batch and in the order of a record."""
     k, ids = manifest["k"], np.dtype("<u2" if manifest["vocab_size"] <= 2**16 else "<u4")
     number = np.dtype("<f4")
     known: dict[str, dict[str, Any]] = {
@@ -45,7 +45,10 @@ def fields(manifest: Manifest) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
 
 
 def fills(manifest: Manifest) -> dict[str, np.ndarray]:
-    """What stands in a batch where nothing counts: finite, and of top_k a distribution, since a loss may be traced over it."""
+    """Returns the values of a batch at positions that do not count.
+
+    The values are finite, because a loss may be computed over them. For top_k they are a distribution.
+    """
     found = {}
     for name, (dtype, shape) in fields(manifest).items():
         found[name] = np.zeros(shape, np.int32 if name == "teacher_ids" else dtype)
@@ -57,7 +60,7 @@ def fills(manifest: Manifest) -> dict[str, np.ndarray]:
 
 def identity(manifest: Manifest, split: str) -> bytes:
     """Of all that decides what a record says of a row: the teacher but for its place, tokenizer, template, kind, and so on."""
-    beside = ("splits", "settings", "part_rows", "head_hash")  # what rows there are, in which files
+    beside = ("splits", "settings", "part_rows", "head_hash")  # these keys say which rows there are, in which files
     what = {name: value for name, value in manifest.items() if name not in beside}
     what["teacher"] = {name: value for name, value in manifest["teacher"].items() if name != "path"}
     what["split"] = [split, float(manifest["splits"][split]["temperature"])]
@@ -65,13 +68,13 @@ def identity(manifest: Manifest, split: str) -> bytes:
 
 
 def row_key(identity: bytes, row: np.ndarray, first_counted: int) -> bytes:
-    """Of a row's tokens, of which of them count, and of what reads them."""
+    """Returns the hash of a row's tokens, the position of the first counted one, and the identity of the teacher."""
     what = np.array([first_counted], "<i8").tobytes() + row.astype("<i4").tobytes() + identity
     return hashlib.blake2b(what, digest_size=HEADER["key"].shape[0]).digest()
 
 
 def about_rows(rows: data.Rows) -> dict[str, Any]:
-    """How many rows and counted tokens there are, and a hash of them all."""
+    """Returns the number of rows, the number of counted tokens, and a hash of all rows."""
     total = hashlib.sha256()
     for array in (rows.tokens, rows.offsets, rows.first_counted):
         total.update(array.astype("<i8").tobytes())
@@ -80,13 +83,13 @@ def about_rows(rows: data.Rows) -> dict[str, Any]:
 
 
 def counted(rows: data.Rows, index: int) -> int:
-    """How many of a row's tokens count: as `data.batches` has it, a row's first is never a target."""
+    """Returns the number of a row's counted tokens. As in `data.batches`, the first token of a row is never a target."""
     length = int(rows.offsets[index + 1] - rows.offsets[index])
     return length - 1 - max(int(rows.first_counted[index]) - 1, 0)
 
 
 def differences(there: Any, here: Any, prefix: str = "") -> list[str]:
-    """A line for each value that two trees do not share."""
+    """Returns a line for each value that differs between two trees."""
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         keys = [*there, *(key for key in here if key not in there)]
         lines = (differences(there.get(k), here.get(k), f"{prefix}.{k}" if prefix else k) for k in keys)
@@ -95,30 +98,30 @@ def differences(there: Any, here: Any, prefix: str = "") -> list[str]:
 
 
 def foreign(folder: Path) -> str:
-    """A name in a folder without a manifest that no call of ours can have left there; '' if there is none."""
+    """Returns a name in a folder without a manifest that no call of kd_jax can have written; '' if there is none."""
     ours = rf"{re.escape(HEAD)}(\.partial-\d+)?|{re.escape(MANIFEST)}\.partial-\d+|{TOKENIZER}|{LOCK}"
     there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     return next((name for name in there if not re.fullmatch(ours, name)), "")
 
 
 def partials(folder: Path) -> list[Path]:
-    """What calls that were killed have left half written."""
+    """Returns the partial files of calls that were killed."""
     found = [*folder.glob("*.partial-*"), *folder.glob("*/*.array_record.partial-*")]
     return [path for path in found if re.fullmatch(r".*\.partial-\d+", path.name)]
 
 
 def part_sizes(count: int, part_rows: int) -> list[int]:
-    """Rows of each of the files that so many rows are divided into."""
+    """Returns the number of rows in each of the files into which `count` rows are divided."""
     return [min(part_rows, count - start) for start in range(0, count, part_rows)]
 
 
 def part_path(folder: Path, split: str, part: int) -> Path:
-    """The file of a part of the rows."""
+    """Returns the path of a part of the rows."""
     return folder / split / f"{part:06d}.array_record"
 
 
 def all_parts(manifest: Manifest) -> list[tuple[str, int]]:
-    """Every part, as (split, number)."""
+    """Returns every part, as (split, number)."""
     return [
         (split, part)
         for split, about in manifest["splits"].items()
@@ -127,7 +130,7 @@ def all_parts(manifest: Manifest) -> list[tuple[str, int]]:
 
 
 def missing_parts(folder: Path, manifest: Manifest) -> list[tuple[str, int]]:
-    """Those that are not written."""
+    """Returns the parts that are not written yet."""
     return [part for part in all_parts(manifest) if not part_path(folder, *part).is_file()]
 
 
@@ -156,14 +159,14 @@ def write_part(path: Path, records: Iterable[bytes], kind: str) -> None:
 def record(
     manifest: Manifest, split: str, rows: data.Rows, index: int, values: Mapping[str, np.ndarray]
 ) -> bytes:  # fmt: skip
-    """A row's record.
+    """Returns the record of a row.
 
     Args:
-      manifest: says what is in it.
+      manifest: the manifest, which defines the arrays of a record.
       split: 'train' or 'held_out'.
-      rows: of the split.
-      index: of the row.
-      values: name -> [counted tokens, ...].
+      rows: the rows of the split.
+      index: the index of the row.
+      values: name -> array [counted tokens, ...].
     """
     header = np.zeros((), HEADER)
     header["row"], header["count"] = index, counted(rows, index)
@@ -188,7 +191,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def write_head(folder: Path, name: str, matrix: np.ndarray) -> str:
-    """Writes the output matrix, whole or not at all; its `file_hash`."""
+    """Writes the output matrix, completely or not at all, and returns its `file_hash`."""
     partial = folder / f"{HEAD}.partial-{os.getpid()}"
     with storing(folder / HEAD):
         save_file({name: np.ascontiguousarray(matrix)}, partial)
@@ -197,7 +200,7 @@ def write_head(folder: Path, name: str, matrix: np.ndarray) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """Of all bytes of a file."""
+    """Returns the SHA-256 hash of all bytes of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""A teacher's cache on disk, read: whether it is whole, and a row's record when the row is wanted."""
+"""Reads a teacher's cache: checks that the cache is complete, and reads a row's record when the row is needed."""
 
 import dataclasses
 import functools
@@ -40,11 +40,11 @@ from kd_jax.teacher_cache_files import (
 from kd_jax.untrusted import read_json, shown
 
 SPLITS = ("train", "held_out")
-OPEN_PARTS = 128  # files that are kept open for random reads
+OPEN_PARTS = 128  # number of files that are kept open for random reads
 
 
 def check_manifest(path: Path, manifest: Manifest) -> None:
-    """Whether all is there that is read later, in its type and range."""
+    """Checks that a manifest has all keys that are read later, with the right types and ranges."""
     kinds = {"head": str, "head_hash": str, "tokenizer": str, "template": str, "settings": dict, "splits": dict}
     for key, kind in (kinds | {"teacher": dict} | dict.fromkeys(LARGEST, int)).items():
         if type(value := manifest.get(key)) is not kind:
@@ -83,8 +83,8 @@ class Cache:
     """A complete cache.
 
     Attributes:
-      folder: where it is.
-      manifest: what it was made from.
+      folder: the folder of the cache.
+      manifest: the manifest: the inputs from which the cache was made.
     """
 
     folder: Path
@@ -92,10 +92,10 @@ class Cache:
 
     @classmethod
     def open(cls, folder: Path) -> "Cache":
-        """Reads the manifest, and sees whether all parts are there.
+        """Reads the manifest, and checks that all parts exist.
 
         Raises:
-          ValueError: no cache, one of another version, or one that is not complete.
+          ValueError: the folder has no cache, a cache of another version, or an incomplete cache.
         """
         if not (folder / MANIFEST).exists():
             raise ValueError(
@@ -117,20 +117,20 @@ class Cache:
 
     @property
     def kind(self) -> str:
-        """Of `teacher_cache.KINDS`."""
+        """The kind of the cache, one of `teacher_cache.KINDS`."""
         return self.manifest["kind"]
 
     @property
     def teacher(self) -> CachedTeacher:
-        """What a step compares with."""
+        """The cached teacher, with which a step compares the student."""
         return CachedTeacher(self.kind, self.manifest["head"] == TIED, self.manifest["teacher"]["path"])
 
     def load_params(self, mesh: jax.sharding.Mesh, layout: str) -> Any:
-        """The output matrix on the mesh, in the tree that it has in a model; {} where no hidden states are kept.
+        """Returns the output matrix on the mesh, in a tree like a model's; {} if the cache has no hidden states.
 
         Args:
-          mesh: of the run.
-          layout: as in `sharding.tree_shardings`.
+          mesh: the mesh of the run.
+          layout: the layout, as in `sharding.tree_shardings`.
         """
         if self.kind != "hidden":
             return {}
@@ -156,11 +156,11 @@ class Cache:
             raise ValueError(f"{path}: the output matrix {name!r} cannot be read ({error}); write it again.") from error
 
     def absent(self) -> "Absent":
-        """Of rows that no cache knows: nothing."""
+        """Returns the values beside rows that no cache has."""
         return Absent(fills(self.manifest))
 
     def refusal(self, lines: list[str]) -> str:
-        """What is said of a cache that does not fit."""
+        """Returns the error message for a cache that does not fit the run."""
         return (
             f"the cache teacher.cache={str(self.folder)!r} does not fit this run. Write another one with python -m "
             f"kd_jax.cache_teacher, or take these back:\n  " + "\n  ".join(lines[:SHOWN])
@@ -169,17 +169,17 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True)
 class Absent:
-    """`data.Beside` with nothing in it."""
+    """A `data.Beside` without any values."""
 
     fills: Mapping[str, np.ndarray]
 
     def read(self, index: int) -> dict[str, np.ndarray]:
-        """Nothing of any row."""
+        """Returns an empty dict for any row."""
         return {}
 
 
 class Kept:
-    """`data.Beside` of a cache: reads a record when its row is wanted, and looks whether it is that row's."""
+    """A `data.Beside` of a cache, which reads the record of a row when needed and checks that it belongs to that row."""
 
     def __init__(self, cache: Cache, split: str, rows: data.Rows):
         self.fills = fills(cache.manifest)
@@ -188,10 +188,10 @@ class Kept:
         self._open = functools.lru_cache(OPEN_PARTS)(self._open_part)
 
     def read(self, index: int) -> dict[str, np.ndarray]:
-        """The numbers of a row's tokens that count, by name.
+        """Returns the values at the counted tokens of a row, by name.
 
         Raises:
-          ValueError: a record that is damaged, or of another row.
+          ValueError: the record is damaged, or belongs to another row.
         """
         part, place = divmod(index, self._cache.manifest["part_rows"])
         path = part_path(self._cache.folder, self._split, part)
