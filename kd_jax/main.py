@@ -235,7 +235,7 @@ def _unknown_section(argv: list[str]) -> str:
     if not named:
         return ""
     try:
-        config = flags.FLAGS["config"].parser.parse(
+        config: Any = flags.FLAGS["config"].parser.parse(
             named[-1]
         )  # without the flags: the flag's own value is not there yet
     except Exception:  # which the caller has in hand
