@@ -260,7 +260,9 @@ def test_an_unfinished_run_of_an_older_version_is_refused(tmp_path, data_dir):
     train.train(config, str(tmp_path / "run"), quiet=True)
     (tmp_path / "run" / directory.IDENTITY).unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
-    with pytest.raises(ValueError, match=r"has step 2 of a run that has no identity\.json: an earlier version of kd_jax"):
+    with pytest.raises(
+        ValueError, match=r"has step 2 of a run that has no identity\.json: an earlier version of kd_jax"
+    ):
         train.train(config, str(tmp_path / "run"), quiet=True)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
     train.train(config, str(tmp_path / "run"), quiet=True)
