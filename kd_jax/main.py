@@ -243,7 +243,8 @@ def _unknown_section(argv: list[str]) -> str:
     for flag in argv:
         if not (match := re.match(r"--?(config\.([\w.]+))\.\w+(=|$)", flag)):
             continue
-        node, place = config, "config"
+        node: Any = config
+        place = "config"
         for part in match[2].split("."):
             known = list(node) if isinstance(node, ConfigDict) else []
             if part not in known:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from kd_jax import models, sharding
-from kd_jax.models.families.fields import Llama3Scaling
+from kd_jax.models.families.fields import Llama3Scaling, rotary_from_hf
 from kd_jax.models.safetensors_io import Reader
 from kd_jax.models.transformer import rotary_frequencies
 
@@ -224,6 +224,12 @@ def test_both_spellings_of_the_rotary_embedding_are_one(copy):
     assert classic.rope_theta == 500.0 and classic.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 32)
     edit_config(folder, rope_parameters="absent")
     assert models.load_config(folder).rope_theta == 10000.0  # as the first Llama, which names no base
+
+
+def test_a_field_that_a_rotary_embedding_lacks_is_named_with_the_embedding():
+    scaling = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    with pytest.raises(ValueError, match=r"the field 'factor' is missing; an object such as \{.*'llama3'"):
+        rotary_from_hf({"model_type": "llama", "rope_scaling": scaling})
 
 
 L3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}

@@ -121,6 +121,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out={out} has something in it; choose a new folder.")
+    for name in ("rows", "lm_eval_limit"):
+        if (value := getattr(args, name)) < 0:
+            raise ValueError(f"--{name}={value} must be at least 0; 0 takes all.")
     args, said = filled(args)
     template, seeds = template_of(args), _seeds(args.seeds)
     for line in said if jax.process_index() == 0 else ():
@@ -288,9 +291,12 @@ def _json(text: str) -> dict[str, Any]:
 
 def _seeds(text: str) -> list[int]:
     try:
-        return [int(seed) for seed in text.split(",") if seed.strip()]
+        seeds = [whole_number(seed) for seed in text.split(",") if seed.strip()]
     except ValueError:
         raise ValueError(f"--seeds={text!r} must be whole numbers with commas between.") from None
+    if any(not 0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(f"--seeds={text!r} must be at least 0 and below {2**32}.")
+    return seeds
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Generates text from a model: one pass over the prompts, then a compiled loop over a key/value cache."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -86,7 +87,7 @@ def generate(
         raise ValueError(f"prompts have shape {prompts.shape} and prompt_mask {prompt_mask.shape}; they must agree.")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or no_repeat_ngram_size < 0:
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or top_k < 0 or no_repeat_ngram_size < 0:
         raise ValueError(
             f"temperature={temperature} must be at least 0, top_p={top_p} above 0 and at most 1, and "
             f"top_k={top_k} and no_repeat_ngram_size={no_repeat_ngram_size} at least 0 (0: no limit)."

@@ -46,8 +46,9 @@ class Llama3Scaling:
 def required(fields: Fields, name: str) -> Any:
     """Returns the field's value. An absent or null field is an error that names the field."""
     if fields.get(name) is None:
-        kind = untrusted.shown(fields.get("model_type"))
-        raise ValueError(f"the field {name!r} is missing; a {kind} config must give it.")
+        kind = fields.get("model_type")  # which fields of a rotary embedding lack
+        where = f"a {untrusted.shown(kind)} config" if kind else f"an object such as {untrusted.shown(dict(fields))}"
+        raise ValueError(f"the field {name!r} is missing; {where} must give it.")
     return fields[name]
 
 
