@@ -85,9 +85,7 @@ def get_config() -> ConfigDict:
     config.data.eval_split = "validation"  # name of the split of held-out rows
     config.data.eval_rows = 512  # number of held-out rows to evaluate on, from the start of the split; 0: all
     config.data.template = "plain"  # prompt template: plain, alpaca, or chat (the template of the tokenizer)
-    # Variables of a chat template, such as enable_thinking=False. The variable `date` is also the date that the
-    # template's strftime_now returns; its default is 2026-01-01.
-    config.data.template_options = ConfigDict()
+    config.data.template_options = ConfigDict()  # variables of a chat template; `date` is 2026-01-01 by default
     config.data.system = ""  # system message of a chat; empty: none
     config.data.max_length = 512  # largest number of tokens of a row that the models read
     config.data.max_prompt_length = 256  # largest number of tokens of a prompt, as part of max_length

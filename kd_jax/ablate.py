@@ -1,8 +1,8 @@
 """python -m kd_jax.ablate --config=configs/ablations/NAME.py --workdir=DIR [--shard=I/N | --table] [--config.KEY=VALUE ...]
 
-Runs every point of a grid with every seed, but what is done already, and leaves in DIR a folder for each run, results.jsonl,
-table.md and plots. A run that fails leaves its error and does not stop the others; the next call tries it again. With --table
-nothing is run: table and plots are of what is done so far.
+Runs every point of a grid with every seed, except for runs that are already done. DIR receives a folder for each run,
+results.jsonl, table.md and plots. A run that fails leaves its error and does not stop the others; the next call tries
+the run again. With --table nothing is run, and the table and the plots show the runs that are done so far.
 """
 
 import copy
@@ -33,16 +33,17 @@ _TABLE = flags.DEFINE_bool("table", False, "Runs nothing: the table and the plot
 
 
 def run(config: Any, workdir: str, shard: tuple[int, int] | None = (0, 1)) -> str:
-    """Does what is left to do of an ablation, and returns the table of what is done.
+    """Runs the remaining points of an ablation, and returns the table of the runs that are done.
 
     Args:
-      config: as from `configs.ablations.base.ablation`.
-      workdir: of the ablation; a run's own is a folder in it.
-      shard: (i, n): of all runs, in their order, every n-th from the i-th on. None: no run.
+      config: the config from `configs.ablations.base.ablation`.
+      workdir: the work directory of the ablation, with a folder for each run.
+      shard: (i, n): every n-th of all runs in order, beginning with the i-th. None: no run.
 
     Raises:
-      ValueError: an axis whose key the base does not have, a shard out of range, or a directory of another ablation, or of runs with
-        other contents of what their config names; without a shard, of none.
+      ValueError: an axis has a key that the base does not have; the shard is out of range; the directory belongs to
+        another ablation, or to runs with other contents of the files that their config names; or the directory has no
+        ablation and there is no shard.
     """
     part, parts = shard or (0, 1)
     axes = comparison.axes_of(config)
@@ -83,13 +84,13 @@ def run(config: Any, workdir: str, shard: tuple[int, int] | None = (0, 1)) -> st
 
 
 def points(config: Any) -> list[Point]:
-    """The product of the axes."""
+    """Returns the points of the grid, which are the product of the axes."""
     axes = comparison.axes_of(config)
     return [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
 
 
 def configured(config: Any, point: Point, seed: int) -> Any:
-    """The base with a point's overrides and its seed."""
+    """Returns the base config with the overrides of a point and a seed."""
     bases = [point[label] for label, key, _ in config.axes if not key]
     its_own = copy.deepcopy(config.base[bases[0]] if bases else config.base)
     for label, key, _ in config.axes:
@@ -110,13 +111,13 @@ def configured(config: Any, point: Point, seed: int) -> Any:
 
 
 def name_of(point: Point, seed: int) -> str:
-    """A folder's name: alpha=0.2,beta=0.7,seed=0."""
+    """Returns the name of a run's folder, such as alpha=0.2,beta=0.7,seed=0."""
     pairs = [*point.items(), ("seed", seed)]
     return re.sub(r"[^\w=.,()-]+", "", ",".join(f"{label}={value}" for label, value in pairs))
 
 
 def run_one(config: Any, folder: Path, place: str) -> None:
-    """One run, unless its result is there; an error goes into its folder."""
+    """Runs one point, unless its result exists; an error is written to the folder."""
     if (folder / "result.json").exists():
         return
     metrics.tqdm.write(f"=== {place}: {folder.name}")
@@ -133,7 +134,7 @@ def run_one(config: Any, folder: Path, place: str) -> None:
 
 
 def write(config: Any, done: list[dict[str, Any]], failed: list[str], folder: Path) -> str:
-    """Leaves results.jsonl, table.md and the charts of the runs that are done; returns the table."""
+    """Writes results.jsonl, table.md and the charts of the runs that are done, and returns the table."""
     partial = folder / f"results.jsonl.{os.getpid()}"  # shards may end together
     partial.write_text("".join(json.dumps(line) + "\n" for line in done), encoding="utf-8")
     partial.replace(folder / "results.jsonl")
@@ -150,7 +151,7 @@ def write(config: Any, done: list[dict[str, Any]], failed: list[str], folder: Pa
 
 
 def kept() -> str:
-    """What Ctrl-C leaves of an ablation, as a clause."""
+    """Returns a clause that names what remains of an ablation after Ctrl-C."""
     done = len(list(Path(str(main.WORKDIR.value)).glob("*/result.json")))
     return (
         f"{done} runs are done in {main.WORKDIR.value}, what was saved of the one that was interrupted is kept, and the same "

@@ -1,7 +1,8 @@
 """python -m kd_jax.cache_teacher --config=configs/METHOD.py[:SETTING] --out=FOLDER --kind=hidden|top_k|samples [--k=N] ...
 
-Runs the config's teacher once over the rows that the config trains and is evaluated on, and writes what it says of each token
-that counts. A run with --config.teacher.cache=FOLDER then needs no teacher. A call that was stopped goes on where it was.
+Runs the config's teacher once over the rows for training and evaluation, and writes the teacher's values at each
+counted token. A run with --config.teacher.cache=FOLDER then needs no teacher. A call that was stopped can be repeated
+and resumes.
 """
 
 import contextlib
@@ -49,22 +50,23 @@ CHUNK_BYTES = 2**28  # of logits that a device holds at a time
 def write(
     config: Any, folder: str, kind: str, k: int = 64, power: float = 1.0, part_rows: int = 512, quiet: bool = False
 ) -> dict[str, Any]:
-    """Writes what is missing of a cache.
+    """Writes the missing parts of a cache.
 
     Args:
-      config: of the runs that it is for; what is trained on, the teacher and, but for hidden states, the temperature.
-      folder: the cache's; made if it does not exist.
-      kind: of `teacher_cache.KINDS`.
-      k: tokens kept, or drawn.
-      power: of the probabilities that are drawn from.
-      part_rows: rows of a file; a file is written whole or not at all.
-      quiet: no progress bar.
+      config: a config of the runs that will use the cache. The cache depends on the training rows and the teacher, and,
+        except for hidden states, on the temperature.
+      folder: the cache's folder; made if it does not exist.
+      kind: one of `teacher_cache.KINDS`.
+      k: the number of tokens kept or sampled at each position.
+      power: the power of the probabilities from which samples are taken.
+      part_rows: the number of rows in a file; a file is written completely or not at all.
+      quiet: whether to omit the progress bar.
 
     Returns:
       The manifest.
 
     Raises:
-      ValueError: a config that is wrong or that such a cache is no good for, or a folder with another cache.
+      ValueError: the config is wrong or cannot use such a cache, or the folder has another cache.
     """
     check_numbers(config)
     sampling = config.sampling
@@ -150,7 +152,7 @@ def _check_numbers(kind: str, k: int, power: float, part_rows: int, vocab_size: 
 
 
 def _check_folder(folder: Path, manifest: files.Manifest) -> None:
-    """Whether the folder is this cache's, begun or not; nothing else's is touched."""
+    """Checks that the folder belongs to this cache, begun or not. Folders of other contents are not touched."""
     if (folder / files.MANIFEST).exists():
         there = read_json(folder / files.MANIFEST)
         lines = files.differences(there, manifest | {"head_hash": there.get("head_hash")})
@@ -216,7 +218,7 @@ def _records(
 
 
 def _own(array: jax.Array, share: int) -> np.ndarray:
-    """This process's rows of a batch's array: the reverse of `sharding.put_batch`."""
+    """Returns this process's rows of a batch's array, the reverse of `sharding.put_batch`."""
     shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
     rows = np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
     if len(rows) == share:
@@ -262,7 +264,7 @@ def _make_read(teacher: Any, manifest: files.Manifest, mesh: jax.sharding.Mesh) 
 
 
 def kept() -> str:
-    """What Ctrl-C leaves of the cache, as a clause."""
+    """Returns a clause that names what remains of the cache after Ctrl-C."""
     count = len(list(remote.local_folder(str(main.WORKDIR.value)).glob("*/*.array_record")))
     return f"{count} complete files are kept in {main.WORKDIR.value}, and the same command goes on"
 

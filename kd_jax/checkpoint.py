@@ -27,11 +27,12 @@ STORES = ("aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3")  # wh
 
 
 def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
-    """The manager of a work directory's checkpoints. Close it, or use it in a `with`.
+    """Opens the manager of a work directory's checkpoints. Close the manager, or use it in a `with` statement.
 
     Args:
-      workdir: checkpoints go to its folder `checkpoints`; a folder of a step exists only when it is complete.
-      keep: how many of the newest are kept; an older one goes when its successor is complete.
+      workdir: the work directory; checkpoints go to its folder `checkpoints`. The folder of a step exists only when
+        complete.
+      keep: the number of newest checkpoints that are kept; an older one is deleted when its successor is complete.
     """
     folder = _absolute(epath.Path(workdir) / "checkpoints")
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
@@ -44,7 +45,7 @@ def _absolute(path: epath.Path) -> epath.Path:
 
 
 def has_steps(workdir: str) -> bool:
-    """Whether a work directory has a checkpoint to go on from."""
+    """Returns whether a work directory has a checkpoint from which to resume."""
     return last_step(workdir) is not None
 
 
@@ -62,16 +63,16 @@ def _complete_steps(folder: epath.Path) -> list[int]:
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any) -> None:
-    """Starts to save; returns when the arrays are copied, while they are still being written.
+    """Starts to save a checkpoint, and returns when the arrays are copied; the writing continues in the background.
 
     Args:
-      manager: as from `open_manager`.
-      step: updates made.
+      manager: the manager from `open_manager`.
+      step: the number of updates made.
       state: a pytree of arrays, random keys included.
-      iterator: with `get_state() -> dict` that JSON can hold.
+      iterator: an object with `get_state() -> dict`, which JSON can hold.
 
     Raises:
-      OSError: the one before could not be written.
+      OSError: the previous checkpoint could not be written.
     """
     raw = _raw(state)
     position = copy.deepcopy(iterator.get_state())  # written by a thread, while the iterator goes on
@@ -82,10 +83,10 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any) -
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
-    """Returns when what `save` has started is written.
+    """Waits until the checkpoints that `save` has started are written.
 
     Raises:
-      OSError: it could not be.
+      OSError: a checkpoint could not be written.
     """
     with _errors_of_writing(manager):
         manager.wait_until_finished()
@@ -106,22 +107,22 @@ def _errors_of_writing(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 def restore(manager: ocp.CheckpointManager, state: Any, iterator: Any) -> tuple[Any, list[str]]:
-    """The newest good checkpoint's state, its arrays placed as `state` says, with `iterator` set to where it was.
+    """Restores the newest good checkpoint: returns the state, placed like `state`, and sets the position of `iterator`.
 
-    A checkpoint is good if it can be read and every array has the bits that were saved. One that is not is passed over and put
-    aside, as `damaged-STEP`, for nothing to be saved over it. One that cannot be reached may be good.
+    A checkpoint is good if it can be read and every array has the saved bits. A damaged checkpoint is skipped and
+    renamed to `damaged-STEP`, so that nothing is saved over it. A checkpoint that cannot be reached may be good.
 
     Args:
-      manager: as from `open_manager`; it must have a step.
+      manager: the manager from `open_manager`; it must have a step.
       state: a tree like the saved one, of ShapeDtypeStructs with shardings.
-      iterator: as in `save`; changed.
+      iterator: the iterator, as in `save`; its position is changed.
 
     Returns:
-      The state, and what was wrong with each newer checkpoint.
+      The state, and a description of the damage of each newer checkpoint.
 
     Raises:
-      ValueError: there is none that is good; each is named, and all are left as they are.
-      OSError: one cannot be reached; it is named, and all are left as they are.
+      ValueError: no checkpoint is good; the message names each, and all are left unchanged.
+      OSError: a checkpoint cannot be reached; the message names it, and all are left unchanged.
     """
     wrong: dict[int, str] = {}
     with _reader(manager) as reader:
@@ -152,7 +153,7 @@ def save_state(folder: Any, state: Any) -> None:
 
 
 def restore_state(folder: Any, state: Any) -> Any:
-    """What `save_state` wrote, placed as `state` says."""
+    """Returns the state that `save_state` wrote, placed like `state`."""
     with storage.storing(folder), ocp.StandardCheckpointer() as reader:
         return _keys_like(state, reader.restore(epath.Path(folder).absolute(), _raw_shapes(state)))
 
@@ -204,7 +205,7 @@ def _difference(raw: Any, content: dict[str, Any]) -> str:
 
 
 def _put_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
-    """Renames what is damaged: a manager saves nothing at or before its latest step."""
+    """Renames damaged checkpoints, because a manager saves nothing at or before its latest step."""
     if not steps:
         return
     if jax.process_index() == 0:
@@ -213,7 +214,7 @@ def _put_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
             while (target := folder / f"{DAMAGED}-{step}{f'-{count}' if count else ''}").exists():
                 count += 1
             (folder / str(step)).rename(target)
-    sharding.least_of_processes(1)  # nobody goes on before it is done
+    sharding.least_of_processes(1)  # no process continues before the renaming is done
     manager.reload()
 
 

@@ -66,8 +66,7 @@ def check_length(config: Any, loaded: Models) -> None:
 
 
 def load_rows(config: Any, tokenizer: data.Tokenizer, split: str, limit: int = 0) -> tuple[Any, dict[str, int]]:
-    """Loads the rows of a split for training or evaluation, and returns the rows and the counts of kept and dropped
-    ones.
+    """Loads the rows of a split for training or evaluation, with counts of the kept, truncated and dropped rows.
 
     Held-out rows are scored on their responses, regardless of `data.loss_on`, and are never packed.
     """
@@ -148,8 +147,7 @@ def learns_from_text(config: Any, source: Source, terms: tuple[Term, ...]) -> bo
 
 
 def load_responses(config: Any, source: prefixes.teacher, loaded: Models, mesh: Any) -> tuple[Any, dict[str, int]]:
-    """Returns the dataset's prompts with the teacher's responses, which the teacher first writes if they are not on
-    disk.
+    """Returns the dataset's prompts with the teacher's responses, which are written first if not on disk.
 
     Rows have the ids that the teacher sampled. The text is encoded again only if the teacher has another tokenizer.
     """
