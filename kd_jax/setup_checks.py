@@ -1,5 +1,6 @@
 """Checks the terms and the sampling of a config against the source of the rows."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -95,7 +96,8 @@ def check_gradient(config: Any, term: Term) -> None:
     tried = (
         [0.5] if weights is None else sorted({float(weights.min()), float(np.median(weights)), float(weights.max())})
     )
-    if largest * max(_gradient(term, weight, config) for weight in tried) < LEAST_GRADIENT:
+    gradient = _make_gradient(term, config)
+    if largest * max(float(gradient(weight)) for weight in tried) < LEAST_GRADIENT:
         what = (
             f"policy={dict(spec.policy)}"
             if spec.kind == "policy_gradient"
@@ -110,31 +112,33 @@ def check_gradient(config: Any, term: Term) -> None:
         )
 
 
-def _gradient(term: Term, weight: float, config: Any) -> float:
-    """Returns the largest entry of the gradient of a term's loss with respect to a student's logits.
+def _make_gradient(term: Term, config: Any) -> Callable[[float], jax.Array]:
+    """Returns weight -> the largest entry of the gradient of a term's loss with respect to a student's logits.
 
-    The teacher's and the student's distributions differ.
+    The teacher's and the student's distributions differ. The function is one compiled program: its operations, compiled one by
+    one, would take several times as long.
     """
     rows, length, vocabulary = 2, 4, 8
-    teacher, student = np.random.default_rng(0).normal(scale=2.0, size=(2, rows, length, vocabulary)).astype(np.float32)
-    target = jnp.asarray(teacher.argmin(-1))
-    counted = jnp.broadcast_to(jnp.arange(length) < config.sampling.max_new_tokens, (rows, length))
-    temperature = config.objective.temperature
-    numbers = [schedule(schedule.init(), step=jnp.asarray(0)) for schedule in term.numbers]
-    picked = lambda log_probs: jnp.take_along_axis(log_probs, target[..., None], -1)[..., 0]
+    logits = np.random.default_rng(0).normal(scale=2.0, size=(2, rows, length, vocabulary)).astype(np.float32)
+    target, temperature = logits[0].argmin(-1), config.objective.temperature
 
-    def gradient(teacher: jax.Array, student: jax.Array) -> jax.Array:
+    def gradient(weight: jax.Array) -> jax.Array:
+        teacher, student = jnp.asarray(logits)
+        counted = jnp.broadcast_to(jnp.arange(length) < config.sampling.max_new_tokens, (rows, length))
+        numbers = [schedule(schedule.init(), step=jnp.asarray(0)) for schedule in term.numbers]
         log_p, log_q = (jax.nn.log_softmax(logits / temperature) for logits in (teacher, student))
-        scores = Scores(picked(log_p), picked(log_q), picked(log_q), counted)
-        signals = term.signals(scores) if term.signals else ()
+        picked = lambda log_probs: jnp.take_along_axis(log_probs, target[..., None], -1)[..., 0]
+        signals = term.signals(Scores(picked(log_p), picked(log_q), picked(log_q), counted)) if term.signals else ()
 
         def total(student: jax.Array) -> jax.Array:
             log_q, weights = jax.nn.log_softmax(student / temperature), jnp.full((rows, length), weight)
-            return jnp.where(counted, term.loss(log_p, log_q, target, weights, *numbers, *signals), 0).sum()
+            return jnp.where(
+                counted, term.loss(log_p, log_q, jnp.asarray(target), weights, *numbers, *signals), 0
+            ).sum()
 
         return jnp.nan_to_num(jnp.abs(jax.grad(total)(student))).max()
 
-    return float(gradient(jnp.asarray(teacher), jnp.asarray(student)))
+    return jax.jit(gradient)
 
 
 def check_learning_rate(schedule: Any, steps: int) -> None:

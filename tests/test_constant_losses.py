@@ -34,8 +34,8 @@ def with_assistant(pair, weight, **changes):
 @pytest.mark.parametrize(
     ("name", "keyword", "value", "words"),
     [
-        ("jensen_shannon", "weight", 0.0, "Use forward_kl"),
-        ("jensen_shannon", "weight", 1, "Use reverse_kl"),
+        ("jensen_shannon", "weight", 0.0, "At 0 the limit that is meant is forward_kl"),
+        ("jensen_shannon", "weight", 1, "at 1 it is reverse_kl"),
         ("skew_forward_kl", "skew", 1.0, "Use a skew below 1"),
         ("skew_reverse_kl", "skew", 1, "Use a skew below 1"),
     ],
