@@ -329,7 +329,14 @@ def test_flipped_and_missing_bytes_are_found_and_named(caches, data_dir, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(data__template="alpaca"), ("template: ", "data.template: 'plain' there, 'alpaca' here")),
+        (
+            # Alpaca's template has more tokens than the smoke setting's prompts may have.
+            dict(
+                data__template="alpaca", data__max_prompt_length=128, data__max_length=160,
+                student__config__max_positions=256,
+            ),
+            ("template: ", "data.template: 'plain' there, 'alpaca' here"),
+        ),
         (dict(data__max_length=40), ("held_out rows.hash", "data.max_length: 48 there, 40 here")),
         (dict(data__loss_on="all"), ("train rows.tokens", "data.loss_on: 'response' there, 'all' here")),
         (dict(data__eval_rows=5), ("held_out rows.rows: 8 there, 5 here", "data.eval_rows")),

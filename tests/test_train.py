@@ -9,6 +9,7 @@ import pytest
 
 from kd_jax import data, directory, metrics, models, setup, train
 from kd_jax.evaluate import __main__ as command
+from kd_jax.evaluate.of_run import filled
 from tests.runs import METHODS, configured, last_state, smoke
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -315,7 +316,7 @@ def test_a_settings_dataset_options_go_when_the_dataset_changes(tmp_path, data_d
 
 
 def test_a_directory_of_a_version_without_a_key_is_the_runs_where_the_key_changes_nothing(tmp_path):
-    for setting, differing in (("docstrings", []), ("smoke", ["data.defaults.docstrings.packages"])):
+    for setting, differing in (("docstrings", []), ("smoke", ["data.options"])):
         config = configured("sft", setting, {}).to_dict()
         old = json.loads(json.dumps(config))
         del old["data"]["defaults"]
@@ -343,7 +344,7 @@ def test_a_window_that_no_row_reaches_is_accepted_and_kept(tmp_path, data_dir):
         train.build(smoke("gkd", data_dir, **changes, data__max_length=49))
     options = ["--data=docstrings", f"--model={tmp_path}/run", "--max_prompt_length=40", "--max_new_tokens=9"]
     with pytest.raises(ValueError, match="are more than the 48 tokens that the models take"):
-        command.load(command.arguments([*options, f"--out={tmp_path}/out", "--batch_size=8"]))
+        command.load(filled(command.arguments([*options, f"--out={tmp_path}/out", "--batch_size=8"]))[0])
 
 
 def test_a_teacher_may_be_in_float16(data_dir):
