@@ -2,14 +2,19 @@
 
 import contextlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from kd_jax import storage
+
+SECONDS_BETWEEN_FLUSHES = 10.0
 
 
 def averages(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
@@ -46,21 +51,28 @@ class Writer:
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         partial.rename(path)
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        board = folder / "tensorboard"
+        board.mkdir(exist_ok=True)
+        # tensorboardX's SummaryWriter writes in a thread. When the disk is full, the thread stops, and the run then waits
+        # forever at a full queue. This class of the same library writes at once.
+        self._board = EventsWriter(str(board / "events"))
+        self._board_path = self._board._file_name
+        self._next_flush = 0.0
+        dropped = Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._board.write_event(dropped)  # TensorBoard hides the steps from here on that an earlier file has
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         if self._silent:
             return
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            # TensorBoard's thread stops when it cannot write. A full queue would then block the run forever.
-            if not self._board_is_written():
-                where = self._board.logdir
-                raise storage.StorageError(
-                    f"{where}: TensorBoard's file could not be written. {storage.space_left(where)}Make room, and call again."
-                )
-            self._board.add_scalar(f"{split}/{name}", value, step)
+        with storage.storing(self._board_path):
+            for name, value in values.items():
+                summary = scalar(f"{split}/{name}", value)
+                self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            if time.monotonic() >= self._next_flush:  # a flush waits until the disk has the bytes
+                self._board.flush()
+                self._next_flush = time.monotonic() + SECONDS_BETWEEN_FLUSHES
 
     def __enter__(self) -> Self:
         return self
@@ -69,21 +81,8 @@ class Writer:
         if self._silent:
             return
         # On a full disk the last bytes also fail, and this second error adds nothing to the first.
-        with contextlib.suppress(OSError) if kind else contextlib.nullcontext(), self._file:
-            self._close_board()
-
-    def _close_board(self) -> None:
-        writer: Any = getattr(self._board.file_writer, "event_writer", None)
-        try:
-            if self._board_is_written():
-                self._board.close()
-        finally:
-            if writer is not None:
-                writer._closed = True  # otherwise Python would close the file again at exit, and fail again
-
-    def _board_is_written(self) -> bool:
-        worker = getattr(getattr(self._board.file_writer, "event_writer", None), "_worker", None)
-        return worker is None or worker.is_alive()
+        with contextlib.suppress(OSError) if kind else storage.storing(self._board_path), self._file:
+            self._board.close()
 
 
 def read(workdir: str) -> list[dict[str, Any]]:

@@ -74,8 +74,8 @@ def _difference(workdir: str, config: Any, run: Any) -> str:
     lines = [
         f"{part.named} has other content than when the run began"
         for name, part in parts(config, run).items()
-        # A missing student's folder is no error: a resumed run reads no weights there. `build` reports all other
-        # missing contents.
+        # The student's weights may be missing: a resumed run does not read them. `build` reports all other missing
+        # contents.
         if part.fingerprint and part.fingerprint != there.get(name, part.fingerprint)
     ]
     if not lines:

@@ -8,7 +8,7 @@ import pytest
 
 from configs import forward_kl, reverse_kl
 from configs.ablations import base
-from kd_jax import ablate, comparison
+from kd_jax import ablate, comparison, setup_numbers
 from kd_jax.objectives import make_terms
 from kd_jax.setup_rows import make_source
 

@@ -110,10 +110,10 @@ def flip(path):
 
 def test_another_teacher_student_or_tokenizer_is_refused(copied, tmp_path):
     identity = began(tmp_path / "run", copied)
-    assert identity.keys() == {"data", "teacher", "student", "tokenizer"} and str(tmp_path) not in str(identity)
+    assert identity.keys() == {"data", "teacher", "student", "tokenizer", "tokenizer of the student"} and str(tmp_path) not in str(identity)
     for name, file in (("teacher", "model.safetensors"), ("student", "model.safetensors"), ("teacher", "config.json")):
         content = (tmp_path / name / file).read_bytes()
-        flip(tmp_path / name / file)
+        (tmp_path / name / file).write_bytes(content + b"\n")
         refused(tmp_path / "run", copied, f"{name}.path={tmp_path / name}")
         (tmp_path / name / file).write_bytes(content)
     tokenizer = tmp_path / "tokenizer" / "tokenizer.json"
@@ -142,13 +142,14 @@ def test_the_chat_template_belongs_to_a_run_with_that_template(copied, tmp_path)
     setup_identity.check(str(tmp_path / "plain"), copied)
 
 
-def test_a_student_that_is_gone_is_not_compared(copied, tmp_path):
-    """A run that goes on reads no weights there."""
+def test_a_students_missing_weights_are_not_compared(copied, tmp_path):
+    """A resumed run does not read them, but it reads the folder's config.json and tokenizer."""
     began(tmp_path / "run", copied)
     (tmp_path / "student" / "model.safetensors").unlink()
     setup_identity.check(str(tmp_path / "run"), copied)
     shutil.rmtree(tmp_path / "student")
-    setup_identity.check(str(tmp_path / "run"), copied)
+    with pytest.raises(ValueError, match=rf"student\.path: the folder {tmp_path}/student does not exist"):
+        setup_identity.check(str(tmp_path / "run"), copied)
 
 
 def test_a_models_fingerprint_is_of_its_files_wherever_they_are(tmp_path):
