@@ -110,7 +110,9 @@ def flip(path):
 
 def test_another_teacher_student_or_tokenizer_is_refused(copied, tmp_path):
     identity = began(tmp_path / "run", copied)
-    assert identity.keys() == {"data", "teacher", "student", "tokenizer", "tokenizer of the student"} and str(tmp_path) not in str(identity)
+    assert identity.keys() == {"data", "teacher", "student", "tokenizer", "tokenizer of the student"} and str(
+        tmp_path
+    ) not in str(identity)
     for name, file in (("teacher", "model.safetensors"), ("student", "model.safetensors"), ("teacher", "config.json")):
         content = (tmp_path / name / file).read_bytes()
         (tmp_path / name / file).write_bytes(content + b"\n")

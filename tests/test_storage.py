@@ -120,7 +120,9 @@ def test_metrics_that_do_not_fit_stop_the_run_and_are_closed(tmp_path):
 
 
 def test_tensorboard_that_cannot_write_stops_the_run(tmp_path, monkeypatch):
-    with pytest.raises(OSError, match=rf"{tmp_path}/tensorboard/events.*could not be written.*MiB are left\. Make room"):
+    with pytest.raises(
+        OSError, match=rf"{tmp_path}/tensorboard/events.*could not be written.*MiB are left\. Make room"
+    ):
         with metrics.Writer(str(tmp_path), 0) as writer:
 
             def full(event):
