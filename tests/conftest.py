@@ -6,7 +6,7 @@ import tempfile
 import pytest
 from jaxtyping import install_import_hook
 
-from tests import checker  # noqa: F401  # the hook finds it by its name
+from tests.helpers import checker  # noqa: F401  # the hook finds it by its name
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,7 +17,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 # The pure core only: the hook breaks dataclasses that are pytrees. What is imported later keeps the hook.
 PURE = ("logspace", "divergences", "assistants", "objectives", "head_loss")
-install_import_hook([f"kd_jax.{name}" for name in PURE], "tests.checker.check")
+install_import_hook([f"kd_jax.{name}" for name in PURE], "tests.helpers.checker.check")
 
 
 @pytest.fixture(scope="session")

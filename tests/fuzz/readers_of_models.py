@@ -2,7 +2,6 @@
 
 import json
 import struct
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,8 +9,7 @@ from hypothesis import strategies as st
 
 from kd_jax import models
 from tests.fuzz.mutations import below, documents, pick
-
-TINY = Path(__file__).parent.parent / "golden" / "hf_tiny"
+from tests.helpers.paths import TINY
 
 
 class Safetensors:

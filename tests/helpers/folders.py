@@ -1,0 +1,61 @@
+"""Folders with tiny tokenizers of the kinds that people have."""
+
+import json
+import string
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from kd_jax.data import Tokenizer
+
+
+def save(folder, tokenizer, **files):
+    """Writes a tokenizer's folder; files are the other JSON files' contents, by name without its ending."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def letters(folder):
+    """Letters with the ids 10 to 35, an end token 0, a bos 1 before each text, and a padding token 99."""
+    ids = {"<end>": 0, "<bos>": 1, "<pad>": 99} | {
+        letter: i for i, letter in enumerate(string.ascii_lowercase, start=10)
+    }
+    made = tokenizers.Tokenizer(models.BPE(ids, []))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["<end>", "<bos>", "<pad>"])
+    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    named = {"eos_token": "<end>", "bos_token": "<bos>", "pad_token": "<pad>"}
+    named["chat_template"] = "{{ messages[0].content }}"
+    return Tokenizer.load(save(folder, made, tokenizer_config=named))
+
+
+def llama(folder, post="<s> $A", **named):
+    """Llama 2's kind: "▁" before each text and for each space, and bytes for what no piece has."""
+    pieces = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", *string.ascii_letters, *",.:", "▁R", "om", "eo", "Romeo", "▁Romeo", "▁Say", "▁it"]
+    merges = [("▁", "R"), ("o", "m"), ("e", "o")]
+    made = tokenizers.Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)
+    )
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    if post:
+        made.post_processor = processors.TemplateProcessing(single=post, special_tokens=[("<s>", 1), ("</s>", 2)])
+    return save(folder, made, tokenizer_config={"eos_token": "</s>", "bos_token": "<s>"} | named)
+
+
+def token(content, special=True, **flags):
+    """An entry of added_tokens."""
+    others = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    return {"content": content, "special": special} | others | flags
+
+
+def config(**more):
+    """The contents of a tokenizer_config.json."""
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **more}

@@ -1,0 +1,7 @@
+"""The folders that tests read."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+TINY = GOLDEN / "hf_tiny"

@@ -1,0 +1,71 @@
+"""Small runs for the tests: a method's config in the smoke setting, its data in a folder of the tests' own."""
+
+import importlib
+import shutil
+
+import jax
+import numpy as np
+
+from kd_jax import checkpoint, metrics
+
+OFF_POLICY = (
+    "sft", "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence", "akl", "skew_kl",
+    "taid", "abkd", "amid",
+)  # fmt: skip
+ON_POLICY = ("imitkd", "gkd", "opd", "minillm", "distillm", "distillm2")
+# A run with three checkpoints.
+WHOLE = dict(steps=5, checkpoint_every=2, eval_every=5, log_every=2, keep_checkpoints=3)
+METHODS = (*OFF_POLICY, "seqkd", *ON_POLICY)
+
+
+def smoke(method, data_dir, **changes):
+    """The config of a method; changes are keys with __ for a dot."""
+    return configured(method, "smoke", dict(data__data_dir=str(data_dir), mesh__data=1) | changes)
+
+
+def configured(method, setting, changes):
+    """The config of a method in a setting, with changes in keys that have __ for a dot."""
+    config = importlib.import_module(f"configs.{method}").get_config(setting)
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+def last_state(workdir):
+    """The arrays of the newest checkpoint, as a flat list."""
+    with checkpoint.open_manager(str(workdir), 2) as manager:
+        step = manager.latest_step()
+    folder = workdir / "checkpoints" / str(step) / "state"
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore(folder)
+    return step, [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def checkpoint_steps(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def until(step, whole, folder):
+    """A copy of the run as it was at a checkpoint."""
+    shutil.copytree(whole, folder)
+    for later in checkpoint_steps(folder):
+        if later > step:
+            shutil.rmtree(folder / "checkpoints" / str(later))
+    return folder
+
+
+def training(workdir):
+    """The metrics of a run, without those of its speed."""
+    return [line for line in metrics.read(workdir) if line["split"] != "speed"]
+
+
+def assert_same_run(one, other):
+    """Checks that two runs have the same newest state, bit for bit, and the same metrics, each once."""
+    (step, expected), (reached, found) = last_state(one), last_state(other)
+    assert step == reached
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert training(one) == training(other)
+    keys = [(line["step"], line["split"]) for line in metrics.read(other)]
+    assert len(keys) == len(set(keys))

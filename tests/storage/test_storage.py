@@ -1,0 +1,210 @@
+"""A full disk, and whatever else a library of storage raises, is one paragraph, and nothing half-written is taken for whole."""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kd_jax import checkpoint, data, metrics, models, remote, rollouts, storage
+from kd_jax import teacher_cache_files as files
+from kd_jax.models import safetensors_io
+from tests.helpers.commands import environment
+from tests.helpers.paths import ROOT
+
+pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")]
+
+
+@contextlib.contextmanager
+def small_files(size):
+    """No file can grow beyond so many bytes: to the writer that is as a full disk, and needs no rights."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def fails(path):
+    """A paragraph that names the path and the space, as `main` prints it."""
+    return pytest.raises(OSError, match=rf"(?s){path}.*File too large.*MiB are left\. Make room")
+
+
+def write_rows(path, count=3000):
+    random = np.random.default_rng(0)
+    words = lambda: random.bytes(100).hex()
+    path.write_text("".join(json.dumps({"prompt": words(), "response": words()}) + "\n" for _ in range(count)))
+
+
+def test_a_dataset_that_does_not_fit_is_no_dataset(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", 500)
+    load = lambda: data.load(
+        "jsonl", split="train", data_dir=str(tmp_path / "built"), path=str(tmp_path / "rows.jsonl")
+    )
+    with small_files(50_000), fails(tmp_path / "built"):
+        load()
+    assert not list((tmp_path / "built").rglob("*.array_record*"))
+    assert len(load()) == 491
+
+
+class Position:
+    def get_state(self):
+        return {"next": 1}
+
+
+def test_a_checkpoint_that_does_not_fit_is_named_beside_the_last_good_one(tmp_path):
+    state = {"a": jnp.asarray(np.random.default_rng(0).standard_normal(100_000), jnp.float32)}
+    with checkpoint.open_manager(str(tmp_path), 2) as manager:
+        checkpoint.save(manager, 1, state, Position())
+        checkpoint.wait(manager)
+        words = r"/checkpoints; the last good one is of step 1\. .* MiB are left\. Make room, .*File too large"
+        with pytest.raises(OSError, match=f"(?s)could not be written to .*{words}"), small_files(100_000):
+            checkpoint.save(manager, 2, state, Position())
+            checkpoint.wait(manager)
+    assert checkpoint.last_step(str(tmp_path)) == 1
+
+
+def test_an_export_that_does_not_fit_is_no_folder(tmp_path):
+    config = models.ModelConfig(family="llama", vocab_size=4096, hidden_size=16, num_layers=1, num_heads=2)
+    model = models.from_config(config)
+    params = model.init(jax.random.key(0))
+    with small_files(100_000), fails("model.safetensors"):
+        models.save_pretrained(tmp_path / "student", model, params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_of_a_cache_that_does_not_fit_is_missing(tmp_path):
+    path, records = tmp_path / "train" / "000000.array_record", [os.urandom(1000)] * 300
+    with small_files(100_000), fails(path):
+        files.write_part(path, records, "hidden")
+    assert not list(path.parent.iterdir())
+    files.write_part(path, records, "hidden")
+
+    def computed():
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory on the device")
+        yield
+
+    with pytest.raises(RuntimeError, match="^RESOURCE_EXHAUSTED"):  # of the model, and no matter of the disk
+        files.write_part(path, computed(), "hidden")
+
+
+def test_responses_that_do_not_fit_are_not_there_and_none_is_lost(tmp_path):
+    line = json.dumps([{"prompt": "p" * 1000, "context": "", "response": "r" * 1000}] * 8) + "\n"
+    (tmp_path / "responses.jsonl.partial").write_text(line * 4, encoding="utf-8")
+    write = lambda: rollouts.write_responses(
+        tmp_path, [{}] * 32, None, None, None, None, batch_size=8, seed=0, settings={}, progress=lambda it: it
+    )  # fmt: skip
+    with small_files(20_000), fails("responses.jsonl"):
+        write()
+    assert not (tmp_path / "responses.jsonl").exists()
+    assert len(write().read_text(encoding="utf-8").splitlines()) == 32
+
+
+def test_metrics_that_do_not_fit_stop_the_run_and_are_closed(tmp_path):
+    with (
+        pytest.raises(OSError, match=rf"{tmp_path}.*MiB are left\. Make room"), storage.room(tmp_path),
+        metrics.Writer(str(tmp_path), 0) as writer, small_files(20_000),
+    ):  # fmt: skip
+        for step in range(10_000):
+            writer.write(step, "train", {"loss": 1.0})
+    assert [line["step"] for line in metrics.read(tmp_path)][:2] == [0, 1]
+
+
+def test_tensorboard_that_cannot_write_stops_the_run(tmp_path, monkeypatch):
+    with pytest.raises(
+        OSError, match=rf"{tmp_path}/tensorboard/events.*could not be written.*MiB are left\. Make room"
+    ):
+        with metrics.Writer(str(tmp_path), 0) as writer:
+
+            def full(event):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            monkeypatch.setattr(writer._board, "write_event", full)
+            writer.write(0, "train", {"loss": 1.0})
+
+
+def test_errors_of_libraries_name_the_path_and_the_cause(tmp_path, monkeypatch):
+    with pytest.raises(
+        OSError, match=r"^/some/file could not be read or written \(RuntimeError: the library failed\)\.$"
+    ):
+        with storage.storing("/some/file"):
+            raise RuntimeError("the library failed")
+    with pytest.raises(ValueError, match=r"^row 3 is wrong$"), storage.storing("/some/file"):
+        raise ValueError("row 3 is wrong")
+    with pytest.raises(RuntimeError, match=r"^no disk is full$"), storage.room("/some/file"):
+        raise RuntimeError("no disk is full")
+
+    class Failing:
+        def isfile(self, path):
+            raise KeyError("a store's own")
+
+        invalidate_cache = staticmethod(lambda: None)
+
+    monkeypatch.setattr(remote, "filesystem", lambda url: (Failing(), "bucket/rows.jsonl"))
+    with pytest.raises(OSError, match=r"gs://bucket/rows\.jsonl could not be read or written \(KeyError"):
+        remote.local_file("gs://bucket/rows.jsonl")
+
+    class Slice:
+        def __getitem__(self, index):
+            raise safetensors_io.SafetensorError("invalid offset")
+
+    class File:
+        get_slice = staticmethod(lambda name: Slice())
+
+    reader = safetensors_io.Reader({"a.safetensors": File()}, {"tensor": "a.safetensors"}, tmp_path)
+    with pytest.raises(ValueError, match=r"a\.safetensors: tensor 'tensor' cannot be read \(invalid offset\)"):
+        reader.read("tensor", (slice(0, 1),))
+
+
+# --- from the command line
+
+
+def command(*arguments, size=None, **variables):
+    limit = None if size is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment(1) | variables, capture_output=True,
+        preexec_fn=limit, check=False,
+    )  # fmt: skip
+
+
+SMALL = [
+    "--config.steps=1", "--config.data.name=jsonl", "--config.data.batch_size=4", "--config.data.eval_batch_size=4",
+    "--config.data.eval_rows=4", "--config.data.max_length=48", "--config.data.max_prompt_length=32", "--config.sample_tokens=4",
+    "--config.sampling.max_new_tokens=8", "--config.student.config.hidden_size=16", "--config.student.config.num_layers=1",
+    "--config.student.config.intermediate_size=32", "--config.student.config.num_heads=2", "--config.sampling.show_every=1",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_paragraph_on_the_command_line(tmp_path):
+    write_rows(tmp_path / "rows.jsonl")
+    flags = ["--config=configs/sft.py", *SMALL, f"--config.data.options.path={tmp_path / 'rows.jsonl'}"]
+    flags += [f"--config.data.data_dir={tmp_path / 'built'}", f"--workdir={tmp_path / 'run'}"]
+    done = command("kd_jax.main", *flags, size=100_000)
+    said = done.stderr.decode()
+    assert done.returncode == 1 and "Traceback" not in said, said
+    assert f"kd_jax: {tmp_path / 'built'}" in said, said
+    assert "File too large" in said and "MiB are left" in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_terminal_in_latin_1_shows_other_characters_replaced(tmp_path):
+    """Rows, a folder's name, and a page of one that was made before, on policy, where each step shows what was drawn."""
+    rows = [{"prompt": f"What\u2019s {i}?", "response": f"It\u2019s {i}."} for i in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    workdir, latin = tmp_path / "it\u2019s", dict(PYTHONIOENCODING="latin-1", PYTHONUTF8="0")
+    flags = ["--config=configs/opd.py", *SMALL, f"--config.data.options.path={tmp_path / 'rows.jsonl'}"]
+    done = command("kd_jax.main", *flags, f"--config.data.data_dir={tmp_path}", f"--workdir={workdir}", **latin)
+    said = done.stdout.decode("latin-1")
+    assert done.returncode == 0, done.stderr.decode("latin-1")
+    assert "--- drawn for step 1" in said and "What?s " in said and "it?s/report.html" in said
+    done = command("kd_jax.report", str(workdir), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and b"it?s/report.html" in done.stdout, done.stderr

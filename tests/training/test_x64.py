@@ -1,0 +1,78 @@
+"""With JAX_ENABLE_X64=1 a run of float32 models is the same run: types, draws, checkpoints, and numbers to rounding."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from kd_jax import metrics, models, train_step
+from kd_jax.objectives import make_terms
+from tests.helpers.runs import last_state, smoke
+
+RUN = """
+import sys, shutil, pathlib
+from kd_jax import train
+from tests.helpers.runs import smoke
+
+workdir, data_dir, resumed = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "resumed"
+config = smoke("gkd", data_dir, prefixes__fraction=1.0, steps=2, checkpoint_every=1, eval_every=2, eval_prompts=4)
+train.train(config, str(workdir), quiet=True)
+if resumed:
+    shutil.copytree(workdir, workdir.with_name("resumed"))
+    workdir = workdir.with_name("resumed")
+    for name in ("checkpoints/2", "student"):
+        shutil.rmtree(workdir / name)
+    (workdir / "result.json").unlink()
+    train.train(config, str(workdir), quiet=True)
+"""
+
+
+def run(workdir, data_dir, x64):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    kind = "resumed" if x64 else "whole"
+    subprocess.run(
+        [sys.executable, "-c", RUN, str(workdir), str(data_dir), kind], check=True, timeout=600,
+        env=environment | {"JAX_ENABLE_X64": str(int(x64))},
+    )  # fmt: skip
+    return {(line["split"], line["step"]): line for line in metrics.read(workdir) if line["split"] != "speed"}
+
+
+def test_a_run_and_a_resumed_run_are_those_without_it(tmp_path, data_dir):
+    narrow, wide = (run(tmp_path / name / "run", data_dir, name == "wide") for name in ("narrow", "wide"))
+    assert narrow.keys() == wide.keys() and ("samples", 2) in wide
+    for key, line in narrow.items():
+        for name, value in line.items():
+            if isinstance(value, float):
+                np.testing.assert_allclose(wide[key][name], value, rtol=1e-4, err_msg=f"{key} {name}")
+    texts = [(tmp_path / name / "run" / "generations.jsonl").read_text() for name in ("narrow", "wide")]
+    drawn = [[json.loads(line)["before"]["response"] for line in text.splitlines()] for text in texts]
+    assert drawn[0] == drawn[1]  # the same random numbers
+
+    (_, ours), (_, theirs), (step, resumed) = (
+        last_state(tmp_path / name) for name in ("narrow/run", "wide/run", "wide/resumed")
+    )
+    assert step == 2 and [x.dtype for x in ours] == [x.dtype for x in theirs]
+    assert all(x.dtype.itemsize <= 4 for x in theirs)
+    for one, other in zip(theirs, resumed, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("method", ["taid", "distillm2", "minillm"])
+def test_a_state_has_the_same_types(method, data_dir):
+    config = smoke(method, data_dir)
+    model = models.from_config(
+        models.ModelConfig(family="llama", vocab_size=8, hidden_size=4, num_layers=1, num_heads=1)
+    )
+
+    def types():
+        terms = make_terms(config.objective.terms, config.objective.temperature, 0.0, 8)
+        make = lambda key: train_step.init_state(model.init(key), train_step.optax.adamw(1e-3), terms, key)
+        return [leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(make, jax.random.key(0)))]
+
+    narrow = types()
+    with jax.enable_x64(True):
+        assert types() == narrow
