@@ -22,8 +22,9 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 from absl import app, flags, logging
 
-from kd_jax import command, comparison, directory, main, metrics, plots, remote, report, setup_identity, storage, train
+from kd_jax import command, comparison, main, metrics, plots, report, setup_identity, storage, train
 from kd_jax.setup_numbers import check_declared
+from kd_jax.storage import directory, remote
 
 Point = dict[str, Any]  # an axis's label -> its value
 _SHARD = flags.DEFINE_string(

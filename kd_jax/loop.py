@@ -12,8 +12,9 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
-from kd_jax import checkpoint, command, metrics, nonfinite, remote, results, speed
+from kd_jax import command, metrics, nonfinite, results, speed
 from kd_jax.setup_rows import make_sampler, show
+from kd_jax.storage import checkpoint, remote
 from kd_jax.train_step import TrainState
 
 STOPPED = 75  # the exit code EX_TEMPFAIL of sysexits.h: a temporary end, after which the call can be repeated

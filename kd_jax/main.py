@@ -23,8 +23,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from kd_jax import checkpoint, command, directory, loop, remote, sharding, train
+from kd_jax import command, loop, sharding, train
 from kd_jax.resolve import nearest
+from kd_jax.storage import checkpoint, directory, remote
 from kd_jax.value_types import EXPECTED, register
 
 # Configs lock the keys that they declare, so that a misspelt key is an error. Only specs ({"name": ..., ...}) accept

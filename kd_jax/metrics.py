@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from kd_jax import storage
 
 SECONDS_BETWEEN_FLUSHES = 10.0
+proto: Any = event_pb2  # protobuf makes its classes while it is imported
 
 
 def averages(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
@@ -58,7 +59,7 @@ class Writer:
         self._board = EventsWriter(str(board / "events"))
         self._board_path = self._board._file_name
         self._next_flush = 0.0
-        dropped = Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
+        dropped = proto.Event(step=first_step + 1, session_log=proto.SessionLog(status=proto.SessionLog.START))
         self._board.write_event(dropped)  # TensorBoard hides the steps from here on that an earlier file has
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
@@ -69,7 +70,7 @@ class Writer:
         with storage.storing(self._board_path):
             for name, value in values.items():
                 summary = scalar(f"{split}/{name}", value)
-                self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+                self._board.write_event(proto.Event(wall_time=time.time(), step=step, summary=summary))
             if time.monotonic() >= self._next_flush:  # a flush waits until the disk has the bytes
                 self._board.flush()
                 self._next_flush = time.monotonic() + SECONDS_BETWEEN_FLUSHES

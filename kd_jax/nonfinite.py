@@ -11,7 +11,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from kd_jax import checkpoint, metrics, remote, sharding, storage
+from kd_jax import metrics, sharding, storage
+from kd_jax.storage import checkpoint, remote
 
 FOLDER, STATE, BATCH, REPORT = "nonfinite", "state", "batch.npz", "report.json"
 Found = list[dict[str, Any]]

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from kd_jax import data, models, sharding, untrusted
-from kd_jax.checksum import checksums
+from kd_jax import data, models, sharding
 from kd_jax.objectives import ORIGINS
-from kd_jax.storage import storing, write_text
+from kd_jax.storage import storing, untrusted, write_text
+from kd_jax.storage.checksum import checksums
 
 # Rows by name, an entry a row in each array: tokens [M, L + 1], lengths, prompt_lengths and origin [M], log_probs [M, L].
 Rows = dict[str, np.ndarray]

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kd_jax import data, metrics, models, remote, resolve, sharding, untrusted
+from kd_jax import data, metrics, models, resolve, sharding
 from kd_jax.data.limited import common_ids, differing_tokens, shown_difference, shown_tokens
+from kd_jax.storage import remote, untrusted
 
 PACKAGED = "package:"
 INITS = ("random", "pretrained", "layers")

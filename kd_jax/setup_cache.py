@@ -4,10 +4,11 @@ import hashlib
 import json
 from typing import Any
 
-from kd_jax import data, divergences, remote, resolve
+from kd_jax import data, divergences, resolve
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
 from kd_jax.setup import dataset_options
+from kd_jax.storage import remote
 from kd_jax.teacher_cache_files import about_rows, differences
 from kd_jax.teacher_cache_read import Cache, Kept
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kd_jax import checkpoint, data, directory, models, remote, sharding, untrusted
-from kd_jax.checksum import file_digest
+from kd_jax import data, models, sharding
 from kd_jax.setup import dataset_options, folder, load_tokenizer
+from kd_jax.storage import checkpoint, directory, remote, untrusted
+from kd_jax.storage.checksum import file_digest
 from kd_jax.teacher_cache_files import MANIFEST, about_rows
 
 # matches module:function, also inside the keywords of a call

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from kd_jax import sharding
-from kd_jax.directory import flat
+from kd_jax.storage.directory import flat
 from kd_jax.value_types import check_types
 
 PACKINGS = ("none", "rows", "stream")

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import data, evaluate, metrics, prefixes, remote, resolve, rollouts, sharding
+from kd_jax import data, evaluate, metrics, prefixes, resolve, rollouts, sharding
 from kd_jax.data import counts
 from kd_jax.feed import Author, Feed
 from kd_jax.objectives import Term
@@ -13,6 +13,7 @@ from kd_jax.prefixes import Source
 from kd_jax.setup import Models, Writer, dataset_options
 from kd_jax.setup_cache import kept_rows
 from kd_jax.setup_checks import check_room, check_sampling, check_term, name_of
+from kd_jax.storage import remote
 from kd_jax.teacher_cache_read import Cache
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kd_jax.objectives import Term
-from kd_jax.untrusted import clip
+from kd_jax.storage.untrusted import clip
 
 KINDS = ("hidden", "top_k", "samples")
 BLOCK = 256  # ids that a draw is looked for among, once the block is drawn that they are in

@@ -14,9 +14,9 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from safetensors.numpy import save_file
 
 from kd_jax import data
-from kd_jax.directory import LOCK
 from kd_jax.storage import storing
-from kd_jax.untrusted import clip, shown
+from kd_jax.storage.directory import LOCK
+from kd_jax.storage.untrusted import clip, shown
 
 MANIFEST, HEAD, TOKENIZER = "manifest.json", "head.safetensors", "tokenizer"
 TIED, UNTIED = "embed.embedding", "head.kernel"  # names of the output matrix, as in a model's parameters

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from kd_jax import data, sharding
 from kd_jax.models.safetensors_io import check_header
+from kd_jax.storage.untrusted import read_json, shown
 from kd_jax.teacher_cache import KINDS, CachedTeacher
 from kd_jax.teacher_cache_files import (
     HEAD,
@@ -37,7 +38,6 @@ from kd_jax.teacher_cache_files import (
     part_sizes,
     row_key,
 )
-from kd_jax.untrusted import read_json, shown
 
 SPLITS = ("train", "held_out")
 OPEN_PARTS = 128  # number of files that are kept open for random reads

@@ -12,15 +12,12 @@ import numpy as np
 from etils import epath
 
 from kd_jax import (
-    checkpoint,
     data,
-    directory,
     evaluate,
     loop,
     metrics,
     prefixes,
     quantisation,
-    remote,
     resolve,
     results,
     rollouts,
@@ -48,6 +45,7 @@ from kd_jax.setup_rows import (
     make_feed,
     make_source,
 )
+from kd_jax.storage import checkpoint, directory, remote
 from kd_jax.train_step import TrainState, init_state, make_train_step
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from kd_jax import remote
 from kd_jax.data import download, jsonl
+from kd_jax.storage import remote
 
 # A fixed revision, whose bytes cannot change, and the SHA-256 of the file.
 URL = (

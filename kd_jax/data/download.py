@@ -7,7 +7,7 @@ import urllib.request
 from pathlib import Path
 
 from kd_jax import storage
-from kd_jax.checksum import file_digest
+from kd_jax.storage.checksum import file_digest
 
 
 def fetch(url: str, sha256: str = "") -> Path:

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from kd_jax import remote
 from kd_jax.data import download, jsonl
+from kd_jax.storage import remote
 
 # Files of MiniLLM on the Hugging Face hub: repository, revision, file. The bytes of a full revision cannot change.
 # The files on `main` are not fixed, because only the first digits of their newest revisions were known: ad9edcc of

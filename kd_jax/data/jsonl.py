@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax import remote, untrusted
-from kd_jax.checksum import file_digest
+from kd_jax.storage import remote, untrusted
+from kd_jax.storage.checksum import file_digest
 
 MAX_LINE = 16 * untrusted.MIB
 MAX_BLANK = 10_000

@@ -8,8 +8,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kd_jax import untrusted
 from kd_jax.data.special_tokens import KINDS, model_tokens
+from kd_jax.storage import untrusted
 
 MOST = 1024  # the largest number of tokens that may be removed
 SHARE = 100  # ids kept per removed token: tokenizers that differ in over 1 % are too different

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from kd_jax import remote
 from kd_jax.data import jsonl
+from kd_jax.storage import remote
 
 PIECE = 64 * 1024
 

@@ -8,9 +8,9 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from kd_jax import untrusted
 from kd_jax.data import limited, tokenizer_folder
 from kd_jax.data.tokenizer_json import named_errors, read_fields
+from kd_jax.storage import untrusted
 
 NAMING = ("tokenizer_config.json", "special_tokens_map.json")  # the files that can name the end token
 

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kd_jax import untrusted
 from kd_jax.data import special_tokens
 from kd_jax.data.tokenizer_json import added_tokens, check_ids, named_errors, read_backend, read_fields, with_added
+from kd_jax.storage import untrusted
 
 # The largest tokenizer.json in use, Gemma's, has 33 MB.
 FILES = {

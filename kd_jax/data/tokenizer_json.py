@@ -12,8 +12,8 @@ from typing import Any
 
 import tokenizers
 
-from kd_jax import untrusted
 from kd_jax.data.tokenizer_elsewhere import Elsewhere, is_usual
+from kd_jax.storage import untrusted
 
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 MAX_GROWTH = 10_000  # the growth factor of a text by all parts of a tokenizer; tokenizers in use have 2 or 3

@@ -18,12 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import command, data, metrics, models, remote, report, rollouts, setup, sharding, storage
+from kd_jax import command, data, metrics, models, report, rollouts, setup, sharding, storage
 from kd_jax.data import counts, jsonl
 from kd_jax.evaluate import harness, texts, tokens
 from kd_jax.evaluate.of_run import DEFAULTS, filled, model_folder, template_of
 from kd_jax.evaluate.scores import rouge_tokens
 from kd_jax.evaluate.tables import PLACES, by_place, over_seeds, table
+from kd_jax.storage import remote
 from kd_jax.value_types import EXPECTED, whole_number
 
 

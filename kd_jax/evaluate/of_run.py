@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kd_jax import data, directory, setup, untrusted
+from kd_jax import data, setup
+from kd_jax.storage import directory, untrusted
 
 # The defaults for a model that does not come from a run.
 DEFAULTS: dict[str, Any] = {

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from kd_jax import untrusted
 from kd_jax.models.families import FAMILIES
 from kd_jax.models.families.fields import Llama3Scaling
+from kd_jax.storage import untrusted
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
 # Each layer is a module to build, so a number in a config.json must be limited, or building would never end.

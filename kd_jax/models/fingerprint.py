@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from kd_jax.checksum import file_digests
 from kd_jax.models.safetensors_io import weight_files
+from kd_jax.storage.checksum import file_digests
 
 CONFIGS = ("config.json", "generation_config.json")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from kd_jax import untrusted
+from kd_jax.storage import untrusted
 
 ADAPTER = "adapter_config.json"  # PEFT and transformers recognise an adapter by this file
 MERGE = (

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from kd_jax import untrusted
 from kd_jax.models import int8
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.families import FAMILIES
@@ -23,6 +22,7 @@ from kd_jax.models.families.fields import Tensor, refuse_another_function
 from kd_jax.models.folders import check_folder
 from kd_jax.models.functional import Model, Params, Shardings, from_config
 from kd_jax.models.safetensors_io import Reader, open_folder
+from kd_jax.storage import untrusted
 
 
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:

@@ -13,8 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from kd_jax import untrusted
-from kd_jax.storage import storing
+from kd_jax.storage import storing, untrusted
 
 MAX_HEADER = 32 * untrusted.MIB  # the largest header or index in bytes, enough for some 300,000 tensors
 _NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors", re.ASCII)

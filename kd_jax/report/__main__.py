@@ -3,7 +3,8 @@
 import argparse
 import contextlib
 
-from kd_jax import command, remote, report, storage
+from kd_jax import command, report, storage
+from kd_jax.storage import remote
 
 
 def main() -> None:

@@ -15,8 +15,9 @@ import pytest
 from scipy import stats
 
 from configs import base
-from kd_jax import cache_teacher, directory, divergences, metrics, setup_cache, train
+from kd_jax import cache_teacher, divergences, metrics, setup_cache, train
 from kd_jax import teacher_cache_files as files
+from kd_jax.storage import directory
 from kd_jax.teacher_cache import Draws, coarsen, draw, merged, sampled_forward_kl
 from kd_jax.teacher_cache_read import Cache
 from tests.helpers.commands import environment, free_port

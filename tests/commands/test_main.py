@@ -12,7 +12,8 @@ import pytest
 from absl import flags
 
 from configs import base
-from kd_jax import command_help, directory, main, train
+from kd_jax import command_help, main, train
+from kd_jax.storage import directory
 from kd_jax.value_types import whole_number
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import METHODS, smoke

@@ -6,7 +6,8 @@ import shutil
 import jax
 import numpy as np
 
-from kd_jax import checkpoint, metrics
+from kd_jax import metrics
+from kd_jax.storage import checkpoint
 
 OFF_POLICY = (
     "sft", "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence", "akl", "skew_kl",

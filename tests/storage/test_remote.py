@@ -10,8 +10,9 @@ import fsspec
 import numpy as np
 import pytest
 
-from kd_jax import checkpoint, data, loop, metrics, remote, remote_copy, remote_lease, train
+from kd_jax import data, loop, metrics, train
 from kd_jax.report import __main__ as report_main
+from kd_jax.storage import checkpoint, remote, remote_copy, remote_lease
 from tests.helpers.runs import last_state, smoke
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -142,7 +143,7 @@ def test_what_is_written_is_there_before_the_end(tmp_path, store, monkeypatch):
                 break
             threading.Event().wait(0.01)
         assert "run/config.json" in names()
-    assert not [thread for thread in threading.enumerate() if thread.name == "kd_jax.remote"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "kd_jax.storage.remote"]
 
 
 def failing(monkeypatch, system, times):
@@ -209,7 +210,7 @@ def test_a_second_run_at_an_address_is_refused(store, impatient, capsys):
     with remote.work_directory(f"{url}/run"):
         pass
     assert capsys.readouterr().err.count("to see whether that run is still there") == 1
-    assert not [thread for thread in threading.enumerate() if thread.name == "kd_jax.remote_lease"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "kd_jax.storage.remote_lease"]
 
 
 def test_what_a_kill_left_is_taken_over(store, impatient, capsys):

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax import checkpoint, directory, loop, remote, replay, train
+from kd_jax import loop, replay, train
+from kd_jax.storage import checkpoint, directory, remote
 from tests.helpers import broken
 from tests.helpers.runs import (
     METHODS,

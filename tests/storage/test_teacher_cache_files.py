@@ -8,10 +8,11 @@ import time
 import pytest
 
 from configs import base
-from kd_jax import directory, sharding
+from kd_jax import sharding
 from kd_jax import teacher_cache_files as files
 from kd_jax.data import Tokenizer
 from kd_jax.setup_cache import kept_rows
+from kd_jax.storage import directory
 from kd_jax.teacher_cache_read import Cache, Kept, check_manifest
 from tests.fuzz.readers_of_caches import make_cache, rows
 from tests.fuzz.readers_of_text import TokenizerFiles

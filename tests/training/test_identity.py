@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from configs.ablations import base as ablations
-from kd_jax import ablate, cache_teacher, data, directory, models, setup_identity, train
+from kd_jax import ablate, cache_teacher, data, models, setup_identity, train
 from kd_jax.setup import folder
+from kd_jax.storage import directory
 from tests.helpers.runs import last_state, smoke
 
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from kd_jax import data, directory, metrics, models, setup, train
+from kd_jax import data, metrics, models, setup, train
 from kd_jax.evaluate import __main__ as command
 from kd_jax.evaluate.of_run import filled
+from kd_jax.storage import directory
 from tests.helpers.runs import METHODS, configured, last_state, smoke
 
 pytestmark = pytest.mark.usefixtures("one_device")

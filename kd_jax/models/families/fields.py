@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Set
 from typing import Any
 
-from kd_jax import untrusted
+from kd_jax.storage import untrusted
 
 Fields = Mapping[str, Any]
 MISTRAL_WINDOW = QWEN_WINDOW = 4096  # the default of sliding_window in transformers

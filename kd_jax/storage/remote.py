@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from kd_jax import remote_lease
-from kd_jax.remote_copy import CHECKPOINTS, Copy
-from kd_jax.storage import storing
+from kd_jax.storage import remote_lease, storing
+from kd_jax.storage.remote_copy import CHECKPOINTS, Copy
 
 UNREAD = ("tensorboard", "profile", "nonfinite")  # folders of a work directory that a resumed run only adds to
 HEAVY = (*UNREAD, CHECKPOINTS, "student")  # folders that a report page does not need

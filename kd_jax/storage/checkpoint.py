@@ -13,8 +13,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from kd_jax import remote, sharding, storage
-from kd_jax.checksum import checksums
+from kd_jax import sharding, storage
+from kd_jax.storage import remote
+from kd_jax.storage.checksum import checksums
 
 DAMAGED = "damaged"
 UNKNOWN, BAD, GOOD = range(3)  # what a process can say of a checkpoint; the least of all that is said holds

@@ -11,8 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kd_jax.remote_lease import LOCK, Taken
 from kd_jax.storage import StorageError, storing
+from kd_jax.storage.remote_lease import LOCK, Taken
 
 EVERY = 60.0  # seconds between two updates of the copy
 PATIENCE, AGAIN = 120.0, 5.0  # seconds that a run waits for a failing store, and between two tries
@@ -118,7 +118,7 @@ class Copy:
             while not ended.wait(EVERY):
                 self._tried()
 
-        thread = threading.Thread(target=follow, name="kd_jax.remote", daemon=True)
+        thread = threading.Thread(target=follow, name="kd_jax.storage.remote", daemon=True)
         thread.start()
         try:
             yield

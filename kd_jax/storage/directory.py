@@ -10,7 +10,8 @@ from typing import Any
 
 from etils import epath
 
-from kd_jax import storage, untrusted
+from kd_jax import storage
+from kd_jax.storage import untrusted
 
 CONFIG, PARTIAL, LOCK = "config.json", "config.json.partial", "lock"
 IDENTITY = "identity.json"  # name -> fingerprint of the data and models that the config names

@@ -76,7 +76,7 @@ def held(system: Any, root: str, url: str) -> Iterator[Callable[[], None]]:
             if (found := read()) and _left(read, found, url):
                 system.rm_file(path)
     ended = threading.Event()
-    thread = threading.Thread(target=renew, name="kd_jax.remote_lease", daemon=True)
+    thread = threading.Thread(target=renew, name="kd_jax.storage.remote_lease", daemon=True)
     thread.start()
     try:
         yield check

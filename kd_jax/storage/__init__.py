@@ -1,0 +1,9 @@
+"""Files, work directories and checkpoints, on a disk or at an address such as gs://bucket/run.
+
+The functions of `files` may be imported from here. The modules are imported by name: `checkpoint` (the states of a run),
+`directory` (the work directory of a run), `remote` (addresses), `checksum` and `untrusted` (files of other people).
+"""
+
+from kd_jax.storage.files import StorageError, is_full, room, said, space_left, storing, write_text
+
+__all__ = ["StorageError", "is_full", "room", "said", "space_left", "storing", "write_text"]
