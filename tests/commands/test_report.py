@@ -227,6 +227,6 @@ def test_the_page_in_a_browser(tmp_path, browser, width):
 
     assert shown() == ["f0", "f1"]
     assert shown(who="student after", lowest="30") == ["f1"]
-    assert shown(who="student after", longest="3") == ["f0"]
+    assert shown(who="student after", longest="4") == ["f0"]
     assert shown(words="TWO TO") == ["f1"] and shown(words="nothing of the kind") == []
     assert shown(order="score", who="teacher") == ["f1", "f0"] and shown(order="-score", who="teacher") == ["f0", "f1"]

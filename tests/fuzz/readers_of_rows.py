@@ -43,7 +43,7 @@ class Jsonl:
     def read(self, folder, files):
         (name,) = files
         if name.endswith(".txt"):
-            pieces = text.source(str(folder / name), 0.5)[1]
+            pieces = text.source(str(folder / name), validation_fraction=0.5)[1]
             assert "".join(row["response"] for split in pieces.values() for row in split()).isascii() in (True, False)
             return
         for row in jsonl.read_references(folder / name, {"prompt": "prompt", "references": "output"}):

@@ -27,7 +27,7 @@ def give(key, path, data_dir):
             f"--out={data_dir}/never",
             *(f"{name}={value}" for name, value in paths.items()),
         ]
-        evaluate.load(evaluate.arguments(options))
+        evaluate.load(evaluate.filled(evaluate.arguments(options))[0])
     elif key == "cache_teacher":
         config = smoke("forward_kl", data_dir, teacher__path=str(path), tokenizer__path="")
         cache_teacher.write(config, f"{data_dir}/never", "hidden")
