@@ -1,6 +1,7 @@
 """Eight CPU devices, set before JAX starts, and shapes that are checked where signatures give them."""
 
 import os
+import signal
 import tempfile
 
 import pytest
@@ -10,6 +11,9 @@ from tests.helpers import checker  # noqa: F401  # the hook finds it by its name
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A shell makes its jobs in the background ignore Ctrl-C, and processes inherit that. Tests send it, also to such processes.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # A run that is stopped and resumed compiles its programs once.
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
