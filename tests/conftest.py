@@ -9,7 +9,10 @@ from jaxtyping import install_import_hook
 
 from tests.helpers import checker  # noqa: F401  # the hook finds it by its name
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most of a test's time is the compiler's. Without LLVM's optimisations it needs half of that time for the same program.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A shell makes its jobs in the background ignore Ctrl-C, and processes inherit that. Tests send it, also to such processes.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
