@@ -8,7 +8,6 @@ the run again. With --table nothing is run, and the table and the plots show the
 import copy
 import itertools
 import json
-import os
 import re
 import sys
 import traceback
@@ -126,23 +125,20 @@ def run_one(config: Any, folder: Path, place: str) -> None:
     try:
         result = train.train(config, str(folder / "run"), quiet=True)
     except Exception:  # whatever it is, the others go on
-        folder.mkdir(parents=True, exist_ok=True)
-        error.write_text(traceback.format_exc(), encoding="utf-8")
+        storage.write_whole(error, traceback.format_exc())
         metrics.tqdm.write(f"failed: {traceback.format_exc(limit=0).strip()}")
         return
     error.unlink(missing_ok=True)
-    storage.write_text(folder / "result.json", json.dumps(result))
+    storage.write_whole(folder / "result.json", json.dumps(result))
 
 
 def write(config: Any, done: list[dict[str, Any]], failed: list[str], folder: Path) -> str:
     """Writes results.jsonl, table.md and the charts of the runs that are done, and returns the table."""
-    partial = folder / f"results.jsonl.{os.getpid()}"  # shards may end together
-    partial.write_text("".join(json.dumps(line) + "\n" for line in done), encoding="utf-8")
-    partial.replace(folder / "results.jsonl")
+    storage.write_json_lines(folder / "results.jsonl", done)
     text = comparison.table(done, config.metrics)
     if failed:
         text += "\n\nFailed, with the reason in error.txt of their folders: " + "; ".join(failed)
-    storage.write_text(folder / "table.md", text + "\n")
+    storage.write_whole(folder / "table.md", text + "\n")
     workdirs = [folder / line["folder"] / "run" for line in done]
     for chart in comparison.charts(comparison.axes_of(config), config.metrics, done, workdirs):
         plots.save(chart, folder)

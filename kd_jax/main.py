@@ -1,7 +1,6 @@
 """python -m kd_jax.main --config=configs/METHOD.py[:SETTING] --workdir=DIR [--config.KEY=VALUE ...]"""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -9,7 +8,6 @@ import sys
 import threading
 import time
 import traceback
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from kd_jax import command, loop, sharding, train
 from kd_jax.resolve import nearest
 from kd_jax.storage import checkpoint, directory, remote
+from kd_jax.storage.checksum import digest
 from kd_jax.value_types import EXPECTED, register
 
 # Configs lock the keys that they declare, so that a misspelt key is an error. Only specs ({"name": ..., ...}) accept
@@ -166,8 +165,8 @@ def check_same(*what: Any) -> None:
     Raises:
       ValueError: the values differ between processes.
     """
-    digest = zlib.crc32(json.dumps(what, sort_keys=True, default=str).encode()) >> 1
-    if sharding.least_of_processes(digest) != -sharding.least_of_processes(-digest):
+    number = int(digest(what)[:7], 16)
+    if sharding.least_of_processes(number) != -sharding.least_of_processes(-number):
         raise ValueError(
             f"the {jax.process_count()} processes have different configs or work directories; give all the same flags, or "
             "each --processes=alone for runs of their own."

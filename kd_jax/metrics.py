@@ -48,9 +48,7 @@ class Writer:
         # Without a checkpoint the run starts again, and repeats the evaluation at step 0.
         saved = lambda line: (line["step"], line["split"] == "eval") <= (first_step, False)
         lines = [line for line in read(workdir) if saved(line)] if first_step else []
-        partial = folder / "metrics.jsonl.partial"
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        partial.rename(path)
+        storage.write_json_lines(path, lines)
         self._file = path.open("a", encoding="utf-8")
         board = folder / "tensorboard"
         board.mkdir(exist_ok=True)
@@ -91,8 +89,7 @@ def read(workdir: str) -> list[dict[str, Any]]:
     path = Path(workdir) / "metrics.jsonl"
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return storage.read_json_lines(path, appended=True)
 
 
 def progress(total: int, initial: int, quiet: bool = False) -> tqdm:

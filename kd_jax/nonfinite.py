@@ -42,14 +42,13 @@ def stop(
         shutil.rmtree(folder, ignore_errors=True)  # an earlier call may have stopped at the same step
         folder.mkdir(parents=True)
         np.savez(folder / BATCH, allow_pickle=False, **batch)
-    sharding.least_of_processes(1)
+    sharding.barrier("the folder of the non-finite step exists")
     checkpoint.save_state(epath.Path(place.shared) / name / STATE, state)
     found = diagnose(run, state, batch)
     if first:
         report = {"step": step, "values": {k: str(v) for k, v in values.items()}, "rows": found}
-        partial = folder / f"{REPORT}.partial"  # the report is written last: a folder with a report is complete
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / REPORT)
+        # The report is written last: a folder with a report is complete.
+        storage.write_whole(folder / REPORT, json.dumps(report, indent=2) + "\n")
     terms = ", ".join(f"{name}={value:g}" for name, value in values.items() if "/loss" in name)
     raise FloatingPointError(
         f"at step {step} the loss is {values['loss']} and the gradient's norm {values['gradient_norm']}. The loss's terms: "

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from kd_jax import evaluate, metrics, models, plots, report, rollouts, sharding
-from kd_jax.storage import write_text
+from kd_jax.storage import read_json_lines, write_json_lines, write_whole
 
 BEFORE, AFTER = "generations_before.jsonl", "generations.jsonl"
 
@@ -17,7 +17,7 @@ def begin(run: Any, params: Any, workdir: str) -> None:
     """Writes the student's texts before the first step, which `finish` shows beside the texts after training."""
     written = _answers(run, run.models.student, params)[0]
     if jax.process_index() == 0:
-        _write_lines(Path(workdir) / BEFORE, written)
+        write_json_lines(Path(workdir) / BEFORE, written)
 
 
 def finish(run: Any, params: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def finish(run: Any, params: Any, workdir: str, quiet: bool = False) -> dict[str
     written, own = _answers(run, run.models.student, params)
     texts = {"after": written}
     if first and (folder / BEFORE).exists():  # the file is missing in a run that an older version began
-        texts = {"before": _read_lines(folder / BEFORE)} | texts
+        texts = {"before": read_json_lines(folder / BEFORE)} | texts
     if run.models.teacher is not None:
         result = {"teacher": run.evaluate_teacher()} | result
         texts = {"teacher": _answers(run, run.models.teacher, run.models.teacher_params, alone=True)[0]} | texts
@@ -70,15 +70,15 @@ def result_table(result: dict[str, dict[str, float]]) -> str:
 
 
 def _write(folder: Path, result: dict[str, Any], texts: dict[str, list[dict[str, Any]]]) -> None:
-    write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    write_text(folder / "table.md", result_table(result) + "\n")
+    write_whole(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    write_whole(folder / "table.md", result_table(result) + "\n")
     rows = []
     for some in zip(*texts.values(), strict=True):
         prompt = {name: some[0][name] for name in ("prompt", "references")}
         its = ({k: v for k, v in line.items() if k not in (*prompt, "seed")} for line in some)
         rows.append(prompt | dict(zip(texts, its, strict=True)))
-    _write_lines(folder / AFTER, rows)
-    write_text(folder / "samples.md", _samples(rows[:5], list(texts)))
+    write_json_lines(folder / AFTER, rows)
+    write_whole(folder / "samples.md", _samples(rows[:5], list(texts)))
     for chart in plots.curves(str(folder)):
         plots.save(chart, folder)
     report.write_environment(folder)
@@ -120,11 +120,3 @@ def _samples(rows: list[dict[str, Any]], who: list[str]) -> str:
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in line.items() if name not in ("step", "split")}
-
-
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

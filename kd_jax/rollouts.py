@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import fcntl
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ from jaxtyping import Int
 
 from kd_jax import data, models, sharding
 from kd_jax.objectives import ORIGINS
-from kd_jax.storage import storing, untrusted, write_text
-from kd_jax.storage.checksum import checksums
+from kd_jax.storage import directory, read_json_lines, storing, write_json_lines, write_whole
+from kd_jax.storage.checksum import checksums, digest
 
 # Rows by name, an entry a row in each array: tokens [M, L + 1], lengths, prompt_lengths and origin [M], log_probs [M, L].
 Rows = dict[str, np.ndarray]
@@ -186,7 +184,8 @@ def write_responses(
     if first:
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder) if first else contextlib.nullcontext():
+    # Another process of this machine may write the same responses: then this one waits for them.
+    with directory.alone(folder, wait=True) if first else contextlib.nullcontext():
         return _write(folder, rows, prompts, sampler, model, params, batch_size, seed, settings, progress, first)
 
 
@@ -218,12 +217,11 @@ def _write(
                 file.write(json.dumps(lines) + "\n")
     found = 1
     if first and not path.exists():
-        batches = (json.loads(line) for line in partial.read_text(encoding="utf-8").splitlines())
-        written = [row for batch in batches for row in batch]
+        written = [row for batch in read_json_lines(partial, appended=True) for row in batch]
         found = len(written)
         if written:
-            write_text(folder / "settings.json", json.dumps(settings, indent=2, default=str) + "\n")
-            write_text(path, "".join(json.dumps(row) + "\n" for row in written))  # whole or not at all
+            write_whole(folder / "settings.json", json.dumps(settings, indent=2, default=str) + "\n")
+            write_json_lines(path, written)
         partial.unlink()
     if not sharding.from_first_process(found):  # nobody reads before the file is there
         raise ValueError(
@@ -239,16 +237,7 @@ def read_responses(path: Path) -> list[dict[str, Any]]:
 
     The ids of a response are those that were drawn, without an end token.
     """
-    lines = path.read_bytes().splitlines()
-    return [untrusted.parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process of this machine is here; who dies leaves, too."""
-    with (folder / "lock").open("w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return read_json_lines(path)
 
 
 def _complete_batches(partial: Path) -> int:
@@ -265,6 +254,4 @@ def _complete_batches(partial: Path) -> int:
 def fingerprint(params: Any, settings: Any) -> str:
     """Of a model's parameters, bit for bit and on any mesh, and of whatever else a text is drawn from."""
     sums = jax.tree.leaves(checksums(params))
-    total = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    total.update(np.array(sums, np.uint32).tobytes())
-    return total.hexdigest()[:12]
+    return digest(settings, np.array(sums, np.uint32).tobytes())[:12]

@@ -1,6 +1,5 @@
 """Opens a teacher's cache for a config, and checks that the cache is sufficient for the config and fits the run's rows."""
 
-import hashlib
 import json
 from typing import Any
 
@@ -9,6 +8,7 @@ from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
 from kd_jax.setup import dataset_options
 from kd_jax.storage import remote
+from kd_jax.storage.checksum import digest
 from kd_jax.teacher_cache_files import about_rows, differences
 from kd_jax.teacher_cache_read import Cache, Kept
 
@@ -33,7 +33,7 @@ def made_from(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
     return {
         "tokenizer": tokenizer.fingerprint(),
         "vocab_size": tokenizer.vocab_size,
-        "template": hashlib.sha256(text.encode()).hexdigest()[:12],
+        "template": digest(text)[:12],
         "settings": settings,
     }
 

@@ -1,6 +1,5 @@
 """Fingerprints of the contents that belong to a run: data, models, tokenizer, cache, and the user's functions."""
 
-import hashlib
 import importlib
 import inspect
 import re
@@ -15,7 +14,7 @@ import jax
 from kd_jax import data, models, sharding
 from kd_jax.setup import dataset_options, folder, load_tokenizer
 from kd_jax.storage import checkpoint, directory, remote, untrusted
-from kd_jax.storage.checksum import file_digest
+from kd_jax.storage.checksum import digest, file_digest
 from kd_jax.teacher_cache_files import MANIFEST, about_rows
 
 # matches module:function, also inside the keywords of a call
@@ -225,4 +224,4 @@ def _text(function: Any) -> str:
 
 
 def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
+    return digest(text)[:16] if text else ""

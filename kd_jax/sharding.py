@@ -152,6 +152,16 @@ def fetch_whole(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def barrier(name: str) -> None:
+    """Waits until every process is here.
+
+    Args:
+      name: what has been done before; it must be the same on every process.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def from_first_process(number: int) -> int:
     """Returns the number of process 0 on every process. Every process waits for process 0."""
     return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
@@ -174,7 +184,7 @@ def text_from_first_process(text: str) -> str:
 
 def path_name(path: Any) -> str:
     """Returns the path of a leaf as a text, such as 'layers/0/mlp/up/kernel'."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _fit(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> P:

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from safetensors.numpy import save_file
 
 from kd_jax import data
-from kd_jax.storage import storing
+from kd_jax.storage import is_partial, storing, write_whole, writing_whole
+from kd_jax.storage.checksum import digest, file_digest
 from kd_jax.storage.directory import LOCK
 from kd_jax.storage.untrusted import clip, shown
 
@@ -75,11 +75,9 @@ def row_key(identity: bytes, row: np.ndarray, first_counted: int) -> bytes:
 
 def about_rows(rows: data.Rows) -> dict[str, Any]:
     """Returns the number of rows, the number of counted tokens, and a hash of all rows."""
-    total = hashlib.sha256()
-    for array in (rows.tokens, rows.offsets, rows.first_counted):
-        total.update(array.astype("<i8").tobytes())
+    arrays = (array.astype("<i8").tobytes() for array in (rows.tokens, rows.offsets, rows.first_counted))
     tokens = sum(counted(rows, index) for index in range(len(rows)))
-    return {"rows": len(rows), "tokens": tokens, "hash": total.hexdigest()[:16]}
+    return {"rows": len(rows), "tokens": tokens, "hash": digest(*arrays)[:16]}
 
 
 def counted(rows: data.Rows, index: int) -> int:
@@ -107,7 +105,7 @@ def foreign(folder: Path) -> str:
 def partials(folder: Path) -> list[Path]:
     """Returns the partial files of calls that were killed."""
     found = [*folder.glob("*.partial-*"), *folder.glob("*/*.array_record.partial-*")]
-    return [path for path in found if re.fullmatch(r".*\.partial-\d+", path.name)]
+    return [path for path in found if is_partial(path)]
 
 
 def part_sizes(count: int, part_rows: int) -> list[int]:
@@ -136,14 +134,12 @@ def missing_parts(folder: Path, manifest: Manifest) -> list[tuple[str, int]]:
 
 def write_part(path: Path, records: Iterable[bytes], kind: str) -> None:
     """Writes a part's records, each with its checksum, under another name until all of them are there."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    # A record a chunk, for random reads. Hidden states do not compress, ids and filled-up draws do.
-    with storing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer = ArrayRecordWriter(str(partial), f"group_size:1,{'uncompressed' if kind == 'hidden' else 'zstd:3'}")
-    count = 0
-    try:
-        for record in records:  # which are computed here
+    # A group has one record, for random reads. Hidden states do not compress; token ids and padded samples do.
+    options, count = f"group_size:1,{'uncompressed' if kind == 'hidden' else 'zstd:3'}", 0
+    with writing_whole(path) as partial:
+        with storing(path):
+            writer = ArrayRecordWriter(str(partial), options)
+        for record in records:  # the iterator computes the records, so its errors must not count as storage errors
             with storing(path):
                 writer.write(record)
             count += 1
@@ -151,9 +147,6 @@ def write_part(path: Path, records: Iterable[bytes], kind: str) -> None:
             writer.close()
             if ArrayRecordReader(str(partial)).num_records() != count:
                 raise OSError(errno.ENOSPC, f"of {count} records not all are on the disk; is it full?")
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def record(
@@ -184,25 +177,14 @@ def record(
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest, whole or not at all."""
-    partial = folder / f"{MANIFEST}.partial-{os.getpid()}"
-    with storing(folder / MANIFEST):
-        partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def write_head(folder: Path, name: str, matrix: np.ndarray) -> str:
-    """Writes the output matrix, completely or not at all, and returns its `file_hash`."""
-    partial = folder / f"{HEAD}.partial-{os.getpid()}"
-    with storing(folder / HEAD):
+    """Writes the output matrix, completely or not at all, and returns its `file_digest`."""
+    with storing(folder / HEAD), writing_whole(folder / HEAD) as partial:
         save_file({name: np.ascontiguousarray(matrix)}, partial)
-        partial.replace(folder / HEAD)
-    return file_hash(folder / HEAD)
-
-
-def file_hash(path: Path) -> str:
-    """Returns the SHA-256 hash of all bytes of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(folder / HEAD)
 
 
 def write_tokenizer(folder: Path, tokenizer: data.Tokenizer) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from kd_jax import data, sharding
 from kd_jax.models.safetensors_io import check_header
+from kd_jax.storage.checksum import file_digest
 from kd_jax.storage.untrusted import read_json, shown
 from kd_jax.teacher_cache import KINDS, CachedTeacher
 from kd_jax.teacher_cache_files import (
@@ -30,7 +31,6 @@ from kd_jax.teacher_cache_files import (
     Manifest,
     counted,
     fields,
-    file_hash,
     fills,
     identity,
     missing_parts,
@@ -137,7 +137,7 @@ class Cache:
         path, name = self.folder / HEAD, self.manifest["head"]
         group, leaf = name.split(".")
         try:
-            if not path.is_file() or file_hash(path) != self.manifest["head_hash"]:
+            if not path.is_file() or file_digest(path) != self.manifest["head_hash"]:
                 raise ValueError(f"{path}: this is not the output matrix that was written; write the cache again.")
             check_header(path)
             with safe_open(path, framework="numpy") as file:

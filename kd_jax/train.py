@@ -228,7 +228,9 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
     with storage.room(workdir), loop.Notices() as notices, contextlib.ExitStack() as stack:
         copied = remote.work_directory(workdir, jax.process_count(), writes=first)
         workdir, place = stack.enter_context(copied)  # for an address, `workdir` is now a local folder
-        sharding.least_of_processes(1)  # no process reads the folder before the first process has the copy
+        sharding.barrier(
+            "the work directory is here"
+        )  # no process reads the folder before the first process has the copy
         stack.enter_context(notices.raised())  # this block ends before the last copy to the address
         is_there = epath.Path(workdir).is_dir()
         directory.check(workdir, resolved)  # checked first, so that no lock file is left in a folder of another program
@@ -249,7 +251,7 @@ def train(config: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
             directory.write_config(workdir, resolved)
             setup_identity.write(workdir, config, run)
             if rounding:
-                (epath.Path(workdir) / quantisation.FILE).write_text(json.dumps(rounding) + "\n", encoding="utf-8")
+                storage.write_whole(epath.Path(workdir) / quantisation.FILE, json.dumps(rounding) + "\n")
         place.store()  # the config must be stored before the checkpoints that belong to it
         manager = stack.enter_context(checkpoint.open_manager(place.shared, config.keep_checkpoints))
         if state is None:

@@ -1,7 +1,6 @@
 """Functions and their docstrings, from the Python packages of this machine. Nothing is downloaded."""
 
 import ast
-import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from kd_jax.data import jsonl
+from kd_jax.storage.checksum import digest
 
 SKIPPED = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3", "__pycache__", "_vendor", "conftest"}
 SPLITS = ("train", "validation", "test")
@@ -53,7 +53,7 @@ def source(
             )
         roots.append((Path(spec.submodule_search_locations[0]), package))
         versions.append(f"{package} {_version(package)}")
-    digest = hashlib.sha256(";".join([*versions, "at least one"]).encode()).hexdigest()[:12]
+    fingerprint = digest(";".join([*versions, "at least one"]))[:12]
     cache: dict[str, list[dict[str, str]]] = {}
 
     def rows(split: str) -> Iterable[dict[str, str]]:
@@ -61,7 +61,7 @@ def source(
             cache.update(_split(roots))
         return cache[split]
 
-    return digest, {split: lambda split=split: rows(split) for split in SPLITS}
+    return fingerprint, {split: lambda split=split: rows(split) for split in SPLITS}
 
 
 def _split(roots: list[tuple[Path, str]]) -> dict[str, list[dict[str, str]]]:
@@ -106,7 +106,7 @@ def _fraction(module: str) -> float:
 
     The remainder of the hash modulo 100 comes first. The hash itself orders modules that have the same remainder.
     """
-    number = int(hashlib.sha256(module.encode()).hexdigest(), 16)
+    number = int(digest(module), 16)
     return (number % 100 + number / 2**256 * 0.999) / 100
 
 

@@ -1,13 +1,11 @@
 """Downloads of files from the web, which are checked by their checksums."""
 
-import hashlib
-import os
 import sys
 import urllib.request
 from pathlib import Path
 
 from kd_jax import storage
-from kd_jax.storage.checksum import file_digest
+from kd_jax.storage.checksum import digest, file_digest
 
 
 def fetch(url: str, sha256: str = "") -> Path:
@@ -24,29 +22,27 @@ def fetch(url: str, sha256: str = "") -> Path:
       ConnectionError: the download failed.
     """
     folder = Path("~/.cache/kd_jax").expanduser()
-    target = folder / f"{(sha256 or hashlib.sha256(url.encode()).hexdigest())[:12]}-{url.rpartition('/')[2]}"
+    target = folder / f"{(sha256 or digest(url))[:12]}-{url.rpartition('/')[2]}"
     record = target.with_name(f"{target.name}.sha256")
     known = sha256 or (record.read_text(encoding="utf-8")[:64] if record.exists() else "")
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         # The file is renamed once it is complete and verified, so that two processes may download it at once.
-        partial = target.with_suffix(f".{os.getpid()}")
         try:
-            with storage.room(partial):
-                urllib.request.urlretrieve(url, partial)
-            found = sha256_of(partial)
-            if known and found != known:
-                kept = (
-                    "" if sha256 else f" That is what {record} has of an earlier one: delete it to trust the new one."
-                )
-                raise ValueError(
-                    f"the file from {url} hashes to {found}, not to {known}; it was cut off or replaced.{kept}"
-                )
-            if not known:
-                storage.write_text(record, f"{found}  {target.name}\n")
-                print(f"{url} is trusted at its first download; from now on it must hash to {found}.", file=sys.stderr)
-                known = found
-            partial.rename(target)
+            with storage.writing_whole(target) as partial:
+                with storage.room(partial):
+                    urllib.request.urlretrieve(url, partial)
+                found = sha256_of(partial)
+                if known and found != known:
+                    hint = f" {record} has the checksum of an earlier download: delete it to trust the new file."
+                    raise ValueError(
+                        f"the file from {url} hashes to {found}, not to {known}; it was cut off or replaced."
+                        + ("" if sha256 else hint)
+                    )
+                if not known:
+                    storage.write_whole(record, f"{found}  {target.name}\n")
+                    trusted = f"{url} is trusted at its first download; from now on it must hash to {found}."
+                    print(trusted, file=sys.stderr)
+                    known = found
         except storage.StorageError:
             raise
         except OSError as error:
@@ -54,8 +50,6 @@ def fetch(url: str, sha256: str = "") -> Path:
                 f"{url} could not be downloaded ({error}). Download it elsewhere, and name the file in data.options.path "
                 f"(--data_path of kd_jax.evaluate)."
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
     if sha256_of(target) != known:
         raise ValueError(
             f"{target} does not hash to {known or 'what was recorded of it'} (any more); delete it to download it again."

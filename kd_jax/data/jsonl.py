@@ -2,7 +2,6 @@
 
 import codecs
 import gzip
-import hashlib
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.storage import remote, untrusted
+from kd_jax.storage import checksum, remote, untrusted
 from kd_jax.storage.checksum import file_digest
 
 MAX_LINE = 16 * untrusted.MIB
@@ -189,19 +188,19 @@ def digest(files: list[Path], settings: str) -> str:
     Raises:
       ValueError: a file does not exist or cannot be read.
     """
-    total = hashlib.sha256(settings.encode())
+    digests = []
     for path in files:
         if not path.is_file():
             raise ValueError(f"there is no file {path}.")
         try:
             with path.open("rb") as file:
                 untrusted.refuse_pointer(path, file.read(len(untrusted.LFS)))
-            total.update(bytes.fromhex(file_digest(path)))
+            digests.append(bytes.fromhex(file_digest(path)))
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
-    return total.hexdigest()[:12]
+    return checksum.digest(settings, *digests)[:12]
 
 
 def fraction(text: str) -> float:
     """Returns a number in [0, 1) that depends only on the text. It decides the split of a row."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
+    return int(checksum.digest(text)[:12], 16) / 2**48

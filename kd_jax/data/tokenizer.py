@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from kd_jax.data import limited, tokenizer_folder
 from kd_jax.data.tokenizer_json import named_errors, read_fields
 from kd_jax.storage import untrusted
+from kd_jax.storage.checksum import digest
 
 NAMING = ("tokenizer_config.json", "special_tokens_map.json")  # the files that can name the end token
 
@@ -218,7 +218,7 @@ class Tokenizer:
         The hash covers the tokenizer itself, the first token and the trained end token.
         """
         what = self._backend.to_str() + str((self.bos_id, self.eos_id))
-        return hashlib.sha256(what.encode()).hexdigest()[:12]
+        return digest(what)[:12]
 
     def shown(self, number: int) -> str:
         """Returns an id and its token, as a message can quote them."""

@@ -167,9 +167,8 @@ def _run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
         for name, entries in (("generations", written), ("results", [*lines, found])):
-            content = "".join(json.dumps(entry) + "\n" for entry in entries)
-            storage.write_text(out / f"{name}.jsonl", content)
-        storage.write_text(out / "table.md", table(found) + "\n")
+            storage.write_json_lines(out / f"{name}.jsonl", entries)
+        storage.write_whole(out / "table.md", table(found) + "\n")
         report.write_environment(out)
         report.write([out])
     return found

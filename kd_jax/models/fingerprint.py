@@ -1,10 +1,9 @@
 """The fingerprint of a Hugging Face folder: a hash of the bytes from which a model is made."""
 
-import hashlib
 from pathlib import Path
 
 from kd_jax.models.safetensors_io import weight_files
-from kd_jax.storage.checksum import file_digests
+from kd_jax.storage.checksum import digest, file_digests
 
 CONFIGS = ("config.json", "generation_config.json")
 
@@ -29,4 +28,4 @@ def fingerprint(folder: Path) -> str:
     if not weights or not (folder / CONFIGS[0]).is_file() or not all(file.is_file() for file in weights):
         return ""
     lines = (f"{file.name} {digest}\n" for file, digest in zip(files, file_digests(files), strict=True))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+    return digest(*lines)[:16]

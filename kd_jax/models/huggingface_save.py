@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from kd_jax.models.families import FAMILIES
 from kd_jax.models.families.fields import Tensor
 from kd_jax.models.functional import Model, Params
 from kd_jax.models.safetensors_io import write_folder
+from kd_jax.storage import writing_whole
 
 
 class SavesItself(Protocol):
@@ -60,19 +60,13 @@ def save_pretrained(
         return
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder; choose another path or remove it first.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process with the same id
-    partial.mkdir()
-    try:
+    with writing_whole(target) as partial:
+        partial.mkdir()
         _write_json(partial / "config.json", _config_fields(model.config, kept))
         _write_json(partial / "generation_config.json", _generation_fields(model.config))
         _write_weights(partial, model.config, arrays, kept, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(partial)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _arrays_of(model: Model, params: Params) -> dict[str, jax.Array]:

@@ -13,12 +13,14 @@ from typing import Any
 
 import jax
 
+from kd_jax import storage
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers", "numpy")
 
 
 def write_environment(folder: Path) -> None:
     """Writes environment.json: date, command, commit, devices, processes, machine, and versions."""
-    (folder / "environment.json").write_text(json.dumps(_environment(), indent=2) + "\n", encoding="utf-8")
+    storage.write_whole(folder / "environment.json", json.dumps(_environment(), indent=2) + "\n")
 
 
 def _environment() -> dict[str, Any]:

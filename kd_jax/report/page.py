@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from kd_jax import comparison, plots
+from kd_jax import comparison, plots, storage
 from kd_jax.data.words import words
 from kd_jax.report import sections
 
@@ -51,10 +51,7 @@ def write(folders: Sequence[Path | str], out: Path | str = "") -> Path:
         generations=generations, all_generations=count,
         most=max(1.0, float(np.quantile(values, 0.95))) if values else 1.0,
     )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")  # two shards may write the page at the same time
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    storage.write_whole(path, text)
     return path
 
 

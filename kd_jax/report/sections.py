@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_jax import comparison, plots
+from kd_jax import comparison, plots, storage
 from kd_jax.comparison import rouge_line
 
 COLUMNS = ("forward_kl", "reverse_kl", "own_reverse_kl", "cross_entropy", "rouge_l", "top1_agreement", "number_match")
@@ -255,4 +255,4 @@ def _text(who: str, line: dict[str, Any]) -> Text:
 
 
 def _lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return storage.read_json_lines(path) if path.exists() else []

@@ -4,6 +4,30 @@ The functions of `files` may be imported from here. The modules are imported by 
 `directory` (the work directory of a run), `remote` (addresses), `checksum` and `untrusted` (files of other people).
 """
 
-from kd_jax.storage.files import StorageError, is_full, room, said, space_left, storing, write_text
+from kd_jax.storage.files import (
+    StorageError,
+    is_full,
+    is_partial,
+    read_json_lines,
+    room,
+    said,
+    space_left,
+    storing,
+    write_json_lines,
+    write_whole,
+    writing_whole,
+)
 
-__all__ = ["StorageError", "is_full", "room", "said", "space_left", "storing", "write_text"]
+__all__ = [
+    "StorageError",
+    "is_full",
+    "is_partial",
+    "read_json_lines",
+    "room",
+    "said",
+    "space_left",
+    "storing",
+    "write_json_lines",
+    "write_whole",
+    "writing_whole",
+]

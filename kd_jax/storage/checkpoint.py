@@ -3,8 +3,6 @@
 import contextlib
 import copy
 import errno
-import hashlib
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +13,7 @@ from etils import epath
 
 from kd_jax import sharding, storage
 from kd_jax.storage import remote
-from kd_jax.storage.checksum import checksums
+from kd_jax.storage.checksum import checksums, digest
 
 DAMAGED = "damaged"
 UNKNOWN, BAD, GOOD = range(3)  # what a process can say of a checkpoint; the least of all that is said holds
@@ -78,7 +76,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any) -
     raw = _raw(state)
     position = copy.deepcopy(iterator.get_state())  # written by a thread, while the iterator goes on
     content = {"position": position, "checksums": _named(checksums(raw))}
-    data = content | {"sha256": _digest(content)}
+    data = content | {"sha256": digest(content)}
     with _errors_of_writing(manager):
         manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(raw), data=ocp.args.JsonSave(data)))
 
@@ -178,7 +176,7 @@ def _load(reader: ocp.CheckpointManager, step: int, state: Any) -> tuple[Any, di
         saved = reader.restore(step, args=args)
         raw, data = saved["state"], saved["data"]
         content = {name: data[name] for name in ("position", "checksums")}
-        if data["sha256"] != _digest(content):
+        if data["sha256"] != digest(content):
             raise ValueError("its data.json is not the one that was saved")
     except Exception as error:  # a damaged file ends in whatever its reader came to
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -215,12 +213,8 @@ def _put_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
             while (target := folder / f"{DAMAGED}-{step}{f'-{count}' if count else ''}").exists():
                 count += 1
             (folder / str(step)).rename(target)
-    sharding.least_of_processes(1)  # no process continues before the renaming is done
+    sharding.barrier("damaged checkpoints are renamed")  # no process continues before the renaming is done
     manager.reload()
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _named(tree: Any) -> dict[str, int]:

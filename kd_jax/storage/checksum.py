@@ -1,6 +1,7 @@
 """Checksums of arrays and files. They are equal if every bit is equal, on any mesh and with any number of processes."""
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Iterable
@@ -57,6 +58,24 @@ def _bits(array: jax.Array) -> jax.Array:
     return bits.astype(jnp.uint32)  # an array with 8 bytes per entry gains an axis of size 2
 
 
+def digest(*parts: Any) -> str:
+    """Returns the SHA-256 of texts, bytes or JSON values, in hexadecimal digits. Callers shorten it as they need.
+
+    Args:
+      *parts: a str is hashed as UTF-8, and bytes as they are. Any other value is hashed as JSON with sorted keys, in
+        which a value that JSON does not have is its `str`.
+
+    Example:
+      >>> digest({"b": 1, "a": 2})[:16]
+      '21501dbaf73f5223'
+    """
+    total = hashlib.sha256()
+    for part in parts:
+        text = part if isinstance(part, str | bytes) else json.dumps(part, sort_keys=True, default=str)
+        total.update(text.encode() if isinstance(text, str) else text)
+    return total.hexdigest()
+
+
 def file_digest(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes, in hexadecimal digits.
 
@@ -68,10 +87,10 @@ def file_digest(path: Path) -> str:
         if key in _digests:
             return _digests[key]
         started = time.time_ns()
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if started - status.st_ctime_ns > SETTLED:
-        _digests[key] = digest
-    return digest
+        _digests[key] = found
+    return found
 
 
 def file_digests(paths: Iterable[Path]) -> list[str]:

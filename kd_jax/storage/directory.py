@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -101,12 +102,12 @@ def _with_defaults(tree: Any) -> Any:
 
 def write_config(workdir: str, config: dict[str, Any]) -> None:
     """Writes the resolved config completely, or not at all."""
-    _write_json(epath.Path(workdir), CONFIG, config)
+    _write_json(epath.Path(workdir) / CONFIG, config)
 
 
 def write_identity(workdir: str, fingerprints: dict[str, str]) -> None:
     """Writes the fingerprints of the data and models that the config names, completely or not at all."""
-    _write_json(epath.Path(workdir), IDENTITY, fingerprints)
+    _write_json(epath.Path(workdir) / IDENTITY, fingerprints)
 
 
 def read_identity(workdir: str) -> dict[str, str]:
@@ -124,29 +125,31 @@ def read_identity(workdir: str) -> dict[str, str]:
     return found
 
 
-def _write_json(folder: epath.Path, name: str, content: dict[str, Any]) -> None:
-    partial = folder / f"{name}.partial.{os.getpid()}"
-    with storage.storing(folder / name):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(folder / name)
+def _write_json(path: epath.Path, content: dict[str, Any]) -> None:
+    storage.write_whole(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager
-def alone(workdir: str) -> Iterator[None]:
-    """Holds a lock on a work directory, which is created if it does not exist. A process that dies releases the lock.
+def alone(workdir: str | Path, wait: bool = False) -> Iterator[None]:
+    """Holds a lock on a folder, which is created if it does not exist. A process that dies releases the lock.
 
     The lock is a lock of the operating system on a file. It works as far as the locks of the file system do. On NFS and
     Lustre these reach all hosts. At an address, `remote.work_directory` keeps other runs away.
 
+    Args:
+      workdir: the folder.
+      wait: True to wait until another process releases the lock, False to refuse.
+
     Raises:
-      ValueError: another run uses the directory; the message names the run.
+      ValueError: another run uses the folder, and `wait` is False; the message names the run.
     """
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
+    # The library `filelock` does not serve here. On a file system without locks it falls back to a file that outlives a
+    # killed process, and the file of its lock has no place for the owner's name.
     with open(folder / LOCK, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise ValueError(

@@ -1,13 +1,20 @@
-"""Storage errors as one paragraph: the path, the cause, and the space that is left on the file system of the path."""
+"""Files that are written whole or not at all, and storage errors as one paragraph.
+
+The paragraph of an error has the path, the cause, and the space that is left on the file system of the path.
+"""
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from os import PathLike
 from pathlib import Path
 from typing import Any
+
+from kd_jax.storage import untrusted
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The texts of the operating system's errors, as errors of libraries quote them.
@@ -86,17 +93,79 @@ def space_left(path: Any) -> str:
     return f"On the file system of {folder} {shutil.disk_usage(folder).free / 2**20:,.1f} MiB are left. "
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file completely, or not at all.
+def write_whole(path: PathLike[str] | str, content: str | bytes) -> None:
+    """Writes a file completely, or not at all. Missing parent folders are created. Text is written as UTF-8.
 
     Raises:
-      StorageError: the file cannot be written.
+      StorageError: the file cannot be written; the message names the path.
     """
-    partial = path.with_name(f"{path.name}.partial.{os.getpid()}")
+    with storing(path), writing_whole(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def writing_whole(path: PathLike[str] | str) -> Iterator[Path]:
+    """Yields a temporary path, at which the caller writes a file or a folder. It is renamed to `path` at the end.
+
+    After any error, an interrupt included, the temporary file or folder is removed and `path` is unchanged. A process
+    that is killed leaves it behind, under a name that `is_partial` recognises. The block's own errors are passed on
+    unchanged: use `storing` or `room` for them.
+
+    Args:
+      path: the final path. An existing file or an empty folder there is replaced.
+
+    Raises:
+      StorageError: the parent folder cannot be created, or the result cannot be renamed; the message names `path`.
+    """
+    path = Path(path)
+    # Processes that write the same path at the same time must not write into the same temporary file.
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     with storing(path):
-        try:
-            partial.write_text(text, encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)  # a killed process had the same number
+    try:
+        yield partial
+        with storing(path):
             partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+    finally:
+        _remove(partial)
+
+
+def is_partial(path: Path) -> bool:
+    """Returns True if `writing_whole` has made the name of a path, so that a killed process may have left the path."""
+    return re.search(r"\.partial-\d+$", path.name) is not None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json_lines(path: PathLike[str] | str, lines: Iterable[Any]) -> None:
+    """Writes a file with one JSON value per line, completely or not at all.
+
+    Raises:
+      StorageError: the file cannot be written; the message names the path.
+    """
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_json_lines(path: Path, appended: bool = False) -> list[Any]:
+    """Returns the values of a file with one JSON value per line, as kd_jax writes them.
+
+    The rule for an incomplete last line: a file to which a run appends may end with a line that has no line break,
+    because the run was killed. Such a line is ignored, and the run writes the line again. A file that was written whole
+    has no such line, so every line of the file must be readable.
+
+    Args:
+      path: the file.
+      appended: True if a run appends to the file line by line.
+
+    Raises:
+      ValueError: a line is not JSON; the message names the file and the line.
+    """
+    content = path.read_bytes()
+    lines = content[: content.rfind(b"\n") + 1 if appended else None].splitlines()
+    return [untrusted.parse_json(line, f"{path}:{number}", finite=False) for number, line in enumerate(lines, start=1)]

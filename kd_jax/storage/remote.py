@@ -8,8 +8,6 @@ files. No module outside this one handles addresses.
 
 import contextlib
 import glob
-import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,7 +16,8 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from kd_jax.storage import remote_lease, storing
+from kd_jax.storage import remote_lease, storing, writing_whole
+from kd_jax.storage.checksum import digest
 from kd_jax.storage.remote_copy import CHECKPOINTS, Copy
 
 UNREAD = ("tensorboard", "profile", "nonfinite")  # folders of a work directory that a resumed run only adds to
@@ -119,7 +118,7 @@ def work_directory(
 
 def stand_in(url: str) -> Path:
     """Returns a permanent local folder for an address. It is always the same for the same address."""
-    return Path("~/.cache/kd_jax/remote").expanduser() / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
+    return Path("~/.cache/kd_jax/remote").expanduser() / digest(url.rstrip("/"))[:12]
 
 
 def local_folder(path: str | Path) -> Path:
@@ -152,11 +151,8 @@ def local_file(path: str | Path) -> Path:
         # ukey identifies the content, as the store sees it.
         target = stand_in(str(path)) / str(system.ukey(root))[:12] / root.rpartition("/")[2]
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}")
-        with storing(partial):
+        with storing(target), writing_whole(target) as partial:
             system.get_file(root, str(partial))
-            partial.replace(target)
     return target
 
 
@@ -202,10 +198,8 @@ def fetch_folder(url: str, folder: Path, sign: str) -> None:
         system.invalidate_cache()
         is_whole = system.exists(f"{root}/{sign}")
     if is_whole:
-        folder = Path(os.fspath(folder))
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        Copy(system, root, partial).pull()
-        partial.replace(folder)
+        with writing_whole(folder) as partial:
+            Copy(system, root, partial).pull()
 
 
 def store_folder(folder: Path, url: str, sign: str) -> None:
