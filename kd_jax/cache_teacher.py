@@ -120,7 +120,7 @@ def write(
             _check_folder(where, manifest)
             stack.enter_context(directory.alone(str(where)))
             _begin(where, manifest, tokenizer, head)
-        sharding.from_first_process(0)
+        sharding.barrier("the cache is begun")
         jobs = _share(where, manifest)
         total = sum(-(-max(sizes) * jax.process_count() // batch_size) for *_, sizes in jobs)
         bar = stack.enter_context(metrics.tqdm(total=total, desc="the teacher reads", unit="batch", disable=quiet))
@@ -133,7 +133,7 @@ def write(
                 list(records)
             else:
                 files.write_part(files.part_path(where, split, part), records, kind)
-        sharding.from_first_process(0)  # all parts are there
+        sharding.barrier("all parts are written")
     if not quiet and first:
         tokens = {split: about["tokens"] for split, about in manifest["splits"].items()}
         size = sum(file.stat().st_size for file in where.rglob("*.array_record"))

@@ -51,10 +51,10 @@ def stop(
         storage.write_whole(folder / REPORT, json.dumps(report, indent=2) + "\n")
     terms = ", ".join(f"{name}={value:g}" for name, value in values.items() if "/loss" in name)
     raise FloatingPointError(
-        f"at step {step} the loss is {values['loss']} and the gradient's norm {values['gradient_norm']}. The loss's terms: "
+        f"at step {step} the loss is {values['loss']} and the gradient's norm {values['gradient_norm']}. The losses of the terms: "
         f"{terms}. {said(found, len(batch['tokens']))} The step is undone; its batch and the state before it are in "
-        f"{place.url}/{name}, and python -m kd_jax.replay --workdir={place.url} shows it again. To leave out such steps, up to N in "
-        f"a row, call again with --config.max_skipped=N: the run goes on from its last checkpoint."
+        f"{place.url}/{name}, and python -m kd_jax.replay --workdir={place.url} repeats it. To skip such steps, at most N in "
+        f"a row, call again with --config.max_skipped=N: the run resumes from its last checkpoint."
     )
 
 
@@ -91,11 +91,14 @@ def diagnose(run: Any, state: Any, batch: dict[str, np.ndarray]) -> Found:
 def said(found: Found, count: int) -> str:
     """Returns the result of `diagnose` as a sentence."""
     if not found:
-        return "No row alone has a loss or a gradient that is not finite: together they overflow."
+        return "No row has a non-finite loss or gradient on its own: only the sum over the rows overflows."
     if len(found) == count:
-        return f"All {count} rows have it, each alone, so that it is in the parameters of one of the models or in the loss itself."
+        return (
+            f"Every one of the {count} rows gives a non-finite loss or gradient on its own, so the cause is in a model's "
+            f"parameters or in the loss, not in the data."
+        )
     which = ", ".join(str(line["row"]) for line in found[:8]) + (", ..." if len(found) > 8 else "")
-    return f"Alone, {len(found)} of the {count} rows have it: {which}."
+    return f"{len(found)} of the {count} rows give a non-finite loss or gradient on their own: {which}."
 
 
 def saved_steps(workdir: str) -> list[int]:

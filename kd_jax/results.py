@@ -56,7 +56,7 @@ def finish(run: Any, params: Any, workdir: str, quiet: bool = False) -> dict[str
             metrics.tqdm.write((folder / "samples.md").read_text(encoding="utf-8"))
             metrics.tqdm.write((folder / "table.md").read_text(encoding="utf-8"))
             metrics.tqdm.write(f"wrote {folder / 'report.html'} and {export}")
-    sharding.from_first_process(0)  # without this barrier, processes that leave early would time out at the exit
+    sharding.barrier("the results are written")  # otherwise processes that leave early would time out at the exit
     return result
 
 

@@ -179,7 +179,7 @@ def load_responses(config: Any, source: prefixes.teacher, loaded: Models, mesh: 
             seed=source.seed, settings=settings | {"path": config.teacher.path, "data": options.name, "rows": len(rows)},
             progress=lambda it: metrics.tqdm(it, desc="the teacher writes", unit="batch"),
         )  # fmt: skip
-    sharding.from_first_process(0)  # all processes wait until the folder has been copied
+    sharding.barrier("the folder of the responses is here")  # all processes wait until the folder has been copied
     path = remote.local_file(f"{where}/responses.jsonl")
     written = rollouts.read_responses(path)
     metrics.tqdm.write(f"the teacher's responses: {path}, {len(written)} of {len(rows)} ended and are used")

@@ -16,13 +16,14 @@ from kd_jax.storage import remote
 from kd_jax.storage.checksum import checksums, digest
 
 DAMAGED = "damaged"
-UNKNOWN, BAD, GOOD = range(3)  # what a process can say of a checkpoint; the least of all that is said holds
-# A store's, an operating system's or a device's answers that say nothing of what was to be read: they may pass.
+# The verdicts of a process on a checkpoint. The smallest verdict of all processes decides.
+UNKNOWN, BAD, GOOD = range(3)
+# Errors of a store, an operating system or a device that say nothing about the content. They may be temporary.
 PASSING = re.compile(
     "^(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED):"
     f"|os_error_code='{errno.EIO}'"
 )
-STORES = ("aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3")  # whose errors carry no errno
+STORES = ("aiohttp", "botocore", "gcsfs", "google", "requests", "urllib3")  # packages whose errors have no errno
 
 
 def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
@@ -40,7 +41,7 @@ def open_manager(workdir: str, keep: int) -> ocp.CheckpointManager:
 
 
 def _absolute(path: epath.Path) -> epath.Path:
-    return path if remote.is_remote(path) else path.absolute()  # which an address has no need of, and does not survive
+    return path if remote.is_remote(path) else path.absolute()  # `absolute` would damage an address
 
 
 def has_steps(workdir: str) -> bool:
@@ -54,7 +55,10 @@ def last_step(workdir: str) -> int | None:
 
 
 def _complete_steps(folder: epath.Path) -> list[int]:
-    """Where names cannot be given at the end, as on gs://, orbax leaves a file in what is complete."""
+    """Returns the steps of the complete checkpoints.
+
+    On gs:// orbax cannot rename a complete folder, so it marks the folder with a file.
+    """
     if not folder.exists():
         return []
     sign = "commit_success.txt" if remote.is_remote(folder) else ""
@@ -74,7 +78,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: Any) -
       OSError: the previous checkpoint could not be written.
     """
     raw = _raw(state)
-    position = copy.deepcopy(iterator.get_state())  # written by a thread, while the iterator goes on
+    position = copy.deepcopy(iterator.get_state())  # a thread writes the position while the iterator continues
     content = {"position": position, "checksums": _named(checksums(raw))}
     data = content | {"sha256": digest(content)}
     with _errors_of_writing(manager):
@@ -95,13 +99,13 @@ def wait(manager: ocp.CheckpointManager) -> None:
 def _errors_of_writing(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # of a thread, and of whatever type its storage has for a full disk
+    except Exception as error:  # each storage has its own type of error for a full disk
         good = _complete_steps(epath.Path(manager.directory))
         last = f"the last good one is of step {max(good)}" if good else "there is none yet"
         left = storage.space_left(manager.directory) if storage.is_full(error) else ""
         raise storage.StorageError(
-            f"a checkpoint could not be written to {manager.directory}; {last}. {left}Make room, or remove whatever else is in "
-            f"the way, and call again: {' '.join(str(error).split())[-300:]}"
+            f"a checkpoint could not be written to {manager.directory}; {last}. {left}Make room, or remove the "
+            f"cause, and call again: {' '.join(str(error).split())[-300:]}"
         ) from error
 
 
@@ -128,12 +132,12 @@ def restore(manager: ocp.CheckpointManager, state: Any, iterator: Any) -> tuple[
         for step in sorted(manager.all_steps(), reverse=True):
             where = f"checkpoint {step} in {manager.directory}"
             raw, content, verdict, problem = _load(reader, step, state)
-            # All go back together, to a checkpoint that each can read, and none computes before all have read.
+            # All processes resume from the same checkpoint, which each can read. None computes before all have read.
             verdict, problem = sharding.least_of_processes(verdict), problem or "another process cannot read it"
             if verdict == UNKNOWN:
                 raise OSError(
-                    f"{where} cannot be read, and may be good; nothing was changed. Put right what is in the way and call "
-                    f"again, or move it away to go on from the one before: {problem}"
+                    f"{where} cannot be read, and may be good; nothing was changed. Remove the cause and call again, "
+                    f"or move the checkpoint away to resume from the one before: {problem}"
                 )
             if verdict == GOOD:
                 problem = _difference(raw, content)
@@ -146,7 +150,7 @@ def restore(manager: ocp.CheckpointManager, state: Any, iterator: Any) -> tuple[
 
 
 def save_state(folder: Any, state: Any) -> None:
-    """A state alone, into a folder, also at an address of orbax's; of what is there already nothing stays."""
+    """Saves a state without a position into a folder, or at an address that orbax supports. Old content is replaced."""
     with storage.storing(folder), ocp.StandardCheckpointer() as writer:
         writer.save(_absolute(epath.Path(folder)), _raw(state), force=True)
 
@@ -158,7 +162,7 @@ def restore_state(folder: Any, state: Any) -> Any:
 
 
 def _reader(manager: ocp.CheckpointManager) -> ocp.CheckpointManager:
-    """One that waits for no other process: who cannot read something says so, and does not keep the others waiting."""
+    """Returns a manager that waits for no other process, so that one process's error does not block the others."""
     index = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"reader_{index}"
@@ -170,22 +174,22 @@ def _reader(manager: ocp.CheckpointManager) -> ocp.CheckpointManager:
 
 
 def _load(reader: ocp.CheckpointManager, step: int, state: Any) -> tuple[Any, dict[str, Any], int, str]:
-    """A step's arrays, its position and checksums, this process's verdict, and what went wrong, if something did."""
+    """Returns a step's arrays, its position and checksums, this process's verdict, and the problem, or ""."""
     args = ocp.args.Composite(state=ocp.args.StandardRestore(_raw_shapes(state)), data=ocp.args.JsonRestore())
     try:
         saved = reader.restore(step, args=args)
         raw, data = saved["state"], saved["data"]
         content = {name: data[name] for name in ("position", "checksums")}
         if data["sha256"] != digest(content):
-            raise ValueError("its data.json is not the one that was saved")
-    except Exception as error:  # a damaged file ends in whatever its reader came to
+            raise ValueError("the content of data.json is not the content that was saved")
+    except Exception as error:  # a damaged file can cause any error in its reader
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return None, {}, UNKNOWN if _may_pass(error) else BAD, problem
     return raw, content, GOOD, ""
 
 
 def _may_pass(error: BaseException | None) -> bool:
-    """Whether an error, or what led to it, is about the way to the files and not about what is in them or missing."""
+    """Returns True if an error, or a cause of it, is about access to the files and not about their content."""
     absent = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
     while error is not None:
         kind = isinstance(error, PermissionError | ConnectionError | TimeoutError | MemoryError)
@@ -197,7 +201,7 @@ def _may_pass(error: BaseException | None) -> bool:
 
 
 def _difference(raw: Any, content: dict[str, Any]) -> str:
-    """Which arrays are not those that were saved; the same on all processes."""
+    """Returns a clause on the arrays that differ from the saved ones, or "". It is the same on all processes."""
     found = _named(checksums(raw))
     different = [name for name, number in found.items() if number != content["checksums"].get(name)]
     return f"the bits of {', '.join(different[:3])} are not those that were saved" if different else ""

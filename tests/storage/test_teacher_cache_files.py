@@ -125,7 +125,7 @@ def test_the_output_matrix_is_the_one_that_was_written(cache):
         (cache / files.HEAD).write_bytes(spoilt)
         with pytest.raises(ValueError, match="head.safetensors: this is not the output matrix that was written"):
             head_of(cache)
-        manifest_of(cache, head_hash=files.file_hash(cache / files.HEAD))  # who can write a matrix can write its hash
+        manifest_of(cache, head_hash=files.file_digest(cache / files.HEAD))  # who can write a matrix can write its hash
         if spoilt[-1:] != b"\1":
             with pytest.raises(ValueError, match=r"head.safetensors: (not a whole|the output matrix)"):
                 head_of(cache)
@@ -133,7 +133,7 @@ def test_the_output_matrix_is_the_one_that_was_written(cache):
     header = content[8 : 8 + length].strip()
     header = header[:-1] + b"," + header[1:]
     (cache / files.HEAD).write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
-    manifest_of(cache, head_hash=files.file_hash(cache / files.HEAD))
+    manifest_of(cache, head_hash=files.file_digest(cache / files.HEAD))
     with pytest.raises(ValueError, match="the key 'head.kernel' appears twice"):
         head_of(cache)
     (cache / files.HEAD).unlink()

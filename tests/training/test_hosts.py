@@ -232,12 +232,12 @@ def test_a_step_of_two_that_is_not_finite_can_be_replayed_by_one(scheme, data_di
     flags = ["--config=configs/sft.py:smoke", "--config.learning_rate.init_value=1e38", "--config.data.batch_size=4"]
     workdir = f"{scheme}{tmp_path / 'run'}"
     codes, said = ended(run("pair", flags, data_dir, workdir), 300)
-    assert codes == [1, 1] and all(f"--workdir={workdir} shows it again" in text for text in said), said
+    assert codes == [1, 1] and all(f"--workdir={workdir} repeats it" in text for text in said), said
     (found,) = (tmp_path / "run" / "nonfinite").iterdir()
     report = json.loads((found / "report.json").read_text())
     assert len(report["rows"]) == len(np.load(found / "batch.npz")["tokens"]) > 1
     codes, said = ended([start(["-m", "kd_jax.replay", f"--workdir={workdir}"], 1)])
-    assert codes == [0] and f"All {len(report['rows'])} rows have it" in said[0], said
+    assert codes == [0] and f"Every one of the {len(report['rows'])} rows" in said[0], said
 
 
 def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_both(data_dir, tmp_path):
