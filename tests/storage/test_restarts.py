@@ -437,7 +437,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_can_be_replayed(fragile, tm
     with pytest.raises(FloatingPointError, match="at step 4 the loss is nan") as error:
         train.train(config, str(tmp_path / "run"), quiet=True)
     folder = tmp_path / "run" / "nonfinite" / "step_4"
-    assert f"have it: {', '.join(map(str, rows))}." in str(error.value) and str(folder) in str(error.value)
+    assert f"on their own: {', '.join(map(str, rows))}." in str(error.value) and str(folder) in str(error.value)
     assert [line["row"] for line in json.loads((folder / "report.json").read_text())["rows"]] == rows
     assert checkpoint_steps(tmp_path / "run") == [2]
     lines = [line["step"] for line in training(tmp_path / "run") if line["split"] == "train"]
