@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kd_jax.data import sandbox
+from kd_jax.data import chat_template
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.resolve import nearest
 
@@ -162,10 +162,7 @@ def with_template_end(tokenizer: Tokenizer, template: str | Template) -> Tokeniz
 
 
 def _make_chat(template: Template, tokenizer: Tokenizer) -> Render:
-    """Returns the tokenizer's own template as a function, which writes one user message up to the start of the answer.
-
-    The template runs in `sandbox`.
-    """
+    """Returns the tokenizer's own template as a function, which writes one user message up to the start of the answer."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the template chat needs a chat_template, and {tokenizer.folder} has none, neither in "
@@ -174,7 +171,7 @@ def _make_chat(template: Template, tokenizer: Tokenizer) -> Render:
         )
     folder = tokenizer.folder
     try:
-        read = sandbox.names(tokenizer.chat_template)
+        read = chat_template.names(tokenizer.chat_template)
     except ValueError as error:
         raise ValueError(f"the chat_template of {folder} {error}.") from error
     _check_read(template, read, folder)
@@ -207,7 +204,7 @@ def _render_chat(
     """
     variables = tokenizer.special_tokens | {"tools": None, "documents": None} | dict(template.options)
     variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-    return sandbox.render(tokenizer.chat_template or "", variables, template.options.get("date", DATE))
+    return chat_template.render(tokenizer.chat_template or "", variables, template.options.get("date", DATE))
 
 
 def _check_read(template: Template, read: list[str], folder: Any) -> None:

@@ -74,7 +74,7 @@ def read(path: Path) -> Folder:
 
 
 def resolve(folder: Folder) -> tuple[Any, Special]:
-    """Returns the tokenizer of the tokenizers library, or an `Elsewhere`, and the special tokens.
+    """Returns the tokenizer of the tokenizers library, and the special tokens.
 
     The special tokens are those that transformers finds (`special_tokens.resolve`). If no file of the tokenizer names a
     special token, the model's config.json and generation_config.json are used.
