@@ -16,6 +16,7 @@ from rouge_score import rouge_scorer
 from kd_jax import data, evaluate, setup, sharding
 from kd_jax.evaluate import __main__ as command
 from kd_jax.evaluate import harness
+from kd_jax.evaluate.arguments import parse
 from kd_jax.evaluate.texts import pieces
 from tests.helpers.steps import STUDENT, TEACHER, V, batch
 
@@ -131,7 +132,7 @@ def arguments(tmp_path, **changes):
         "out": tmp_path / "out", "prompt_field": "question", "reference_field": "answers", "max_prompt_length": 32,
         "max_new_tokens": 8, "batch_size": 8, "seeds": "1,2",
     }  # fmt: skip
-    return command.arguments([f"--{name}={value}" for name, value in (options | changes).items()])
+    return parse([f"--{name}={value}" for name, value in (options | changes).items()])
 
 
 def test_the_command_leaves_a_table_and_every_text(tmp_path):
