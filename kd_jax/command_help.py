@@ -119,9 +119,9 @@ def of_flags(command: str, about: str, declared: Any, defaults: Mapping[str, str
     for name in declared:
         flag = declared[name]
         default = defaults.get(name) or ("" if flag.default in (None, "") else repr(flag.default))
-        choices = getattr(flag.parser, "enum_values", None)
-        one_of = f" One of {', '.join(choices)}." if choices else ""
-        meanings[name] = f"{flag.help}{one_of}" + (f" [{default}]" if default else "")
+        choices = getattr(flag.parser, "enum_values", ())
+        meaning = f"{flag.help.partition('>: ')[2]} One of {', '.join(choices)}." if choices else flag.help
+        meanings[name] = f"{meaning} [{default}]" if default else meaning
     return "\n\n".join([about, _section("Flags", meanings, "--"), _examples(command)])
 
 

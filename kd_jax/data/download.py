@@ -37,28 +37,33 @@ def fetch(url: str, sha256: str = "") -> Path:
             found = sha256_of(partial)
             if known and found != known:
                 kept = (
-                    "" if sha256 else f" That is what {record} has of an earlier one: delete it to trust the new one."
+                    ""
+                    if sha256
+                    else f" {record} has the checksum of an earlier download: delete {record.name} to trust the new file."
                 )
                 raise ValueError(
-                    f"the file from {url} hashes to {found}, not to {known}; it was cut off or replaced.{kept}"
+                    f"the file from {url} has the SHA-256 {found}; {known} was expected, so the file is incomplete or was replaced.{kept}"
                 )
             if not known:
                 storage.write_text(record, f"{found}  {target.name}\n")
-                print(f"{url} is trusted at its first download; from now on it must hash to {found}.", file=sys.stderr)
+                print(
+                    f"{url}: the first download is trusted; later downloads must have the SHA-256 {found}.",
+                    file=sys.stderr,
+                )
                 known = found
             partial.rename(target)
         except storage.StorageError:
             raise
         except OSError as error:
             raise ConnectionError(
-                f"{url} could not be downloaded ({error}). Download it elsewhere, and name the file in data.options.path "
+                f"{url} could not be downloaded ({error}). Download the file in another way, and name it in data.options.path "
                 f"(--data_path of kd_jax.evaluate)."
             ) from error
         finally:
             partial.unlink(missing_ok=True)
     if sha256_of(target) != known:
         raise ValueError(
-            f"{target} does not hash to {known or 'what was recorded of it'} (any more); delete it to download it again."
+            f"{target} does not have the SHA-256 {known or 'of its record'}; delete the file to download it again."
         )
     return target
 

@@ -45,8 +45,8 @@ class Template:
         if self.name != "chat" and (self.options or self.system):
             key, value = ("template_options", self.options) if self.options else ("system", self.system)
             raise ValueError(
-                f"data.{key}={value!r} (--{key}) is for a tokenizer's chat template, and the template {self.name} has no place "
-                f"for it. Set data.template (--template) to chat, or leave data.{key} empty."
+                f"data.{key}={value!r} (--{key}) is for a tokenizer's chat template, and the template {self.name} does not "
+                f"read this key. Set data.template (--template) to chat, or leave data.{key} empty."
             )
         for name in OURS:
             if name in self.options:
@@ -189,8 +189,8 @@ def _make_chat(template: Template, tokenizer: Tokenizer) -> Render:
 
     if template.system and chat("Hello.", "") == written("", "Hello.", ""):
         raise ValueError(
-            f"the chat_template of {folder} does not write a system message, which data.system (--system) gives. Leave it "
-            f"empty, and put the text into the prompts."
+            f"the chat_template of {folder} does not write a system message, but data.system (--system) is set. Leave "
+            f"data.system empty, and put the text into the prompts."
         )
     return chat
 
@@ -232,7 +232,7 @@ def _json_object(options: Any) -> dict[str, Any]:
     def plain_value(value: Any) -> Any:
         if hasattr(value, "to_dict"):
             return value.to_dict()
-        raise TypeError(f"{value!r} is no value of JSON")
+        raise TypeError(f"{value!r} is not a JSON value")
 
     try:
         made = json.loads(json.dumps(options, default=plain_value, allow_nan=False))

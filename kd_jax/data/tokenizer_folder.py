@@ -176,6 +176,6 @@ def _chat_template(folder: Folder, named: dict[str, Any]) -> str | None:
         )
     if chat is not None and not isinstance(chat, str):
         raise ValueError(
-            f"{folder.path / 'tokenizer_config.json'}: the chat_template is no text: {untrusted.shown(chat)}."
+            f"{folder.path / 'tokenizer_config.json'}: the chat_template must be a text, not {untrusted.shown(chat)}."
         )
     return chat

@@ -58,36 +58,36 @@ def run(args: SimpleNamespace) -> dict[str, Any]:
 
 def _run(args: SimpleNamespace, out: Path) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out={out} has something in it; choose a new folder.")
+        raise ValueError(f"--out={out} is not empty; choose a new folder.")
     for name in ("rows", "lm_eval_limit"):
         if (value := getattr(args, name)) < 0:
             raise ValueError(f"--{name}={value} must be at least 0; 0 takes all.")
-    args, said = filled(args)
+    args, notes = filled(args)
     template, seeds = template_of(args), _seeds(args.seeds)
-    for line in said if jax.process_index() == 0 else ():
+    for line in notes if jax.process_index() == 0 else ():
         metrics.tqdm.write(line)
     lm_eval = None
     if args.lm_eval:
         options = {"batch_size": args.batch_size, "limit": args.lm_eval_limit or None}
         lm_eval = harness.make(args.lm_eval, args.lm_eval_path, dtype=args.dtype, **options)
-    of = load(args)
+    loaded = load(args)
     rows = read_rows(args)
     examples = texts.read_examples(
-        rows, of.tokenizer, template=template, max_prompt_length=args.max_prompt_length, cut=True
+        rows, loaded.tokenizer, template=template, max_prompt_length=args.max_prompt_length, cut=True
     )
     # The tasks come first, because a task may have to be downloaded, and the download may fail.
     tasks = lm_eval(model_folder(args.model, "--model")) if lm_eval is not None and jax.process_index() == 0 else []
-    batches, prompts = given_batches(args, of.tokenizer, rows)
-    given = tokens.collect(*of.both, batches, of.mesh, vocab_size=of.tokenizer.vocab_size)
+    batches, prompts = given_batches(args, loaded.tokenizer, rows)
+    given = tokens.collect(*loaded.both, batches, loaded.mesh, vocab_size=loaded.tokenizer.vocab_size)
     lines, written, own = [], [], []
     for seed in seeds:
-        line, its_texts, its_tokens = texts.assess(
-            make_sampler(args, of), of.both, examples, batch_size=args.batch_size, seed=seed, numbers=args.numbers,
-            progress=lambda it, seed=seed: metrics.tqdm(it, desc=f"seed {seed}", unit="batch"),
+        line, seed_texts, seed_tokens = texts.assess(
+            make_sampler(args, loaded), loaded.both, examples, batch_size=args.batch_size, seed=seed, numbers=args.numbers,
+            progress=lambda starts, seed=seed: metrics.tqdm(starts, desc=f"seed {seed}", unit="batch"),
         )  # fmt: skip
         lines.append({"seed": seed} | line)
-        written += its_texts
-        own.append(its_tokens)
+        written += seed_texts
+        own.append(seed_tokens)
     found: dict[str, Any] = {
         "rows": len(examples),
         "prompts": prompts,
@@ -96,7 +96,7 @@ def _run(args: SimpleNamespace, out: Path) -> dict[str, Any]:
     }
     if lines:
         found["rouge_l_words"] = rouge_tokens(text for example in examples for text in example.references)
-    if of.teacher is not None:
+    if loaded.teacher is not None:
         places = {"given": by_place(given)} | ({"own": by_place(_joined(own))} if own else {})
         found["by_place"] = {"places": PLACES, **places}
     found |= {"lm_eval": tasks} if tasks else {}
@@ -139,8 +139,8 @@ def load(args: SimpleNamespace) -> Models:
     room = min(m.config.longest_sequence for m in (model, teacher) if m is not None)
     if args.max_prompt_length + args.max_new_tokens > room:
         raise ValueError(
-            f"--max_prompt_length={args.max_prompt_length} and --max_new_tokens={args.max_new_tokens} are more than the {room} "
-            f"tokens that the models take (the least of their positions and of their sliding_window); lower one of them."
+            f"--max_prompt_length={args.max_prompt_length} and --max_new_tokens={args.max_new_tokens} are together more than the "
+            f"{room} tokens that both models accept (the smallest of their positions and sliding windows); lower one of the flags."
         )
     return Models(mesh, tokenizer, model, params, teacher, teacher_params)
 
@@ -157,7 +157,7 @@ def read_rows(args: SimpleNamespace) -> list[dict[str, Any]]:
     else:
         if args.data in data.EVALUATION and args.template != "plain":
             raise ValueError(
-                f"--template={args.template}, but the prompts of --data={args.data} have Alpaca's already: leave it at plain, or "
+                f"--template={args.template}, but the prompts of --data={args.data} already have the Alpaca template: use plain, or "
                 f"name a file in --data and its fields instruction and input in --prompt_field and --context_field."
             )
         options = {"path": args.data_path, "sha256": args.data_sha256}
@@ -194,10 +194,10 @@ def given_batches(
     return metrics.tqdm(batches, desc="given text", unit="batch", total=-(-len(given) // args.batch_size)), found
 
 
-def make_sampler(args: SimpleNamespace, of: Models) -> rollouts.Sampler:
+def make_sampler(args: SimpleNamespace, loaded: Models) -> rollouts.Sampler:
     """Returns the sampler of responses that the arguments describe."""
     return rollouts.Sampler(
-        of.mesh, of.tokenizer, args.max_prompt_length + args.max_new_tokens, args.max_new_tokens, args.temperature,
+        loaded.mesh, loaded.tokenizer, args.max_prompt_length + args.max_new_tokens, args.max_new_tokens, args.temperature,
         args.top_p, args.top_k, args.no_repeat_ngram_size,
     )  # fmt: skip
 
@@ -207,7 +207,7 @@ def main() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/kd_jax/xla"))
     args = arguments.parse(sys.argv[1:])
-    with command.ends_well("kd_jax.evaluate", lambda: f"nothing is kept, and {args.out} is as it was"):
+    with command.ends_well("kd_jax.evaluate", lambda: f"no results are kept, and {args.out} is unchanged"):
         print(table(run(args)))
         print(f"\nwrote {args.out}/report.html")
 
@@ -220,7 +220,7 @@ def _seeds(text: str) -> list[int]:
     try:
         seeds = [whole_number(seed) for seed in text.split(",") if seed.strip()]
     except ValueError:
-        raise ValueError(f"--seeds={text!r} must be whole numbers with commas between.") from None
+        raise ValueError(f"--seeds={text!r} must be whole numbers, separated by commas.") from None
     if any(not 0 <= seed < 2**32 for seed in seeds):
         raise ValueError(f"--seeds={text!r} must be at least 0 and below {2**32}.")
     return seeds

@@ -55,8 +55,8 @@ def model_folder(path: str, flag: str) -> Path:
         return setup.model_folder(str(folder / STUDENT), flag)
     if folder.name != STUDENT and config_of(path) is not None:
         raise ValueError(
-            f"{flag}={path} is the work directory of a run that has not finished: it has no folder {STUDENT}. The run's own "
-            f"command goes on with it."
+            f"{flag}={path} is the work directory of a run that has not finished: it has no folder {STUDENT}. Finish the run "
+            f"with the command that started it."
         )
     return setup.model_folder(path, flag)
 

@@ -105,7 +105,7 @@ def test_an_older_run_lacks_newer_keys(chat_run, tmp_path):
         (
             {},
             {"template": "alpaca", "system": "Be brief."},
-            "data.system='Be brief.' .* the template alpaca has no place",
+            "data.system='Be brief.' .* the template alpaca does not read this key",
         ),
     ],
 )

@@ -188,11 +188,11 @@ def test_a_template_reads_its_options_and_a_system_message():
         (("chat", {"date": "May"}), "data.template_options.date='May' must be a date such as '2026-01-01'"),
         (("chat", {"messages": []}), "data.template_options.messages: each row's prompt decides this variable"),
         (("chat", {"x": float("nan")}), "data.template_options={'x': nan}: .* a finite number"),
-        (("chat", {"x": {1, 2}}), "is no value of JSON"),
+        (("chat", {"x": {1, 2}}), "is not a JSON value"),
         (("chat", [1]), "must be an object of JSON"),
         (("chat", {}, "Be brief."), "models/tiny does not write a system message"),
-        (("plain", {}, "Be brief."), "data.system='Be brief.' .* the template plain has no place"),
-        (("alpaca", {"x": 1}), "data.template_options={'x': 1} .* the template alpaca has no place"),
+        (("plain", {}, "Be brief."), "data.system='Be brief.' .* the template plain does not read this key"),
+        (("alpaca", {"x": 1}), "data.template_options={'x': 1} .* the template alpaca does not read this key"),
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(arguments, message):
