@@ -39,7 +39,7 @@ def fetch(url: str, sha256: str = "") -> Path:
                 kept = (
                     ""
                     if sha256
-                    else f" {record} has the checksum of an earlier download: delete {record.name} to trust the new file."
+                    else f" {record} has the checksum of an earlier download: delete it to trust the new file."
                 )
                 raise ValueError(
                     f"the file from {url} has the SHA-256 {found}; {known} was expected, so the file is incomplete or was replaced.{kept}"
@@ -63,7 +63,7 @@ def fetch(url: str, sha256: str = "") -> Path:
             partial.unlink(missing_ok=True)
     if sha256_of(target) != known:
         raise ValueError(
-            f"{target} does not have the SHA-256 {known or 'of its record'}; delete the file to download it again."
+            f"{target} does not have the SHA-256 {known or 'of its record'}; delete it to download it again."
         )
     return target
 

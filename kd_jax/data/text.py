@@ -80,7 +80,7 @@ def _divide(piece: str, share: float, path: Path) -> dict[str, str]:
     ends = [end for end in ends if piece[:end].strip() and piece[end:].strip()]
     if not ends:
         raise ValueError(
-            f"{path} has only one line of text, so no line can be held out: add lines, name a file in data.options.validation_path, or "
+            f"{path} has only one line of text and no line to hold out: add lines, name a file in data.options.validation_path, or "
             f"hold nothing out with data.options.validation_fraction=0.0 and data.eval_split=train."
         )
     end = min(ends, key=lambda place: abs(place - (1 - share) * len(piece)))

@@ -337,7 +337,9 @@ def test_an_unknown_checksum_is_trusted_once_and_checked_from_then_on(tmp_path, 
     assert load() == rows and capsys.readouterr().err == ""
     cached = record.with_suffix("")
     cached.unlink()
-    with pytest.raises(ValueError, match=rf"{record} has of an earlier one: delete it to trust the new one"):
+    with pytest.raises(
+        ValueError, match=rf"{record} has the checksum of an earlier download: delete it to trust the new"
+    ):
         load()
     assert not cached.exists()
     record.unlink()
