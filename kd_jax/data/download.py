@@ -42,7 +42,8 @@ def fetch(url: str, sha256: str = "") -> Path:
                     else f" {record} has the checksum of an earlier download: delete it to trust the new file."
                 )
                 raise ValueError(
-                    f"the file from {url} has the SHA-256 {found}; {known} was expected, so the file is incomplete or was replaced.{kept}"
+                    f"the file from {url} has the SHA-256 {found}; "
+                    f"{known} was expected, so the file is incomplete or was replaced.{kept}"
                 )
             if not known:
                 storage.write_text(record, f"{found}  {target.name}\n")

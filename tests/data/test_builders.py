@@ -478,7 +478,7 @@ def test_a_text_without_text_or_with_one_line_is_a_clear_error(tmp_path):
     for content in ("one line", "one line\n\n"):
         (tmp_path / "a.txt").write_text(content)
         with pytest.raises(
-            ValueError, match=r"a\.txt has only one line of text, .*validation_path.*validation_fraction=0"
+            ValueError, match=r"a\.txt has only one line of text .*validation_path.*validation_fraction=0"
         ):
             texts_of(tmp_path / "a.txt", "train", tmp_path)
         assert texts_of(tmp_path / "a.txt", "train", tmp_path, validation_fraction=0.0) == [content]
