@@ -1,6 +1,7 @@
 """Shared behaviour of all commands: errors end in one paragraph without a traceback, and Ctrl-C says what is kept."""
 
 import contextlib
+import copy
 import io
 import logging
 import os
@@ -8,9 +9,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from kd_jax import storage
+from absl import flags
+
+from kd_jax import command_help, storage
 
 INTERRUPTED = 130  # the exit code that shells use for a command ended by Ctrl-C
 _watched = threading.Event()  # set while a thread waits for the second Ctrl-C
@@ -28,6 +32,45 @@ def start() -> None:
     logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and storage.is_full(record.exc_info[1])))
     before = threading.excepthook
     threading.excepthook = lambda failed: None if storage.is_full(failed.exc_value) else before(failed)
+
+
+def parse(
+    name: str, declared: flags.FlagValues, argv: Sequence[str], *, about: str, required: Sequence[str] = (),
+    positional: str = "", defaults: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    """Returns the values of a command's flags by name, and the positional arguments.
+
+    With --help the help is printed, and the process exits with 0. An error in the flags ends the process with one
+    paragraph.
+
+    Args:
+      name: the name of the command, such as evaluate.
+      declared: the declared flags, which are not changed.
+      argv: the command line, without the name of the program.
+      about: the usage and the purpose of the command, for the help.
+      required: the flags that must be given.
+      positional: the name of the positional arguments, of which at least one must be given. Empty: there are none.
+      defaults: descriptions of defaults that the declaration does not have, by flag.
+    """
+    if command_help.ASKED & set(argv):
+        print(command_help.of_flags(name, about, declared, defaults or {}))
+        sys.exit(0)
+    values = copy.deepcopy(declared)
+    values.set_gnu_getopt(True)  # flags may follow positional arguments
+    try:
+        rest = values([name, *argv])[1:]
+    except flags.Error as error:
+        sys.exit(f"kd_jax.{name}: {str(error).removeprefix('flag ').replace('the key takes', 'the flag takes')}")
+    missing = [f"--{flag}" for flag in required if values[flag].value is None]
+    if missing or (positional and not rest):
+        needed = " and ".join(missing) if missing else f"at least one {positional}"
+        sys.exit(
+            f"kd_jax.{name}: {needed} {'are' if len(missing) > 1 else 'is'} needed. For example: python -m kd_jax.{name} "
+            f"{command_help.EXAMPLES[name][0]}. With --help all flags are listed."
+        )
+    if rest and not positional:
+        sys.exit(f"kd_jax.{name}: {rest[0]!r} is no flag; flags look like --{next(iter(declared))}=VALUE.")
+    return {flag: values[flag].value for flag in values}, rest
 
 
 @contextlib.contextmanager

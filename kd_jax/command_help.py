@@ -8,7 +8,7 @@ import re
 import sys
 import textwrap
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,23 @@ EXAMPLES = {
         "--config=configs/reverse_kl.py --out=runs/top --kind=top_k --k=64",
         "--config=configs/forward_kl.py:smoke --out=runs/drawn --kind=samples --k=50",
     ),
+    "evaluate": (
+        "--model=runs/mine --out=runs/mine/evaluation",
+        "--model=runs/mine/student --teacher=package:docstrings_teacher --out=runs/compared --seeds=10 --rows=100",
+        "--model=MODEL --data=gsm8k --template=chat --numbers --temperature=0 --seeds=0 --out=runs/gsm8k",
+    ),
+    "report": (
+        "runs/mine",
+        "runs/mine runs/yours --out=runs/both.html",
+        "runs/divergences",
+    ),
+    "replay": (
+        "--workdir=runs/mine",
+        "--workdir=runs/mine --step=120",
+        "--workdir=gs://BUCKET/runs/mine",
+    ),
 }
+CONFIGURED = ("main", "ablate", "cache_teacher")  # the commands that take a config
 
 
 def answer(command: str, argv: list[str]) -> None:
@@ -55,7 +71,7 @@ def answer(command: str, argv: list[str]) -> None:
 def missing(command: str) -> str:
     """Returns the message for a command line that lacks the flags that a command needs."""
     folder = "out" if command == "cache_teacher" else "workdir"
-    command = command if command in EXAMPLES else "main"
+    command = command if command in CONFIGURED else "main"
     return (
         f"--config and --{folder} are needed: which config is run, and where the results go. For example: python -m "
         f"kd_jax.{command} {EXAMPLES[command][0]}. With --help the methods, the settings and all keys are listed."
@@ -87,8 +103,30 @@ def text(command: str) -> str:
         parts += [_section(title, its, "--config.") for title, its in keys()]
     else:
         parts.append(KEYS_ELSEWHERE)
-    examples = "\n".join(f"  python -m kd_jax.{command} {example}" for example in EXAMPLES[command])
-    return "\n\n".join(part for part in [*parts, f"Examples\n{examples}"] if part)
+    return "\n\n".join(part for part in [*parts, _examples(command)] if part)
+
+
+def of_flags(command: str, about: str, declared: Any, defaults: Mapping[str, str]) -> str:
+    """Returns the help of a command without a config.
+
+    Args:
+      command: the command: evaluate, report or replay.
+      about: the usage, and the purpose of the command.
+      declared: the flags of absl, by name.
+      defaults: descriptions of defaults that the declaration does not have, by flag.
+    """
+    meanings = {}
+    for name in declared:
+        flag = declared[name]
+        default = defaults.get(name) or ("" if flag.default in (None, "") else repr(flag.default))
+        choices = getattr(flag.parser, "enum_values", ())
+        meaning = f"{flag.help.partition('>: ')[2]} One of {', '.join(choices)}." if choices else flag.help
+        meanings[name] = f"{meaning} [{default}]" if default else meaning
+    return "\n\n".join([about, _section("Flags", meanings, "--"), _examples(command)])
+
+
+def _examples(command: str) -> str:
+    return "\n".join(["Examples", *(f"  python -m kd_jax.{command} {example}" for example in EXAMPLES[command])])
 
 
 def first_sentences(folder: Path) -> dict[str, str]:

@@ -4,16 +4,25 @@ Repeats a step whose loss or gradient was not finite: the run's own step, on the
 If JAX_DEBUG_NANS=1 JAX_DISABLE_JIT=1 is in the environment, JAX stops at the line that made the first NaN.
 """
 
-import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import jax
+from absl import flags
 from ml_collections import ConfigDict
 
 from kd_jax import command, data, metrics, nonfinite, train
 from kd_jax.storage import directory, remote
+from kd_jax.value_types import WholeNumberParser
+
+FLAGS = flags.FlagValues()  # flags of this command only: other commands have flags of the same names
+flags.DEFINE_string("workdir", None, "The work directory of the run that stopped. Required.", flag_values=FLAGS)
+flags.DEFINE(
+    WholeNumberParser(), "step", None, "The saved step that is repeated. Without this flag it is the last one.",
+    flag_values=FLAGS,
+)  # fmt: skip
 
 
 def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
@@ -61,14 +70,11 @@ def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
 
 def main() -> None:
     command.start()
-    parser = argparse.ArgumentParser(prog="python -m kd_jax.replay", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="of the run that stopped")
-    parser.add_argument("--step", type=int, help="which step, where several were saved; by default the last")
-    args = parser.parse_args()
+    values, _ = command.parse("replay", FLAGS, sys.argv[1:], about=f"usage: {__doc__.strip()}", required=("workdir",))
     with command.ends_well("kd_jax.replay", lambda: "the run is as it was"):
         unread = tuple(name for name in remote.HEAVY if name != nonfinite.FOLDER)
-        with remote.work_directory(args.workdir, writes=False, unread=unread) as (workdir, _):
-            replay(workdir, args.step)
+        with remote.work_directory(values["workdir"], writes=False, unread=unread) as (workdir, _):
+            replay(workdir, values["step"])
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def _named(folder: Any) -> Iterator[None]:
     except Exception as error:
         raise ValueError(
             f"{folder}: the built dataset cannot be read back ({type(error).__name__}: {untrusted.clip(str(error))}); "
-            f"delete that folder, and it is built anew."
+            f"delete that folder, and the dataset is built anew."
         ) from error
 
 
@@ -163,8 +163,8 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
     """
     if name in EVALUATION:
         raise ValueError(
-            f"the dataset {name} is there to evaluate on, by python -m kd_jax.evaluate --data={name}; to train or to validate "
-            f"on there are {', '.join(SOURCES)}."
+            f"the dataset {name} is for evaluation only, with python -m kd_jax.evaluate --data={name}; the datasets for "
+            f"training and validation are {', '.join(SOURCES)}."
         )
     fingerprint, splits = _open(name, SOURCES, split, options)
     # pyrefly: ignore[unexpected-keyword]  # tfds hides that its BuilderConfig is a dataclass

@@ -164,6 +164,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(names[0])
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError(
-            f"the docstrings dataset cannot tell the version of {package!r}, which no distribution has installed, and "
-            f"so not when it is to be built anew; install it with pip, or leave it out of the packages."
+            f"the docstrings dataset must know the version of {package!r}, so that a new version is built anew, and no "
+            f"installed distribution has this package: install it with pip, or take it out of data.options.packages."
         ) from error

@@ -35,24 +35,26 @@ def fetch(url: str, sha256: str = "") -> Path:
                 if known and found != known:
                     hint = f" {record} has the checksum of an earlier download: delete it to trust the new file."
                     raise ValueError(
-                        f"the file from {url} hashes to {found}, not to {known}; it was cut off or replaced."
-                        + ("" if sha256 else hint)
+                        f"the file from {url} has the SHA-256 {found}; "
+                        f"{known} was expected, so the file is incomplete or was replaced.{'' if sha256 else hint}"
                     )
                 if not known:
                     storage.write_whole(record, f"{found}  {target.name}\n")
-                    trusted = f"{url} is trusted at its first download; from now on it must hash to {found}."
-                    print(trusted, file=sys.stderr)
+                    print(
+                        f"{url}: the first download is trusted; later downloads must have the SHA-256 {found}.",
+                        file=sys.stderr,
+                    )
                     known = found
         except storage.StorageError:
             raise
         except OSError as error:
             raise ConnectionError(
-                f"{url} could not be downloaded ({error}). Download it elsewhere, and name the file in data.options.path "
+                f"{url} could not be downloaded ({error}). Download the file in another way, and name it in data.options.path "
                 f"(--data_path of kd_jax.evaluate)."
             ) from error
     if sha256_of(target) != known:
         raise ValueError(
-            f"{target} does not hash to {known or 'what was recorded of it'} (any more); delete it to download it again."
+            f"{target} does not have the SHA-256 {known or 'of its record'}; delete it to download it again."
         )
     return target
 

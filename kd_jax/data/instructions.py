@@ -57,9 +57,9 @@ def source(
       Honovich et al., "Unnatural Instructions", https://arxiv.org/abs/2212.09689, 2023.
     """
     if sha256 and not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise ValueError(f"sha256={sha256!r} is no SHA-256: it has 64 digits of 0123456789abcdef.")
+        raise ValueError(f"sha256={sha256!r} must be a SHA-256: 64 digits of 0123456789abcdef.")
     file = remote.local_file(path) if path else download.fetch(URL.format(FILES[name]), sha256)
     fingerprint = jsonl.digest([file], name)
     if path and sha256 and (found := download.sha256_of(file)) != sha256:
-        raise ValueError(f"{file} hashes to {found}, not to {sha256}.")
+        raise ValueError(f"{file} has the SHA-256 {found}, not {sha256}.")
     return fingerprint, {"test": lambda: jsonl.read_references(file, FIELDS)}

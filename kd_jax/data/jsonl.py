@@ -151,8 +151,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     raise ValueError(f"{path}:{number}: the line is longer than {MAX_LINE} bytes.")
                 if total > limit:
                     raise ValueError(
-                        f"{path}: it unpacks to more than {MAX_RATIO} times its size, which no text does; unpack it by hand if "
-                        f"you trust it."
+                        f"{path}: it unpacks to more than {MAX_RATIO} times its size, which no text does. Unpack the file by "
+                        f"hand if you trust it."
                     )
                 blank = 0 if line.strip() else blank + 1
                 if blank > MAX_BLANK:
@@ -160,7 +160,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 if not blank:
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); is it whole?") from error
+        raise ValueError(f"{path}: cannot be read ({error}); the file may be incomplete.") from error
 
 
 def _is_text(value: str) -> bool:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kd_jax.data import sandbox
+from kd_jax.data import chat_template
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.resolve import nearest
 
@@ -45,8 +45,8 @@ class Template:
         if self.name != "chat" and (self.options or self.system):
             key, value = ("template_options", self.options) if self.options else ("system", self.system)
             raise ValueError(
-                f"data.{key}={value!r} (--{key}) is for a tokenizer's chat template, and the template {self.name} has no place "
-                f"for it. Set data.template (--template) to chat, or leave data.{key} empty."
+                f"data.{key}={value!r} (--{key}) is for a tokenizer's chat template, and the template {self.name} does not "
+                f"read this key. Set data.template (--template) to chat, or leave data.{key} empty."
             )
         for name in OURS:
             if name in self.options:
@@ -162,10 +162,7 @@ def with_template_end(tokenizer: Tokenizer, template: str | Template) -> Tokeniz
 
 
 def _make_chat(template: Template, tokenizer: Tokenizer) -> Render:
-    """Returns the tokenizer's own template as a function, which writes one user message up to the start of the answer.
-
-    The template runs in `sandbox`.
-    """
+    """Returns the tokenizer's own template as a function, which writes one user message up to the start of the answer."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the template chat needs a chat_template, and {tokenizer.folder} has none, neither in "
@@ -174,7 +171,7 @@ def _make_chat(template: Template, tokenizer: Tokenizer) -> Render:
         )
     folder = tokenizer.folder
     try:
-        read = sandbox.names(tokenizer.chat_template)
+        read = chat_template.names(tokenizer.chat_template)
     except ValueError as error:
         raise ValueError(f"the chat_template of {folder} {error}.") from error
     _check_read(template, read, folder)
@@ -192,8 +189,8 @@ def _make_chat(template: Template, tokenizer: Tokenizer) -> Render:
 
     if template.system and chat("Hello.", "") == written("", "Hello.", ""):
         raise ValueError(
-            f"the chat_template of {folder} does not write a system message, which data.system (--system) gives. Leave it "
-            f"empty, and put the text into the prompts."
+            f"the chat_template of {folder} does not write a system message, but data.system (--system) is set. Leave "
+            f"data.system empty, and put the text into the prompts."
         )
     return chat
 
@@ -207,7 +204,7 @@ def _render_chat(
     """
     variables = tokenizer.special_tokens | {"tools": None, "documents": None} | dict(template.options)
     variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-    return sandbox.render(tokenizer.chat_template or "", variables, template.options.get("date", DATE))
+    return chat_template.render(tokenizer.chat_template or "", variables, template.options.get("date", DATE))
 
 
 def _check_read(template: Template, read: list[str], folder: Any) -> None:
@@ -235,7 +232,7 @@ def _json_object(options: Any) -> dict[str, Any]:
     def plain_value(value: Any) -> Any:
         if hasattr(value, "to_dict"):
             return value.to_dict()
-        raise TypeError(f"{value!r} is no value of JSON")
+        raise TypeError(f"{value!r} is not a JSON value")
 
     try:
         made = json.loads(json.dumps(options, default=plain_value, allow_nan=False))

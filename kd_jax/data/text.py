@@ -38,7 +38,7 @@ def source(
         yield from ({"response": piece} for piece in pieces)
 
     if not any(True for _ in _all_pieces(training)):
-        raise ValueError(f"data.options.path={path!r}: there is no text in it.")
+        raise ValueError(f"data.options.path={path!r}: the files have no text.")
     settings = f"text {len(training)} files, {'' if held_out else validation_fraction}, at least one"
     fingerprint = jsonl.digest(training + held_out, settings)
     return fingerprint, {"train": lambda: rows("train"), "validation": lambda: rows("validation")}
@@ -80,7 +80,7 @@ def _divide(piece: str, share: float, path: Path) -> dict[str, str]:
     ends = [end for end in ends if piece[:end].strip() and piece[end:].strip()]
     if not ends:
         raise ValueError(
-            f"{path} has one line of text only, and none to hold out: add lines, name a file in data.options.validation_path, or "
+            f"{path} has only one line of text and no line to hold out: add lines, name a file in data.options.validation_path, or "
             f"hold nothing out with data.options.validation_fraction=0.0 and data.eval_split=train."
         )
     end = min(ends, key=lambda place: abs(place - (1 - share) * len(piece)))

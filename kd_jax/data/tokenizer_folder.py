@@ -74,7 +74,7 @@ def read(path: Path) -> Folder:
 
 
 def resolve(folder: Folder) -> tuple[Any, Special]:
-    """Returns the tokenizer of the tokenizers library, or an `Elsewhere`, and the special tokens.
+    """Returns the tokenizer of the tokenizers library, and the special tokens.
 
     The special tokens are those that transformers finds (`special_tokens.resolve`). If no file of the tokenizer names a
     special token, the model's config.json and generation_config.json are used.
@@ -176,6 +176,6 @@ def _chat_template(folder: Folder, named: dict[str, Any]) -> str | None:
         )
     if chat is not None and not isinstance(chat, str):
         raise ValueError(
-            f"{folder.path / 'tokenizer_config.json'}: the chat_template is no text: {untrusted.shown(chat)}."
+            f"{folder.path / 'tokenizer_config.json'}: the chat_template must be a text, not {untrusted.shown(chat)}."
         )
     return chat

@@ -1,6 +1,9 @@
 """Checks of tokenizer.json before and while the tokenizers library reads it.
 
-They cover panics of the library, ids out of range, and settings that could make a text extremely long.
+They cover panics of the library, ids out of range, and settings with which a text becomes extremely long or slow.
+
+Not promised: the time that a regular expression needs. One of 30 characters can take hours for a sentence, and no check
+from outside can stop a call into the library. The code of the library itself is trusted.
 """
 
 import base64
@@ -12,13 +15,15 @@ from typing import Any
 
 import tokenizers
 
-from kd_jax.data.tokenizer_elsewhere import Elsewhere, is_usual
 from kd_jax.storage import untrusted
 
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 MAX_GROWTH = 10_000  # the growth factor of a text by all parts of a tokenizer; tokenizers in use have 2 or 3
 MAX_WORD = 1_000  # characters; the time of WordPiece grows with their square
 MAX_TOKEN = 1_000  # characters, also of prefixes and suffixes; each unknown character may become such a token
+MAX_STEPS = 100  # steps of all parts of a tokenizer; each step reads the whole text
+MAX_PIECE = 256  # characters of a Unigram token; time grows with the number of tokens that begin at a position
+MAX_ADDED = 10**7  # characters of the added tokens after normalisation, which happens when they are read
 HOLES = 65_536  # the largest number of ids without a token
 
 
@@ -62,47 +67,60 @@ def with_added(fields: dict[str, Any], tokens: list[dict[str, Any]]) -> dict[str
 def read_backend(path: Path, content: bytes, fields: dict[str, Any]) -> Any:
     """Returns the library's tokenizer for a tokenizer.json, without padding and truncation.
 
-    An unusual tokenizer is returned as an `Elsewhere`.
-
     Args:
       path: the path, for messages.
       content: the content of the file, with the tokens of `with_added` if there are any.
       fields: the fields of the content, as `read_fields` returns them.
     Raises:
       ValueError: the library cannot read the content, ids are far larger than the number of tokens, or a text could
-        become thousands of times as long.
+        become thousands of times as long or need far more time than usual.
     """
-    if (times := growth(fields)) > MAX_GROWTH:
-        raise ValueError(
-            f"{path}: its normalizer, pre_tokenizer, post_processor and decoder can make a text {times} times as long; "
-            f"at most {MAX_GROWTH} is accepted."
-        )
-    model = fields["model"] if isinstance(fields["model"], dict) else {}
-    word = model.get("max_input_chars_per_word")
-    if isinstance(word, int) and word > MAX_WORD:
-        raise ValueError(f"{path}: max_input_chars_per_word is {word}; at most {MAX_WORD} is accepted.")
-    tokens, added = _texts(model.get("vocab")), _texts(fields.get("added_tokens"))
-    for text in (*_texts([model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")]), *tokens, *added):
-        if len(text) > MAX_TOKEN:
-            raise ValueError(
-                f"{path}: the token, prefix or suffix {untrusted.shown(text)} has {len(text)} characters; at most {MAX_TOKEN} "
-                f"are accepted."
-            )
-    pieces = tokens if isinstance(model.get("vocab"), list) else []
-    usual = is_usual([fields.get(step) for step in STEPS], pieces, times * sum(map(len, added)))
+    _check_sizes(path, fields)
     with named_errors(f"{path} cannot be read as a tokenizer"):
-        if usual:
-            backend = tokenizers.Tokenizer.from_buffer(content)
-            backend.no_padding()
-            backend.no_truncation()
-        else:
-            backend = Elsewhere(content)
+        backend = tokenizers.Tokenizer.from_buffer(content)
+        backend.no_padding()
+        backend.no_truncation()
         ids = backend.get_vocab(with_added_tokens=True).values()
     if not ids:
         raise ValueError(f"{path}: its vocabulary is empty.")
     if max(ids) >= len(ids) + HOLES:
         raise ValueError(f"{path}: it has {len(ids)} tokens, and one of them has the id {max(ids)}.")
     return backend
+
+
+def _check_sizes(path: Path, fields: dict[str, Any]) -> None:
+    """Checks the sizes on which the time and the memory of the tokenizers library depend."""
+    model = fields["model"] if isinstance(fields["model"], dict) else {}
+    tokens, added = _texts(model.get("vocab")), _texts(fields.get("added_tokens"))
+    parts, times, word = list(_parts(fields)), growth(fields), model.get("max_input_chars_per_word")
+    if times > MAX_GROWTH:
+        raise ValueError(
+            f"{path}: its normalizer, pre_tokenizer, post_processor and decoder can make a text {times} times as long; "
+            f"at most {MAX_GROWTH} is accepted."
+        )
+    if (steps := sum("type" in part for part in parts)) > MAX_STEPS:
+        raise ValueError(
+            f"{path}: its normalizer, pre_tokenizer, post_processor and decoder have {steps} steps; at most {MAX_STEPS} are "
+            f"accepted."
+        )
+    if isinstance(word, int) and word > MAX_WORD:
+        raise ValueError(f"{path}: max_input_chars_per_word is {word}; at most {MAX_WORD} is accepted.")
+    for text in (*_texts([model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")]), *tokens, *added):
+        if len(text) > MAX_TOKEN:
+            raise ValueError(
+                f"{path}: the token, prefix or suffix {untrusted.shown(text)} has {len(text)} characters; at most {MAX_TOKEN} "
+                f"are accepted."
+            )
+    longest = max(tokens if isinstance(model.get("vocab"), list) else (), key=len, default="")
+    if len(longest) > MAX_PIECE:
+        raise ValueError(
+            f"{path}: the Unigram token {untrusted.shown(longest)} has {len(longest)} characters; at most {MAX_PIECE} are "
+            f"accepted."
+        )
+    if (length := times * sum(map(len, added))) > MAX_ADDED:
+        raise ValueError(
+            f"{path}: its normalizer can make the added tokens {length} characters long; at most {MAX_ADDED} are accepted."
+        )
 
 
 def added_tokens(fields: dict[str, Any]) -> list[str]:
@@ -148,17 +166,23 @@ def growth(fields: dict[str, Any]) -> int:
       3
     """
     product = 1
+    for part in _parts(fields):
+        product *= _factor(part)
+        if product > 10**30:
+            break
+    return product
+
+
+def _parts(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields all objects in the steps of a tokenizer.json."""
     left = [fields.get(step) for step in STEPS]
     while left:
         found = left.pop()
         if isinstance(found, dict):
-            product *= _factor(found)
+            yield found
             left += found.values()
         elif isinstance(found, list):
             left += found
-        if product > 10**30:
-            break
-    return product
 
 
 def _factor(step: dict[str, Any]) -> int:

@@ -8,11 +8,12 @@ lengths are the defaults. The command writes to DIR:
 - generations.jsonl, with every generated text.
 """
 
-import argparse
 import dataclasses
 import json
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,76 +21,12 @@ import numpy as np
 
 from kd_jax import command, data, metrics, models, report, rollouts, setup, sharding, storage
 from kd_jax.data import counts, jsonl
-from kd_jax.evaluate import harness, texts, tokens
-from kd_jax.evaluate.of_run import DEFAULTS, filled, model_folder, template_of
+from kd_jax.evaluate import arguments, harness, texts, tokens
+from kd_jax.evaluate.of_run import filled, model_folder, template_of
 from kd_jax.evaluate.scores import rouge_tokens
 from kd_jax.evaluate.tables import PLACES, by_place, over_seeds, table
 from kd_jax.storage import remote
-from kd_jax.value_types import EXPECTED, whole_number
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the parsed flags. Flags that a run may fill in are absent if they are not given (`of_run.filled`)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kd_jax.evaluate",
-        description="A model's texts against references, and its distributions against a teacher's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
-    parser.register("type", int, _whole_number)  # the parser for type=int below
-    add = parser.add_argument
-
-    def of_the_run(name: str, kind: Any = str, help: str = "", **more: Any) -> None:
-        default = DEFAULTS.get(name, "none")
-        said = f"{help} (default: the run's, where --model is one's; else {default if default != '' else 'none'})"
-        add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=said, **more)
-
-    add("--model", required=True, help="a Hugging Face folder, a work directory of a finished run, or package:NAME")
-    add("--teacher", default="", help="the same, to compare with; empty: nothing is compared")
-    names = ", ".join(data.EVALUATION)
-    of_the_run("data", help=f"a file of JSON lines, or a dataset's name: docstrings, dolly, gsm8k, {names}")
-    of_the_run("data_options", _json, "options of a named dataset, as JSON")
-    add("--out", required=True, help="a new folder for the results")
-    of_the_run("split", help="of a named dataset; of a run's dataset test, or else what the run is evaluated on")
-    add(
-        "--data_path", default="", help="of a named dataset that would otherwise be downloaded: its file or folder here"
-    )
-    add("--data_sha256", default="", help="of that file, or of the download, where kd_jax does not know it")
-    of_the_run("data_dir", help="where built datasets are; empty: tensorflow_datasets' default")
-    add("--rows", type=int, default=0, help="the first so many; 0: all")
-    add("--prompt_field", default="prompt", help="of a file")
-    add("--context_field", default="", help="of a file; empty: there is none")
-    add("--reference_field", default="response", help="of a file: a text, or a list of texts that are all good answers")
-    of_the_run("template", help="how prompts are written", choices=data.TEMPLATES)
-    of_the_run("template_options", _json, "variables of a chat template, as JSON: '{\"enable_thinking\": false}'")
-    of_the_run("system", help="system message of a chat")
-    of_the_run("max_prompt_length", int, "tokens; longer prompts are truncated")
-    of_the_run("max_new_tokens", int, "tokens of a response")
-    add(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="0: the likeliest token; whatever a run draws its training text at",
-    )
-    add("--top_p", type=float, default=1.0, help="the likeliest tokens that hold this mass; 1: all")
-    add("--top_k", type=int, default=0, help="the likeliest so many tokens; 0: all")
-    add("--no_repeat_ngram_size", type=int, default=0, help="MiniLLM's and DistiLLM's evaluation has 6")
-    add("--seeds", default="10,20,30,40,50", help="of generation, the papers' five; empty: nothing is generated")
-    add("--numbers", action="store_true", help="count the answers whose last number is the reference's, as for GSM8K")
-    add("--lm_eval", default="", help="tasks of EleutherAI's lm-eval, with commas between; pip install 'lm-eval[hf]'")
-    add("--lm_eval_path", default="", help="a folder with lm-eval tasks of your own")
-    add("--lm_eval_limit", type=int, default=0, help="the first so many prompts of each of these tasks; 0: all")
-    add("--batch_size", type=int, default=32, help="prompts at a time")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of parameters and computation")
-    add("--fsdp", type=int, default=1, help="devices that divide the parameters")
-    add("--tensor", type=int, default=1, help="devices that divide each matrix")
-    return parser.parse_args(argv)
-
-
-def _whole_number(text: str) -> int:
-    try:
-        return whole_number(text)
-    except ValueError:  # argparse would replace the message of a ValueError
-        raise argparse.ArgumentTypeError(f"{text!r} is not {EXPECTED[int]}.") from None
+from kd_jax.value_types import whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +46,7 @@ class Models:
         return self.model, self.params, self.teacher, self.teacher_params
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: SimpleNamespace) -> dict[str, Any]:
     """Evaluates the model, writes the results, and returns the last line of results.jsonl.
 
     Raises:
@@ -119,38 +56,38 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return _run(args, Path(out))
 
 
-def _run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+def _run(args: SimpleNamespace, out: Path) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out={out} has something in it; choose a new folder.")
+        raise ValueError(f"--out={out} is not empty; choose a new folder.")
     for name in ("rows", "lm_eval_limit"):
         if (value := getattr(args, name)) < 0:
             raise ValueError(f"--{name}={value} must be at least 0; 0 takes all.")
-    args, said = filled(args)
+    args, notes = filled(args)
     template, seeds = template_of(args), _seeds(args.seeds)
-    for line in said if jax.process_index() == 0 else ():
+    for line in notes if jax.process_index() == 0 else ():
         metrics.tqdm.write(line)
     lm_eval = None
     if args.lm_eval:
         options = {"batch_size": args.batch_size, "limit": args.lm_eval_limit or None}
         lm_eval = harness.make(args.lm_eval, args.lm_eval_path, dtype=args.dtype, **options)
-    of = load(args)
+    loaded = load(args)
     rows = read_rows(args)
     examples = texts.read_examples(
-        rows, of.tokenizer, template=template, max_prompt_length=args.max_prompt_length, cut=True
+        rows, loaded.tokenizer, template=template, max_prompt_length=args.max_prompt_length, cut=True
     )
     # The tasks come first, because a task may have to be downloaded, and the download may fail.
     tasks = lm_eval(model_folder(args.model, "--model")) if lm_eval is not None and jax.process_index() == 0 else []
-    batches, prompts = given_batches(args, of.tokenizer, rows)
-    given = tokens.collect(*of.both, batches, of.mesh, vocab_size=of.tokenizer.vocab_size)
+    batches, prompts = given_batches(args, loaded.tokenizer, rows)
+    given = tokens.collect(*loaded.both, batches, loaded.mesh, vocab_size=loaded.tokenizer.vocab_size)
     lines, written, own = [], [], []
     for seed in seeds:
-        line, its_texts, its_tokens = texts.assess(
-            make_sampler(args, of), of.both, examples, batch_size=args.batch_size, seed=seed, numbers=args.numbers,
-            progress=lambda it, seed=seed: metrics.tqdm(it, desc=f"seed {seed}", unit="batch"),
+        line, seed_texts, seed_tokens = texts.assess(
+            make_sampler(args, loaded), loaded.both, examples, batch_size=args.batch_size, seed=seed, numbers=args.numbers,
+            progress=lambda starts, seed=seed: metrics.tqdm(starts, desc=f"seed {seed}", unit="batch"),
         )  # fmt: skip
         lines.append({"seed": seed} | line)
-        written += its_texts
-        own.append(its_tokens)
+        written += seed_texts
+        own.append(seed_tokens)
     found: dict[str, Any] = {
         "rows": len(examples),
         "prompts": prompts,
@@ -159,7 +96,7 @@ def _run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     }
     if lines:
         found["rouge_l_words"] = rouge_tokens(text for example in examples for text in example.references)
-    if of.teacher is not None:
+    if loaded.teacher is not None:
         places = {"given": by_place(given)} | ({"own": by_place(_joined(own))} if own else {})
         found["by_place"] = {"places": PLACES, **places}
     found |= {"lm_eval": tasks} if tasks else {}
@@ -174,7 +111,7 @@ def _run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     return found
 
 
-def load(args: argparse.Namespace) -> Models:
+def load(args: SimpleNamespace) -> Models:
     """Returns the models that the arguments name, on the mesh.
 
     The models are checked against each other and against the requested lengths.
@@ -201,13 +138,13 @@ def load(args: argparse.Namespace) -> Models:
     room = min(m.config.longest_sequence for m in (model, teacher) if m is not None)
     if args.max_prompt_length + args.max_new_tokens > room:
         raise ValueError(
-            f"--max_prompt_length={args.max_prompt_length} and --max_new_tokens={args.max_new_tokens} are more than the {room} "
-            f"tokens that the models take (the least of their positions and of their sliding_window); lower one of them."
+            f"--max_prompt_length={args.max_prompt_length} and --max_new_tokens={args.max_new_tokens} are together more than the "
+            f"{room} tokens that both models accept (the smallest of their positions and sliding windows); lower one of the flags."
         )
     return Models(mesh, tokenizer, model, params, teacher, teacher_params)
 
 
-def read_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+def read_rows(args: SimpleNamespace) -> list[dict[str, Any]]:
     """Returns the rows of a file or of a named dataset, with prompt, context and references."""
     if args.data.endswith((".jsonl", ".jsonl.gz", ".json")):
         path = remote.local_file(args.data)
@@ -219,7 +156,7 @@ def read_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     else:
         if args.data in data.EVALUATION and args.template != "plain":
             raise ValueError(
-                f"--template={args.template}, but the prompts of --data={args.data} have Alpaca's already: leave it at plain, or "
+                f"--template={args.template}, but the prompts of --data={args.data} already have the Alpaca template: use plain, or "
                 f"name a file in --data and its fields instruction and input in --prompt_field and --context_field."
             )
         options = {"path": args.data_path, "sha256": args.data_sha256}
@@ -229,7 +166,7 @@ def read_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def given_batches(
-    args: argparse.Namespace, tokenizer: data.Tokenizer, rows: list[dict[str, Any]]
+    args: SimpleNamespace, tokenizer: data.Tokenizer, rows: list[dict[str, Any]]
 ) -> tuple[Any, dict[str, int]]:
     """Returns batches of the prompts with their first references, in the rows' order, and the counts of the rows.
 
@@ -256,10 +193,10 @@ def given_batches(
     return metrics.tqdm(batches, desc="given text", unit="batch", total=-(-len(given) // args.batch_size)), found
 
 
-def make_sampler(args: argparse.Namespace, of: Models) -> rollouts.Sampler:
+def make_sampler(args: SimpleNamespace, loaded: Models) -> rollouts.Sampler:
     """Returns the sampler of responses that the arguments describe."""
     return rollouts.Sampler(
-        of.mesh, of.tokenizer, args.max_prompt_length + args.max_new_tokens, args.max_new_tokens, args.temperature,
+        loaded.mesh, loaded.tokenizer, args.max_prompt_length + args.max_new_tokens, args.max_new_tokens, args.temperature,
         args.top_p, args.top_k, args.no_repeat_ngram_size,
     )  # fmt: skip
 
@@ -268,8 +205,8 @@ def main() -> None:
     command.start()
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/kd_jax/xla"))
-    args = arguments()
-    with command.ends_well("kd_jax.evaluate", lambda: f"nothing is kept, and {args.out} is as it was"):
+    args = arguments.parse(sys.argv[1:])
+    with command.ends_well("kd_jax.evaluate", lambda: f"no results are kept, and {args.out} is unchanged"):
         print(table(run(args)))
         print(f"\nwrote {args.out}/report.html")
 
@@ -278,22 +215,11 @@ def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _json(text: str) -> dict[str, Any]:
-    """Returns the JSON object of a flag."""
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); write it as '{{\"name\": value}}'") from None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} must be an object of JSON, such as '{{\"name\": value}}'")
-    return found
-
-
 def _seeds(text: str) -> list[int]:
     try:
         seeds = [whole_number(seed) for seed in text.split(",") if seed.strip()]
     except ValueError:
-        raise ValueError(f"--seeds={text!r} must be whole numbers with commas between.") from None
+        raise ValueError(f"--seeds={text!r} must be whole numbers, separated by commas.") from None
     if any(not 0 <= seed < 2**32 for seed in seeds):
         raise ValueError(f"--seeds={text!r} must be at least 0 and below {2**32}.")
     return seeds

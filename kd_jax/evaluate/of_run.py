@@ -1,8 +1,8 @@
 """Defaults that an evaluation takes from the run whose student it evaluates."""
 
-import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from kd_jax import data, setup
@@ -55,13 +55,13 @@ def model_folder(path: str, flag: str) -> Path:
         return setup.model_folder(str(folder / STUDENT), flag)
     if folder.name != STUDENT and config_of(path) is not None:
         raise ValueError(
-            f"{flag}={path} is the work directory of a run that has not finished: it has no folder {STUDENT}. The run's own "
-            f"command goes on with it."
+            f"{flag}={path} is the work directory of a run that has not finished: it has no folder {STUDENT}. Finish the run "
+            f"with the command that started it."
         )
     return setup.model_folder(path, flag)
 
 
-def filled(args: argparse.Namespace) -> tuple[argparse.Namespace, list[str]]:
+def filled(args: SimpleNamespace) -> tuple[SimpleNamespace, list[str]]:
     """Fills in flags that are not given, from the run of --model or else from `DEFAULTS`.
 
     A flag that is given has priority. Temperature, top_p and top_k are never taken from the run. The evaluation of the
@@ -83,7 +83,7 @@ def filled(args: argparse.Namespace) -> tuple[argparse.Namespace, list[str]]:
         why = f"{args.model} is no work directory of a run, whose dataset would be taken"
         why = why if config is None else "the rows of the run's dataset, text, have no prompts"
         raise ValueError(f"--data is missing, and {why}: give a file of JSON lines or a dataset's name.")
-    made = argparse.Namespace(**DEFAULTS | of_run | given)
+    made = SimpleNamespace(**DEFAULTS | of_run | given)
     lines = []
     if of_run:
         taken = " ".join(f"--{name}={_text(value)}" for name, value in of_run.items() if name not in given)
@@ -98,7 +98,7 @@ def filled(args: argparse.Namespace) -> tuple[argparse.Namespace, list[str]]:
     return made, lines
 
 
-def template_of(args: argparse.Namespace) -> data.Template:
+def template_of(args: SimpleNamespace) -> data.Template:
     """Returns the template that the arguments name."""
     return data.Template(args.template, args.template_options, args.system)
 

@@ -37,7 +37,7 @@ def table(found: dict[str, Any]) -> str:
     parts = []
     if seeds:
         shown = [[name, _spread(*both)] for name, both in seeds.items() if not name.startswith("own_")]
-        parts.append(metrics.table([["what it writes", f"{found['rows']} prompts"], *shown]))
+        parts.append(metrics.table([["written text", f"{found['rows']} prompts"], *shown]))
         parts.append(rouge_line(found["rouge_l_words"]))
     rows = [["tokens", "given text", *(("own text",) if own else ())]]
     for name, value in found["given"].items():

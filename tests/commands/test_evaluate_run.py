@@ -8,6 +8,7 @@ import pytest
 from kd_jax import data, evaluate, setup, train
 from kd_jax.evaluate import __main__ as command
 from kd_jax.evaluate import of_run
+from kd_jax.evaluate.arguments import parse
 from tests.helpers.runs import smoke
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -40,7 +41,7 @@ def chat_run(tmp_path_factory, data_dir):
 
 
 def arguments(**flags):
-    return command.arguments([f"--{name}={value}" for name, value in flags.items()])
+    return parse([f"--{name}={value}" for name, value in flags.items()])
 
 
 def test_a_runs_settings_are_the_defaults_of_its_evaluation(chat_run, tmp_path, capsys):
@@ -104,7 +105,7 @@ def test_an_older_run_lacks_newer_keys(chat_run, tmp_path):
         (
             {},
             {"template": "alpaca", "system": "Be brief."},
-            "data.system='Be brief.' .* the template alpaca has no place",
+            "data.system='Be brief.' .* the template alpaca does not read this key",
         ),
     ],
 )

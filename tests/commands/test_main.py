@@ -12,7 +12,10 @@ import pytest
 from absl import flags
 
 from configs import base
-from kd_jax import command_help, main, train
+from kd_jax import command_help, main, replay, train
+from kd_jax.command import parse
+from kd_jax.evaluate import arguments as evaluate_arguments
+from kd_jax.report import __main__ as report_command
 from kd_jax.storage import directory
 from kd_jax.value_types import whole_number
 from tests.helpers.paths import ROOT
@@ -159,7 +162,7 @@ def call(command, *given, environment=None):
     )
 
 
-@pytest.mark.parametrize("command", command_help.EXAMPLES)
+@pytest.mark.parametrize("command", command_help.CONFIGURED)
 @pytest.mark.parametrize("flag", ["--help", "--helpshort"])
 def test_help_is_there_without_jax_and_without_a_work_directory(command, flag, tmp_path):
     (tmp_path / "jax.py").write_text("raise SystemExit('jax was imported')")
@@ -196,16 +199,80 @@ def test_the_help_has_every_method_setting_key_and_flag():
     assert "  --shard\n" in command_help.text("ablate") and "\n  capacity_gap\n" in command_help.text("ablate")
 
 
-@pytest.mark.parametrize("command", command_help.EXAMPLES)
+@pytest.mark.parametrize("command", command_help.CONFIGURED)
 def test_the_examples_name_files_that_are_there(command):
     for example in command_help.EXAMPLES[command]:
         assert (ROOT / example.split()[0].removeprefix("--config=").partition(":")[0]).exists()
 
 
-@pytest.mark.parametrize("command", ["evaluate", "replay", "report"])
-def test_the_help_of_the_other_commands_ends_well(command):
+FLAGS = {"evaluate": evaluate_arguments.FLAGS, "replay": replay.FLAGS, "report": report_command.FLAGS}
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_the_help_of_the_other_commands_has_every_flag_and_three_examples(command):
     done = call(command, "--help")
-    assert (done.returncode, done.stderr) == (0, "") and f"python -m kd_jax.{command}" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: python -m kd_jax.{command} ")
+    assert done.stdout.count(f"\n  python -m kd_jax.{command} ") == 3
+    for name in FLAGS[command]:
+        assert f"\n  --{name}\n      " in done.stdout
+    assert all(len(line) <= command_help.WIDTH or " " not in line.strip() for line in done.stdout.splitlines()[4:-3])
+
+
+def test_the_help_of_evaluate_has_defaults_and_choices(capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate_arguments.parse(["--helpshort"])
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "[the run's, if --model is a run's; else 256]" in said and "One of plain, alpaca, chat." in said
+    assert "['10,20,30,40,50']" in said and "dolly_eval" in said
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_the_examples_of_the_other_commands_can_be_parsed(command):
+    for example in command_help.EXAMPLES[command]:
+        positional = "DIR" if command == "report" else ""
+        parse(command, FLAGS[command], example.split(), about="", positional=positional)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--rows=many", "kd_jax.evaluate: --rows=many: the flag takes a whole number, such as 1000, 1_000 or 1e3."),
+        ("--temperature=hot", "--temperature=hot: could not convert"),
+        ("--template=alpacca", "--template=alpacca: value should be one of <plain|alpaca|chat>"),
+        ("--data_options={", "--data_options={: the value is not JSON"),
+        ("--data_options=[1]", "--data_options=[1]: the value must be an object of JSON"),
+        ("--numbers=maybe", "--numbers=maybe"),
+        ("--modle=x", "Unknown command line flag 'modle'. Did you mean: model ?"),
+        ("x", "'x' is no flag; flags look like --model=VALUE."),
+    ],
+)
+def test_a_wrong_flag_of_evaluate_is_one_paragraph(flag, words):
+    with pytest.raises(SystemExit) as ended:
+        evaluate_arguments.parse(["--model=a", "--out=b", flag])
+    assert words in str(ended.value) and "\n" not in str(ended.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("evaluate", "kd_jax.evaluate: --model and --out are needed. For example: python -m kd_jax.evaluate --model="),
+        ("replay", "kd_jax.replay: --workdir is needed."),
+        ("report", "kd_jax.report: at least one DIR is needed."),
+    ],
+)
+def test_a_flag_that_is_missing_is_asked_for_with_an_example(command, words):
+    done = call(command)
+    assert done.returncode == 1 and done.stderr.startswith(words) and done.stderr.count("\n") == 1
+
+
+def test_flags_of_evaluate_have_types_and_are_absent_if_a_run_may_fill_them_in():
+    args = evaluate_arguments.parse(
+        ["--model", "a", "--out=b", "--rows=1e3", "--numbers", '--template_options={"x": 1}']
+    )
+    assert (args.model, args.rows, args.numbers, args.template_options, args.top_p) == ("a", 1000, True, {"x": 1}, 1.0)
+    assert not any(hasattr(args, name) for name in ("data", "split", "template", "max_new_tokens"))
 
 
 def test_a_work_directory_that_is_missing_is_asked_for(parsed):

@@ -13,6 +13,7 @@ import pytest
 from configs import forward_kl
 from kd_jax import comparison, plots, report, train
 from kd_jax.evaluate import __main__ as command
+from kd_jax.evaluate.arguments import parse
 from kd_jax.report.sections import Generation, Text, merged
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -179,7 +180,7 @@ def test_an_evaluation_leaves_its_page(tmp_path):
         "model": "package:docstrings_teacher", "teacher": "package:docstrings_teacher", "data": tmp_path / "rows.jsonl",
         "out": tmp_path / "out", "max_prompt_length": 32, "max_new_tokens": 8, "batch_size": 8, "seeds": "1,2",
     }  # fmt: skip
-    command.run(command.arguments([f"--{name}={value}" for name, value in options.items()]))
+    command.run(parse([f"--{name}={value}" for name, value in options.items()]))
     text = (tmp_path / "out" / "report.html").read_text()
     assert "3 prompts, 2 generation seeds." in text and "an exposure bias of" in text
     assert text.count("<article") == 3 and "<option>seed 2</option>" in text

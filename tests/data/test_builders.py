@@ -144,7 +144,7 @@ def test_docstrings_errors(sample):
     for file in info.iterdir():
         file.unlink()
     info.rmdir()
-    with pytest.raises(ValueError, match="cannot tell the version of 'sample'"):
+    with pytest.raises(ValueError, match="must know the version of 'sample'"):
         data.load("docstrings", split="train", **options)
 
 
@@ -277,7 +277,7 @@ def test_dolly_is_downloaded_once_and_only_the_known_file(tmp_path, monkeypatch,
         load()
     file = tmp_path / "web" / "dolly.jsonl"
     write_lines(file, [{"instruction": "i", "context": "", "response": "r"}])
-    with pytest.raises(ValueError, match="hashes to"):
+    with pytest.raises(ValueError, match="has the SHA-256"):
         load()
     assert not [path for path in (tmp_path / ".cache").rglob("*") if path.is_file()]
     monkeypatch.setattr(dolly, "SHA256", download.sha256_of(file))
@@ -306,7 +306,7 @@ def test_gsm8k_splits_and_downloads(tmp_path, monkeypatch, server):
         and len(local["test"]) == 7
     )
     monkeypatch.setattr(gsm8k, "URL", server + "/{}.jsonl")
-    with pytest.raises(ValueError, match="hashes to"):
+    with pytest.raises(ValueError, match="has the SHA-256"):
         load("web")
     known = {name: download.sha256_of(tmp_path / "web" / f"{name}.jsonl") for name in gsm8k.SHA256}
     monkeypatch.setattr(gsm8k, "SHA256", known)
@@ -323,7 +323,7 @@ def test_an_unknown_checksum_is_trusted_once_and_checked_from_then_on(tmp_path, 
     file.parent.mkdir(parents=True)
     write_lines(file, [{"prompt": TEMPLATED, "output": "La."}, {"prompt": TEMPLATED, "output": ["La.", "Lala."]}])
     load = lambda **options: data.load_references("vicuna", split="test", **options)
-    with pytest.raises(ValueError, match=f"hashes to {download.sha256_of(file)}, not to {'0' * 64}"):
+    with pytest.raises(ValueError, match=f"has the SHA-256 {download.sha256_of(file)}; {'0' * 64} was expected"):
         load(sha256="0" * 64)
     assert not [path for path in (tmp_path / ".cache").rglob("*") if path.is_file()]
     rows = load()
@@ -360,14 +360,14 @@ def test_evaluation_sets_from_a_file_here(tmp_path, name):
     for changes, message in (
         ({"split": "train"}, f"{name} has no split 'train'; it has test"),
         ({"path": str(tmp_path / "nowhere.jsonl")}, "there is no file .*nowhere"),
-        ({"sha256": "12"}, "sha256='12' is no SHA-256: it has 64 digits"),
-        ({"sha256": "f" * 64}, f"valid.jsonl hashes to .*, not to {'f' * 64}"),
+        ({"sha256": "12"}, "sha256='12' must be a SHA-256: 64 digits"),
+        ({"sha256": "f" * 64}, f"valid.jsonl has the SHA-256 .*, not {'f' * 64}"),
         ({"file": path}, "has no option 'file'; it has path, sha256"),
     ):
         with pytest.raises(ValueError, match=message):
             load(**changes)
     with pytest.raises(
-        ValueError, match=rf"{name} is there to evaluate on, by python -m kd_jax.evaluate --data={name}"
+        ValueError, match=rf"{name} is for evaluation only, with python -m kd_jax.evaluate --data={name}"
     ):
         data.load(name, split="train", path=path)
 
@@ -473,12 +473,12 @@ def test_nothing_of_a_text_is_held_out_at_zero_and_a_file_may_be_named(tmp_path)
 def test_a_text_without_text_or_with_one_line_is_a_clear_error(tmp_path):
     for content in ("", "\n \n"):
         (tmp_path / "a.txt").write_text(content)
-        with pytest.raises(ValueError, match=r"data.options.path='.*a\.txt': there is no text in it"):
+        with pytest.raises(ValueError, match=r"data.options.path='.*a\.txt': the files have no text"):
             texts_of(tmp_path / "a.txt", "train", tmp_path)
     for content in ("one line", "one line\n\n"):
         (tmp_path / "a.txt").write_text(content)
         with pytest.raises(
-            ValueError, match=r"a\.txt has one line of text only, .*validation_path.*validation_fraction=0"
+            ValueError, match=r"a\.txt has only one line of text .*validation_path.*validation_fraction=0"
         ):
             texts_of(tmp_path / "a.txt", "train", tmp_path)
         assert texts_of(tmp_path / "a.txt", "train", tmp_path, validation_fraction=0.0) == [content]

@@ -1,11 +1,12 @@
-"""The prompt templates, word for word, and the sandbox that a tokenizer's own runs in."""
+"""The exact texts of the prompt templates, and the sandbox that renders a tokenizer's own template."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 from ml_collections import ConfigDict
 
-from kd_jax.data import Template, make_render, sandbox
+from kd_jax.data import Template, chat_template, make_render
 from kd_jax.data.prompts import adds_special_tokens
 
 # The layout of the chat models that use <|im_start|>, with a block tag on its own line.
@@ -68,6 +69,30 @@ def test_the_sandbox_refuses(template):
     render = make_render("chat", tokenizer(template))
     with pytest.raises(ValueError, match="the chat_template of models/tiny failed on the prompt 'Hi'"):
         render("Hi", "")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for x in range(99999) %}{% for y in range(99999) %}{% endfor %}{% endfor %}", "took longer than 0.3 s"),
+        ("{{ lipsum(n=10**9) }}", "took longer than 0.3 s"),
+        ("{{ 'a' * 10**10 }}", "makes a value of the size 1e\\+10; at most 16777216 is accepted"),
+        ("{{ (2**99) ** (10**9) }}", "makes a value of the size"),
+        ("{{ 'a' | center(10000000000) }}", "makes a value of the size"),
+        ("{{ 3.5 | round(10**9) }}", "makes a value of the size"),
+        ("{{ 'a'.ljust(10**10) }}", "makes a value of the size"),
+        ("{% set n = namespace(s='a') %}{% for x in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "makes a value"),
+        ("{% macro f(x) %}{{ f(x ~ x) }}{% endmacro %}{{ f('a') }}", "makes a value of the size"),
+        ("{% for x in range(99) %}{{ 'a' * 10**6 }}{% endfor %}", "writes more than"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ],
+)  # fmt: skip
+def test_a_template_that_works_for_ever_or_fills_the_memory_is_stopped(template, message, monkeypatch):
+    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+    trace = sys.gettrace()
+    with pytest.raises(ValueError, match=f"the chat_template of models/tiny .*{message}"):
+        make_render("chat", tokenizer(template))("Hi", "")
+    assert sys.gettrace() is trace
 
 
 def test_to_json_does_not_escape_html():
@@ -134,7 +159,7 @@ DATED = (
 
 
 def test_the_date_of_a_template_is_fixed():
-    assert sandbox.names(DATED) == ["date", "day", "messages"]
+    assert chat_template.names(DATED) == ["date", "day", "messages"]
     assert make_render("chat", tokenizer(DATED))("Hi", "") == "01 Jan 2026 Hi"
     dated = Template("chat", {"date": "2024-07-26"})
     assert make_render(dated, tokenizer(DATED))("Hi", "") == "26 Jul 2024 Hi"
@@ -163,11 +188,11 @@ def test_a_template_reads_its_options_and_a_system_message():
         (("chat", {"date": "May"}), "data.template_options.date='May' must be a date such as '2026-01-01'"),
         (("chat", {"messages": []}), "data.template_options.messages: each row's prompt decides this variable"),
         (("chat", {"x": float("nan")}), "data.template_options={'x': nan}: .* a finite number"),
-        (("chat", {"x": {1, 2}}), "is no value of JSON"),
+        (("chat", {"x": {1, 2}}), "is not a JSON value"),
         (("chat", [1]), "must be an object of JSON"),
         (("chat", {}, "Be brief."), "models/tiny does not write a system message"),
-        (("plain", {}, "Be brief."), "data.system='Be brief.' .* the template plain has no place"),
-        (("alpaca", {"x": 1}), "data.template_options={'x': 1} .* the template alpaca has no place"),
+        (("plain", {}, "Be brief."), "data.system='Be brief.' .* the template plain does not read this key"),
+        (("alpaca", {"x": 1}), "data.template_options={'x': 1} .* the template alpaca does not read this key"),
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(arguments, message):

@@ -7,9 +7,8 @@ import pytest
 import tokenizers
 
 from kd_jax import setup
-from kd_jax.data import Tokenizer, sandbox
+from kd_jax.data import Tokenizer
 from kd_jax.data.limited import differing_tokens
-from kd_jax.data.tokenizer_elsewhere import REGEXES
 
 WORDS = ["a", "b", "c", "<s>", "</s>", "<pad>"]
 
@@ -117,10 +116,6 @@ def test_errors_name_the_file(tmp_path):
         Tokenizer.load(tmp_path / "t")
 
 
-# What follows is about time: SLOW tries every way to cut a run of blanks and letters in three, and finds none.
-SLOW = "(?:[ab ]+[ab ]+[ab ]+)(?![ab ])(?<=x)"
-
-
 def changed(folder, **fields):
     """A folder whose tokenizer.json has these fields, and of the model those in `model`."""
     write(folder, {"eos_token": "</s>"})
@@ -135,24 +130,25 @@ def split(regex):
 
 
 @pytest.mark.parametrize(
-    "field",
+    ("field", "message"),
     [
-        dict(pre_tokenizer=split(SLOW)),
-        dict(normalizer={"type": "Replace", "pattern": {"Regex": SLOW}, "content": ""}),
-        dict(normalizer={"type": "Sequence", "normalizers": [{"type": "NFKC"}] * 100_000}),
-        dict(model={"type": "Unigram", "unk_id": 0, "vocab": [["</s>", 0.0], *(["a" * i, -1.0] for i in range(1, 1000))]}),
+        (dict(normalizer={"type": "Sequence", "normalizers": [{"type": "NFKC"}] * 99}), "have 101 steps; at most 100"),
+        (
+            dict(model={"type": "Unigram", "unk_id": 0, "vocab": [["</s>", 0.0], ["a" * 257, -1.0]]}),
+            "the Unigram token 'aaa.*' has 257 characters; at most 256",
+        ),
+        (
+            dict(
+                normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 5000},
+                added_tokens=[{"id": 9, "content": f"{i:0999}"} for i in range(3)],
+            ),
+            "can make the added tokens 15005000 characters long; at most 10000000",
+        ),
     ],
-)  # fmt: skip
-def test_what_takes_longer_than_the_text_is_long_is_ended(field, tmp_path, monkeypatch):
-    tokenizer = Tokenizer.load(changed(tmp_path / "t", **field))
-    assert len(tokenizer.encode("ab")) < 3
-    monkeypatch.setattr(sandbox, "SECONDS", 0.5)
-    started = time.monotonic()
-    with pytest.raises(ValueError, match=r"t: tokenizer.json cannot encode this: took longer than 0\.\d+ s"):
-        tokenizer.encode_batch(["ab " * 100] * 20 + ["a" * 30_000])  # of longer texts Oniguruma gives SLOW up
-    assert time.monotonic() - started < 5
-    monkeypatch.undo()
-    assert len(tokenizer.encode("ab")) < 3  # by another process
+)
+def test_sizes_on_which_time_depends_have_limits(field, message, tmp_path):
+    with pytest.raises(ValueError, match=rf"t/tokenizer.json: .*{message}"):
+        Tokenizer.load(changed(tmp_path / "t", **field))
 
 
 def test_a_regex_of_its_own_gives_what_the_library_gives(tmp_path):
@@ -167,23 +163,8 @@ def test_a_regex_of_its_own_gives_what_the_library_gives(tmp_path):
     other = Tokenizer.load(changed(tmp_path / "u", pre_tokenizer=split("[ :]")))
     assert ours.fingerprint() != other.fingerprint() == Tokenizer.load(tmp_path / "u").fingerprint()
     changed(tmp_path / "v", pre_tokenizer=split("("))
-    for _ in range(2):
-        with pytest.raises(
-            ValueError, match=r"v/tokenizer.json cannot be read as a tokenizer: Exception: .*end pattern"
-        ):
-            Tokenizer.load(tmp_path / "v")
-    assert ours.encode("a;b") == [0, 1]
-
-
-def test_published_regexes_work_here_and_need_time_that_goes_with_the_text(tmp_path):
-    alike = [" ", "a", "A", "1", "\n", " \n", "日", "Aa", "!", "\u0301", "!\u0301", "'s", "ǅA"]
-    texts = [piece * (20_000 // len(piece)) for piece in alike] + [" " * 20_000 + "x"]
-    for number, regex in enumerate(sorted(REGEXES)):
-        tokenizer = Tokenizer.load(changed(tmp_path / str(number), pre_tokenizer=split(regex)))
-        assert isinstance(tokenizer._backend, tokenizers.Tokenizer)
-        started = time.monotonic()
-        tokenizer.encode_batch(texts)
-        assert time.monotonic() - started < 5
+    with pytest.raises(ValueError, match=r"v/tokenizer.json cannot be read as a tokenizer: .*end pattern"):
+        Tokenizer.load(tmp_path / "v")
 
 
 @pytest.mark.parametrize(

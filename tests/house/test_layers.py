@@ -9,7 +9,6 @@ from tests.helpers.paths import ROOT
 LAYERS = [
     {"ablate", "replay", "cache_teacher"},
     {"main"},
-    {"command_help"},
     {"train"},
     {"loop"},
     {"nonfinite"},
@@ -28,7 +27,7 @@ LAYERS = [
     {"policy_gradient"},
     {"divergences", "assistants", "schedules"},
     {"logspace", "optimizer", "command"},
-    {"resolve", "value_types", "storage"},
+    {"resolve", "value_types", "storage", "command_help"},
     {"sharding"},
 ]
 MATHEMATICAL = {"objectives", "policy_gradient", "head_loss", "divergences", "assistants", "schedules", "logspace"}
@@ -38,7 +37,7 @@ HOMES = {
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
     "orbax": {"storage"},
-    "absl": {"main", "ablate", "cache_teacher", "value_types"},
+    "absl": {"main", "ablate", "cache_teacher", "evaluate", "report", "replay", "command", "value_types"},
     "ml_collections": {"main", "replay", "value_types"},
     "configs": {"command_help", "setup_numbers"},  # which say what configs/base.py declares
 }
