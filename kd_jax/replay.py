@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import command, data, metrics, nonfinite, train
+from kd_jax import command, data, metrics, train
+from kd_jax.run import nonfinite
 from kd_jax.storage import directory, remote
 
 
