@@ -161,13 +161,18 @@ def run_steps(
     pending: Pending = []
     needs_teacher = any(term.needs_teacher for term in run.terms)
     clock = speed.Clock(run.models.student, run.models.teacher if needs_teacher else None, config.data.max_length)
-    shown = 0
-    with notices.raised(False), metrics.progress(config.steps, first, quiet) as bar:
+    shown, bar = 0, metrics.progress(0, 0, quiet=True)
+    with notices.raised(False), contextlib.ExitStack() as stack:
         for step in range(first + 1, config.steps + 1):
             if step in profiled[:1]:
                 jax.profiler.start_trace(str(Path(workdir) / "profile"))
+            if step == first + 1 and not quiet and jax.process_index() == 0:
+                metrics.tqdm.write("compiling the training step …")
             rows = run.feed.next(step - 1, state.params)
             state, sums = run.train_step(state, run.models.teacher_params, run.put(rows))
+            if step == first + 1:  # the clock of the bar starts after the compilation
+                jax.block_until_ready(sums)
+                bar = stack.enter_context(metrics.progress(config.steps, first, quiet))
             pending.append((step, sums, rows))
             shown = _report_samples(run, writer, step, shown)
             if step in profiled[1:]:

@@ -113,10 +113,10 @@ def flip(path):
 
 
 def test_another_teacher_student_or_tokenizer_is_refused(copied, tmp_path):
-    identity = began(tmp_path / "run", copied)
-    assert identity.keys() == {"data", "teacher", "student", "tokenizer", "tokenizer of the student"} and str(
+    found = began(tmp_path / "run", copied)
+    assert found.keys() == {"data", "teacher", "student", "tokenizer", "tokenizer of the student"} and str(
         tmp_path
-    ) not in str(identity)
+    ) not in str(found)
     for name, file in (("teacher", "model.safetensors"), ("student", "model.safetensors"), ("teacher", "config.json")):
         content = (tmp_path / name / file).read_bytes()
         (tmp_path / name / file).write_bytes(content + b"\n")
@@ -193,7 +193,7 @@ def test_functions_of_ones_own_belong_to_a_run_by_their_source(tmp_path, data_di
     config.objective.terms.distil.divergence.name = "mine_divergence:gap"
     config.objective.terms.distil.coefficient = "mine_schedule:constant(value=1.0)"
     config.optimizer.name = "mine_optimizer:constant(value='kd_jax.divergences:forward_kl')"
-    identity = began(tmp_path / "run", config)
+    found = began(tmp_path / "run", config)
     assert {name for name in identity if name.startswith("source")} == {
         "source of mine_divergence:gap", "source of mine_schedule:constant", "source of mine_optimizer:constant",
     }  # fmt: skip
@@ -231,8 +231,8 @@ def test_a_teachers_cache_belongs_to_a_run(tmp_path, data_dir):
     cache_teacher.write(config, str(tmp_path / "cache"), "samples", k=2, quiet=True)
     with config.unlocked():
         config.teacher.cache = str(tmp_path / "cache")
-    identity = began(tmp_path / "run", config)
-    assert "teacher.cache" in identity and "teacher" not in identity
+    found = began(tmp_path / "run", config)
+    assert "teacher.cache" in found and "teacher" not in found
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text(encoding="utf-8"))
     manifest["teacher"]["path"] = "moved"
     (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
