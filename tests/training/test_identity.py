@@ -194,7 +194,7 @@ def test_functions_of_ones_own_belong_to_a_run_by_their_source(tmp_path, data_di
     config.objective.terms.distil.coefficient = "mine_schedule:constant(value=1.0)"
     config.optimizer.name = "mine_optimizer:constant(value='kd_jax.divergences:forward_kl')"
     found = began(tmp_path / "run", config)
-    assert {name for name in identity if name.startswith("source")} == {
+    assert {name for name in found if name.startswith("source")} == {
         "source of mine_divergence:gap", "source of mine_schedule:constant", "source of mine_optimizer:constant",
     }  # fmt: skip
     for name, key in (
