@@ -20,9 +20,11 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     command_help.answer("ablate", sys.argv)
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
-from kd_jax import command, comparison, main, metrics, plots, report, setup_identity, storage, train
-from kd_jax.setup_numbers import check_declared
+from kd_jax import command, comparison, main, metrics, plots, report, storage, train
+from kd_jax.run import identity
+from kd_jax.settings import Settings
 from kd_jax.storage import directory, remote
 
 Point = dict[str, Any]  # an axis's label -> its value
@@ -32,7 +34,7 @@ _SHARD = flags.DEFINE_string(
 _TABLE = flags.DEFINE_bool("table", False, "Runs nothing: the table and the plots of what is done.")
 
 
-def run(config: Any, workdir: str, shard: tuple[int, int] | None = (0, 1)) -> str:
+def run(config: ConfigDict, workdir: str, shard: tuple[int, int] | None = (0, 1)) -> str:
     """Runs the remaining points of an ablation, and returns the table of the runs that are done.
 
     Args:
@@ -69,7 +71,7 @@ def run(config: Any, workdir: str, shard: tuple[int, int] | None = (0, 1)) -> st
     directory.write_config(workdir, resolved)
     for folder, its_config in zip(folders, configs, strict=True):
         if shard:  # or the table would compare runs of different contents
-            setup_identity.check(str(folder / "run"), its_config)
+            identity.check(str(folder / "run"), Settings.read(its_config))
     mine = list(zip(folders, configs, strict=True))[part::parts] if shard else []
     for place, (folder, its_config) in enumerate(mine, start=1):
         run_one(its_config, folder, f"{place} of {len(mine)}")
@@ -83,13 +85,13 @@ def run(config: Any, workdir: str, shard: tuple[int, int] | None = (0, 1)) -> st
     return write(config, done, failed, Path(workdir))
 
 
-def points(config: Any) -> list[Point]:
+def points(config: ConfigDict) -> list[Point]:
     """Returns the points of the grid, which are the product of the axes."""
     axes = comparison.axes_of(config)
     return [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
 
 
-def configured(config: Any, point: Point, seed: int) -> Any:
+def configured(config: ConfigDict, point: Point, seed: int) -> Any:
     """Returns the base config with the overrides of a point and a seed."""
     bases = [point[label] for label, key, _ in config.axes if not key]
     its_own = copy.deepcopy(config.base[bases[0]] if bases else config.base)
@@ -106,7 +108,7 @@ def configured(config: Any, point: Point, seed: int) -> Any:
             text = ", ".join(f"{name}={its!r}" for name, its in changes.items())
             raise ValueError(f"the axis {label!r}: {text} does not fit the base ({error}).") from error
     its_own.seed = seed
-    check_declared(its_own)
+    Settings.read(its_own)
     return its_own
 
 
@@ -116,7 +118,7 @@ def name_of(point: Point, seed: int) -> str:
     return re.sub(r"[^\w=.,()-]+", "", ",".join(f"{label}={value}" for label, value in pairs))
 
 
-def run_one(config: Any, folder: Path, place: str) -> None:
+def run_one(config: ConfigDict, folder: Path, place: str) -> None:
     """Runs one point, unless its result exists; an error is written to the folder."""
     if (folder / "result.json").exists():
         return
@@ -132,7 +134,7 @@ def run_one(config: Any, folder: Path, place: str) -> None:
     storage.write_whole(folder / "result.json", json.dumps(result))
 
 
-def write(config: Any, done: list[dict[str, Any]], failed: list[str], folder: Path) -> str:
+def write(config: ConfigDict, done: list[dict[str, Any]], failed: list[str], folder: Path) -> str:
     """Writes results.jsonl, table.md and the charts of the runs that are done, and returns the table."""
     storage.write_json_lines(folder / "results.jsonl", done)
     text = comparison.table(done, config.metrics)

@@ -26,11 +26,11 @@ from jaxtyping import Array
 
 from kd_jax import command, data, main, metrics, rollouts, sharding, storage
 from kd_jax import teacher_cache_files as files
-from kd_jax.objectives import make_terms
-from kd_jax.setup import load_models, load_tokenizer
+from kd_jax.run.build import make_mesh, make_objective
+from kd_jax.run.models import load_models, load_tokenizer
+from kd_jax.run.rows import check_length, load_rows
+from kd_jax.settings import Config, Settings
 from kd_jax.setup_cache import check_use, made_from
-from kd_jax.setup_numbers import check_mesh, check_numbers
-from kd_jax.setup_rows import check_length, load_rows, make_source
 from kd_jax.storage import directory, remote
 from kd_jax.storage.untrusted import clip, read_json
 from kd_jax.teacher_cache import KINDS, coarsen, draw, merged
@@ -49,7 +49,7 @@ CHUNK_BYTES = 2**28  # of logits that a device holds at a time
 
 
 def write(
-    config: Any, folder: str, kind: str, k: int = 64, power: float = 1.0, part_rows: int = 512, quiet: bool = False
+    config: Config, folder: str, kind: str, k: int = 64, power: float = 1.0, part_rows: int = 512, quiet: bool = False
 ) -> dict[str, Any]:
     """Writes the missing parts of a cache.
 
@@ -69,37 +69,33 @@ def write(
     Raises:
       ValueError: the config is wrong or cannot use such a cache, or the folder has another cache.
     """
-    check_numbers(config)
-    sampling = config.sampling
-    terms = make_terms(
-        config.objective.terms, config.objective.temperature, sampling.teacher_share, sampling.max_new_tokens
-    )
-    check_use(config, terms, make_source(config, terms), kind)
-    if config.teacher.cache or not config.teacher.path:
+    settings = Settings.parse(config)
+    terms, source = make_objective(settings)
+    check_use(settings, terms, source, kind)
+    if settings.teacher.cache or not settings.teacher.path:
         raise ValueError("a cache is made with the teacher itself: set teacher.path, and leave teacher.cache empty.")
-    mesh = sharding.make_mesh(**config.mesh)
-    check_mesh(config, mesh)
-    loaded = load_models(config, load_tokenizer(config), mesh, True)
+    mesh = make_mesh(settings)
+    loaded = load_models(settings, load_tokenizer(settings), mesh, True)
     tokenizer = loaded.tokenizer
     _check_numbers(kind, k, power, part_rows, tokenizer.vocab_size)
-    check_length(config, loaded)
+    check_length(settings, loaded)
     rows = {
-        "train": load_rows(config, tokenizer, config.data.train_split)[0],
-        "held_out": load_rows(config, tokenizer, config.data.eval_split, config.data.eval_rows)[0],
+        "train": load_rows(settings, tokenizer, settings.data.train_split)[0],
+        "held_out": load_rows(settings, tokenizer, settings.data.eval_split, settings.data.eval_rows)[0],
     }
     rows = {split: its.rows if isinstance(its, data.Packed) else its for split, its in rows.items()}
-    temperatures = {"train": config.objective.temperature, "held_out": 1.0}  # which evaluations are at
+    temperatures = {"train": settings.objective.temperature, "held_out": 1.0}  # which evaluations are at
     where = remote.local_folder(folder)
     manifest: files.Manifest = {
         "version": files.VERSION,
         "kind": kind,
         "k": 0 if kind == "hidden" else k,
         "power": power if kind == "samples" else 1.0,
-        "seed": config.seed if kind == "samples" else 0,
+        "seed": settings.seed if kind == "samples" else 0,
         "hidden_size": loaded.teacher.config.hidden_size,
         "head": files.TIED if loaded.teacher.config.tie_embeddings else files.UNTIED,
         "teacher": {
-            "path": config.teacher.path, "dtype": config.teacher.dtype, "weights": config.teacher.weights,
+            "path": settings.teacher.path, "dtype": settings.teacher.dtype, "weights": settings.teacher.weights,
             "config": str(loaded.teacher.config),
             "fingerprint": rollouts.fingerprint(loaded.teacher_params, str(loaded.teacher.config)),
         },
@@ -108,10 +104,10 @@ def write(
         },
         "part_rows": part_rows,
         "head_hash": "",
-    } | made_from(config, tokenizer)  # fmt: skip
+    } | made_from(settings, tokenizer)  # fmt: skip
     check_manifest(where / files.MANIFEST, manifest)  # what is written can be read
     read = _make_read(loaded.teacher, manifest, mesh)
-    batch_size, first = config.data.eval_batch_size, jax.process_index() == 0
+    batch_size, first = settings.data.eval_batch_size, jax.process_index() == 0
     head = None
     if kind == "hidden":
         head = sharding.fetch_whole(loaded.teacher.stored_head(loaded.teacher_params)[0])
@@ -127,7 +123,7 @@ def write(
         for split, part, sizes in jobs:
             records = _records(
                 manifest, rows[split], split, part, max(sizes), partial(read, loaded.teacher_params),
-                batch_size, config.data.max_length, tokenizer.pad_id, mesh, bar.update,
+                batch_size, settings.data.max_length, tokenizer.pad_id, mesh, bar.update,
             )  # fmt: skip
             if part is None:  # the others' parts need all processes to compute
                 list(records)

@@ -7,10 +7,11 @@ import ast
 import re
 import sys
 import textwrap
-import tokenize
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from kd_jax.settings import Settings, Term, is_section, keys_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ASKED = {"-h", "-help", "--help", "-helpshort", "--helpshort", "-helpfull", "--helpfull"}
@@ -143,36 +144,24 @@ def settings() -> Iterator[tuple[str, str]]:
 
 
 def keys() -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the declared keys by section, each with its default and the comment beside it in configs/base.py."""
-    if str(CONFIGS.parent) not in sys.path:
-        sys.path.append(str(CONFIGS.parent))
-    from configs import base
+    """Yields the declared keys by section, each with its default and its meaning."""
+    yield "Keys of a config, with their defaults", dict(_declared(Settings, ""))
+    terms = dict(_declared(Term, "objective.terms.NAME."))
+    policy = {name: meaning for name, meaning in terms.items() if ".policy." in name}
+    yield "Keys of each term", {name: meaning for name, meaning in terms.items() if ".policy" not in name}
+    yield "Keys of a term's policy gradient", policy
 
-    path = CONFIGS / "base.py"
-    functions = {
-        node.name: node
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef)
-    }
-    comments, config = _comments(path), base.get_config()
-    declared: dict[str, str] = {}
-    for node in functions["get_config"].body:
-        name = ast.unparse(node.targets[0]).removeprefix("config.") if isinstance(node, ast.Assign) else ""
-        if comment := comments.get(node.end_lineno or 0) if name else None:
-            value = _look_up(config, name)
-            is_section = hasattr(value, "keys") and name.rpartition(".")[2] not in base.OPEN
-            declared[name] = comment if is_section else _with_default(value, comment)
-    yield "Keys of a config, with their defaults", declared
-    place = "objective.terms.NAME."
-    for function, title in (("term", "Keys of each term"), ("policy", "Keys of a term's policy gradient")):
-        place += "policy." if function == "policy" else ""
-        defaults = getattr(base, function)()
-        found = next(node for node in ast.walk(functions[function]) if isinstance(node, ast.Dict))
-        names = {ast.literal_eval(key): comments.get(key.lineno, "") for key in found.keys if key is not None}
-        yield (
-            title,
-            {f"{place}{name}": _with_default(defaults[name], its) for name, its in names.items() if name != "policy"},
-        )
+
+def _declared(section: type, prefix: str) -> Iterator[tuple[str, str]]:
+    """Yields the keys of a section of the settings, each with its meaning and its default."""
+    for name, field, default in keys_of(section):
+        meaning = field.metadata["meaning"]
+        if is_section(default):
+            if meaning:
+                yield f"{prefix}{name}", meaning
+            yield from _declared(type(default), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _with_default(default, meaning)
 
 
 def own_flags(path: Path) -> Iterator[tuple[str, str]]:
@@ -195,25 +184,12 @@ def _docstring(path: Path) -> str | None:
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
-def _comments(path: Path) -> dict[int, str]:
-    """Returns the comment at the end of each line that has one, by line number."""
-    with path.open("rb") as file:
-        tokens = [token for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT]
-    return {token.start[0]: token.string.lstrip("# ") for token in tokens if token.line.strip() != token.string.strip()}
-
-
-def _look_up(config: Any, name: str) -> Any:
-    for key in name.split("."):
-        config = config[key]
-    return config
-
-
 def _with_default(value: Any, meaning: str) -> str:
-    show: Callable[[Any], str] = lambda value: value.to_json() if hasattr(value, "to_json") else repr(value)
-    if hasattr(value, "keys") and "name" in value:  # a spec, shown in the form in which a flag can give it
-        others = ", ".join(f"{key}={show(value[key])}" for key in value if key != "name")
+    """Returns a meaning with the default value behind it. A spec has the form in which a flag can give it."""
+    if isinstance(value, dict) and "name" in value:
+        others = ", ".join(f"{key}={value[key]!r}" for key in sorted(value) if key != "name")
         return f"{meaning} [{value['name']}({others})]"
-    return f"{meaning} [{show(value)}]"
+    return f"{meaning} [{value!r}]"
 
 
 def _section(title: str, entries: dict[str, str], before: str = "") -> str:

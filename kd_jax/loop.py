@@ -12,8 +12,9 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
-from kd_jax import command, metrics, nonfinite, results, speed
-from kd_jax.setup_rows import make_sampler, show
+from kd_jax import command, metrics
+from kd_jax.run import Run, nonfinite, results, speed
+from kd_jax.run.rows import make_sampler, show
 from kd_jax.storage import checkpoint, remote
 from kd_jax.train_step import TrainState
 
@@ -123,7 +124,7 @@ class Notices:
 
 
 def run_steps(
-    run: Any, state: TrainState, workdir: str, writer: metrics.Writer, manager: Any, notices: Notices, quiet: bool,
+    run: Run, state: TrainState, workdir: str, writer: metrics.Writer, manager: Any, notices: Notices, quiet: bool,
     place: remote.Place,
 ) -> TrainState:  # fmt: skip
     """Runs all steps after `state`.
@@ -132,7 +133,7 @@ def run_steps(
     does not have to wait for one.
 
     Args:
-      run: a `train.Run`.
+      run: a `run.Run`.
       state: the state, with the number of steps made.
       workdir: the work directory of the run.
       writer: the writer of the metrics.
@@ -160,13 +161,18 @@ def run_steps(
     pending: Pending = []
     needs_teacher = any(term.needs_teacher for term in run.terms)
     clock = speed.Clock(run.models.student, run.models.teacher if needs_teacher else None, config.data.max_length)
-    shown = 0
-    with notices.raised(False), metrics.progress(config.steps, first, quiet) as bar:
+    shown, bar = 0, metrics.progress(0, 0, quiet=True)
+    with notices.raised(False), contextlib.ExitStack() as stack:
         for step in range(first + 1, config.steps + 1):
             if step in profiled[:1]:
                 jax.profiler.start_trace(str(Path(workdir) / "profile"))
+            if step == first + 1 and not quiet and jax.process_index() == 0:
+                metrics.tqdm.write("compiling the training step …")
             rows = run.feed.next(step - 1, state.params)
             state, sums = run.train_step(state, run.models.teacher_params, run.put(rows))
+            if step == first + 1:  # the clock of the bar starts after the compilation
+                jax.block_until_ready(sums)
+                bar = stack.enter_context(metrics.progress(config.steps, first, quiet))
             pending.append((step, sums, rows))
             shown = _report_samples(run, writer, step, shown)
             if step in profiled[1:]:
@@ -198,13 +204,13 @@ def run_steps(
     return state
 
 
-def _evaluate(run: Any, writer: metrics.Writer, step: int, state: TrainState) -> None:
+def _evaluate(run: Run, writer: metrics.Writer, step: int, state: TrainState) -> None:
     values = run.evaluate(state.params)
     run.feed.observe(values["cross_entropy"])
     writer.write(step, "eval", values)
 
 
-def _report_samples(run: Any, writer: metrics.Writer, step: int, shown: int) -> int:
+def _report_samples(run: Run, writer: metrics.Writer, step: int, shown: int) -> int:
     """Writes the report on a step's rows, and prints new responses `show_every` steps after `shown`.
 
     Returns the last step whose responses were printed.
@@ -219,7 +225,7 @@ def _report_samples(run: Any, writer: metrics.Writer, step: int, shown: int) -> 
 
 
 def _read(
-    run: Any, writer: metrics.Writer, steps: Pending, state: TrainState, workdir: str, place: remote.Place
+    run: Run, writer: metrics.Writer, steps: Pending, state: TrainState, workdir: str, place: remote.Place
 ) -> float:
     """Writes the metrics of the steps, and returns the number of tokens in these steps."""
     tokens = 0.0

@@ -13,7 +13,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from kd_jax import command, data, metrics, nonfinite, train
+from kd_jax import command, data, metrics, train
+from kd_jax.run import nonfinite
 from kd_jax.storage import directory, remote
 from kd_jax.value_types import WholeNumberParser
 

@@ -4,9 +4,10 @@ import json
 from typing import Any
 
 from kd_jax import data, divergences, resolve
+from kd_jax.data.options import dataset_options
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
-from kd_jax.setup import dataset_options
+from kd_jax.settings import Settings, name_of
 from kd_jax.storage import remote
 from kd_jax.storage.checksum import digest
 from kd_jax.teacher_cache_files import about_rows, differences
@@ -19,7 +20,7 @@ DECIDE = (
 )  # fmt: skip
 
 
-def made_from(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
+def made_from(config: Settings, tokenizer: data.Tokenizer) -> dict[str, Any]:
     """Returns the values that a cache and a run must share besides their rows.
 
     The entry "settings" has the keys that can explain why rows differ.
@@ -27,7 +28,7 @@ def made_from(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
     template = data.Template.of(config.data)
     text = template.name + (tokenizer.chat_template or "" if template.name == "chat" else "")
     text += json.dumps(more, sort_keys=True) if (more := template.set_apart()) else ""
-    settings = {f"data.{key}": config.data[key] for key in DECIDE} | {f"data.{key}": more[key] for key in more}
+    settings = {f"data.{key}": getattr(config.data, key) for key in DECIDE} | {f"data.{key}": more[key] for key in more}
     settings["data.packing"] = "stream" if config.data.packing == "stream" else "none or rows"
     settings["data.options"] = {key: str(value) for key, value in dataset_options(config).items()}
     return {
@@ -38,7 +39,7 @@ def made_from(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
     }
 
 
-def open_cache(config: Any, terms: tuple[Term, ...], source: Source) -> Cache | None:
+def open_cache(config: Settings, terms: tuple[Term, ...], source: Source) -> Cache | None:
     """Opens the cache that a config names, and checks that the cache is sufficient for the config.
 
     Returns:
@@ -62,7 +63,7 @@ def open_cache(config: Any, terms: tuple[Term, ...], source: Source) -> Cache | 
     return cache
 
 
-def kept_rows(config: Any, tokenizer: data.Tokenizer, cache: Cache | None, split: str, rows: Any) -> Any:
+def kept_rows(config: Settings, tokenizer: data.Tokenizer, cache: Cache | None, split: str, rows: Any) -> Any:
     """Returns the cached values of a split, 'train' or 'held_out'; None without a cache.
 
     Raises:
@@ -81,7 +82,7 @@ def kept_rows(config: Any, tokenizer: data.Tokenizer, cache: Cache | None, split
     return Kept(cache, split, rows)
 
 
-def check_use(config: Any, terms: tuple[Term, ...], source: Source, kind: str) -> None:
+def check_use(config: Settings, terms: tuple[Term, ...], source: Source, kind: str) -> None:
     """Checks that a cache of this kind is sufficient for a config.
 
     Raises:
@@ -89,7 +90,7 @@ def check_use(config: Any, terms: tuple[Term, ...], source: Source, kind: str) -
     """
     if source.authors or source.origins != ("data",):
         raise ValueError(
-            f"a cache knows the dataset's rows, and prefixes.name={config.prefixes['name']!r} has rows written anew: it needs the "
+            f"a cache knows the dataset's rows, and prefixes.name={name_of(config.prefixes)!r} has rows written anew: it needs the "
             f"teacher itself. Use prefixes.name='data', with a teacher's texts as a dataset of their own if need be."
         )
     for term in terms:

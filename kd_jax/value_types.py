@@ -1,8 +1,7 @@
-"""The types of a config's values: the parsing of flags, and the messages for values of the wrong type."""
+"""The types of a config's values: the parsing of flags, and the words for values of the wrong type."""
 
 import decimal
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -90,47 +89,8 @@ def register() -> None:
         config_flags.register_flag_parser_for_type(kind, parser)
 
 
-def check_types(
-    declared: Mapping[str, Any] | ConfigDict, given: Any, open_keys: tuple[str, ...] = (), prefix: str = ""
-) -> None:
-    """Checks that a config has every declared key, with a value of the declared type.
-
-    ml_collections itself refuses most assignments of the wrong type. It accepts None, a bool in place of a number, and
-    any content of a dict that replaces another dict.
-
-    Args:
-      declared: the keys with values of the right types, nested.
-      given: the config that is checked.
-      open_keys: the names of keys whose values are dicts with keywords of their own. The contents of these are not
-        checked here.
-      prefix: the prefix of the keys in messages.
-
-    Raises:
-      ValueError: a key is missing, or a value has another type.
-    """
-    for key, default in declared.items():
-        name, expected = f"{prefix}{key}", type(default)
-        if key not in given:
-            raise ValueError(
-                f"the config has no key {name!r} any more: a dict that replaces another needs all keys of it."
-            )
-        value = given[key]
-        if key in open_keys:
-            is_dict = isinstance(default, Mapping | ConfigDict)
-            is_spec = is_dict and isinstance(value, str) and "name" in default  # a name, or a call with arguments
-            if is_dict and not isinstance(value, Mapping | ConfigDict) and not is_spec:
-                raise ValueError(f"{name}={value!r} must be a dict such as {dict(default) or {'key': 'value'}}.")
-        elif isinstance(default, Mapping | ConfigDict):
-            if not isinstance(value, Mapping | ConfigDict):
-                raise ValueError(f"{name}={value!r} must be a dict with the keys {', '.join(default)}.")
-            check_types(default, value, open_keys, f"{name}.")
-        elif not _fits(value, expected):
-            raise ValueError(f"{name}={value!r} must be {EXPECTED.get(expected, expected.__name__)}.")
-        elif expected is tuple and default and (odd := [v for v in value if not _fits(v, type(default[0]))]):
-            raise ValueError(f"{name}={value!r} must be a tuple such as {default!r}; {odd[0]!r} does not fit.")
-
-
-def _fits(value: Any, expected: type) -> bool:
+def fits(value: Any, expected: type) -> bool:
+    """Returns whether a value of a config has a type. A finite int also fits float, and a list fits tuple."""
     if expected in (int, float) and isinstance(value, bool):  # Python counts True as 1
         return False
     if expected is float:

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from kd_jax import models, quantisation, train
+from kd_jax import models, train
 from kd_jax.models import int8
+from kd_jax.run import quantisation
 
 ROUNDS = 5
 

@@ -9,6 +9,7 @@ from typing import Any
 from kd_jax.data import chat_template
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.resolve import nearest
+from kd_jax.settings import Data
 
 TEMPLATES = ("plain", "alpaca", "chat")
 DATE = "2026-01-01"  # the default date of strftime_now; fixed, so that a resumed run has the same rows
@@ -56,8 +57,10 @@ class Template:
         _check_date(self.options.get("date", DATE))
 
     @classmethod
-    def of(cls, options: Any) -> "Template":
-        """Returns the template that the `data` part of a config names. An older config may lack the newer keys."""
+    def of(cls, options: Data | Mapping[str, Any]) -> "Template":
+        """Returns the template that the `data` part of a config names. A stored config may lack the newer keys."""
+        if isinstance(options, Data):
+            return cls(options.template, options.template_options, options.system)
         return cls(options["template"], options.get("template_options", {}), options.get("system", ""))
 
     def set_apart(self) -> dict[str, Any]:

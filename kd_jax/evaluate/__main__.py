@@ -9,7 +9,6 @@ lengths are the defaults. The command writes to DIR:
 """
 
 import dataclasses
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import command, data, metrics, models, report, rollouts, setup, sharding, storage
+from kd_jax import command, data, metrics, models, report, rollouts, sharding, storage
 from kd_jax.data import counts, jsonl
+from kd_jax.data.shared import check_same_tokenizer, fit_tokenizer
 from kd_jax.evaluate import arguments, harness, texts, tokens
 from kd_jax.evaluate.of_run import filled, model_folder, template_of
 from kd_jax.evaluate.scores import rouge_tokens
@@ -129,12 +129,12 @@ def load(args: SimpleNamespace) -> Models:
     teacher_folder = model_folder(args.teacher, "--teacher") if args.teacher else None  # before loading
     tokenizer = data.with_template_end(data.Tokenizer.load(folder), template_of(args))
     model, params = models.load_pretrained(folder, dtype=args.dtype, shardings=place)
-    tokenizer = setup.fit_tokenizer(args.model, model.config, tokenizer, "model")
+    tokenizer = fit_tokenizer(args.model, model.config.vocab_size, tokenizer, "model")
     teacher, teacher_params = None, None
     if teacher_folder:
-        tokenizer = setup.check_same_tokenizer(teacher_folder, tokenizer, "teacher")
+        tokenizer = check_same_tokenizer(teacher_folder, tokenizer, "teacher")
         teacher, teacher_params = models.load_pretrained(teacher_folder, dtype=args.dtype, shardings=place)
-        tokenizer = setup.fit_tokenizer(args.teacher, teacher.config, tokenizer, "teacher")
+        tokenizer = fit_tokenizer(args.teacher, teacher.config.vocab_size, tokenizer, "teacher")
     room = min(m.config.longest_sequence for m in (model, teacher) if m is not None)
     if args.max_prompt_length + args.max_new_tokens > room:
         raise ValueError(

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from kd_jax import data, setup
+from kd_jax import data, models
 from kd_jax.storage import directory, untrusted
 
 # The defaults for a model that does not come from a run.
@@ -25,9 +25,9 @@ def config_of(path: str) -> dict[str, Any] | None:
     Raises:
       ValueError: a config.json cannot be read.
     """
-    if path.startswith(setup.PACKAGED):
+    if path.startswith(models.PACKAGED):
         return None
-    folder = setup.folder(path).absolute()
+    folder = models.folder(path).absolute()
     for place in (folder, *([folder.parent] if folder.name == STUDENT else [])):
         file = place / directory.CONFIG
         if file.is_file():
@@ -48,17 +48,17 @@ def model_folder(path: str, flag: str) -> Path:
 
     Raises:
       ValueError: the path is a work directory whose run has not exported a student, or the folder is invalid, as in
-        `setup.model_folder`.
+        `models.model_folder`.
     """
-    folder = setup.folder(path)
+    folder = models.folder(path)
     if (folder / STUDENT / "config.json").exists():
-        return setup.model_folder(str(folder / STUDENT), flag)
+        return models.model_folder(str(folder / STUDENT), flag)
     if folder.name != STUDENT and config_of(path) is not None:
         raise ValueError(
             f"{flag}={path} is the work directory of a run that has not finished: it has no folder {STUDENT}. Finish the run "
             f"with the command that started it."
         )
-    return setup.model_folder(path, flag)
+    return models.model_folder(path, flag)
 
 
 def filled(args: SimpleNamespace) -> tuple[SimpleNamespace, list[str]]:

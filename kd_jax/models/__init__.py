@@ -8,18 +8,22 @@ from kd_jax.models.generate import generate, left_pad
 from kd_jax.models.huggingface import load_config, load_pretrained
 from kd_jax.models.huggingface_save import save_pretrained
 from kd_jax.models.int8 import dequantise
+from kd_jax.models.paths import PACKAGED, folder, model_folder
 
 __all__ = [
+    "PACKAGED",
     "Model",
     "ModelConfig",
     "check_folder",
     "dequantise",
     "fingerprint",
+    "folder",
     "from_config",
     "generate",
     "left_pad",
     "load_config",
     "load_pretrained",
+    "model_folder",
     "save_pretrained",
     "take_layers",
 ]

@@ -8,9 +8,10 @@ import pytest
 
 from configs import forward_kl, reverse_kl
 from configs.ablations import base
-from kd_jax import ablate, comparison, setup_numbers
+from kd_jax import ablate, comparison
 from kd_jax.objectives import make_terms
-from kd_jax.setup_rows import make_source
+from kd_jax.run.rows import make_source
+from kd_jax.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_device")
 TERM = "objective.terms.distil.divergence"
@@ -107,8 +108,8 @@ def test_every_point_of_the_ablations_fits_its_base(name):
     for point in ablate.points(config):
         its_own = ablate.configured(config, point, seed=7)
         assert its_own.seed == 7
-        setup_numbers.check_numbers(its_own)
-        make_source(its_own, make_terms(its_own.objective.terms, max_new_tokens=8))
+        settings = Settings.parse(its_own)
+        make_source(settings, make_terms(settings.objective.terms, max_new_tokens=8))
 
 
 def test_a_list_of_combinations_and_several_bases(data_dir):

@@ -17,6 +17,7 @@ from scipy import stats
 from configs import base
 from kd_jax import cache_teacher, divergences, metrics, setup_cache, train
 from kd_jax import teacher_cache_files as files
+from kd_jax.settings import Settings
 from kd_jax.storage import directory
 from kd_jax.teacher_cache import Draws, coarsen, draw, merged, sampled_forward_kl
 from kd_jax.teacher_cache_read import Cache
@@ -255,11 +256,12 @@ def assert_same_numbers(a, b, data_dir):
 
 
 def train_rows(data_dir):
-    from kd_jax.setup import load_tokenizer
-    from kd_jax.setup_rows import load_rows
+    from kd_jax.run.models import load_tokenizer
+    from kd_jax.run.rows import load_rows
 
     config = cached(data_dir)
-    return load_rows(config, load_tokenizer(config), "train")[0]
+    settings = Settings.parse(config)
+    return load_rows(settings, load_tokenizer(settings), "train")[0]
 
 
 def kept(cache, rows):
@@ -360,7 +362,7 @@ def test_the_options_of_a_chat_template_and_its_system_message_decide_the_finger
     tokenizer = SimpleNamespace(chat_template="{{ messages }}", fingerprint=lambda: "t", vocab_size=9)
     changes = [{}, {"data__system": "Be brief."}, {"data__template_options__enable_thinking": False}]
     made = [
-        setup_cache.made_from(smoke("forward_kl", data_dir, data__template="chat", **change), tokenizer)
+        setup_cache.made_from(Settings.parse(smoke("forward_kl", data_dir, data__template="chat", **change)), tokenizer)
         for change in changes
     ]
     assert made[0]["template"] == hashlib.sha256(b"chat{{ messages }}").hexdigest()[:12], "as before there were any"

@@ -13,7 +13,7 @@ import scipy.special
 import scipy.stats
 from rouge_score import rouge_scorer
 
-from kd_jax import data, evaluate, setup, sharding
+from kd_jax import data, evaluate, models, sharding
 from kd_jax.evaluate import __main__ as command
 from kd_jax.evaluate import harness
 from kd_jax.evaluate.arguments import parse
@@ -115,7 +115,7 @@ def test_latin_text_has_the_papers_numbers():
 
 
 def test_the_pieces_of_a_text_are_the_text():
-    tokenizer = data.Tokenizer.load(setup.folder("package:docstrings_teacher"))
+    tokenizer = data.Tokenizer.load(models.folder("package:docstrings_teacher"))
     for text in ("Return the sum.", "Résumé — 你好 🤖", ""):
         ids = tokenizer.encode_batch([text])[0]
         found = pieces(tokenizer, ids)
@@ -199,7 +199,7 @@ def lm_eval(monkeypatch):
 def test_lm_eval_is_given_the_folder_and_its_scores_stand_beside_ours(tmp_path, lm_eval):
     student = tmp_path / "run" / "student"
     student.parent.mkdir()
-    student.symlink_to(setup.folder("package:docstrings_teacher"))
+    student.symlink_to(models.folder("package:docstrings_teacher"))
     options = {
         "lm_eval": "hellaswag, arc_*,hellaswag",
         "lm_eval_limit": 4,

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 
-from kd_jax import data, evaluate, setup, train
+from kd_jax import data, evaluate, models, train
 from kd_jax.evaluate import __main__ as command
 from kd_jax.evaluate import of_run
 from kd_jax.evaluate.arguments import parse
+from kd_jax.run import summary
 from tests.helpers.runs import smoke
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -23,7 +24,7 @@ def chat_run(tmp_path_factory, data_dir):
     """A finished run with a chat template that has an option and a system message, on rows of a file."""
     folder = tmp_path_factory.mktemp("chat")
     shutil.copytree(
-        setup.folder("package:docstrings_teacher"), folder / "tokenizer", ignore=lambda _, names: {"model.safetensors"}
+        models.folder("package:docstrings_teacher"), folder / "tokenizer", ignore=lambda _, names: {"model.safetensors"}
     )
     (folder / "tokenizer" / "chat_template.jinja").write_text(CHAT)
     rows = [{"question": f"x + {i}", "answer": f"Add {i}."} for i in range(40)]
@@ -133,14 +134,14 @@ def test_rows_that_are_too_long_are_counted_in_words_with_what_to_change(chat_ru
     options = {"path": str(tmp_path / "rows.jsonl"), "prompt_field": "question", "response_field": "answer"}
     config.data.options = options | {"validation_path": str(tmp_path / "rows.jsonl")}
     run = train.build(config)
-    tokenizer = data.Tokenizer.load(setup.folder("package:docstrings_teacher"))
+    tokenizer = data.Tokenizer.load(models.folder("package:docstrings_teacher"))
     lengths = sorted(len(tokenizer.encode(row["question"] + "\n", add_special_tokens=True)) for row in rows)
     too_long = sum(length > 10 for length in lengths)
     assert 4 < too_long < 40
-    line = train.environment(run, run.init_state())
+    line = summary.of(run, run.init_state())
     share = f"{too_long / 40:.0%}".replace("%", " %")
     assert f"train: 40 rows read, {too_long} prompts truncated ({share})" in line and "{" not in line
-    warned = [text for text in train.too_long(run) if "prompt" in text.partition("that is")[0]]
+    warned = [text for text in summary.too_long(run) if "prompt" in text.partition("that is")[0]]
     assert [split in text for text, split in zip(warned, ("of validation", "of train"), strict=True)] == [True, True]
     for text in warned:
         assert f"{share} of the 40 rows" in text and "Raise data.max_prompt_length=10" in text

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kd_jax import data, models, train
-from kd_jax.setup import folder
+from kd_jax.models import folder
 from tests.helpers.runs import smoke
 
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from kd_jax import metrics, models, setup, train
+from kd_jax import metrics, models, train
 from kd_jax.data import Tokenizer
 from kd_jax.data.limited import common_ids, without
+from kd_jax.data.shared import check_same_tokenizer, fit_tokenizer
 from tests.helpers.folders import config, token
 from tests.helpers.runs import smoke
 
@@ -44,7 +45,7 @@ def test_more_added_tokens_on_one_side_are_left_out(number, side, tmp_path, caps
     more, plain = write(tmp_path / "more", TOOLS[:number]), write(tmp_path / "plain")
     run, model = (more, plain) if side == "run" else (plain, more)
     tokenizer = Tokenizer.load(run)
-    found = setup.check_same_tokenizer(model, tokenizer, "student")
+    found = check_same_tokenizer(model, tokenizer, "student")
     text = "w3 <tool> w4 </think>"
     assert found.vocab_size == 500 and found.encode(text) == [5, 0, 6, 0] and found.eos_id == 1
     assert found.vocabulary() == {word: i for i, word in enumerate(WORDS)}
@@ -67,7 +68,7 @@ def test_more_added_tokens_on_one_side_are_left_out(number, side, tmp_path, caps
 def test_conflicting_added_tokens_are_left_out_on_both_sides(tmp_path, capsys):
     run = Tokenizer.load(write(tmp_path / "run", ["<both>", "<x>", "<y>"]))
     model = write(tmp_path / "model", ["<both>", "<y>", "<x>", "<z>"])
-    found = setup.check_same_tokenizer(model, run, "teacher")
+    found = check_same_tokenizer(model, run, "teacher")
     assert found.vocab_size == 501 and found.encode("<both> <x> <y> <z>") == [500, 0, 0, 0]
     assert "The run leaves out the added tokens '<x>', '<y>', '<z>'." in capsys.readouterr().out
 
@@ -86,7 +87,7 @@ def test_conflicting_added_tokens_are_left_out_on_both_sides(tmp_path, capsys):
 def test_what_cannot_be_left_out_is_refused(run, model, message, tmp_path):
     tokenizer = Tokenizer.load(write(tmp_path / "run", **run))
     with pytest.raises(ValueError, match=message):
-        setup.check_same_tokenizer(write(tmp_path / "model", **model), tokenizer, "student")
+        check_same_tokenizer(write(tmp_path / "model", **model), tokenizer, "student")
 
 
 def test_a_post_processor_with_a_token_that_goes_is_refused(tmp_path):
@@ -133,21 +134,18 @@ def test_no_file_names_a_token_that_is_left_out(tmp_path):
 
 def test_a_model_with_fewer_ids_than_its_tokenizer_limits_it(tmp_path, capsys):
     tokenizer = Tokenizer.load(write(tmp_path / "t", ["<image>"]))
-    size = lambda number: models.ModelConfig(
-        family="llama", vocab_size=number, hidden_size=8, num_layers=1, num_heads=2
-    )
-    assert setup.fit_tokenizer("m", size(501), tokenizer, "teacher") is tokenizer
+    assert fit_tokenizer("m", 501, tokenizer, "teacher") is tokenizer
     assert capsys.readouterr().out == ""
-    assert setup.fit_tokenizer("m", size(500), tokenizer, "teacher").vocab_size == 500
+    assert fit_tokenizer("m", 500, tokenizer, "teacher").vocab_size == 500
     expected = "The teacher (m) has 500 ids and the tokenizer 501. The run leaves out the added token '<image>'.\n"
     assert capsys.readouterr().out == expected
     with pytest.raises(ValueError, match=r"output of 499 ids, fewer than the tokenizer's 501: .* 'w497' with id 499"):
-        setup.fit_tokenizer("m", size(499), tokenizer, "teacher")
+        fit_tokenizer("m", 499, tokenizer, "teacher")
 
 
 def student_folder(folder, more):
     """A random model with the packaged tokenizer, to which four tokens are added."""
-    own = Tokenizer.load(setup.folder("package:docstrings_teacher"))
+    own = Tokenizer.load(models.folder("package:docstrings_teacher"))
     size = own.vocab_size + len(more)
     sizes = models.ModelConfig(
         family="llama", vocab_size=size, hidden_size=8, num_layers=1, num_heads=2, eos_id=own.eos_id

@@ -6,9 +6,9 @@ import time
 import pytest
 import tokenizers
 
-from kd_jax import setup
 from kd_jax.data import Tokenizer
 from kd_jax.data.limited import differing_tokens
+from kd_jax.data.shared import check_same_tokenizer
 
 WORDS = ["a", "b", "c", "<s>", "</s>", "<pad>"]
 
@@ -198,12 +198,12 @@ def test_large_vocabularies_are_compared_in_linear_time_and_five_tokens_are_name
     tokenizer, calls, vocabulary = Tokenizer.load(tmp_path / "ours"), [], Tokenizer.vocabulary
     monkeypatch.setattr(Tokenizer, "vocabulary", lambda self: calls.append(1) or vocabulary(self))
     with pytest.raises(ValueError) as caught:
-        setup.check_same_tokenizer(tmp_path / "theirs", tokenizer, "student")
+        check_same_tokenizer(tmp_path / "theirs", tokenizer, "student")
     message = str(caught.value)
     assert len(calls) == 3  # each builds a dictionary of the whole vocabulary
     assert "7 tokens differ" in message and message.count(f"{size + 1} ids") == 2
     assert "'w13' has id 14 in the run's and id 13 in the student's; ..." in message and "'w14'" not in message
-    setup.check_same_tokenizer(tmp_path / "ours", tokenizer, "student")
+    check_same_tokenizer(tmp_path / "ours", tokenizer, "student")
 
 
 def test_a_token_that_one_side_lacks_differs():

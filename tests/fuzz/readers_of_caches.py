@@ -7,11 +7,11 @@ import jax
 import numpy as np
 from hypothesis import strategies as st
 
-from configs import base
 from kd_jax import sharding
 from kd_jax import teacher_cache_files as files
 from kd_jax.data import Tokenizer
 from kd_jax.data.rows import from_pieces
+from kd_jax.settings import Settings
 from kd_jax.setup_cache import kept_rows, made_from
 from kd_jax.teacher_cache import KINDS
 from kd_jax.teacher_cache_read import Cache
@@ -41,7 +41,7 @@ def make_cache(folder, kind, tokenizer, **teacher):
         "head": files.UNTIED, "head_hash": "", "part_rows": PART_ROWS,
         "teacher": {"path": "models/teacher", "fingerprint": "0123"} | teacher,
         "splits": {split: files.about_rows(rows(split)) | {"temperature": 1.0} for split in COUNTS},
-    } | made_from(base.get_config(), tokenizer)  # fmt: skip
+    } | made_from(Settings(), tokenizer)  # fmt: skip
     if kind == "hidden":
         matrix = np.ones((4, tokenizer.vocab_size), np.float32)
         manifest["head_hash"] = files.write_head(folder, files.UNTIED, matrix)
@@ -110,7 +110,7 @@ class TeacherCache:
         mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
         assert cache.teacher.stored_head(cache.load_params(mesh, "whole"))[0] is not None or kind != "hidden"
         for split in COUNTS:
-            kept = kept_rows(base.get_config(), self.tokenizer, cache, split, rows(split))
+            kept = kept_rows(Settings(), self.tokenizer, cache, split, rows(split))
             for index in range(COUNTS[split]):
                 for name, values in kept.read(index).items():
                     assert values.shape == (files.counted(rows(split), index), *kept.fills[name].shape)

@@ -18,9 +18,8 @@ from absl import app
 
 from configs import base
 from kd_jax import evaluate, main, metrics, models, sharding, train
-from kd_jax.models import huggingface_save
+from kd_jax.models import folder, huggingface_save
 from kd_jax.models.safetensors_io import Reader
-from kd_jax.setup import folder
 from kd_jax.storage import checkpoint, remote
 from tests.helpers.runs import smoke
 

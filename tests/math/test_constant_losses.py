@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kd_jax import divergences, schedules, setup_checks
-from kd_jax.objectives import make_terms
-from kd_jax.setup_rows import make_source
+from kd_jax import divergences, schedules
+from kd_jax.run import checks
+from kd_jax.run.build import make_objective
+from kd_jax.settings import Settings
 from tests.helpers.runs import smoke
 
 
@@ -20,11 +21,7 @@ def check(method="forward_kl", term=None, **changes):
     name = next(iter(config.objective.terms))
     for key, value in (term or {}).items():
         setattr(config.objective.terms[name], key, value)
-    sampling = config.sampling
-    terms = make_terms(
-        config.objective.terms, config.objective.temperature, sampling.teacher_share, sampling.max_new_tokens
-    )
-    make_source(config, terms)
+    make_objective(Settings.parse(config))
 
 
 def with_assistant(pair, weight, **changes):
@@ -129,9 +126,9 @@ def test_a_learning_rate_that_trains_nothing_is_refused(rate, words):
     given = {key: value for key, value in rate.items() if key != "name"} if isinstance(rate, dict) else None
     schedule = schedules.linear_schedule(**given) if given else schedules.constant_schedule(rate)
     with pytest.raises(ValueError, match="learning_rate is") as error:
-        setup_checks.check_learning_rate(schedule, 3)
+        checks.check_learning_rate(schedule, 3)
     assert words in str(error.value)
-    setup_checks.check_learning_rate(schedules.linear_schedule(0.0, 1.0, 10), 3)
+    checks.check_learning_rate(schedules.linear_schedule(0.0, 1.0, 10), 3)
 
 
 def test_a_skew_of_one_is_no_curriculum():

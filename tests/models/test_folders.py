@@ -8,7 +8,7 @@ import pytest
 from kd_jax import cache_teacher, models, train
 from kd_jax.data import Tokenizer, jsonl, load
 from kd_jax.evaluate import __main__ as evaluate
-from kd_jax.setup import folder
+from kd_jax.models import folder
 from tests.helpers.runs import smoke
 
 SETTINGS = ("teacher.path", "student.path", "tokenizer.path", "--model", "--teacher", "cache_teacher")

@@ -10,9 +10,9 @@ import pytest
 import qwix
 from jax.sharding import PartitionSpec as P
 
-from kd_jax import models, quantisation, rollouts, sharding, train
-from kd_jax.models import int8
-from kd_jax.setup import folder
+from kd_jax import models, rollouts, sharding, train
+from kd_jax.models import folder, int8
+from kd_jax.run import quantisation
 from tests.helpers.runs import smoke
 
 TEACHER = folder("package:docstrings_teacher")

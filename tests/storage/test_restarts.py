@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 from kd_jax import loop, replay, train
+from kd_jax.settings import Settings
 from kd_jax.storage import checkpoint, directory, remote
 from tests.helpers import broken
 from tests.helpers.runs import (
@@ -177,7 +178,7 @@ def test_sigterm_at_an_address_loses_nothing(name, told, whole, tmp_path, assemb
 def test_a_notice_at_an_evaluation_saves_before_it(whole, told, tmp_path, assembled, monkeypatch):
     """The run that goes on makes it first, and again where it is killed before it saves anything."""
     config = smoke("sft", assembled.config.data.data_dir, **WHOLE | dict(eval_every=4))
-    monkeypatch.setattr(train, "build", lambda config: dataclasses.replace(assembled, config=config))
+    monkeypatch.setattr(train, "build", lambda config: dataclasses.replace(assembled, config=Settings.parse(config)))
     folders = [until(2, whole, tmp_path / name) for name in ("whole", "parts")]
     for folder in folders:
         directory.write_config(folder, config.to_dict())

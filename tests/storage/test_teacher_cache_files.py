@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from configs import base
 from kd_jax import sharding
 from kd_jax import teacher_cache_files as files
 from kd_jax.data import Tokenizer
+from kd_jax.settings import Settings
 from kd_jax.setup_cache import kept_rows
 from kd_jax.storage import directory
 from kd_jax.teacher_cache_read import Cache, Kept, check_manifest
@@ -96,7 +96,7 @@ def test_a_manifest_is_read_in_bounded_time_and_quoted_at_bounded_length(changes
     manifest_of(cache, **changes)
     tokenizer, started = Tokenizer.load(made / "tokenizers" / "wordlevel"), time.monotonic()
     with pytest.raises(ValueError, match=words) as error:
-        kept_rows(base.get_config(), tokenizer, Cache.open(cache), "train", rows("train"))
+        kept_rows(Settings(), tokenizer, Cache.open(cache), "train", rows("train"))
     assert time.monotonic() - started < 5 and len(str(error.value)) < 6000 and str(cache) in str(error.value)
 
 

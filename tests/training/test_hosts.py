@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from kd_jax import metrics
-from kd_jax.setup import folder
+from kd_jax.models import folder
 from tests.helpers.commands import environment, free_port
 from tests.helpers.paths import ROOT
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from configs.ablations import base as ablations
-from kd_jax import ablate, cache_teacher, data, models, setup_identity, train
-from kd_jax.setup import folder
+from kd_jax import ablate, cache_teacher, data, models, train
+from kd_jax.models import folder
+from kd_jax.run import identity
+from kd_jax.settings import Settings
 from kd_jax.storage import directory
 from tests.helpers.runs import last_state, smoke
 
@@ -79,14 +81,15 @@ class Written:
 
 
 def began(workdir, config, run=None):
-    setup_identity.write(str(workdir), config, run or Written())
-    setup_identity.check(str(workdir), config)
+    settings = Settings.read(config)
+    identity.write(str(workdir), settings, (run or Written()).written)
+    identity.check(str(workdir), settings)
     return json.loads((workdir / directory.IDENTITY).read_text(encoding="utf-8"))
 
 
 def refused(workdir, config, *words, run=None):
     with pytest.raises(ValueError, match="Put the old content back") as error:
-        setup_identity.check(str(workdir), config, run)
+        identity.check(str(workdir), Settings.read(config), run and run.written)
     lines = [line for line in str(error.value).splitlines() if "has other content" in line]
     assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True)), lines
 
@@ -110,10 +113,10 @@ def flip(path):
 
 
 def test_another_teacher_student_or_tokenizer_is_refused(copied, tmp_path):
-    identity = began(tmp_path / "run", copied)
-    assert identity.keys() == {"data", "teacher", "student", "tokenizer", "tokenizer of the student"} and str(
+    found = began(tmp_path / "run", copied)
+    assert found.keys() == {"data", "teacher", "student", "tokenizer", "tokenizer of the student"} and str(
         tmp_path
-    ) not in str(identity)
+    ) not in str(found)
     for name, file in (("teacher", "model.safetensors"), ("student", "model.safetensors"), ("teacher", "config.json")):
         content = (tmp_path / name / file).read_bytes()
         (tmp_path / name / file).write_bytes(content + b"\n")
@@ -127,7 +130,7 @@ def test_another_teacher_student_or_tokenizer_is_refused(copied, tmp_path):
     tokenizer.write_text(json.dumps(changed), encoding="utf-8")
     refused(tmp_path / "run", copied, f"the tokenizer of tokenizer.path={tmp_path / 'tokenizer'}")
     tokenizer.write_bytes(content)
-    setup_identity.check(str(tmp_path / "run"), copied)
+    identity.check(str(tmp_path / "run"), Settings.read(copied))
 
 
 def test_the_chat_template_belongs_to_a_run_with_that_template(copied, tmp_path):
@@ -142,17 +145,17 @@ def test_the_chat_template_belongs_to_a_run_with_that_template(copied, tmp_path)
         write("{{ messages }}!")
     refused(tmp_path / "chat", copied, "the tokenizer of")
     copied.data.template = "plain"
-    setup_identity.check(str(tmp_path / "plain"), copied)
+    identity.check(str(tmp_path / "plain"), Settings.read(copied))
 
 
 def test_a_students_missing_weights_are_not_compared(copied, tmp_path):
     """A resumed run does not read them, but it reads the folder's config.json and tokenizer."""
     began(tmp_path / "run", copied)
     (tmp_path / "student" / "model.safetensors").unlink()
-    setup_identity.check(str(tmp_path / "run"), copied)
+    identity.check(str(tmp_path / "run"), Settings.read(copied))
     shutil.rmtree(tmp_path / "student")
     with pytest.raises(ValueError, match=rf"student\.path: the folder {tmp_path}/student does not exist"):
-        setup_identity.check(str(tmp_path / "run"), copied)
+        identity.check(str(tmp_path / "run"), Settings.read(copied))
 
 
 def test_a_models_fingerprint_is_of_its_files_wherever_they_are(tmp_path):
@@ -190,8 +193,8 @@ def test_functions_of_ones_own_belong_to_a_run_by_their_source(tmp_path, data_di
     config.objective.terms.distil.divergence.name = "mine_divergence:gap"
     config.objective.terms.distil.coefficient = "mine_schedule:constant(value=1.0)"
     config.optimizer.name = "mine_optimizer:constant(value='kd_jax.divergences:forward_kl')"
-    identity = began(tmp_path / "run", config)
-    assert {name for name in identity if name.startswith("source")} == {
+    found = began(tmp_path / "run", config)
+    assert {name for name in found if name.startswith("source")} == {
         "source of mine_divergence:gap", "source of mine_schedule:constant", "source of mine_optimizer:constant",
     }  # fmt: skip
     for name, key in (
@@ -218,7 +221,7 @@ def test_a_notebooks_function_belongs_to_a_run_by_its_own_source(tmp_path, data_
     define("def mine(log_p, log_q):\n    return log_p.sum(-1)\n")
     began(tmp_path / "run", config)
     define("\n\nother = 1\ndef mine(log_p, log_q):\n    return log_p.sum(-1)\n")
-    setup_identity.check(str(tmp_path / "run"), config)
+    identity.check(str(tmp_path / "run"), Settings.read(config))
     define("def mine(log_p, log_q):\n    return log_q.sum(-1)\n")
     refused(tmp_path / "run", config, "divergence.name=__main__:mine")
 
@@ -228,12 +231,12 @@ def test_a_teachers_cache_belongs_to_a_run(tmp_path, data_dir):
     cache_teacher.write(config, str(tmp_path / "cache"), "samples", k=2, quiet=True)
     with config.unlocked():
         config.teacher.cache = str(tmp_path / "cache")
-    identity = began(tmp_path / "run", config)
-    assert "teacher.cache" in identity and "teacher" not in identity
+    found = began(tmp_path / "run", config)
+    assert "teacher.cache" in found and "teacher" not in found
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text(encoding="utf-8"))
     manifest["teacher"]["path"] = "moved"
     (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    setup_identity.check(str(tmp_path / "run"), config)
+    identity.check(str(tmp_path / "run"), Settings.read(config))
     (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest | {"k": 3}), encoding="utf-8")
     refused(tmp_path / "run", config, f"teacher.cache={tmp_path / 'cache'}")
 
@@ -243,7 +246,7 @@ def test_what_a_teacher_wrote_belongs_to_a_run(tmp_path, data_dir):
     one = data.Rows(np.arange(4, dtype=np.int32), np.array([0, 4]), np.array([2]), np.array([2]))
     run.written = one
     began(tmp_path / "run", config, run)
-    setup_identity.check(str(tmp_path / "run"), config, run)
+    identity.check(str(tmp_path / "run"), Settings.read(config), run.written)
     run.written = data.Rows(one.tokens[::-1], one.offsets, one.first_counted, one.prompt_lengths)
     refused(tmp_path / "run", config, "what the teacher wrote", run=run)
 

@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from kd_jax import data, metrics, models, setup, train
+from kd_jax import data, metrics, models, train
+from kd_jax.data.options import dataset_options
 from kd_jax.evaluate import __main__ as command
 from kd_jax.evaluate.of_run import filled
+from kd_jax.settings import Settings
 from kd_jax.storage import directory
 from tests.helpers.runs import METHODS, configured, last_state, smoke
 
@@ -204,7 +206,7 @@ def test_other_vocabularies_are_told_apart(tmp_path, data_dir):
 
 
 def models_folder():
-    from kd_jax.setup import folder
+    from kd_jax.models import folder
 
     return folder("package:docstrings_teacher")
 
@@ -300,20 +302,20 @@ def test_a_settings_dataset_options_go_when_the_dataset_changes(tmp_path, data_d
     config = smoke("minillm", data_dir, data__name="jsonl", text__name="docstrings")
     config.data.options = own
     smokes = dict(packages=("optax", "flax"), standard_library=False)
-    assert setup.dataset_options(config) == own and setup.dataset_options(config, "text") == smokes
+    assert dataset_options(Settings.read(config)) == own and dataset_options(Settings.read(config), "text") == smokes
     config.text.options.packages = ("optax",)
-    assert setup.dataset_options(config, "text") == smokes | dict(packages=("optax",))
+    assert dataset_options(Settings.read(config), "text") == smokes | dict(packages=("optax",))
     config.text.name = "jsonl"
     config.text.options = {}
-    assert setup.dataset_options(config, "text") == own, "those of data, for the same dataset"
+    assert dataset_options(Settings.read(config), "text") == own, "those of data, for the same dataset"
     config = smoke("forward_kl", data_dir, data__name="jsonl")
     config.data.options = own
     run = train.build(config)
     assert sum(counts["kept"] for counts in run.counts.values()) == 40
-    assert setup.dataset_options(smoke("sft", data_dir)) == smokes
+    assert dataset_options(Settings.read(smoke("sft", data_dir))) == smokes
     config.data.defaults.docstring = {}
     with pytest.raises(ValueError, match="the dataset 'docstring' .did you mean 'docstrings'"):
-        setup.dataset_options(config)
+        dataset_options(Settings.read(config))
 
 
 def test_a_directory_of_a_version_without_a_key_is_the_runs_where_the_key_changes_nothing(tmp_path):

@@ -7,17 +7,19 @@ import numpy as np
 
 from kd_jax import data, evaluate, metrics, prefixes, resolve, rollouts, sharding
 from kd_jax.data import counts
+from kd_jax.data.options import dataset_options
 from kd_jax.feed import Author, Feed
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
-from kd_jax.setup import Models, Writer, dataset_options
+from kd_jax.run.checks import check_room, check_sampling, check_term
+from kd_jax.run.models import Models, Writer
+from kd_jax.settings import Settings, name_of
 from kd_jax.setup_cache import kept_rows
-from kd_jax.setup_checks import check_room, check_sampling, check_term, name_of
 from kd_jax.storage import remote
 from kd_jax.teacher_cache_read import Cache
 
 
-def make_source(config: Any, terms: tuple[Term, ...]) -> Source:
+def make_source(config: Settings, terms: tuple[Term, ...]) -> Source:
     """Returns the prefix source that a config names, checked against the config's terms.
 
     Raises:
@@ -46,7 +48,7 @@ def make_source(config: Any, terms: tuple[Term, ...]) -> Source:
     return source
 
 
-def check_length(config: Any, loaded: Models) -> None:
+def check_length(config: Settings, loaded: Models) -> None:
     """Checks that the models accept rows of data.max_length tokens.
 
     Raises:
@@ -66,7 +68,7 @@ def check_length(config: Any, loaded: Models) -> None:
         )
 
 
-def load_rows(config: Any, tokenizer: data.Tokenizer, split: str, limit: int = 0) -> tuple[Any, dict[str, int]]:
+def load_rows(config: Settings, tokenizer: data.Tokenizer, split: str, limit: int = 0) -> tuple[Any, dict[str, int]]:
     """Loads the rows of a split for training or evaluation, with counts of the kept, truncated and dropped rows.
 
     Held-out rows are scored on their responses, regardless of `data.loss_on`, and are never packed.
@@ -80,16 +82,16 @@ def load_rows(config: Any, tokenizer: data.Tokenizer, split: str, limit: int = 0
     return _training_rows(config, tokenizer, source) if training else _tokenize(config, tokenizer, source, "response")
 
 
-def _source(config: Any, split: str) -> Any:
+def _source(config: Settings, split: str) -> Any:
     options = config.data
     return data.load(options.name, split=split, data_dir=options.data_dir or None, **dataset_options(config))
 
 
-def _training_rows(config: Any, tokenizer: data.Tokenizer, source: Any) -> tuple[Any, dict[str, int]]:
+def _training_rows(config: Settings, tokenizer: data.Tokenizer, source: Any) -> tuple[Any, dict[str, int]]:
     return _packed(config, *_tokenize(config, tokenizer, source, config.data.loss_on))
 
 
-def _packed(config: Any, tokenized: data.Rows, found: dict[str, int]) -> tuple[Any, dict[str, int]]:
+def _packed(config: Settings, tokenized: data.Rows, found: dict[str, int]) -> tuple[Any, dict[str, int]]:
     """Returns the rows as `data.packing` combines them."""
     options = config.data
     if options.packing == "none":
@@ -99,7 +101,9 @@ def _packed(config: Any, tokenized: data.Rows, found: dict[str, int]) -> tuple[A
     return packed, found | {"packed into": len(packed)}
 
 
-def _tokenize(config: Any, tokenizer: data.Tokenizer, source: Any, loss_on: str) -> tuple[data.Rows, dict[str, int]]:
+def _tokenize(
+    config: Settings, tokenizer: data.Tokenizer, source: Any, loss_on: str
+) -> tuple[data.Rows, dict[str, int]]:
     options, template = config.data, data.Template.of(config.data)
     rows, found = data.tokenize(
         source, tokenizer, template=template, max_length=options.max_length,
@@ -109,7 +113,7 @@ def _tokenize(config: Any, tokenizer: data.Tokenizer, source: Any, loss_on: str)
     return rows, counts.with_length(found, source, tokenizer, template)
 
 
-def load_examples(config: Any, tokenizer: data.Tokenizer) -> list[evaluate.Example]:
+def load_examples(config: Settings, tokenizer: data.Tokenizer) -> list[evaluate.Example]:
     """Loads the held-out prompts that are answered at each evaluation, with their references.
 
     Raises:
@@ -131,7 +135,7 @@ def load_examples(config: Any, tokenizer: data.Tokenizer) -> list[evaluate.Examp
     )  # fmt: skip
 
 
-def load_text(config: Any, tokenizer: data.Tokenizer) -> data.Rows:
+def load_text(config: Settings, tokenizer: data.Tokenizer) -> data.Rows:
     """Loads the second stream: rows joined end to end, in which every token counts."""
     options, length = config.text, config.data.max_length
     keywords = dataset_options(config, "text")
@@ -141,13 +145,15 @@ def load_text(config: Any, tokenizer: data.Tokenizer) -> data.Rows:
     return data.join(_tokenize(config, tokenizer, source, "all")[0], max_length=length)
 
 
-def learns_from_text(config: Any, source: Source, terms: tuple[Term, ...]) -> bool:
+def learns_from_text(config: Settings, source: Source, terms: tuple[Term, ...]) -> bool:
     """Returns whether the student learns only from the teacher's text, so that the two may have different tokenizers."""
     writes = isinstance(source, prefixes.teacher) and config.student.init != "layers"
     return writes and not any(term.needs_teacher for term in terms)
 
 
-def load_responses(config: Any, source: prefixes.teacher, loaded: Models, mesh: Any) -> tuple[Any, dict[str, int]]:
+def load_responses(
+    config: Settings, source: prefixes.teacher, loaded: Models, mesh: jax.sharding.Mesh
+) -> tuple[Any, dict[str, int]]:
     """Returns the dataset's prompts with the teacher's responses, which are written first if not on disk.
 
     Rows have the ids that the teacher sampled. The text is encoded again only if the teacher has another tokenizer.
@@ -166,8 +172,8 @@ def load_responses(config: Any, source: prefixes.teacher, loaded: Models, mesh: 
         rows, tokenizer=writer.tokenizer, template=template, max_length=options.max_prompt_length,
         cut=options.long_prompts == "cut",
     )  # fmt: skip
-    settings = {key: config.sampling[key] for key in ("max_new_tokens", "temperature", "top_p", "top_k")}
-    settings |= {key: options[key] for key in ("template", "max_prompt_length", "long_prompts", "batch_size")}
+    settings = {key: getattr(config.sampling, key) for key in ("max_new_tokens", "temperature", "top_p", "top_k")}
+    settings |= {key: getattr(options, key) for key in ("template", "max_prompt_length", "long_prompts", "batch_size")}
     settings |= template.set_apart()
     settings |= {"seed": source.seed, "teacher": str(writer.model.config), "dtype": config.teacher.dtype}
     settings |= {"tokenizer": writer.tokenizer.fingerprint(), "ends": writer.tokenizer.end_ids}
@@ -192,7 +198,7 @@ def load_responses(config: Any, source: prefixes.teacher, loaded: Models, mesh: 
     return packed, {"prompts": len(rows)} | found
 
 
-def make_sampler(config: Any, tokenizer: data.Tokenizer, mesh: Any) -> rollouts.Sampler:
+def make_sampler(config: Settings, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh) -> rollouts.Sampler:
     """Returns the sampler of the config's responses."""
     sampling = config.sampling
     return rollouts.Sampler(
@@ -201,7 +207,7 @@ def make_sampler(config: Any, tokenizer: data.Tokenizer, mesh: Any) -> rollouts.
     )  # fmt: skip
 
 
-def batch_options(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
+def batch_options(config: Settings, tokenizer: data.Tokenizer) -> dict[str, Any]:
     """Returns the keywords of `data.batches` that all batches of a run share."""
     return dict(
         max_length=config.data.max_length, seed=config.seed, pad_id=tokenizer.pad_id,
@@ -210,8 +216,8 @@ def batch_options(config: Any, tokenizer: data.Tokenizer) -> dict[str, Any]:
 
 
 def make_feed(
-    config: Any, source: Source, tokenizer: data.Tokenizer, loaded: Models, mesh: Any, rows: Any, text: data.Rows | None,
-    cache: Cache | None = None,
+    config: Settings, source: Source, tokenizer: data.Tokenizer, loaded: Models, mesh: jax.sharding.Mesh,
+    rows: Any, text: data.Rows | None, cache: Cache | None = None,
 ) -> Feed:  # fmt: skip
     """Returns the feed of a run's batches.
 

@@ -8,23 +8,24 @@ from typing import Any
 import jax
 
 from kd_jax import evaluate, metrics, models, plots, report, rollouts, sharding
+from kd_jax.run.build import Run
 from kd_jax.storage import read_json_lines, write_json_lines, write_whole
 
 BEFORE, AFTER = "generations_before.jsonl", "generations.jsonl"
 
 
-def begin(run: Any, params: Any, workdir: str) -> None:
+def begin(run: Run, params: Any, workdir: str) -> None:
     """Writes the student's texts before the first step, which `finish` shows beside the texts after training."""
     written = _answers(run, run.models.student, params)[0]
     if jax.process_index() == 0:
         write_json_lines(Path(workdir) / BEFORE, written)
 
 
-def finish(run: Any, params: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
+def finish(run: Run, params: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
     """Writes a run's table, plots, samples, page and student, and prints the samples and the table.
 
     Args:
-      run: a `train.Run`.
+      run: a `Run`.
       params: the parameters of the trained student.
       workdir: the work directory of the run, with its metrics.
       quiet: whether to print nothing.
@@ -34,7 +35,8 @@ def finish(run: Any, params: Any, workdir: str, quiet: bool = False) -> dict[str
       the distance of the student from the teacher along the response. With several processes only the first one has
       "before" and "after".
     """
-    folder, first, result = Path(workdir), jax.process_index() == 0, {}
+    folder, first = Path(workdir), jax.process_index() == 0
+    result: dict[str, Any] = {}
     if first:
         lines = [_numbers(line) for line in metrics.read(workdir) if line["split"] == "eval"]
         result = {"before": lines[0], "after": lines[-1]}
@@ -85,7 +87,7 @@ def _write(folder: Path, result: dict[str, Any], texts: dict[str, list[dict[str,
     report.write([folder])
 
 
-def _answers(run: Any, model: models.Model, params: Any, alone: bool = False) -> tuple[list[dict[str, Any]], Any]:
+def _answers(run: Run, model: models.Model, params: Any, alone: bool = False) -> tuple[list[dict[str, Any]], Any]:
     """Returns a model's answers to the shown prompts, and values at each token.
 
     Unless `alone` is true, the values compare the model with the teacher.
@@ -100,7 +102,7 @@ def _answers(run: Any, model: models.Model, params: Any, alone: bool = False) ->
     )[1:]  # fmt: skip
 
 
-def _first_batch(run: Any, params: Any) -> Any:
+def _first_batch(run: Run, params: Any) -> Any:
     """Returns the student's values at each token of the first held-out rows, which are those that are shown."""
     return evaluate.collect(
         run.models.student, params, run.models.teacher, run.models.teacher_params,

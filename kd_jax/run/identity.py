@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 import jax
 
 from kd_jax import data, models, sharding
-from kd_jax.setup import dataset_options, folder, load_tokenizer
+from kd_jax.data.options import dataset_options
+from kd_jax.run.models import load_tokenizer
+from kd_jax.settings import Settings
 from kd_jax.storage import checkpoint, directory, remote, untrusted
 from kd_jax.storage.checksum import digest, file_digest
 from kd_jax.teacher_cache_files import MANIFEST, about_rows
 
 # matches module:function, also inside the keywords of a call
 OWN = re.compile(r"(?<![\w.:])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
+Written = data.Rows | data.Packed | None
 TERM_SPECS = ("divergence", "assistant", "weight", "coefficient")
 
 
@@ -34,7 +37,7 @@ class Part(NamedTuple):
     fingerprint: str
 
 
-def check(workdir: str, config: Any, run: Any = None) -> None:
+def check(workdir: str, config: Settings, written: Written = None) -> None:
     """Checks that the contents are those with which the run of a work directory began. All processes must call it.
 
     Only the first process compares, so that each file is read once. All processes raise the same error.
@@ -42,7 +45,7 @@ def check(workdir: str, config: Any, run: Any = None) -> None:
     Args:
       workdir: the work directory of the run; it need not exist.
       config: the config of the run.
-      run: the assembled run or None, as in `parts`.
+      written: the rows that a teacher wrote, as in `parts`.
 
     Raises:
       ValueError: some contents differ or cannot be read; the message names each of them.
@@ -50,30 +53,30 @@ def check(workdir: str, config: Any, run: Any = None) -> None:
     problem = ""
     if jax.process_index() == 0:
         try:
-            problem = _difference(workdir, config, run)
+            problem = _difference(workdir, config, written)
         except (ValueError, OSError) as error:
             problem = str(error)
     if problem := sharding.text_from_first_process(problem):
         raise ValueError(problem)
 
 
-def write(workdir: str, config: Any, run: Any) -> None:
+def write(workdir: str, config: Settings, written: Written) -> None:
     """Writes the fingerprints into the work directory, without changing fingerprints that are already there.
 
     A directory of an older version that has nothing to resume has no fingerprints. It gets those of the present contents.
     """
     there = directory.read_identity(workdir)
-    here = {name: part.fingerprint for name, part in parts(config, run).items() if part.fingerprint}
+    here = {name: part.fingerprint for name, part in parts(config, written).items() if part.fingerprint}
     if here.keys() - there.keys():
         directory.write_identity(workdir, here | there)
 
 
-def _difference(workdir: str, config: Any, run: Any) -> str:
+def _difference(workdir: str, config: Settings, written: Written) -> str:
     if not (there := directory.read_identity(workdir)):
         return _of_older_version(workdir, config)
     lines = [
         f"{part.named} has other content than when the run began"
-        for name, part in parts(config, run).items()
+        for name, part in parts(config, written).items()
         # The student's weights may be missing: a resumed run does not read them. `build` reports all other missing
         # contents.
         if part.fingerprint and part.fingerprint != there.get(name, part.fingerprint)
@@ -87,7 +90,7 @@ def _difference(workdir: str, config: Any, run: Any) -> str:
     )
 
 
-def _of_older_version(workdir: str, config: Any) -> str:
+def _of_older_version(workdir: str, config: Settings) -> str:
     """Returns why a run without fingerprints cannot be resumed; "" where no step is saved, or where all are made."""
     step = checkpoint.last_step(workdir)
     if step is None or step >= config.steps:
@@ -99,13 +102,12 @@ def _of_older_version(workdir: str, config: Any) -> str:
     )
 
 
-def parts(config: Any, run: Any = None) -> dict[str, Part]:
+def parts(config: Settings, written: Written = None) -> dict[str, Part]:
     """Returns all contents that a config names, under names without a path.
 
     Args:
       config: the config of a run.
-      run: the `train.Run` built from the config, or None; with a run the contents include the rows that a teacher
-        wrote.
+      written: the rows that the teacher of a built run wrote; None before the run is built, or without such rows.
 
     Raises:
       ValueError: a dataset or a tokenizer cannot be read.
@@ -117,13 +119,17 @@ def parts(config: Any, run: Any = None) -> dict[str, Part]:
     if config.teacher.cache:
         found["teacher.cache"] = Part(f"teacher.cache={config.teacher.cache}", _cache(config.teacher.cache))
     elif config.teacher.path:
-        found["teacher"] = Part(f"teacher.path={config.teacher.path}", models.fingerprint(folder(config.teacher.path)))
+        found["teacher"] = Part(
+            f"teacher.path={config.teacher.path}", models.fingerprint(models.folder(config.teacher.path))
+        )
     if config.student.init == "pretrained":
-        found["student"] = Part(f"student.path={config.student.path}", models.fingerprint(folder(config.student.path)))
+        found["student"] = Part(
+            f"student.path={config.student.path}", models.fingerprint(models.folder(config.student.path))
+        )
     found |= _tokenizers(config)
     found |= {f"source of {name}": part for name, part in _own_functions(config).items()}
-    if run is not None and run.written is not None:
-        rows = run.written.rows if isinstance(run.written, data.Packed) else run.written
+    if written is not None:
+        rows = written.rows if isinstance(written, data.Packed) else written
         found["responses"] = Part("what the teacher wrote (prefixes.name=teacher)", about_rows(rows)["hash"])
     return found
 
@@ -147,7 +153,7 @@ def _cache(path: str) -> str:
     return _hash(str(sorted(manifest.items())))
 
 
-def _tokenizers(config: Any) -> dict[str, Part]:
+def _tokenizers(config: Settings) -> dict[str, Part]:
     """Returns the tokenizer that the config names, and the pretrained student's own tokenizer for comparison."""
     keys = {
         "tokenizer.path": config.tokenizer.path,
@@ -158,21 +164,21 @@ def _tokenizers(config: Any) -> dict[str, Part]:
     key = next(key for key, path in keys.items() if path)
     found = {"tokenizer": Part(f"the tokenizer of {key}={keys[key]}", _tokenizer(config, load_tokenizer(config)))}
     if config.student.init == "pretrained" and key != "student.path":
-        own = data.Tokenizer.load(folder(config.student.path))
+        own = data.Tokenizer.load(models.folder(config.student.path))
         found["tokenizer of the student"] = Part(
             f"the tokenizer of student.path={config.student.path}", _tokenizer(config, own)
         )
     return found
 
 
-def _tokenizer(config: Any, tokenizer: data.Tokenizer) -> str:
+def _tokenizer(config: Settings, tokenizer: data.Tokenizer) -> str:
     template = tokenizer.chat_template or "" if config.data.template == "chat" else ""
     return _hash(f"{tokenizer.fingerprint()} {tokenizer.end_ids} {template}")
 
 
-def _own_functions(config: Any) -> dict[str, Part]:
+def _own_functions(config: Settings) -> dict[str, Part]:
     """Returns the source of each function that a spec names as module:function, except for functions of kd_jax."""
-    specs = {key: config[key] for key in ("learning_rate", "optimizer", "prefixes")}
+    specs = {"learning_rate": config.learning_rate, "optimizer": config.optimizer, "prefixes": config.prefixes}
     for name, term in config.objective.terms.items():
         if term is not None:
             specs |= {f"objective.terms.{name}.{key}": term[key] for key in TERM_SPECS}

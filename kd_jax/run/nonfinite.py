@@ -12,20 +12,22 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from kd_jax import metrics, sharding, storage
+from kd_jax.run.build import Run
 from kd_jax.storage import checkpoint, remote
+from kd_jax.train_step import TrainState
 
 FOLDER, STATE, BATCH, REPORT = "nonfinite", "state", "batch.npz", "report.json"
 Found = list[dict[str, Any]]
 
 
 def stop(
-    run: Any, state: Any, step: int, rows: dict[str, np.ndarray], values: dict[str, float], workdir: str,
+    run: Run, state: TrainState, step: int, rows: dict[str, np.ndarray], values: dict[str, float], workdir: str,
     place: remote.Place,
 ) -> NoReturn:  # fmt: skip
     """Saves the state and the batch for `kd_jax.replay`, and raises an error.
 
     Args:
-      run: a `train.Run`.
+      run: a `Run`.
       state: the state before the step, which the step did not change: see `train_step.make_train_step`.
       step: the number of the update, counted from 1.
       rows: this process's rows of the step's batch.
@@ -58,13 +60,13 @@ def stop(
     )
 
 
-def diagnose(run: Any, state: Any, batch: dict[str, np.ndarray]) -> Found:
+def diagnose(run: Run, state: TrainState, batch: dict[str, np.ndarray]) -> Found:
     """Returns the rows of a batch that, counted alone, give a non-finite loss or gradient.
 
     The compiled step of the run is called once for each row, with all other rows masked.
 
     Args:
-      run: a `train.Run`.
+      run: a `Run`.
       state: a state that no step changes any more, as `stop` has it; the state is donated.
       batch: the global batch.
 

@@ -11,12 +11,13 @@ from kd_jax import resolve
 from kd_jax.objectives import Term
 from kd_jax.policy_gradient import Scores
 from kd_jax.prefixes import Source
+from kd_jax.settings import Settings, name_of
 
 # largest gradient of a term's loss times its coefficient; smaller ones vanish in an optimiser's epsilon
 LEAST_GRADIENT = 1e-12
 
 
-def check_term(config: Any, source: Source, term: Term) -> None:
+def check_term(config: Settings, source: Source, term: Term) -> None:
     """Checks that the source gives rows that the term counts, sampled as the term needs them."""
     sampling, given = config.sampling, (*source.origins, *(("text",) if config.text.name else ()))
     if term.rows not in ("all", *given):
@@ -55,7 +56,7 @@ def over_steps(schedule: Any, steps: int) -> np.ndarray | None:
     return np.asarray(jax.vmap(lambda step: schedule((), step=step))(jnp.arange(steps)))
 
 
-def check_authors(config: Any, source: Source, term: Term) -> None:
+def check_authors(config: Settings, source: Source, term: Term) -> None:
     """Checks that a mixture with a scheduled share gives rows of the author that a term counts."""
     fraction = getattr(source, "fraction", None)
     shares = over_steps(fraction, config.steps) if hasattr(fraction, "init") else None
@@ -66,7 +67,7 @@ def check_authors(config: Any, source: Source, term: Term) -> None:
         )
 
 
-def check_gradient(config: Any, term: Term) -> None:
+def check_gradient(config: Settings, term: Term) -> None:
     """Checks that the loss of a term depends on the student in some step of the run.
 
     Raises:
@@ -81,8 +82,8 @@ def check_gradient(config: Any, term: Term) -> None:
             f"{name}.coefficient is 0 for the whole run of {steps} steps, so that the term has no effect. Give it another "
             f"coefficient, or take the term out of objective.terms."
         )
-    pair = tuple(spec.pair)
-    if spec.kind == "divergence" and "assistant" in pair and weights is not None:
+    pair = tuple(spec["pair"])
+    if spec["kind"] == "divergence" and "assistant" in pair and weights is not None:
         end, other = (1, "teacher") if "teacher" in pair else (0, "student")
         if np.all(weights == end):
             raise ValueError(
@@ -99,12 +100,14 @@ def check_gradient(config: Any, term: Term) -> None:
     gradient = _make_gradient(term, config)
     if largest * max(float(gradient(weight)) for weight in tried) < LEAST_GRADIENT:
         what = (
-            f"policy={dict(spec.policy)}"
-            if spec.kind == "policy_gradient"
-            else f"divergence={spec.divergence}, pair={pair}"
+            f"policy={dict(spec['policy'])}"
+            if spec["kind"] == "policy_gradient"
+            else f"divergence={spec['divergence']}, pair={pair}"
         )
         also = (
-            f" and sampling.max_new_tokens={config.sampling.max_new_tokens}" if spec.kind == "policy_gradient" else ""
+            f" and sampling.max_new_tokens={config.sampling.max_new_tokens}"
+            if spec["kind"] == "policy_gradient"
+            else ""
         )
         raise ValueError(
             f"{name} does not depend on the student: between distributions that differ its gradient is 0, or below "
@@ -112,7 +115,7 @@ def check_gradient(config: Any, term: Term) -> None:
         )
 
 
-def _make_gradient(term: Term, config: Any) -> Callable[[float], jax.Array]:
+def _make_gradient(term: Term, config: Settings) -> Callable[[float], jax.Array]:
     """Returns weight -> the largest entry of the gradient of a term's loss with respect to a student's logits.
 
     The teacher's and the student's distributions differ. The function is one compiled program: its operations, compiled one by
@@ -157,7 +160,7 @@ def check_learning_rate(schedule: Any, steps: int) -> None:
         )
 
 
-def check_sampling(config: Any, source: Source) -> None:
+def check_sampling(config: Settings, source: Source) -> None:
     """Checks that the authors of the source can answer the dataset's prompts."""
     name, options, sampling = name_of(config.prefixes), config.data, config.sampling
     if options.name == "text" or (source.authors and (options.packing != "none" or options.loss_on != "response")):
@@ -189,7 +192,7 @@ def check_sampling(config: Any, source: Source) -> None:
         )
 
 
-def check_room(config: Any) -> None:
+def check_room(config: Settings) -> None:
     """Checks that the longest prompt and the longest response fit together into a row."""
     options, new = config.data, config.sampling.max_new_tokens
     if options.max_prompt_length + new > options.max_length + 1:
@@ -199,6 +202,17 @@ def check_room(config: Any) -> None:
         )
 
 
-def name_of(spec: Any) -> str:
-    """Returns the name in a spec."""
-    return spec if isinstance(spec, str) else spec.get("name", "")
+def check_mesh(config: Settings, mesh: jax.sharding.Mesh) -> None:
+    """Checks that the mesh can divide the rows that are processed at a time."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    sizes = {"data.batch_size": config.data.batch_size, "text.batch_size": config.text.batch_size}
+    rows = {name: size // config.microbatches for name, size in sizes.items()}
+    sizes["data.eval_batch_size"] = rows["data.eval_batch_size"] = config.data.eval_batch_size
+    if not config.text.name:
+        del rows["text.batch_size"]
+    for name, count in rows.items():
+        if count % ways:
+            raise ValueError(
+                f"{name}={sizes[name]} leaves {count} rows at a time (microbatches={config.microbatches}), "
+                f"which the mesh cannot divide over data x fsdp = {ways} devices; choose a multiple."
+            )

@@ -15,19 +15,19 @@ from jaxtyping import Array
 from kd_jax import models, sharding
 from kd_jax.divergences import forward_kl
 from kd_jax.head_loss import token_sum
-from kd_jax.setup import folder
+from kd_jax.run.build import Run
 
 FILE = "teacher_int8.json"
 NEEDED = ("tokens", "mask", "loss_mask")
 
 
-def error(run: Any) -> dict[str, float]:
+def error(run: Run) -> dict[str, float]:
     """Returns the error of a run's int8 teacher on the first held-out batch.
 
     The float teacher is read one layer at a time.
 
     Args:
-      run: a `train.Run`.
+      run: a `Run`.
 
     Returns:
       The numbers of `difference`; {} if the teacher is not in int8, or if the config turns the report off.
@@ -38,18 +38,18 @@ def error(run: Any) -> dict[str, float]:
     place = partial(sharding.tree_shardings, run.mesh, layout=ours.sharding)
 
     def layer(i: int) -> Any:
-        load = partial(models.load_pretrained, folder(ours.path), dtype=ours.dtype, shardings=place)
+        load = partial(models.load_pretrained, models.folder(ours.path), dtype=ours.dtype, shardings=place)
         return load(only=f"layers/{i}/")[1]["layers"][str(i)]
 
     params = run.models.teacher_params
     return _difference(run, params, params, layer, run.models.teacher.abstract_params())
 
 
-def difference(run: Any, params: Any, whole: Any) -> dict[str, float]:
+def difference(run: Run, params: Any, whole: Any) -> dict[str, float]:
     """Returns the difference that other parameters of a run's teacher make on the first held-out batch.
 
     Args:
-      run: a `train.Run`.
+      run: a `Run`.
       params: the rounded parameters.
       whole: the parameters before rounding.
 
@@ -64,7 +64,7 @@ def difference(run: Any, params: Any, whole: Any) -> dict[str, float]:
     return _difference(run, params, whole, lambda i: whole["layers"][str(i)], whole)
 
 
-def _difference(run: Any, params: Any, outer: Any, layer: Callable[[int], Any], sizes: Any) -> dict[str, float]:
+def _difference(run: Run, params: Any, outer: Any, layer: Callable[[int], Any], sizes: Any) -> dict[str, float]:
     """Returns `difference`, from unrounded parameters in two parts: `layer` gives the layers, `outer` all others."""
     teacher, batch, chunk = run.models.teacher, next(run.eval_batches()), run.config.loss.chunk or None
     placed = run.put({name: batch[name] for name in NEEDED})

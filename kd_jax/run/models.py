@@ -9,12 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kd_jax import data, metrics, models, resolve, sharding
-from kd_jax.data.limited import common_ids, differing_tokens, shown_difference, shown_tokens
-from kd_jax.storage import remote, untrusted
-
-PACKAGED = "package:"
-INITS = ("random", "pretrained", "layers")
+from kd_jax import data, models, sharding
+from kd_jax.data.shared import check_same_tokenizer, fit_tokenizer
+from kd_jax.settings import Settings
+from kd_jax.storage import untrusted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,62 +63,7 @@ class Models:
         return [self.student] + ([self.teacher] if self.teacher else [])
 
 
-def folder(path: str) -> Path:
-    """Returns the folder for a path of a config; 'package:NAME' is a folder that ships with kd_jax.
-
-    Raises:
-      ValueError: kd_jax has no model NAME, or the path is an address.
-    """
-    if not path.startswith(PACKAGED):
-        return remote.local_folder(path)
-    assets, name = Path(__file__).parent / "assets", path.removeprefix(PACKAGED)
-    known = sorted(where.name for where in assets.iterdir() if (where / "config.json").exists())
-    if name not in known:
-        raise ValueError(
-            f"{path}: kd_jax has no model {name!r}; it has {', '.join(PACKAGED + other for other in known)}."
-        )
-    return assets / name
-
-
-def model_folder(path: str, key: str) -> Path:
-    """Returns the folder of a model, after a look at its config.json.
-
-    Args:
-      path: as in `folder`.
-      key: of the setting that names the path, for the message.
-
-    Raises:
-      ValueError: the folder does not exist, is an adapter's, or its config.json describes no model that is supported.
-    """
-    where = folder(path)
-    models.check_folder(where, key)
-    models.load_config(where)
-    return where
-
-
-def dataset_options(config: Any, section: str = "data") -> dict[str, Any]:
-    """Returns the keywords of the dataset that a section names: the setting's for that dataset, and the section's own.
-
-    Args:
-      config: of the run.
-      section: data, or text, whose empty options stand for those of data, if that is the same dataset.
-
-    Raises:
-      ValueError: `data.defaults` has keywords for a dataset that does not exist.
-    """
-    name, own, defaults = config[section].name, config[section].options, config.data.defaults
-    for known in defaults:
-        if known not in data.SOURCES:
-            raise ValueError(
-                f"data.defaults has keywords for the dataset {known!r}{resolve.nearest(known, data.SOURCES)}; the datasets are "
-                f"{', '.join(data.SOURCES)}."
-            )
-    if not own and name == config.data.name:
-        own = config.data.options
-    return dict(defaults[name] if name in defaults else {}) | dict(own)
-
-
-def load_tokenizer(config: Any, text_only: bool = False) -> data.Tokenizer:
+def load_tokenizer(config: Settings, text_only: bool = False) -> data.Tokenizer:
     """Loads the tokenizer of tokenizer.path, or else of the teacher's cache or folder, or else of the student's folder.
 
     The folders of the models are checked first, so that an error in a folder is reported as such and not as an error of
@@ -136,10 +79,10 @@ def load_tokenizer(config: Any, text_only: bool = False) -> data.Tokenizer:
         prompts does not fit the tokenizer.
     """
     if config.teacher.path and not config.teacher.cache:
-        model_folder(config.teacher.path, "teacher.path")
+        models.model_folder(config.teacher.path, "teacher.path")
     pretrained = bool(config.student.path) and config.student.init == "pretrained"
     if pretrained:
-        model_folder(config.student.path, "student.path")
+        models.model_folder(config.student.path, "student.path")
     paths = {
         "tokenizer.path": config.tokenizer.path,
         "teacher.cache": f"{config.teacher.cache}/tokenizer" if config.teacher.cache else "",
@@ -149,11 +92,11 @@ def load_tokenizer(config: Any, text_only: bool = False) -> data.Tokenizer:
     key = next((key for key, path in paths.items() if path), None)
     if key is None:
         raise ValueError("nothing names a tokenizer: set tokenizer.path, teacher.path or student.path to a folder.")
-    where = folder(paths[key])
+    where = models.folder(paths[key])
     untrusted.check_folder(where, key)
     tokenizer = data.Tokenizer.load(where)
     if text_only and pretrained and not config.tokenizer.path:
-        own = data.Tokenizer.load(folder(config.student.path))
+        own = data.Tokenizer.load(models.folder(config.student.path))
         tokenizer = tokenizer if own.vocabulary() == tokenizer.vocabulary() else own
     template = data.Template.of(config.data)
     if config.data.name != "text":  # rows of plain text have no prompts
@@ -162,7 +105,7 @@ def load_tokenizer(config: Any, text_only: bool = False) -> data.Tokenizer:
 
 
 def load_models(
-    config: Any, tokenizer: data.Tokenizer, mesh: Any, needs_teacher: bool, text_only: bool = False
+    config: Settings, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh, needs_teacher: bool, text_only: bool = False
 ) -> Models:
     """Loads teacher and student as the config describes them, each array placed on the mesh as it is read.
 
@@ -177,8 +120,6 @@ def load_models(
       ValueError: a folder, a size or a vocabulary that does not fit.
     """
     init = config.student.init
-    if init not in INITS:
-        raise ValueError(f"student.init={init!r} is not one of {', '.join(INITS)}.")
     path_of_teacher = "" if config.teacher.cache else config.teacher.path
     if (needs_teacher or init == "layers") and not (path_of_teacher or config.teacher.cache):
         raise ValueError(
@@ -188,13 +129,15 @@ def load_models(
     params: Any = None
     writer = None
     if path_of_teacher:  # loaded even if no term needs the teacher, because evaluations compare with the teacher
-        path = folder(path_of_teacher)
+        path = models.folder(path_of_teacher)
         template = data.Template.of(config.data)
         own = data.with_template_end(data.Tokenizer.load(path), template) if text_only else tokenizer
         writes_only = own.vocabulary() != tokenizer.vocabulary()
         if config.tokenizer.path and not writes_only:
             tokenizer = check_same_tokenizer(path, tokenizer, "teacher")
-        own = fit_tokenizer(path_of_teacher, models.load_config(path), own if writes_only else tokenizer, "teacher")
+        own = fit_tokenizer(
+            path_of_teacher, models.load_config(path).vocab_size, own if writes_only else tokenizer, "teacher"
+        )
         teacher, params = _load_teacher(config, path, mesh)
         if writes_only:
             writer = Writer(teacher, params, own.with_ends(own.eos_id, end_ids(teacher.config)))
@@ -218,7 +161,7 @@ def end_ids(config: models.ModelConfig) -> tuple[int, ...]:
     return found if isinstance(found, tuple) else () if found is None else (found,)
 
 
-def _load_teacher(config: Any, path: Path, mesh: Any) -> tuple[models.Model, Any]:
+def _load_teacher(config: Settings, path: Path, mesh: jax.sharding.Mesh) -> tuple[models.Model, Any]:
     teacher, params = models.load_pretrained(
         path,
         dtype=config.teacher.dtype,
@@ -229,7 +172,7 @@ def _load_teacher(config: Any, path: Path, mesh: Any) -> tuple[models.Model, Any
 
 
 def _make_student(
-    config: Any, tokenizer: data.Tokenizer, mesh: Any, teacher: Any, teacher_params: Any
+    config: Settings, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh, teacher: Any, teacher_params: Any
 ) -> tuple[models.Model, Callable[[jax.Array], Any], data.Tokenizer]:
     """Returns the student, the function that makes its initial parameters, and the tokenizer, limited to ids that it has."""
     place = partial(sharding.tree_shardings, mesh)
@@ -252,9 +195,9 @@ def _make_student(
     if config.student.init == "pretrained":
         if not config.student.path:
             raise ValueError("student.init='pretrained' needs student.path, the folder of the student to start from.")
-        path = folder(config.student.path)
+        path = models.folder(config.student.path)
         tokenizer = check_same_tokenizer(path, tokenizer, "student")
-        tokenizer = fit_tokenizer(config.student.path, models.load_config(path), tokenizer, "student")
+        tokenizer = fit_tokenizer(config.student.path, models.load_config(path).vocab_size, tokenizer, "student")
         student = models.from_config(models.load_config(path), **how)
         # Read when the state is made, so that nothing but the state holds the initial parameters.
         return student, lambda key: models.load_pretrained(path, dtype=jnp.float32, shardings=place)[1], tokenizer
@@ -276,70 +219,3 @@ def _check_vocabulary(path: str, config: models.ModelConfig, tokenizer: data.Tok
             f"the {who} ({path}) has an output of {config.vocab_size} ids, fewer than the tokenizer's "
             f"{tokenizer.vocab_size}: teacher, student and tokenizer must share one vocabulary (padding beyond it is fine)."
         )
-
-
-def fit_tokenizer(path: str, config: models.ModelConfig, tokenizer: data.Tokenizer, who: str) -> data.Tokenizer:
-    """Returns the tokenizer without the few added tokens, if any, for which a model has no ids, and says so.
-
-    Raises:
-      ValueError: the model lacks ids of other tokens, or of too many.
-    """
-    try:
-        fitting = tokenizer.limited(config.vocab_size)
-    except ValueError as error:
-        raise ValueError(
-            f"the {who} ({path}) has an output of {config.vocab_size} ids, fewer than the tokenizer's {tokenizer.vocab_size}: "
-            f"teacher, student and tokenizer must share one vocabulary (padding beyond it is fine). {error}"
-        ) from error
-    if fitting is not tokenizer:
-        gone = shown_tokens(tokenizer.tokens_beyond(config.vocab_size))
-        _say(
-            f"The {who} ({path}) has {config.vocab_size} ids and the tokenizer {tokenizer.vocab_size}. The run leaves out {gone}."
-        )
-    return fitting
-
-
-def check_same_tokenizer(path: Path, tokenizer: data.Tokenizer, who: str) -> data.Tokenizer:
-    """Compares the tokenizer in a model's folder with the run's, and returns the one to use.
-
-    The two may differ in a few added tokens at the end. The run then uses the ids that both have, and this is said.
-
-    Args:
-      path: the model's folder.
-      tokenizer: of the run.
-      who: 'teacher' or 'student', for the message.
-
-    Returns:
-      The run's tokenizer, limited to the ids that both have.
-
-    Raises:
-      ValueError: the folder has no tokenizer, or the two vocabularies differ in more; up to five differing tokens are named.
-    """
-    if not (path / "tokenizer.json").exists():
-        raise ValueError(f"{path} has no tokenizer.json, so its vocabulary cannot be compared with the run's; add it.")
-    own = data.Tokenizer.load(path)
-    ours, theirs = tokenizer.vocabulary(), own.vocabulary()
-    different = differing_tokens(ours, theirs)
-    if not different:
-        return tokenizer
-    size = common_ids(ours, theirs)
-    try:
-        own.tokens_beyond(size)
-        fitting = tokenizer.limited(size)
-    except ValueError as error:
-        raise ValueError(
-            f"the {who}'s tokenizer ({path}, {own.vocab_size} ids) is not the run's ({tokenizer.vocab_size} ids): "
-            f"{shown_difference(different, who)}. A divergence compares id by id; choose models that share a tokenizer. They may "
-            f"differ in a few added tokens at the end only. {error}"
-        ) from error
-    gone = [token for token, *_ in different]
-    _say(
-        f"The {who}'s tokenizer ({path}, {own.vocab_size} ids) and the run's ({tokenizer.vocab_size} ids) have the first {size} ids "
-        f"in common. The run leaves out {shown_tokens(gone)}."
-    )
-    return fitting
-
-
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        metrics.tqdm.write(line)

@@ -1,0 +1,224 @@
+"""Assembles a run from a config."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from kd_jax import data, evaluate, prefixes, resolve, rollouts, schedules, sharding
+from kd_jax.feed import Feed
+from kd_jax.objectives import Term, make_terms
+from kd_jax.optimizer import make_optimizer
+from kd_jax.run.checks import check_learning_rate, check_mesh
+from kd_jax.run.models import Models, load_models, load_tokenizer
+from kd_jax.run.rows import (
+    batch_options,
+    check_length,
+    learns_from_text,
+    load_examples,
+    load_responses,
+    load_rows,
+    load_text,
+    make_feed,
+    make_source,
+)
+from kd_jax.settings import Config, Settings, name_of
+from kd_jax.setup_cache import kept_rows, open_cache
+from kd_jax.teacher_cache_read import Cache
+from kd_jax.train_step import TrainState, init_state, make_train_step
+
+LearningRate = Callable[[Any], Any]  # step -> learning rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An assembled run. A notebook calls the steps itself; `train.train` calls them with logs and checkpoints.
+
+    Attributes:
+      config: the settings of the run.
+      mesh: the mesh of all devices.
+      tokenizer: the tokenizer of teacher and student.
+      models: the teacher, the student, and the teacher's parameters.
+      terms: the terms of the objective.
+      learning_rate: step -> learning rate.
+      init_state: makes the state before the first step, including the student's initial parameters.
+      abstract_state: the shapes and shardings of the state.
+      train_step: (state, teacher_params, batch) -> (state, metrics), jitted; the state is donated.
+      feed: the source of the training batches, with a position that can be saved.
+      eval_batches: makes an iterator that goes once over the held-out rows.
+      examples: the held-out prompts that are answered at each evaluation.
+      shown: the held-out prompts whose answers are shown before and after training, as many as one evaluation batch
+        has.
+      counts: for each split, the numbers of rows that were kept, truncated or dropped.
+      written: the rows of the teacher's responses; None if the run trains on the data's responses.
+    """
+
+    config: Settings
+    mesh: jax.sharding.Mesh
+    tokenizer: data.Tokenizer
+    models: Models
+    terms: tuple[Term, ...]
+    learning_rate: LearningRate
+    init_state: Callable[[], TrainState]
+    abstract_state: TrainState
+    train_step: Callable[..., Any]
+    feed: Feed
+    eval_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+    examples: list[evaluate.Example]
+    shown: list[evaluate.Example]
+    counts: dict[str, dict[str, int]]
+    written: data.Rows | data.Packed | None = None
+
+    def batch(self, step: int, params: Any) -> dict[str, jax.Array]:
+        """Returns the batch of update `step` on the mesh. Steps are counted from 0.
+
+        Where the source has the student write responses, they are sampled with the parameters `params`.
+        """
+        return self.put(self.feed.next(step, params))
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Places a numpy batch on the mesh."""
+        return sharding.put_batch(self.mesh, batch)
+
+    def evaluate(self, params: Any) -> dict[str, float]:
+        """Returns the measures of student parameters on the held-out rows.
+
+        The measures are those of `evaluate.summary` on the rows and of `evaluate.assess` on the answers.
+        """
+        return self._evaluate(self.models.student, params, self.models.compared, self.models.teacher_params)
+
+    def evaluate_teacher(self) -> dict[str, float]:
+        """Evaluates the teacher on the held-out rows, without a comparison to another model."""
+        return self._evaluate(self.models.teacher, self.models.teacher_params, None, None)
+
+    def _evaluate(self, *both: Any) -> dict[str, float]:
+        options, chunk = self.config.data, self.config.loss.chunk or None
+        values = evaluate.evaluate(
+            *both, self.eval_batches(), self.mesh, vocab_size=self.tokenizer.vocab_size, chunk=chunk
+        )
+        if not self.examples:
+            return values
+        # The temperature is 1, and not that of training, so that runs can be compared.
+        sampler = rollouts.Sampler(self.mesh, self.tokenizer, options.max_length, self.config.sampling.max_new_tokens)
+        size, seed = options.eval_batch_size, self.config.seed
+        if self.models.cached:  # the cache has no values for the student's own text
+            both = (*both[:2], None, None)
+        return values | evaluate.assess(sampler, both, self.examples, batch_size=size, seed=seed, chunk=chunk)[0]
+
+
+def build(config: Config | Settings) -> Run:
+    """Assembles a run, and reports any error in the config before anything is trained or written.
+
+    With the source `prefixes.teacher`, the last action is that the teacher's responses are written, or read from disk.
+
+    Args:
+      config: a config with the keys of `kd_jax.settings`, such as an `ml_collections.ConfigDict`.
+
+    Raises:
+      ValueError: a value of the config is wrong; the message names the value and a right one.
+    """
+    settings = Settings.parse(config)
+    terms, source = make_objective(settings)
+    learning_rate = _make_learning_rate(settings)
+    tx = make_optimizer(settings.optimizer, learning_rate, settings.clip_norm)
+    mesh = make_mesh(settings)
+    cache = open_cache(settings, terms, source)
+    loaded = _load_models(settings, source, terms, mesh, cache)
+    if cache:
+        terms = cache.teacher.terms(terms)
+    tokenizer, options = loaded.tokenizer, settings.data
+    check_length(settings, loaded)
+    counts = {}
+    eval_rows, counts[options.eval_split] = load_rows(settings, tokenizer, options.eval_split, options.eval_rows)
+    examples = load_examples(settings, tokenizer)
+    text_rows = load_text(settings, tokenizer) if settings.text.name else None
+    step = make_train_step(
+        loaded.student, loaded.compared, terms, tx, vocab_size=tokenizer.vocab_size,
+        temperature=settings.objective.temperature, microbatches=settings.microbatches,
+        chunk=settings.loss.chunk or None, mesh=mesh, max_skipped=settings.max_skipped,
+    )  # fmt: skip
+    fresh_state, abstract_state, placed = _make_state(settings, loaded, tx, terms, mesh)
+    held_out = data.batches(
+        eval_rows, batch_size=options.eval_batch_size, shuffle=False, num_epochs=1,
+        beside=kept_rows(settings, tokenizer, cache, "held_out", eval_rows), **batch_options(settings, tokenizer),
+    )  # fmt: skip
+    # The responses come last because writing them may take long. They stay on disk if a later run fails.
+    if isinstance(source, prefixes.teacher):
+        train_rows, counts[options.train_split] = load_responses(settings, source, loaded, mesh)
+    else:
+        train_rows, counts[options.train_split] = load_rows(settings, tokenizer, options.train_split)
+    return Run(
+        config=settings, mesh=mesh, tokenizer=tokenizer, models=loaded, terms=terms, learning_rate=learning_rate,
+        init_state=fresh_state, abstract_state=abstract_state,
+        train_step=jax.jit(step, donate_argnums=0, out_shardings=(placed, None)),
+        feed=make_feed(settings, source, tokenizer, loaded, mesh, train_rows, text_rows, cache),
+        eval_batches=lambda: iter(held_out), examples=examples, counts=counts,
+        written=train_rows if isinstance(source, prefixes.teacher) else None,
+        shown=evaluate.held_out_examples(eval_rows, tokenizer, options.eval_batch_size),
+    )  # fmt: skip
+
+
+def make_objective(settings: Settings) -> tuple[tuple[Term, ...], prefixes.Source]:
+    """Returns the terms of the objective and the source of the rows, checked against each other.
+
+    Raises:
+      ValueError: a term, the source, or their combination is invalid; the message names the key.
+    """
+    objective, sampling = settings.objective, settings.sampling
+    terms = make_terms(objective.terms, objective.temperature, sampling.teacher_share, sampling.max_new_tokens)
+    return terms, make_source(settings, terms)
+
+
+def make_mesh(settings: Settings) -> jax.sharding.Mesh:
+    """Returns the mesh of all devices, which divides the batches of the settings.
+
+    Raises:
+      ValueError: the sizes do not fit the devices, or a batch cannot be divided.
+    """
+    mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
+    check_mesh(settings, mesh)
+    return mesh
+
+
+def _make_learning_rate(settings: Settings) -> LearningRate:
+    learning_rate = resolve.build(settings.learning_rate, schedules)
+    if schedules.as_stateful(learning_rate).init() != ():
+        raise ValueError(
+            f"learning_rate={name_of(settings.learning_rate)!r} follows the loss; a learning rate follows the step."
+        )
+    check_learning_rate(learning_rate, settings.steps)
+    return learning_rate
+
+
+def _load_models(
+    settings: Settings, source: prefixes.Source, terms: tuple[Term, ...], mesh: jax.sharding.Mesh, cache: Cache | None
+) -> Models:
+    """Loads the models of the run. A cache takes the place of the teacher."""
+    needs_teacher = any(term.needs_teacher for term in terms)
+    text_only = learns_from_text(settings, source, terms)
+    loaded = load_models(settings, load_tokenizer(settings, text_only), mesh, needs_teacher, text_only)
+    if not cache:
+        return loaded
+    params = cache.load_params(mesh, settings.teacher.sharding)
+    return dataclasses.replace(loaded, cached=cache.teacher, teacher_params=params)
+
+
+def _make_state(
+    settings: Settings, loaded: Models, tx: optax.GradientTransformation, terms: tuple[Term, ...],
+    mesh: jax.sharding.Mesh,
+) -> tuple[Callable[[], TrainState], TrainState, Any]:  # fmt: skip
+    """Returns the function that makes the first state, the state's shapes with shardings, and the shardings."""
+    key = jax.random.key(settings.seed)
+    make_state = partial(init_state, tx=tx, terms=terms)
+    abstract_state = jax.eval_shape(make_state, loaded.student.abstract_params(), key=key)
+    placed = sharding.tree_shardings(mesh, abstract_state)
+
+    def fresh_state() -> TrainState:
+        params = loaded.init_student(jax.random.fold_in(key, 0))
+        return jax.jit(make_state, out_shardings=placed)(params, key=key)
+
+    return fresh_state, sharding.with_shardings(abstract_state, placed), placed

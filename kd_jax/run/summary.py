@@ -1,0 +1,105 @@
+"""The lines that a run prints first: its method, models, data, devices and step."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from kd_jax.data.counts import sentence, warnings
+from kd_jax.run.build import Run
+from kd_jax.settings import Settings, Spec
+from kd_jax.train_step import TrainState
+
+
+def of(run: Run, state: TrainState) -> str:
+    """Returns a summary of a run: method, models, data, devices and step, each on a line of its own."""
+    config, options = run.config, run.config.data
+    rows = "; ".join(sentence(split, counts) for split, counts in run.counts.items())
+    devices, processes = len(jax.devices()), jax.process_count()
+    mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
+    lines = {
+        "method": "\n         ".join([*method(config), f"rows: prefixes.{spec_text(config.prefixes)}"]),
+        "models": f"{_teacher(run)} -> student, {_count(state.params)} parameters",
+        "data": f"{options.name}; {rows}",
+        "devices": f"{devices} {jax.devices()[0].platform} device{'s' * (devices > 1)}, {processes} "
+        f"process{'es' * (processes > 1)}, mesh {mesh}",
+        "step": f"{int(state.step)} of {config.steps}, {options.batch_size} rows of at most {options.max_length} tokens each",
+    }
+    return "\n".join(f"{name:8} {line}" for name, line in lines.items())
+
+
+def method(config: Settings) -> list[str]:
+    """Returns a line for each term of the objective.
+
+    Example:
+      >>> import dataclasses
+      >>> term = {"kind": "divergence", "divergence": {"name": "skew_forward_kl", "skew": 0.2}, "coefficient": 0.5}
+      >>> term |= {"pair": ("teacher", "student"), "assistant": "none", "rows": "data"}
+      >>> objective = dataclasses.replace(Settings().objective, terms={"distil": term})
+      >>> method(dataclasses.replace(Settings(), objective=objective))
+      ['distil: skew_forward_kl(skew=0.2) of teacher and student on data rows, coefficient 0.5']
+    """
+    return [f"{name}: {_term(term)}" for name, term in config.objective.terms.items() if term is not None]
+
+
+def spec_text(spec: Spec | float) -> str:
+    """Returns a spec in the form in which a flag can give it.
+
+    Example:
+      >>> spec_text({"name": "alpha_beta", "alpha": 0.2, "beta": 0.7}), spec_text({"name": "forward_kl"}), spec_text(1.0)
+      ('alpha_beta(alpha=0.2, beta=0.7)', 'forward_kl', '1')
+    """
+    if not isinstance(spec, Mapping):
+        return spec if isinstance(spec, str) else f"{spec:g}"
+    keywords = ", ".join(f"{key}={_value(value)}" for key, value in spec.items() if key != "name")
+    return f"{spec['name']}({keywords})" if keywords else str(spec["name"])
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_value, value))})"
+    return spec_text(value) if isinstance(value, Mapping) and "name" in value else repr(value)
+
+
+def _term(term: Mapping[str, Any]) -> str:
+    assistant = f", assistant {spec_text(term['assistant'])}" if "assistant" in term["pair"] else ""
+    what = {
+        "divergence": f"{spec_text(term['divergence'])} of {' and '.join(term['pair'])}{assistant}",
+        "hard_labels": "cross-entropy of the tokens",
+        "policy_gradient": "policy gradient of KL(student || teacher)",
+    }[term["kind"]]
+    rows = "" if term["rows"] == "all" else f" on {term['rows']} rows"
+    return f"{what}{rows}, coefficient {spec_text(term['coefficient'])}"
+
+
+def _teacher(run: Run) -> str:
+    path = run.config.teacher.path
+    if run.models.cached:
+        return f"{run.models.cached.described(path)}, without texts and KLs on the student's own"
+    if run.models.writer:
+        count = _count(run.models.writer.model.abstract_params())
+        return (
+            f"teacher {path}, {count} parameters, of which only the text is used because its tokenizer is another one,"
+        )
+    if run.models.teacher:
+        return f"teacher {path}, {_count(run.models.teacher.abstract_params())} parameters"
+    return "no teacher"
+
+
+def too_long(run: Run) -> list[str]:
+    """Returns a warning, with advice, for each split in which many prompts or responses are too long."""
+    options = run.config.data
+    other = {"drop": "cut, which truncates the prompts", "cut": "drop, which leaves such rows out"}[
+        options.long_prompts
+    ]
+    advice = {
+        "prompts": f"Raise data.max_prompt_length={options.max_prompt_length}, and data.max_length={options.max_length} with it; "
+        f"or set data.long_prompts to {other}.",
+        "responses": f"Raise data.max_length={options.max_length}, or lower data.max_prompt_length="
+        f"{options.max_prompt_length}.",
+    }
+    return [line for split, counts in run.counts.items() for line in warnings(split, counts, **advice)]
+
+
+def _count(params: Any) -> str:
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.2f}M"

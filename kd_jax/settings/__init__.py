@@ -1,0 +1,13 @@
+"""Settings of a run, typed and checked.
+
+`keys` declares every key of a config once. `Settings.parse` turns a config into `Settings`. `declare` reads a config by
+such a declaration. This package does not import JAX, because the help of the commands reads it first.
+"""
+
+from kd_jax.settings.declare import Config, defaults, is_open, is_section, keys_of, open_names
+from kd_jax.settings.keys import Data, Mesh, Policy, Sampling, Settings, Spec, Student, Teacher, Term, Text, name_of
+
+__all__ = [
+    "Config", "Data", "Mesh", "Policy", "Sampling", "Settings", "Spec", "Student", "Teacher", "Term", "Text",
+    "defaults", "is_open", "is_section", "keys_of", "name_of", "open_names",
+]  # fmt: skip

@@ -1,0 +1,291 @@
+"""Declares every key of a config: type, default value, range, and meaning.
+
+A *spec* is {"name": ..., keyword: number, ...}. The name is that of a function in the module that the key's meaning
+gives, or of a function of your own, as "module:function". The other entries are keywords of that function.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+from kd_jax.settings.declare import Config, check_ranges, key, read, section
+
+Spec = str | Mapping[str, Any]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def name_of(spec: Spec) -> str:
+    """Returns the name in a spec."""
+    return spec if isinstance(spec, str) else spec.get("name", "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The settings of a policy gradient on the student's own text.
+
+    The reward of each token is log p - log q. The defaults are those of the MiniLLM paper.
+    """
+
+    discount: float = key(1.0, "factor per token by which later rewards are discounted")
+    include_current: bool = key(False, "count the token's own reward as well as the rewards of the tokens after it")
+    length_normalised: bool = key(True, "average the rewards over their tokens instead of adding them")
+    whiten: str = key(
+        "none", "scale advantages to mean 0, variance 1: none, counted (tokens), or all (also after the end)"
+    )
+    baseline: str = key("none", "none, or kl: subtract the exact mean -KL(q || p) from the reward of each token")
+    clip: float = key(0.2, "limit of the ratio q / (q when sampled) to 1 - clip and 1 + clip; 0: no limit")
+    reward_scale: float = key(1.0, "rewards are divided by this number")
+    reward_limit: float = key(0.0, "scaled rewards are limited to plus and minus this number; 0: no limit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One summand of the objective.
+
+    Only terms of kind divergence use divergence, pair, assistant, weight, stop_gradient and importance. Only terms of
+    kind policy_gradient use policy.
+    """
+
+    kind: str = key("divergence", "divergence; hard_labels: -log q(token); policy_gradient of KL(q || p): see policy")
+    divergence: Spec = key({"name": "forward_kl"}, "spec: a divergence of kd_jax.divergences", is_open=True)
+    assistant: Spec = key({"name": "none"}, "spec: an assistant of kd_jax.assistants, or none", is_open=True)
+    pair: tuple[str, ...] = key(
+        ("teacher", "student"), "first and second argument of the divergence: teacher, student or assistant"
+    )
+    stop_gradient: bool = key(False, "treat the student inside the assistant as a constant in the gradient")
+    weight: float | Spec = key(
+        0.0, "weight of the teacher in the assistant: a number, or a spec of kd_jax.schedules", is_open=True
+    )
+    coefficient: float | Spec = key(
+        1.0, "factor of the term; may be a kd_jax.schedules spec, as may an assistant's keywords", is_open=True
+    )
+    rows: str = key("all", "rows that count: all (of the first stream), or of one origin: data, teacher, student, text")
+    importance: bool = key(
+        False, "weigh each token by q / mixture; for a divergence on rows with sampling.teacher_share"
+    )
+    policy: Policy = section(Policy, "for kind=policy_gradient: the settings of the policy gradient")
+    average: str = key("token", "token: mean over the batch's tokens; sequence: mean over rows of each row's mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    temperature: float = key(1.0, "divides the logits of both models; a T^2 factor belongs in the coefficients")
+    terms: Mapping[str, Any] = key({}, "name -> term(); the loss is the sum of the terms")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    max_new_tokens: int = key(128, "largest number of tokens in a response that a model writes", least=1)
+    temperature: float = key(1.0, "sampling temperature of the model that writes; 0: the likeliest token", least=0)
+    top_p: float = key(1.0, "sample from the likeliest tokens that together have this probability; 1: all tokens")
+    top_k: int = key(0, "sample from this many likeliest tokens; 0: all tokens", least=0)
+    teacher_share: float = key(0.0, "weight of the teacher in the mixture that the student's rows are sampled from")
+    rollouts_per_prompt: int = key(1, "number of responses to each prompt; a batch then has fewer prompts", least=1)
+    show_every: int = key(200, "number of steps between printed samples of new student responses; 0: never", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    chunk: int = key(0, "number of tokens per device whose logits are in memory at once; 0: automatic", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    path: str = key("", "a Hugging Face folder, or package:NAME for a model of kd_jax; empty: no teacher")
+    cache: str = key("", "a folder from kd_jax.cache_teacher, used in place of the model at teacher.path")
+    dtype: str = key("float32", "number type of the parameters and the computation", choices=DTYPES)
+    weights: str = key(
+        "float", "float: as in dtype; int8: matrices of the layers in int8, one scale per output",
+        choices=("float", "int8"),
+    )  # fmt: skip
+    int8_report: bool = key(True, "measure the error of int8 at the start, also with one layer at a time in dtype")
+    sharding: str = key(
+        "student", "student: same; spread: also over data; tensor: over tensor; whole: copies",
+        choices=("student", "spread", "tensor", "whole"),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    init: str = key(
+        "random", "random (sizes in config), pretrained (path), or layers (of the teacher)",
+        choices=("random", "pretrained", "layers"),
+    )  # fmt: skip
+    path: str = key("", "for init=pretrained: a Hugging Face folder")
+    layers: tuple[int, ...] = key(
+        (), "for init=layers: indices of the teacher's layers to copy, counted from 0", numbers=True
+    )
+    config: Mapping[str, Any] = key({}, "for init=random: keywords of kd_jax.models.ModelConfig", is_open=True)
+    dtype: str = key("float32", "number type of the computation; the parameters are float32", choices=DTYPES)
+    remat: str = key("none", "none, or a policy of jax.checkpoint_policies: values kept for the backward pass")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    path: str = key("", "a folder with tokenizer.json; empty: that of the teacher, or else that of the student")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    name: str = key("docstrings", "name of the dataset: docstrings, dolly, gsm8k, jsonl, text")
+    options: Mapping[str, Any] = key({}, "keywords of the dataset's builder, such as path", is_open=True)
+    defaults: Mapping[str, Any] = key(
+        {}, "dataset name -> keywords of the builder; data.options takes precedence", is_open=True
+    )
+    data_dir: str = key("", "folder for the built datasets; empty: the default of tensorflow_datasets")
+    train_split: str = key("train", "name of the split to train on")
+    eval_split: str = key("validation", "name of the split of held-out rows")
+    eval_rows: int = key(512, "number of held-out rows to evaluate on, from the start of the split; 0: all", least=0)
+    template: str = key("plain", "prompt template: plain, alpaca, or chat (the template of the tokenizer)")
+    template_options: Mapping[str, Any] = key(
+        {}, "variables of a chat template; `date` is 2026-01-01 by default", is_open=True
+    )
+    system: str = key("", "system message of a chat; empty: none")
+    max_length: int = key(512, "largest number of tokens of a row that the models read")
+    max_prompt_length: int = key(256, "largest number of tokens of a prompt, as part of max_length")
+    long_prompts: str = key("drop", "drop: omit the row; cut: truncate the user's text, but never the template")
+    long_responses: str = key("cut", "cut: truncate the response; drop: omit the row")
+    loss_on: str = key("response", "counted in training: response (with its end), or all; held-out: response")
+    packing: str = key(
+        "none", "none; rows: several rows in one, kept separate; stream: joined, all tokens count",
+        choices=("none", "rows", "stream"),
+    )  # fmt: skip
+    batch_size: int = key(32, "number of rows in an update, over all devices", least=1)
+    eval_batch_size: int = key(32, "number of rows in an evaluation batch, over all devices", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    name: str = key("", "name of a dataset, as in data.name; empty: no second stream")
+    options: Mapping[str, Any] = key(
+        {}, "keywords of the builder; empty: data.options, if the dataset is the same", is_open=True
+    )
+    split: str = key("train", "split of the dataset; default: data.train_split")
+    batch_size: int = key(8, "number of rows added to each update, of data.max_length tokens each", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    data: int = key(-1, "number of devices that divide the batch; -1: all devices not used by fsdp and tensor")
+    fsdp: int = key(1, "number of devices that divide both the batch and the parameters")
+    tensor: int = key(1, "number of devices that divide each matrix")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings of a run."""
+
+    seed: int = key(
+        0, "random seed of the initial parameters, the order of the rows, and the samples", least=0, most=2**32
+    )
+    steps: int = key(1000, "updates", least=1)
+    microbatches: int = key(1, "number of parts in which a batch is processed; changes memory, not results", least=1)
+    optimizer: Spec = key(
+        {"name": "adamw", "weight_decay": 0.01, "no_decay": ()},
+        "spec: an optimiser of optax. no_decay has name patterns of the parameters without weight decay, such as "
+        "('*norm*', '*bias')",
+        is_open=True,
+    )
+    learning_rate: Spec = key(
+        {"name": "cosine_decay_schedule", "init_value": 5e-4, "decay_steps": 1000, "alpha": 1e-7 / 5e-4},
+        "spec: a schedule of kd_jax.schedules",
+        is_open=True,
+    )
+    clip_norm: float = key(1.0, "largest norm of the gradient; larger gradients are scaled down; 0: no clipping")
+    objective: Objective = section(Objective)
+    prefixes: Spec = key({"name": "data"}, "spec: kd_jax.prefixes, a source of each step's rows", is_open=True)
+    sampling: Sampling = section(Sampling)
+    loss: Loss = section(Loss)
+    teacher: Teacher = section(Teacher)
+    student: Student = section(Student)
+    attention: str = key(
+        "plain", "of both models: plain, xla, or cudnn (flash attention: NVIDIA GPU, not in float32)",
+        choices=("plain", "xla", "cudnn"),
+    )  # fmt: skip
+    tokenizer: Tokenizer = section(Tokenizer)
+    data: Data = section(Data)
+    text: Text = section(Text, 'a second stream, for terms with rows="text"; every token of the stream counts')
+    mesh: Mesh = section(Mesh)
+    eval_every: int = key(200, "number of steps between evaluations", least=1)
+    checkpoint_every: int = key(200, "number of steps between checkpoints", least=1)
+    keep_checkpoints: int = key(2, "number of newest checkpoints that are kept", least=1)
+    max_skipped: int = key(
+        0, "largest number of consecutive non-finite steps that are skipped before the run stops", least=0
+    )
+    profile_steps: tuple[int, ...] = key(
+        (), "(first, last): steps to trace, for xprof, into the folder profile of the work directory", numbers=True
+    )
+    log_every: int = key(
+        10, "number of steps between two reads of the metrics; the metrics of every step are written", least=1
+    )
+    eval_prompts: int = key(
+        0, "number of held-out prompts answered per evaluation: ROUGE-L, KLs on student text", least=0
+    )
+    sample_tokens: int = key(64, "largest number of tokens in a sample shown at the end", least=1)
+
+    @classmethod
+    def read(cls, config: Config) -> Self:
+        """Returns the settings of a config, after a check of their types but not of their ranges.
+
+        Args:
+          config: an `ml_collections.ConfigDict`, or nested dicts, with all declared keys.
+
+        Raises:
+          ValueError: a key is missing, or a value has another type.
+        """
+        settings = read(cls, config)
+        terms = settings.objective.terms
+        for name, term in terms.items():
+            if term is not None:
+                read(Term, term, f"objective.terms.{name}.")
+        return settings
+
+    @classmethod
+    def parse(cls, config: "Config | Settings") -> "Settings":
+        """Returns the settings of a config, checked as far as is possible before anything is read.
+
+        Args:
+          config: as in `read`, or settings, which were checked when they were made.
+
+        Raises:
+          ValueError: a value is wrong; the message names the key, the value, and what would be right.
+        """
+        if isinstance(config, Settings):
+            return config
+        settings = cls.read(config)
+        check_ranges(settings)
+        _check_choices(settings)
+        return settings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as nested dicts, as `ConfigDict.to_dict` does."""
+        return dataclasses.asdict(self)
+
+
+def _check_choices(settings: Settings) -> None:
+    """Checks values that depend on JAX or on other values."""
+    import jax  # imported here because the help of the commands reads this module, and JAX takes seconds
+
+    if settings.student.dtype == "float16":
+        raise ValueError(
+            "student.dtype='float16' is not supported: small gradients become 0 in float16, whose smallest number is 6e-8. "
+            "Use bfloat16, which has the range of float32; teacher.dtype may be float16, since a teacher has no gradient."
+        )
+    policies = ["none", *(name for name in dir(jax.checkpoint_policies) if name.endswith("saveable"))]
+    if settings.student.remat not in policies:
+        raise ValueError(f"student.remat={settings.student.remat!r} is not one of {', '.join(policies)}.")
+    if settings.attention == "cudnn" and (
+        jax.default_backend() != "gpu" or "float32" in (settings.teacher.dtype, settings.student.dtype)
+    ):
+        raise ValueError(
+            "attention='cudnn' needs an NVIDIA GPU, student.dtype=bfloat16, and teacher.dtype bfloat16 or float16; 'plain' "
+            "needs none of these."
+        )
+    profiled = settings.profile_steps or (1, settings.steps)
+    if len(profiled) != 2 or not 1 <= profiled[0] <= profiled[1] <= settings.steps:
+        raise ValueError(
+            f"profile_steps={settings.profile_steps} must be first and last of the {settings.steps} steps."
+        )
+    for name, size in {"data": settings.data.batch_size, "text": settings.text.batch_size}.items():
+        if (name == "data" or settings.text.name) and size % settings.microbatches:
+            raise ValueError(f"{name}.batch_size={size} does not divide into microbatches={settings.microbatches}.")
