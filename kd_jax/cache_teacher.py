@@ -25,7 +25,6 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array
 
 from kd_jax import command, data, main, metrics, rollouts, sharding, storage
-from kd_jax import teacher_cache_files as files
 from kd_jax.objectives import make_terms
 from kd_jax.setup import load_models, load_tokenizer
 from kd_jax.setup_cache import check_use, made_from
@@ -33,8 +32,9 @@ from kd_jax.setup_numbers import check_mesh, check_numbers
 from kd_jax.setup_rows import check_length, load_rows, make_source
 from kd_jax.storage import directory, remote
 from kd_jax.storage.untrusted import clip, read_json
-from kd_jax.teacher_cache import KINDS, coarsen, draw, merged
-from kd_jax.teacher_cache_read import check_manifest
+from kd_jax.teachers import cache_files as files
+from kd_jax.teachers.cache_reading import check_manifest
+from kd_jax.teachers.cached import KINDS, coarsen, draw, merged
 from kd_jax.value_types import WholeNumberParser
 
 flags.DEFINE_alias("out", "workdir")

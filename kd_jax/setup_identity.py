@@ -16,7 +16,7 @@ from kd_jax import data, models, sharding
 from kd_jax.setup import dataset_options, folder, load_tokenizer
 from kd_jax.storage import checkpoint, directory, remote, untrusted
 from kd_jax.storage.checksum import file_digest
-from kd_jax.teacher_cache_files import MANIFEST, about_rows
+from kd_jax.teachers.cache_files import MANIFEST, about_rows
 
 # matches module:function, also inside the keywords of a call
 OWN = re.compile(r"(?<![\w.:])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")

@@ -14,7 +14,7 @@ from kd_jax.setup import Models, Writer, dataset_options
 from kd_jax.setup_cache import kept_rows
 from kd_jax.setup_checks import check_room, check_sampling, check_term, name_of
 from kd_jax.storage import remote
-from kd_jax.teacher_cache_read import Cache
+from kd_jax.teachers.cache_reading import Cache
 
 
 def make_source(config: Any, terms: tuple[Term, ...]) -> Source:

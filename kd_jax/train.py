@@ -120,8 +120,6 @@ class Run:
         # The temperature is 1, and not that of training, so that runs can be compared.
         sampler = rollouts.Sampler(self.mesh, self.tokenizer, options.max_length, self.config.sampling.max_new_tokens)
         size, seed = options.eval_batch_size, self.config.seed
-        if self.models.cached:  # the cache has no values for the student's own text
-            both = (*both[:2], None, None)
         return values | evaluate.assess(sampler, both, self.examples, batch_size=size, seed=seed, chunk=chunk)[0]
 
 
@@ -157,9 +155,9 @@ def build(config: Any) -> Run:
     tokenizer = loaded.tokenizer
     if cache:
         loaded = dataclasses.replace(
-            loaded, cached=cache.teacher, teacher_params=cache.load_params(mesh, config.teacher.sharding)
+            loaded, compared=cache.teacher, teacher_params=cache.load_params(mesh, config.teacher.sharding)
         )
-        terms = cache.teacher.terms(terms)
+    terms = loaded.compared.terms(terms)
     check_length(config, loaded)
     counts = {}
     eval_rows, counts[config.data.eval_split] = load_rows(
@@ -281,12 +279,10 @@ def environment(run: Run, state: TrainState) -> str:
     """Returns one line with the devices, the mesh, the parameter counts and the row counts."""
     device = jax.devices()[0]
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
-    teacher = f"teacher {_count(run.models.teacher.abstract_params())}" if run.models.teacher else "no teacher"
+    teacher = run.models.compared.described(run.config.teacher.path)
     if run.models.writer:
         writer = _count(run.models.writer.model.abstract_params())
         teacher = f"teacher {writer}, of which only its text is used, since its tokenizer is another one"
-    if run.models.cached:
-        teacher = f"{run.models.cached.described(run.config.teacher.path)}, without texts and KLs on the student's own"
     rows = "; ".join(sentence(split, counts) for split, counts in run.counts.items())
     return (
         f"{len(jax.devices())} {device.platform} device(s), {jax.process_count()} process(es) | mesh {mesh} | {teacher}, "
