@@ -25,7 +25,6 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array
 
 from kd_jax import command, data, main, metrics, rollouts, sharding, storage
-from kd_jax import teacher_cache_files as files
 from kd_jax.run.build import make_mesh, make_objective
 from kd_jax.run.models import load_models, load_tokenizer
 from kd_jax.run.rows import check_length, load_rows
@@ -33,8 +32,9 @@ from kd_jax.settings import Config, Settings
 from kd_jax.setup_cache import check_use, made_from
 from kd_jax.storage import directory, remote
 from kd_jax.storage.untrusted import clip, read_json
-from kd_jax.teacher_cache import KINDS, coarsen, draw, merged
-from kd_jax.teacher_cache_read import check_manifest
+from kd_jax.teachers import cache_files as files
+from kd_jax.teachers.cache_reading import check_manifest
+from kd_jax.teachers.cached import KINDS, coarsen, draw, merged
 from kd_jax.value_types import WholeNumberParser
 
 flags.DEFINE_alias("out", "workdir")
@@ -57,7 +57,7 @@ def write(
       config: a config of the runs that will use the cache. The cache depends on the training rows and the teacher, and,
         except for hidden states, on the temperature.
       folder: the cache's folder; made if it does not exist.
-      kind: one of `teacher_cache.KINDS`.
+      kind: one of `teachers.cached.KINDS`.
       k: the number of tokens kept or sampled at each position.
       power: the power of the probabilities from which samples are taken.
       part_rows: the number of rows in a file; a file is written completely or not at all.

@@ -10,8 +10,8 @@ from kd_jax.prefixes import Source
 from kd_jax.settings import Settings, name_of
 from kd_jax.storage import remote
 from kd_jax.storage.checksum import digest
-from kd_jax.teacher_cache_files import about_rows, differences
-from kd_jax.teacher_cache_read import Cache, Kept
+from kd_jax.teachers.cache_files import about_rows, differences
+from kd_jax.teachers.cache_reading import Cache, Kept
 
 # The keys of config.data that decide the rows. Of data.packing it matters only whether the rows are divided anew.
 DECIDE = (

@@ -108,9 +108,10 @@ def for_lookup(mesh: Mesh | None, params: Any) -> Any:
 
     Every other matrix is also gathered over `fsdp` where it is used.
 
-    Otherwise XLA would look up the divided vectors and then gather the vectors of the whole batch.
+    Otherwise XLA would look up the divided vectors and then gather the vectors of the whole batch. Parameters without
+    an embedding, such as those of a cached teacher, and None are returned as they are.
     """
-    if mesh is None or mesh.size == 1:
+    if mesh is None or mesh.size == 1 or not params or "embed" not in params:
         return params
     whole = NamedSharding(mesh, _fit(mesh, P("tensor", None), params["embed"]["embedding"].shape))
     return params | {"embed": {"embedding": jax.lax.with_sharding_constraint(params["embed"]["embedding"], whole)}}

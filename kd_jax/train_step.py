@@ -10,9 +10,9 @@ import optax
 from flax import struct
 from jaxtyping import Array, Int
 
-from kd_jax.compare import compare
 from kd_jax.objectives import ORIGINS, Term, cross_entropy, row_means, token_coefficients
 from kd_jax.policy_gradient import Scores
+from kd_jax.teachers import compare, for_terms, teacher_arrays
 
 Batch = dict[str, Array]
 # name -> (sum, count). The average is computed by the code that has all the sums.
@@ -70,8 +70,7 @@ def make_train_step(
 
     Args:
       student: a model with `hidden(params, tokens, mask)` and `stored_head(params)`.
-      teacher: a model with the same methods and its own parameters, a `CachedTeacher`, or None if no term needs a
-        teacher.
+      teacher: a `teachers.Teacher`, a model with the same methods as the student, or None if no term needs a teacher.
       terms: the terms from `objectives.make_terms`.
       tx: the optimiser, including gradient clipping.
       vocab_size: the number of token ids in use; the padding of the heads beyond these ids gets no mass
@@ -93,14 +92,11 @@ def make_train_step(
       - log_probs, optional: [B, L], the log-probabilities of the targets under the student that drew the targets.
       - names that begin with teacher_: the arrays of a cached teacher.
     """
-    needs_teacher = any(term.needs_teacher for term in terms)
-    if needs_teacher and teacher is None:
-        names = ", ".join(term.name for term in terms if term.needs_teacher)
-        raise ValueError(f"the terms {names} compare with a teacher, but teacher.path is empty; name its folder.")
+    teacher = for_terms(teacher, terms)
 
     def both(token_loss: Any, params: Any, teacher_params: Any, part: Batch, coefficient: Array, *extras: Array) -> Any:
         return compare(
-            token_loss, student, params, teacher if needs_teacher else None, teacher_params, part, coefficient, *extras,
+            token_loss, student, params, teacher, teacher_params, part, coefficient, *extras,
             vocab_size=vocab_size, temperature=temperature, chunk=chunk, mesh=mesh,
         )  # fmt: skip
 
@@ -129,7 +125,7 @@ def make_train_step(
             counted = jnp.repeat(part["loss_mask"][..., None].astype(jnp.float32), 2, axis=-1)
             return both(of_targets, params, teacher_params, part, counted, part["targets"])[1]
 
-        parts = {name: batch[name] for name in ("tokens", "targets", "mask", "loss_mask")} | _from_teacher(batch)
+        parts = {name: batch[name] for name in ("tokens", "targets", "mask", "loss_mask")} | teacher_arrays(batch)
         if microbatches == 1:
             values = part_scores(parts)
         else:
@@ -179,7 +175,7 @@ def make_train_step(
             for weight, its_numbers, its_signals in zip(weights, numbers, signals, strict=True)
         )
         parts: dict[str, Any] = {name: batch[name] for name in ("tokens", "targets", "mask")}
-        parts |= {"coefficients": coefficients, "extras": extras} | _from_teacher(batch)
+        parts |= {"coefficients": coefficients, "extras": extras} | teacher_arrays(batch)
 
         def differentiate(part: Any) -> tuple[tuple[Array, Array], Any]:
             return jax.value_and_grad(sums, has_aux=True)(state.params, teacher_params, part)
@@ -232,11 +228,6 @@ def _as_real(tree: Any, params: Any) -> Any:
     floats = [leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     real = jnp.result_type(jnp.float32, *floats)
     return jax.tree.map(lambda x: jnp.asarray(x, real) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x, tree)
-
-
-def _from_teacher(batch: Batch) -> Batch:
-    """Returns the arrays of a batch that come from a cached teacher."""
-    return {name: array for name, array in batch.items() if name.startswith("teacher_")}
 
 
 def _where(condition: Array, new: Any, old: Any) -> Any:

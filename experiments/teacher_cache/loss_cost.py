@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kd_jax import divergences
 from kd_jax.head_loss import token_sum
-from kd_jax.teacher_cache import CachedTeacher, sampled_forward_kl
+from kd_jax.teachers.cached import CACHED, sampled_forward_kl
 
 TOKENS, VOCABULARY, WIDTH = 1024, 49152, 576
 
@@ -28,7 +28,7 @@ def main() -> None:
             kept = ids, jnp.full((1, TOKENS, k), 1 / k), jnp.ones((1, TOKENS))
         cases[f"{kind}, {k}"] = kept, (None, None)
     for name, (kept, teacher) in cases.items():
-        see = CachedTeacher(name.split(",")[0]).see
+        see = CACHED[name.split(",")[0]]().see
         divergence = sampled_forward_kl if name.startswith("samples") else divergences.forward_kl
         loss = lambda log_p, log_q, *its, see=see, divergence=divergence: divergence(*see(log_p, log_q, *its))
 

@@ -17,9 +17,9 @@ import optax
 
 from configs import forward_kl
 from kd_jax import cache_teacher, divergences, metrics, train
-from kd_jax.compare import compare
 from kd_jax.objectives import token_coefficients
-from kd_jax.teacher_cache import sampled_forward_kl
+from kd_jax.teachers import compare
+from kd_jax.teachers.cached import sampled_forward_kl
 
 CACHES = {
     "hidden": ("hidden", 1), "top_k, 16": ("top_k", 16), "top_k, 64": ("top_k", 64), "top_k, 256": ("top_k", 256),

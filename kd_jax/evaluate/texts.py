@@ -11,6 +11,8 @@ import numpy as np
 from kd_jax import data, models, rollouts
 from kd_jax.evaluate.scores import exact_match, number_match, rouge_l
 from kd_jax.evaluate.tokens import NEEDED, collect, summary
+from kd_jax.teachers import Teacher, as_teacher
+from kd_jax.teachers.online import HiddenModel
 
 # The measures that are meaningful on the model's own text. The others compare the model with a given text, but the
 # model's own tokens are sampled from the model itself.
@@ -111,14 +113,16 @@ def score(texts: Sequence[str], examples: Sequence[Example], numbers: bool = Fal
 
 
 def assess(
-    sampler: rollouts.Sampler, both: tuple[models.Model, Any, models.Model | None, Any], examples: Sequence[Example], *,
-    batch_size: int, seed: int, numbers: bool = False, progress: Callable[..., Any] = iter, **options: Any,
+    sampler: rollouts.Sampler, both: tuple[models.Model, Any, Teacher | HiddenModel | None, Any],
+    examples: Sequence[Example], *, batch_size: int, seed: int, numbers: bool = False,
+    progress: Callable[..., Any] = iter, **options: Any,
 ) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, np.ndarray]]:  # fmt: skip
     """Lets a model answer prompts, and measures the answers.
 
     Args:
       sampler: the sampler of responses.
-      both: the model, its parameters, the teacher or None, and the teacher's parameters.
+      both: the model, its parameters, the teacher or None, and the teacher's parameters. A cached teacher is not used,
+        because a cache has no values for new text.
       examples: the prompts and references.
       batch_size, seed, progress: the arguments of `respond`.
       numbers: the argument of `score`.
@@ -137,9 +141,11 @@ def assess(
         {"seed": seed, "prompt": prompt, "references": example.references, "response": response} | its_scores
         for example, (prompt, response), its_scores in zip(examples, answers, scores, strict=True)
     ]
+    model, params, teacher, teacher_params = both
     own = collect(
-        *both, own_batches(drawn, batch_size), sampler.mesh, vocab_size=sampler.tokenizer.vocab_size, **options
-    )
+        model, params, as_teacher(teacher).on_new_text(), teacher_params, own_batches(drawn, batch_size), sampler.mesh,
+        vocab_size=sampler.tokenizer.vocab_size, **options,
+    )  # fmt: skip
     if "reverse_kl" in own:
         responses = sampler.responses(drawn)
         at_tokens = np.split(own["reverse_kl"], np.cumsum([len(ids) for ids in responses])[:-1])

@@ -9,33 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from kd_jax.compare import compare
-from kd_jax.divergences import forward_kl, reverse_kl, total_variation
 from kd_jax.objectives import cross_entropy
 from kd_jax.sharding import fetch_whole, put_batch
-from kd_jax.teacher_cache import CachedTeacher, sampled_forward_kl
+from kd_jax.teachers import Teacher, as_teacher, compare, teacher_arrays
+from kd_jax.teachers.online import HiddenModel
 
 ALONE = ("cross_entropy", "entropy", "confidence", "accuracy")
-WITH_TEACHER = ("forward_kl", "reverse_kl", "total_variation", "top1_agreement")
-# The names for a teacher of which only the k likeliest tokens, or samples, are stored.
-WITH_TOP_K = ("coarse_forward_kl", "coarse_reverse_kl", "coarse_total_variation", "top1_agreement")
-WITH_SAMPLES = ("sampled_forward_kl",)
-NAMES = tuple(dict.fromkeys((*ALONE, *WITH_TEACHER, *WITH_TOP_K, *WITH_SAMPLES)))
 NEEDED = ("tokens", "targets", "mask", "loss_mask")
 BINS = 15  # bins of confidence, for the calibration error
 
 
 @functools.partial(jax.jit, static_argnames=("student", "teacher", "vocab_size", "chunk", "mesh"))
 def token_values(
-    student: Any, params: Any, teacher: Any, teacher_params: Any, batch: dict[str, Array], *, vocab_size: int,
-    chunk: int | None = None, mesh: Any = None,
+    student: HiddenModel, params: Any, teacher: Teacher | HiddenModel | None, teacher_params: Any,
+    batch: dict[str, Array], *, vocab_size: int, chunk: int | None = None, mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Array]:  # fmt: skip
     """Returns the measures at each token that counts, at temperature 1, and 0 at the other tokens.
 
     Args:
       student: a model with `hidden` and `stored_head`.
       params: the student's parameters.
-      teacher: a model, a `CachedTeacher`, or None. With None, only measures that need no teacher are returned.
+      teacher: a teacher, a model, or None. With None, only measures that need no teacher are returned.
       teacher_params: the teacher's parameters.
       batch: the batch, as in `make_train_step`.
       vocab_size: the number of ids that have a meaning.
@@ -46,24 +40,19 @@ def token_values(
       name -> [B, L], in nats or as shares. Always: cross_entropy (-log q of the text's token), entropy of q, confidence
         (q of its likeliest token), and accuracy (1 if that token is the text's). With a teacher: forward_kl
         (KL(p || q)), reverse_kl (KL(q || p)), total_variation, and top1_agreement (1 if both models have the same
-        likeliest token). With a teacher of which the k likeliest tokens are stored, the first three are over k + 1
-        outcomes. They are at most those of the whole distributions, and their names begin with coarse_. With a teacher
-        of which samples are stored, there is only sampled_forward_kl, whose expected mean is that of KL(p || q).
+        likeliest token). A cached teacher has the names of its `Teacher.measures`: with the k likeliest tokens, the
+        first three measures are over k + 1 outcomes and begin with coarse_; with samples there is only
+        sampled_forward_kl, whose expected mean is that of KL(p || q).
     """
-    kind = teacher.kind if isinstance(teacher, CachedTeacher) else "whole"
+    teacher = as_teacher(teacher)
 
-    def values(log_p: Any, seen: Array, log_q: Array, target: Array) -> Array:
+    def values(ours: Any, seen: Array, log_q: Array, target: Array) -> Array:
         best, plogp = jnp.argmax(log_q, axis=-1), jnp.where(log_q > -jnp.inf, jnp.exp(log_q) * log_q, 0)
         columns = [cross_entropy(log_q, target), -plogp.sum(axis=-1), jnp.exp(log_q.max(axis=-1)), best == target]
-        if kind == "samples":
-            columns += [sampled_forward_kl(log_p, seen)]
-        elif log_p is not None:
-            columns += [forward_kl(log_p, seen), reverse_kl(log_p, seen), total_variation(log_p, seen)]
-            # The first of the k likeliest tokens is the likeliest.
-            columns += [seen[..., 0] == log_q.max(-1) if kind == "top_k" else jnp.argmax(log_p, axis=-1) == best]
+        columns += teacher.measure(ours, seen, log_q)
         return jnp.stack([column.astype(log_q.dtype) for column in columns], axis=-1)
 
-    names = (*ALONE, *(() if teacher is None else _compared(kind)))
+    names = (*ALONE, *teacher.measures)
     weight = jnp.repeat(batch["loss_mask"][..., None].astype(jnp.float32), len(names), axis=-1)
     _, found = compare(
         values, student, params, teacher, teacher_params, batch, weight, batch["targets"], chunk=chunk,
@@ -73,8 +62,8 @@ def token_values(
 
 
 def collect(
-    student: Any, params: Any, teacher: Any, teacher_params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Any,
-    *, vocab_size: int, chunk: int | None = None,
+    student: HiddenModel, params: Any, teacher: Teacher | HiddenModel | None, teacher_params: Any,
+    batches: Iterable[dict[str, np.ndarray]], mesh: jax.sharding.Mesh, *, vocab_size: int, chunk: int | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Returns `token_values` of all counted tokens of the batches. Every process gets the values of all processes.
 
@@ -89,18 +78,14 @@ def collect(
     """
     parts = []
     for batch in batches:
-        placed = put_batch(mesh, {n: array for n, array in batch.items() if n in NEEDED or n.startswith("teacher_")})
+        placed = put_batch(mesh, {name: batch[name] for name in NEEDED} | teacher_arrays(batch))
         values = token_values(
             student, params, teacher, teacher_params, placed, vocab_size=vocab_size, chunk=chunk, mesh=mesh
         )
         counted = fetch_whole(placed["loss_mask"])
-        values = {name: fetch_whole(values[name])[counted] for name in NAMES if name in values}
+        values = {name: fetch_whole(values[name])[counted] for name in (*ALONE, *as_teacher(teacher).measures)}
         parts.append(values | {"place": (np.cumsum(counted, axis=1) - 1)[counted]})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _compared(kind: str) -> tuple[str, ...]:
-    return {"top_k": WITH_TOP_K, "samples": WITH_SAMPLES}.get(kind, WITH_TEACHER)
 
 
 def summary(values: dict[str, np.ndarray]) -> dict[str, float]:

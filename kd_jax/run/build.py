@@ -28,7 +28,7 @@ from kd_jax.run.rows import (
 )
 from kd_jax.settings import Config, Settings, name_of
 from kd_jax.setup_cache import kept_rows, open_cache
-from kd_jax.teacher_cache_read import Cache
+from kd_jax.teachers.cache_reading import Cache
 from kd_jax.train_step import TrainState, init_state, make_train_step
 
 LearningRate = Callable[[Any], Any]  # step -> learning rate
@@ -105,8 +105,6 @@ class Run:
         # The temperature is 1, and not that of training, so that runs can be compared.
         sampler = rollouts.Sampler(self.mesh, self.tokenizer, options.max_length, self.config.sampling.max_new_tokens)
         size, seed = options.eval_batch_size, self.config.seed
-        if self.models.cached:  # the cache has no values for the student's own text
-            both = (*both[:2], None, None)
         return values | evaluate.assess(sampler, both, self.examples, batch_size=size, seed=seed, chunk=chunk)[0]
 
 
@@ -128,8 +126,7 @@ def build(config: Config | Settings) -> Run:
     mesh = make_mesh(settings)
     cache = open_cache(settings, terms, source)
     loaded = _load_models(settings, source, terms, mesh, cache)
-    if cache:
-        terms = cache.teacher.terms(terms)
+    terms = loaded.compared.terms(terms)
     tokenizer, options = loaded.tokenizer, settings.data
     check_length(settings, loaded)
     counts = {}
@@ -204,7 +201,7 @@ def _load_models(
     if not cache:
         return loaded
     params = cache.load_params(mesh, settings.teacher.sharding)
-    return dataclasses.replace(loaded, cached=cache.teacher, teacher_params=params)
+    return dataclasses.replace(loaded, compared=cache.teacher, teacher_params=params)
 
 
 def _make_state(

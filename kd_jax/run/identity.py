@@ -17,7 +17,7 @@ from kd_jax.run.models import load_tokenizer
 from kd_jax.settings import Settings
 from kd_jax.storage import checkpoint, directory, remote, untrusted
 from kd_jax.storage.checksum import digest, file_digest
-from kd_jax.teacher_cache_files import MANIFEST, about_rows
+from kd_jax.teachers.cache_files import MANIFEST, about_rows
 
 # matches module:function, also inside the keywords of a call
 OWN = re.compile(r"(?<![\w.:])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")

@@ -13,6 +13,7 @@ from kd_jax import data, models, sharding
 from kd_jax.data.shared import check_same_tokenizer, fit_tokenizer
 from kd_jax.settings import Settings
 from kd_jax.storage import untrusted
+from kd_jax.teachers import NoTeacher, Teacher, as_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Models:
       init_student: makes the student's initial parameters from a key, placed on the mesh.
       tokenizer: the tokenizer of both models. Its `end_ids` are its own, those of the prompt template, and those that
         the folders of the two models name.
-      teacher, teacher_params: the teacher and its parameters; None if the student is compared with no teacher.
-      cached: a `CachedTeacher` in the teacher's place, or None; `teacher_params` are then the parameters in the cache.
+      teacher: the teacher's model, which can also write text; None if no model is loaded for the teacher.
+      teacher_params: the parameters of `compared`.
+      compared: the teacher with which a step compares the student: the model, a cache, or `NoTeacher`.
       writer: a teacher that only writes text, or None.
     """
 
@@ -44,13 +46,8 @@ class Models:
     tokenizer: data.Tokenizer
     teacher: Any = None
     teacher_params: Any = None
-    cached: Any = None
+    compared: Teacher = dataclasses.field(default_factory=NoTeacher)
     writer: Writer | None = None
-
-    @property
-    def compared(self) -> Any:
-        """The teacher or its cache, with which a step compares the student; None without either."""
-        return self.teacher or self.cached
 
     @property
     def max_positions(self) -> int:
@@ -152,7 +149,7 @@ def load_models(
     pad_id = tokenizer.pad_id if student.config.pad_id is None else student.config.pad_id
     named = dataclasses.replace(student.config, eos_id=ends, pad_id=pad_id)
     student = dataclasses.replace(student, config=named)
-    return Models(student, init_student, tokenizer, teacher, params, writer=writer)
+    return Models(student, init_student, tokenizer, teacher, params, as_teacher(teacher), writer)
 
 
 def end_ids(config: models.ModelConfig) -> tuple[int, ...]:

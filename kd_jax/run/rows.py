@@ -16,7 +16,7 @@ from kd_jax.run.models import Models, Writer
 from kd_jax.settings import Settings, name_of
 from kd_jax.setup_cache import kept_rows
 from kd_jax.storage import remote
-from kd_jax.teacher_cache_read import Cache
+from kd_jax.teachers.cache_reading import Cache
 
 
 def make_source(config: Settings, terms: tuple[Term, ...]) -> Source:

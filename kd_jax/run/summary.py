@@ -74,16 +74,12 @@ def _term(term: Mapping[str, Any]) -> str:
 
 def _teacher(run: Run) -> str:
     path = run.config.teacher.path
-    if run.models.cached:
-        return f"{run.models.cached.described(path)}, without texts and KLs on the student's own"
     if run.models.writer:
         count = _count(run.models.writer.model.abstract_params())
         return (
             f"teacher {path}, {count} parameters, of which only the text is used because its tokenizer is another one,"
         )
-    if run.models.teacher:
-        return f"teacher {path}, {_count(run.models.teacher.abstract_params())} parameters"
-    return "no teacher"
+    return run.models.compared.described(path)
 
 
 def too_long(run: Run) -> list[str]:

@@ -16,11 +16,11 @@ from scipy import stats
 
 from configs import base
 from kd_jax import cache_teacher, divergences, metrics, setup_cache, train
-from kd_jax import teacher_cache_files as files
 from kd_jax.settings import Settings
 from kd_jax.storage import directory
-from kd_jax.teacher_cache import Draws, coarsen, draw, merged, sampled_forward_kl
-from kd_jax.teacher_cache_read import Cache
+from kd_jax.teachers import cache_files as files
+from kd_jax.teachers.cache_reading import Cache
+from kd_jax.teachers.cached import Draws, coarsen, draw, merged, sampled_forward_kl
 from tests.helpers.commands import environment, free_port
 from tests.helpers.runs import smoke
 
@@ -265,7 +265,7 @@ def train_rows(data_dir):
 
 
 def kept(cache, rows):
-    from kd_jax.teacher_cache_read import Kept
+    from kd_jax.teachers.cache_reading import Kept
 
     return Kept(cache, "train", rows)
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from kd_jax import data, metrics, models, rollouts, storage
-from kd_jax import teacher_cache_files as files
 from kd_jax.models import safetensors_io
 from kd_jax.storage import checkpoint, remote
+from kd_jax.teachers import cache_files as files
 from tests.helpers.commands import environment
 from tests.helpers.paths import ROOT
 

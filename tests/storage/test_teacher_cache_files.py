@@ -8,12 +8,12 @@ import time
 import pytest
 
 from kd_jax import sharding
-from kd_jax import teacher_cache_files as files
 from kd_jax.data import Tokenizer
 from kd_jax.settings import Settings
 from kd_jax.setup_cache import kept_rows
 from kd_jax.storage import directory
-from kd_jax.teacher_cache_read import Cache, Kept, check_manifest
+from kd_jax.teachers import cache_files as files
+from kd_jax.teachers.cache_reading import Cache, Kept, check_manifest
 from tests.fuzz.readers_of_caches import make_cache, rows
 from tests.fuzz.readers_of_text import TokenizerFiles
 
@@ -109,8 +109,9 @@ def test_what_is_written_can_be_read(made):
 
 def test_a_run_says_where_its_cache_is_of_another_teacher_than_its_config(made):
     teacher = Cache.open(made / "samples").teacher
-    assert teacher.described("") == teacher.described("models/teacher") == "teacher's samples from its cache"
-    said = "teacher's samples from its cache (of models/teacher; teacher.path=models/larger is not read)"
+    start, limits = "teacher's samples from its cache", ", without texts and KLs on the student's own"
+    assert teacher.described("") == teacher.described("models/teacher") == start + limits
+    said = f"{start} (of models/teacher; teacher.path=models/larger is not read){limits}"
     assert teacher.described("models/larger") == said
 
 

@@ -5,7 +5,6 @@ import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,7 @@ from kd_jax import data, sharding
 from kd_jax.models.safetensors_io import check_header
 from kd_jax.storage.checksum import file_digest
 from kd_jax.storage.untrusted import read_json, shown
-from kd_jax.teacher_cache import KINDS, CachedTeacher
-from kd_jax.teacher_cache_files import (
+from kd_jax.teachers.cache_files import (
     HEAD,
     HEADER,
     LARGEST,
@@ -38,6 +36,7 @@ from kd_jax.teacher_cache_files import (
     part_sizes,
     row_key,
 )
+from kd_jax.teachers.cached import CACHED, KINDS, Cached
 
 SPLITS = ("train", "held_out")
 OPEN_PARTS = 128  # number of files that are kept open for random reads
@@ -117,15 +116,15 @@ class Cache:
 
     @property
     def kind(self) -> str:
-        """The kind of the cache, one of `teacher_cache.KINDS`."""
+        """The kind of the cache, one of `cached.KINDS`."""
         return self.manifest["kind"]
 
     @property
-    def teacher(self) -> CachedTeacher:
+    def teacher(self) -> Cached:
         """The cached teacher, with which a step compares the student."""
-        return CachedTeacher(self.kind, self.manifest["head"] == TIED, self.manifest["teacher"]["path"])
+        return CACHED[self.kind](self.manifest["head"] == TIED, self.manifest["teacher"]["path"])
 
-    def load_params(self, mesh: jax.sharding.Mesh, layout: str) -> Any:
+    def load_params(self, mesh: jax.sharding.Mesh, layout: str) -> dict[str, dict[str, jax.Array]]:
         """Returns the output matrix on the mesh, in a tree like a model's; {} if the cache has no hidden states.
 
         Args:
@@ -203,7 +202,7 @@ class Kept:
                 f"with the options of before writes it again."
             ) from error
 
-    def _open_part(self, part: int) -> Any:
+    def _open_part(self, part: int) -> ArrayRecordReader:
         path = part_path(self._cache.folder, self._split, part)
         reader = ArrayRecordReader(
             str(path), "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=2**15

@@ -1,0 +1,25 @@
+"""The teachers: one protocol for a model that runs beside the student and for a cache that was written before.
+
+Code outside this package uses `as_teacher`, `for_terms` and `compare`, and never asks which kind of teacher it has. The
+kinds are `Online` (a model), `CachedHidden`, `CachedTopK` and `CachedSamples` (the three kinds of a cache), and
+`NoTeacher`. The module `cache_files` writes the files of a cache, and `cache_reading` opens them.
+"""
+
+from kd_jax.teachers.cached import CachedHidden, CachedSamples, CachedTopK
+from kd_jax.teachers.compare import as_teacher, compare, for_terms
+from kd_jax.teachers.online import Online
+from kd_jax.teachers.protocol import NoTeacher, Outputs, Teacher, teacher_arrays
+
+__all__ = [
+    "CachedHidden",
+    "CachedSamples",
+    "CachedTopK",
+    "NoTeacher",
+    "Online",
+    "Outputs",
+    "Teacher",
+    "as_teacher",
+    "compare",
+    "for_terms",
+    "teacher_arrays",
+]

@@ -1,0 +1,46 @@
+"""A teacher that is a model, and reads each batch when the student does."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+from jaxtyping import Array, Float
+
+from kd_jax.teachers.protocol import Outputs, Teacher
+
+
+class HiddenModel(Protocol):
+    """The part of `models.Model` that a comparison needs. Only `Online.described` calls `abstract_params`."""
+
+    def hidden(self, params: Any, tokens: Array, mask: Array | None = None) -> Float[Array, "B L D"]:
+        """Returns the hidden states after the final norm."""
+        ...
+
+    def stored_head(self, params: Any) -> tuple[Array, bool]:
+        """Returns the output matrix as it is stored, and True if the matrix is the tied embedding."""
+        ...
+
+    def abstract_params(self) -> Any:
+        """Returns the shapes of the parameters."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Online(Teacher):
+    """A model as a teacher.
+
+    Attributes:
+      model: the model.
+    """
+
+    model: HiddenModel
+
+    def outputs(self, params: Any, batch: Mapping[str, Array]) -> Outputs:
+        """Returns the model's hidden states for the batch's tokens, and its output matrix."""
+        return Outputs(self.model.hidden(params, batch["tokens"], batch["mask"]), *self.model.stored_head(params))
+
+    def described(self, path: str) -> str:
+        """Returns the path and the number of the model's parameters."""
+        params = self.model.abstract_params()
+        return f"teacher {path}, {sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.2f}M parameters"
