@@ -22,7 +22,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from kd_jax import command, comparison, main, metrics, plots, report, storage, train
+from kd_jax import command, main, metrics, report, storage, train
+from kd_jax.report import comparison, plots
 from kd_jax.run import identity
 from kd_jax.settings import Settings
 from kd_jax.storage import directory, remote

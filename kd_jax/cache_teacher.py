@@ -24,18 +24,19 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from jaxtyping import Array
 
-from kd_jax import command, data, main, metrics, rollouts, sharding, storage
+from kd_jax import command, data, main, metrics, sharding, storage
+from kd_jax.prefixes import rollouts
 from kd_jax.run.build import make_mesh, make_objective
+from kd_jax.run.cache import check_use, made_from
 from kd_jax.run.models import load_models, load_tokenizer
 from kd_jax.run.rows import check_length, load_rows
 from kd_jax.settings import Config, Settings
-from kd_jax.setup_cache import check_use, made_from
+from kd_jax.settings.value_types import WholeNumberParser
 from kd_jax.storage import directory, remote
 from kd_jax.storage.untrusted import clip, read_json
 from kd_jax.teachers import cache_files as files
 from kd_jax.teachers.cache_reading import check_manifest
 from kd_jax.teachers.cached import KINDS, coarsen, draw, merged
-from kd_jax.value_types import WholeNumberParser
 
 flags.DEFINE_alias("out", "workdir")
 KIND = flags.DEFINE_enum(

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kd_jax.logspace import Weight, alpha_beta_entries, mixture_kl_entries, over_vocab, promote, weigh
-from kd_jax.resolve import Number, check_fraction, check_number
+from kd_jax.logspace import Number, Weight, alpha_beta_entries, mixture_kl_entries, over_vocab, promote, weigh
+from kd_jax.resolve import check_fraction, check_number
 
 __all__ = [
     "adaptive_kl",

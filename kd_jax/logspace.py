@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from kd_jax.resolve import Number
-
+Number = float | int  # for a type checker float includes int, at run time it does not
 Weight = Float[Array, "*batch"] | Float[Array, ""] | Number  # one number per token, or one for all tokens
 
 

@@ -21,11 +21,12 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from kd_jax import command, loop, sharding, train
+from kd_jax import command, sharding, train
 from kd_jax.resolve import nearest
+from kd_jax.settings.value_types import EXPECTED, register
 from kd_jax.storage import checkpoint, directory, remote
 from kd_jax.storage.checksum import digest
-from kd_jax.value_types import EXPECTED, register
+from kd_jax.train import loop
 
 # Configs lock the keys that they declare, so that a misspelt key is an error. Only specs ({"name": ..., ...}) accept
 # new keys.

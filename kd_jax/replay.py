@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from kd_jax import command, data, metrics, train
 from kd_jax.run import nonfinite
+from kd_jax.settings.value_types import WholeNumberParser
 from kd_jax.storage import directory, remote
-from kd_jax.value_types import WholeNumberParser
 
 FLAGS = flags.FlagValues()  # flags of this command only: other commands have flags of the same names
 flags.DEFINE_string("workdir", None, "The work directory of the run that stopped. Required.", flag_values=FLAGS)

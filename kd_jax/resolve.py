@@ -31,7 +31,6 @@ import jax.numpy as jnp
 import numpy as np
 
 Spec = str | Mapping[str, Any]  # or an ml_collections.ConfigDict, or any other object that `dict` accepts
-Number = float | int  # for a type checker float includes int, at run time it does not
 
 
 def bind(spec: Spec, module: ModuleType, **defaults: Any) -> Callable[..., Any]:

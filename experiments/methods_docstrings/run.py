@@ -18,7 +18,8 @@ import jax
 import numpy as np
 
 from configs.table import METHODS
-from kd_jax import data, evaluate, metrics, rollouts, train
+from kd_jax import data, evaluate, metrics, train
+from kd_jax.prefixes import rollouts
 
 PROMPTS = 128  # of the held-out rows: what the student answers
 PHASE = 16  # steps: minillm and distillm2 draw for so many at a time

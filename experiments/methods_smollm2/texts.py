@@ -13,8 +13,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from kd_jax import comparison, metrics
+from kd_jax import metrics
 from kd_jax.evaluate import __main__ as command
+from kd_jax.report import comparison
 
 SETS = ("dolly", "self-inst", "vicuna", "sinst")
 OPTIONS = {

@@ -16,7 +16,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from kd_jax import train
-from kd_jax.feed import Feed
+from kd_jax.prefixes.feed import Feed
 
 CONFIG = config_flags.DEFINE_config_file("config")
 CACHE = flags.DEFINE_string("cache", "", "the compilation cache's directory")

@@ -15,8 +15,8 @@ import tensorflow_datasets as tfds
 from kd_jax import storage
 from kd_jax.data import docstrings, dolly, gsm8k, instructions, jsonl, text
 from kd_jax.resolve import nearest
+from kd_jax.settings.value_types import EXPECTED
 from kd_jax.storage import remote, untrusted
-from kd_jax.value_types import EXPECTED
 
 Row = Mapping[str, str]
 DEFAULT_DIR = str(tfds.core.constants.DATA_DIR)

@@ -8,7 +8,7 @@ from absl import flags
 
 from kd_jax import command, data
 from kd_jax.evaluate.of_run import DEFAULTS
-from kd_jax.value_types import WholeNumberParser
+from kd_jax.settings.value_types import WholeNumberParser
 
 FLAGS = flags.FlagValues()  # flags of this command only: other commands have flags of the same names
 OF_RUN = ("data", *DEFAULTS)  # flags whose defaults come from the run of --model

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax import metrics
-from kd_jax.comparison import rouge_line
+from kd_jax.report.comparison import rouge_line
 
 BUCKETS = (0, 4, 16, 64, 256)  # the first position of each part of a response for which exposure bias is shown
 PLACES = tuple(f"{a + 1} to {b}" for a, b in zip(BUCKETS, (*BUCKETS[1:], "..."), strict=True))

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import data, models, rollouts
+from kd_jax import data, models
 from kd_jax.evaluate.scores import exact_match, number_match, rouge_l
 from kd_jax.evaluate.tokens import NEEDED, collect, summary
+from kd_jax.prefixes import rollouts
 from kd_jax.teachers import Teacher, as_teacher
 from kd_jax.teachers.online import HiddenModel
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from kd_jax import comparison, plots, storage
+from kd_jax import storage
 from kd_jax.data.words import words
-from kd_jax.report import sections
+from kd_jax.report import comparison, plots, sections
 
 MOST = 200  # the largest number of generations on a page
 TEMPLATE = Path(__file__).with_name("page.html")

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_jax import comparison, plots, storage
-from kd_jax.comparison import rouge_line
+from kd_jax import storage
+from kd_jax.report import comparison, plots
+from kd_jax.report.comparison import rouge_line
 
 COLUMNS = ("forward_kl", "reverse_kl", "own_reverse_kl", "cross_entropy", "rouge_l", "top1_agreement", "number_match")
 AUTHORS = {"teacher": "teacher", "before": "student before", "after": "student after"}  # for a run

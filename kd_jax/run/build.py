@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import optax
 
-from kd_jax import data, evaluate, prefixes, resolve, rollouts, schedules, sharding
-from kd_jax.feed import Feed
+from kd_jax import data, evaluate, prefixes, resolve, schedules, sharding
 from kd_jax.objectives import Term, make_terms
 from kd_jax.optimizer import make_optimizer
+from kd_jax.prefixes import rollouts
+from kd_jax.prefixes.feed import Feed
+from kd_jax.run.cache import kept_rows, open_cache
 from kd_jax.run.checks import check_learning_rate, check_mesh
 from kd_jax.run.models import Models, load_models, load_tokenizer
 from kd_jax.run.rows import (
@@ -27,7 +29,6 @@ from kd_jax.run.rows import (
     make_source,
 )
 from kd_jax.settings import Config, Settings, name_of
-from kd_jax.setup_cache import kept_rows, open_cache
 from kd_jax.teachers.cache_reading import Cache
 from kd_jax.train_step import TrainState, init_state, make_train_step
 

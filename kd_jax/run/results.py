@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 
-from kd_jax import evaluate, metrics, models, plots, report, rollouts, sharding
+from kd_jax import evaluate, metrics, models, report, sharding
+from kd_jax.prefixes import rollouts
+from kd_jax.report import plots
 from kd_jax.run.build import Run
 from kd_jax.storage import read_json_lines, write_json_lines, write_whole
 

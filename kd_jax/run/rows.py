@@ -5,16 +5,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import data, evaluate, metrics, prefixes, resolve, rollouts, sharding
+from kd_jax import data, evaluate, metrics, prefixes, resolve, sharding
 from kd_jax.data import counts
 from kd_jax.data.options import dataset_options
-from kd_jax.feed import Author, Feed
 from kd_jax.objectives import Term
-from kd_jax.prefixes import Source
+from kd_jax.prefixes import Source, rollouts
+from kd_jax.prefixes.feed import Author, Feed
+from kd_jax.run.cache import kept_rows
 from kd_jax.run.checks import check_room, check_sampling, check_term
 from kd_jax.run.models import Models, Writer
 from kd_jax.settings import Settings, name_of
-from kd_jax.setup_cache import kept_rows
 from kd_jax.storage import remote
 from kd_jax.teachers.cache_reading import Cache
 

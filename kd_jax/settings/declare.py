@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from kd_jax.value_types import EXPECTED, fits
+from kd_jax.settings.value_types import EXPECTED, fits
 
 
 class Config(Protocol):

@@ -8,8 +8,9 @@ import pytest
 
 from configs import forward_kl, reverse_kl
 from configs.ablations import base
-from kd_jax import ablate, comparison
+from kd_jax import ablate
 from kd_jax.objectives import make_terms
+from kd_jax.report import comparison
 from kd_jax.run.rows import make_source
 from kd_jax.settings import Settings
 

@@ -15,7 +15,8 @@ import pytest
 from scipy import stats
 
 from configs import base
-from kd_jax import cache_teacher, divergences, metrics, setup_cache, train
+from kd_jax import cache_teacher, divergences, metrics, train
+from kd_jax.run import cache as setup_cache
 from kd_jax.settings import Settings
 from kd_jax.storage import directory
 from kd_jax.teachers import cache_files as files

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from kd_jax import cache_teacher, loop, main, metrics, train
+from kd_jax import cache_teacher, main, metrics, train
 from kd_jax.evaluate import __main__ as evaluate
 from kd_jax.storage import checkpoint
+from kd_jax.train import loop
 from tests.helpers.commands import environment
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import WHOLE, assert_same_run, checkpoint_steps, smoke, until

@@ -16,8 +16,8 @@ from kd_jax import command_help, main, replay, train
 from kd_jax.command import parse
 from kd_jax.evaluate import arguments as evaluate_arguments
 from kd_jax.report import __main__ as report_command
+from kd_jax.settings.value_types import whole_number
 from kd_jax.storage import directory
-from kd_jax.value_types import whole_number
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import METHODS, smoke
 

@@ -11,9 +11,10 @@ import jax
 import pytest
 
 from configs import forward_kl
-from kd_jax import comparison, plots, report, train
+from kd_jax import report, train
 from kd_jax.evaluate import __main__ as command
 from kd_jax.evaluate.arguments import parse
+from kd_jax.report import comparison, plots
 from kd_jax.report.sections import Generation, Text, merged
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from kd_jax import sharding
 from kd_jax.data import Tokenizer
 from kd_jax.data.rows import from_pieces
+from kd_jax.run.cache import kept_rows, made_from
 from kd_jax.settings import Settings
-from kd_jax.setup_cache import kept_rows, made_from
 from kd_jax.teachers import cache_files as files
 from kd_jax.teachers.cache_reading import Cache
 from kd_jax.teachers.cached import KINDS

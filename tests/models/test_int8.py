@@ -10,8 +10,9 @@ import pytest
 import qwix
 from jax.sharding import PartitionSpec as P
 
-from kd_jax import models, rollouts, sharding, train
+from kd_jax import models, sharding, train
 from kd_jax.models import folder, int8
+from kd_jax.prefixes import rollouts
 from kd_jax.run import quantisation
 from tests.helpers.runs import smoke
 

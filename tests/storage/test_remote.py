@@ -10,9 +10,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from kd_jax import data, loop, metrics, train
+from kd_jax import data, metrics, train
 from kd_jax.report import __main__ as report_main
 from kd_jax.storage import checkpoint, remote, remote_copy, remote_lease
+from kd_jax.train import loop
 from tests.helpers.runs import last_state, smoke
 
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax import loop, replay, train
+from kd_jax import replay, train
 from kd_jax.settings import Settings
 from kd_jax.storage import checkpoint, directory, remote
+from kd_jax.train import loop
 from tests.helpers import broken
 from tests.helpers.runs import (
     METHODS,

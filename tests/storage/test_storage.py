@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax import data, metrics, models, rollouts, storage
+from kd_jax import data, metrics, models, storage
 from kd_jax.models import safetensors_io
+from kd_jax.prefixes import rollouts
 from kd_jax.storage import checkpoint, remote
 from kd_jax.teachers import cache_files as files
 from tests.helpers.commands import environment

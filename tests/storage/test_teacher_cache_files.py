@@ -9,8 +9,8 @@ import pytest
 
 from kd_jax import sharding
 from kd_jax.data import Tokenizer
+from kd_jax.run.cache import kept_rows
 from kd_jax.settings import Settings
-from kd_jax.setup_cache import kept_rows
 from kd_jax.storage import directory
 from kd_jax.teachers import cache_files as files
 from kd_jax.teachers.cache_reading import Cache, Kept, check_manifest

@@ -12,10 +12,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import base
-from kd_jax import feed as feed_module
-from kd_jax import metrics, prefixes, rollouts, train
-from kd_jax.feed import Feed
+from kd_jax import metrics, prefixes, train
 from kd_jax.objectives import ORIGINS
+from kd_jax.prefixes import feed as feed_module
+from kd_jax.prefixes import rollouts
+from kd_jax.prefixes.feed import Feed
 from tests.helpers.runs import ON_POLICY, smoke
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -66,7 +67,7 @@ class Sampler:
 
 
 def feed(source, **options):
-    from kd_jax.feed import Author
+    from kd_jax.prefixes.feed import Author
 
     authors = {"student": Author("student"), "teacher": Author("teacher", 7)}
     whole = dict(total_steps=20, batch_size=B, epoch_batches=3, seed=0) | options

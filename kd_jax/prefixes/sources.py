@@ -1,6 +1,6 @@
 """Whose text the two models are compared on: a source decides, step by step, where the rows come from.
 
-A source is small and has no rows itself: `kd_jax.feed` asks it what to do and keeps its state, which JSON can hold, with the
+A source is small and has no rows itself: `kd_jax.prefixes.feed` asks it what to do and keeps its state, which JSON can hold, with the
 checkpoint. Whatever is decided by chance is decided from the seed and the step, the same on every process.
 """
 

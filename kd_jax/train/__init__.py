@@ -10,10 +10,11 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from kd_jax import loop, metrics, sharding, storage
+from kd_jax import metrics, sharding, storage
 from kd_jax.run import Run, build, identity, quantisation, results, summary
 from kd_jax.settings import Settings
 from kd_jax.storage import checkpoint, directory, remote
+from kd_jax.train import loop
 from kd_jax.train_step import TrainState
 
 __all__ = ["Run", "build", "train"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from kd_jax import metrics
 from kd_jax.data.words import DESCRIBED
-from kd_jax.plots import Chart, style, text
+from kd_jax.report.plots import Chart, style, text
 
 HIGHER = (
     "rouge_l",

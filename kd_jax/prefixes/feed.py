@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import data, rollouts
+from kd_jax import data
 from kd_jax.objectives import ORIGINS
-from kd_jax.prefixes import Source
-from kd_jax.rollouts import Rows, Sampler
+from kd_jax.prefixes import Source, rollouts
+from kd_jax.prefixes.rollouts import Rows, Sampler
 
 Batch = dict[str, np.ndarray]
 
