@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array
 
 from kd_jax import command, data, main, metrics, sharding, storage
-from kd_jax.prefixes import rollouts
+from kd_jax.prefixes import responses
 from kd_jax.run.build import make_mesh, make_objective
 from kd_jax.run.cache import check_use, made_from
 from kd_jax.run.models import load_models, load_tokenizer
@@ -98,7 +98,7 @@ def write(
         "teacher": {
             "path": settings.teacher.path, "dtype": settings.teacher.dtype, "weights": settings.teacher.weights,
             "config": str(loaded.teacher.config),
-            "fingerprint": rollouts.fingerprint(loaded.teacher_params, str(loaded.teacher.config)),
+            "fingerprint": responses.fingerprint(loaded.teacher_params, str(loaded.teacher.config)),
         },
         "splits": {
             split: files.about_rows(its) | {"temperature": temperatures[split]} for split, its in rows.items()

@@ -1,9 +1,11 @@
 """Whose text the models are compared on.
 
-The sources and their protocol `Source` may be imported from here. The modules are imported by name: `rollouts` samples
-responses from a model, and `feed` makes the batch of each step as the source of the run decides.
+The sources, their protocol `Source` and their decisions `Plan` may be imported from here. The modules are imported by
+name: `rollouts` samples responses from a model, `responses` stores the responses of a teacher as a dataset, `buffers`
+keeps sampled rows for later steps, and `feed` makes the batch of each step as the source of the run decides.
 """
 
+from kd_jax.prefixes.sources import Plan as Plan
 from kd_jax.prefixes.sources import Source as Source
 from kd_jax.prefixes.sources import adaptive, data, mixture, paired, student, teacher
 

@@ -1,42 +1,47 @@
-"""The rows of each step: what a prefix source decides, done, with everything that a restart needs."""
+"""The batch of each step, as the source of the run decides, with a state from which a resumed run continues exactly."""
 
-import base64
 import dataclasses
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from kd_jax import data
+from kd_jax import data, models
 from kd_jax.objectives import ORIGINS
-from kd_jax.prefixes import Source, rollouts
+from kd_jax.prefixes import Plan, Source, rollouts
+from kd_jax.prefixes.buffers import Pool, ReplayBuffer, decode, encode
 from kd_jax.prefixes.rollouts import Rows, Sampler
 
 Batch = dict[str, np.ndarray]
+REPLAY = 1  # the purpose of the random numbers that choose rows of the replay buffer
 
 
 @dataclasses.dataclass(frozen=True)
 class Author:
-    """Who writes responses: a model, and what it is mixed with.
+    """A model that writes responses.
 
     Attributes:
-      model: a `models.Model`.
-      params: its parameters; None: those that the step is given.
-      mixture: as in `models.generate`.
+      model: the model.
+      params: the parameters of the model; None for the parameters that each step is given.
+      mixture: the mixture with another model, as in `models.generate`.
     """
 
-    model: Any
+    model: models.Model
     params: Any = None
-    mixture: Any = None
+    mixture: tuple[models.Model, Any, float] | None = None
 
 
 class Feed:
-    """Batches, one a step, out of a dataset and of responses drawn to its prompts.
+    """Makes one batch per step from a dataset and from responses that are sampled for its prompts.
 
-    A resumed feed gives the batches that it would have given: `get_state` has the datasets' positions, the source's state
-    and the rows that are kept.
+    `get_state` returns the positions in the datasets, the state of the source, and the kept rows. A feed with this state
+    makes the same batches as the first feed would have made.
+
+    Attributes:
+      source: the source of the rows.
+      fresh: the student's rows that the last step sampled, or None.
+      report: the statistics of the last step's rows, by name.
     """
 
     def __init__(
@@ -44,54 +49,43 @@ class Feed:
         authors: dict[str, Author] | None = None, total_steps: int, batch_size: int, epoch_batches: int, seed: int,
         rollouts_per_prompt: int = 1, progress: Callable[..., Any] = iter,
     ):  # fmt: skip
-        """Assembles; reads nothing.
+        """Assembles the feed without reading any row.
 
         Args:
-          source: of `kd_jax.prefixes`.
-          batches: an iterator of this process's rows of each batch, with `get_state` and `set_state`.
-          text_batches: of the second stream's, or None.
-          sampler: how responses are drawn; None where the source draws none.
-          authors: by origin, those that the source names.
-          total_steps: of the run.
-          batch_size: rows of a global batch.
-          epoch_batches: batches of rows that an author writes in an epoch of the data's prompts.
-          seed: of decisions and draws.
-          rollouts_per_prompt: responses of each author to each prompt; a batch then has fewer prompts.
-          progress: wraps a loop that takes long.
+          source: a source of `kd_jax.prefixes`.
+          batches: an iterator over this process's rows of each batch, with `get_state` and `set_state`.
+          text_batches: the same for the second stream of text, or None.
+          sampler: the sampler of responses; None if the source samples none.
+          authors: the authors that the source names, by origin.
+          total_steps: the number of steps of the run.
+          batch_size: the number of rows of a global batch.
+          epoch_batches: the number of batches of rows that an author writes in one epoch of the dataset's prompts.
+          seed: the seed of decisions and samples.
+          rollouts_per_prompt: the number of responses of each author to each prompt. A batch then has fewer prompts.
+          progress: wraps a long loop in a progress bar.
         """
         self.source, self._batches, self._text = source, batches, text_batches
         self._sampler, self._authors = sampler, authors or {}
         self._total, self._batch_size, self._seed = total_steps, batch_size, seed
         self._epoch_batches, self._repeats, self._progress = epoch_batches, rollouts_per_prompt, progress
         self._state = source.init()
-        self._store: Rows | None = None
-        self._pool_start: int | None = None
+        self._buffer = ReplayBuffer(source.capacity)
+        self._pool = Pool(seed, batch_size, max(1, len(source.authors)), source.epochs)
         self._waiting: list[list[int]] = []
         self.report: dict[str, float] = {}
         self.fresh: Rows | None = None
 
     def next(self, step: int, params: Any) -> Batch:
-        """This process's rows of the batch of update `step`, which is counted from 0.
-
-        Afterwards `fresh` has the student's rows that were drawn in it, or None, and `report` what is to be said of them.
+        """Returns this process's rows of the batch of update `step`. Steps are counted from 0.
 
         Args:
-          step: updates made before.
-          params: the student's, now.
+          step: the number of updates so far.
+          params: the student's present parameters.
         """
         self.fresh, self.report = None, {}
         uniform = float(self._random(step, 0).random())
-        stored = 0 if self._store is None else len(self._store["lengths"])
-        choice = self.source.choose(self._state, step=step, total=self._total, uniform=uniform, stored=stored)
-        if choice == "data":
-            batch = self._mark(next(self._batches))
-        elif choice == "pool":
-            batch = self._from_pool(step, params)
-        else:
-            rows = self._draw(1, params, step) if "fresh" in choice else None
-            if rows is not None:
-                self._keep(rows)
-            batch = self._share(self._replay(step) if rows is None or "replay" in choice else rows)
+        plan = self.source.choose(self._state, step=step, total=self._total, uniform=uniform, stored=len(self._buffer))
+        batch = self._mark(next(self._batches)) if plan == Plan.DATA else self._own_part(self._rows(plan, step, params))
         if self._authors:
             of_student = float((batch["origin"] == ORIGINS.index("student")).mean())
             self.report |= {"student_rows": of_student} | {k: v for k, v in self._state.items() if v is not None}
@@ -101,58 +95,63 @@ class Feed:
         return {name: np.concatenate([array, text[name]]) for name, array in batch.items()}
 
     def observe(self, loss: float) -> None:
-        """Tells the source of an evaluation: the cross-entropy of held-out rows."""
+        """Gives the source the held-out cross-entropy of an evaluation."""
         self._state = self.source.observe(self._state, loss)
 
     def get_state(self) -> dict[str, Any]:
-        """All that decides what comes next; JSON can hold it."""
+        """Returns the state that decides all later batches, in a form that JSON can hold.
+
+        The entry store has the rows of the pool or of the replay buffer. A source uses only one of the two.
+        """
         return {
             "data": self._batches.get_state(),
             "text": None if self._text is None else self._text.get_state(),
             "source": self._state,
-            "store": None if self._store is None else {name: _encode(array) for name, array in self._store.items()},
-            "pool_start": self._pool_start,
+            "store": encode(self._buffer.rows if self._pool.rows is None else self._pool.rows),
+            "pool_start": self._pool.start,
             "waiting": self._waiting,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from where `get_state` was called."""
+        """Continues from a state of `get_state`."""
         self._batches.set_state(state["data"])
         if self._text is not None:
             self._text.set_state(state["text"])
-        self._state, self._pool_start, self._waiting = state["source"], state["pool_start"], state["waiting"]
-        store = state["store"]
-        self._store = None if store is None else {name: _decode(array) for name, array in store.items()}
+        self._state, self._waiting = state["source"], state["waiting"]
+        rows, start = decode(state["store"]), state["pool_start"]
+        self._pool.rows, self._pool.start = (None, None) if start is None else (rows, start)
+        self._buffer.rows = rows if start is None else None
 
-    def _from_pool(self, step: int, params: Any) -> Batch:
-        """A batch of rows that were drawn together, a whole phase's worth at its first step."""
-        authors = len(self.source.authors)
-        if self._store is None or self._pool_start is None:
-            every = self.source.every or self._epoch_batches
-            left = -(-(self._total - step) // authors)  # batches of prompts that the rest of the run has a use for
-            self._store, self._pool_start = self._draw(min(every, max(1, left)), params, step), step
-        batches = len(self._store["lengths"]) // self._batch_size
-        epoch, place = divmod(step - self._pool_start, batches)
-        # Responses to one prompt lie side by side, and stay so.
-        order = self._random(self._pool_start, 1 + epoch).permutation(len(self._store["lengths"]) // authors)
-        groups = order[place * self._batch_size // authors : (place + 1) * self._batch_size // authors]
-        indices = (groups[:, None] * authors + np.arange(authors)).ravel()
-        batch = self._share(rollouts.take(self._store, indices))
-        if step + 1 == self._pool_start + batches * self.source.epochs:
-            self._store = self._pool_start = None  # used up: nothing for a checkpoint to keep
-        return batch
+    def _rows(self, plan: Plan, step: int, params: Any) -> Rows:
+        """Returns the rows of the global batch for a plan with sampled rows."""
+        if plan == Plan.POOL:
+            if self._pool.rows is None:
+                self._pool.fill(self._draw(self._batches_of_a_pool(step), params, step), step)
+            return self._pool.take(step)
+        if plan in (Plan.FRESH, Plan.FRESH_THEN_REPLAY):
+            rows = self._draw(1, params, step)
+            self._buffer.add(rows)
+            if plan == Plan.FRESH:
+                return rows
+        return self._buffer.draw(self._batch_size, self._random(step, REPLAY))
+
+    def _batches_of_a_pool(self, step: int) -> int:
+        """Returns the number of batches of prompts for a pool, at most those that the rest of the run uses."""
+        every = self.source.every or self._epoch_batches
+        left = -(-(self._total - step) // len(self.source.authors))
+        return min(every, max(1, left))
 
     def _draw(self, batches: int, params: Any, step: int) -> Rows:
-        """Each author's response to each prompt of some batches, side by side."""
+        """Returns the response of each author to each prompt of some batches. Responses to one prompt are neighbours."""
         if self._sampler is None:
-            raise ValueError(f"{type(self.source).__name__} has responses drawn, but the feed was given no sampler.")
+            raise ValueError(f"{type(self.source).__name__} samples responses, but the feed has no sampler.")
         parts = []
         for index in self._progress(range(batches)) if batches > 1 else range(batches):
             prompts, drawn = self._take_prompts(), []
             for i, (name, author) in enumerate(self._authors.items()):
-                its_params = params if author.params is None else author.params
+                own_params = params if author.params is None else author.params
                 key = rollouts.draw_key(self._seed, step, index, i)
-                drawn.append(self._sampler.rows(author.model, its_params, prompts, key, name, author.mixture))
+                drawn.append(self._sampler.rows(author.model, own_params, prompts, key, name, author.mixture))
             rows = rollouts.concatenate(drawn)
             parts.append(rollouts.take(rows, np.arange(len(rows["lengths"])).reshape(len(drawn), -1).T.ravel()))
         rows = rollouts.concatenate(parts)
@@ -161,37 +160,28 @@ class Feed:
         return rows
 
     def _take_prompts(self) -> list[list[int]]:
-        """Prompts for a batch of rows an author, each as often as it is answered; those that are over wait."""
+        """Returns the prompts for a batch of rows of an author, each repeated as often as it is answered.
+
+        Prompts beyond the batch wait for the next call.
+        """
         count = self._batch_size // self._repeats
         while len(self._waiting) < count:
             self._waiting = self._waiting + _prompts(next(self._batches))
         some, self._waiting = self._waiting[:count], self._waiting[count:]
         return [prompt for prompt in some for _ in range(self._repeats)]
 
-    def _keep(self, rows: Rows) -> None:
-        if self.source.capacity:
-            both = rows if self._store is None else rollouts.concatenate([self._store, rows])
-            self._store = rollouts.take(both, slice(-self.source.capacity, None))
-
-    def _replay(self, step: int) -> Rows:
-        if self._store is None:
-            raise ValueError(f"{type(self.source).__name__} replays at step {step}, before anything was drawn.")
-        stored = len(self._store["lengths"])
-        random = self._random(step, 1)
-        return rollouts.take(self._store, random.choice(stored, self._batch_size, replace=stored < self._batch_size))
-
-    def _share(self, rows: Rows) -> Batch:
-        """This process's part of the rows, as a batch."""
+    def _own_part(self, rows: Rows) -> Batch:
+        """Returns this process's part of the rows as a batch."""
         size = self._batch_size // jax.process_count()
         return rollouts.as_batch(
             rollouts.take(rows, slice(jax.process_index() * size, (jax.process_index() + 1) * size))
         )
 
     def _mark(self, batch: Batch, origin: str = "") -> Batch:
-        """A dataset's batch with its origin; a source without authors has only one."""
+        """Returns a batch of the dataset with the origin of its rows."""
         name = origin or (self.source.origins[0] if not self._authors else "data")
         if not self._authors and self._text is None and name == "data":
-            return batch  # as it came: what most runs need
+            return batch  # most runs do not need the origin
         count, length = batch["tokens"].shape
         return batch | {
             "origin": np.full(count, ORIGINS.index(name), np.int32),
@@ -203,24 +193,14 @@ class Feed:
 
 
 def _prompts(batch: Batch) -> list[list[int]]:
-    """The prompts of a batch, of all processes' rows."""
+    """Returns the prompts of the rows of all processes."""
     tokens, counted = batch["tokens"], batch["loss_mask"]
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        # Of each global batch a process has every process_count-th row.
+        # A process has every process_count-th row of each global batch.
         tokens, counted = (
             np.asarray(multihost_utils.process_allgather(array)).swapaxes(0, 1).reshape(-1, array.shape[1])
             for array in (tokens, counted)
         )
     return [data.prompt_of(*row) for row in zip(tokens, counted, strict=True)]
-
-
-def _encode(array: np.ndarray) -> dict[str, Any]:
-    content = base64.b64encode(zlib.compress(array.tobytes())).decode()
-    return {"dtype": array.dtype.str, "shape": array.shape, "zlib": content}
-
-
-def _decode(saved: dict[str, Any]) -> np.ndarray:
-    content = zlib.decompress(base64.b64decode(saved["zlib"]))
-    return np.frombuffer(content, saved["dtype"]).reshape(saved["shape"]).copy()

@@ -1,9 +1,11 @@
-"""Whose text the two models are compared on: a source decides, step by step, where the rows come from.
+"""The sources of the text on which the two models are compared. A source decides step by step where the rows come from.
 
-A source is small and has no rows itself: `kd_jax.prefixes.feed` asks it what to do and keeps its state, which JSON can hold, with the
-checkpoint. Whatever is decided by chance is decided from the seed and the step, the same on every process.
+A source holds no rows. `kd_jax.prefixes.feed` asks the source for a plan, and saves the state of the source with each
+checkpoint, so the state consists of what JSON can hold. Random decisions depend only on the seed and the step, so all
+processes decide alike.
 """
 
+import enum
 from typing import Any, Protocol
 
 import jax.numpy as jnp
@@ -16,15 +18,33 @@ __all__ = ["adaptive", "data", "mixture", "paired", "student", "teacher"]
 State = dict[str, Any]
 
 
-class Source(Protocol):
-    """What all sources have.
+class Plan(enum.StrEnum):
+    """The origin of the rows of a step.
 
     Attributes:
-      origins: whose rows it may give, out of `objectives.ORIGINS`.
-      authors: who answers a prompt when rows are drawn; () where none are.
-      capacity: how many drawn rows are kept for later; 0: none.
-      every, epochs: where it chooses 'pool': batches of prompts that are answered at a time, 0 for an epoch's, and how often
-        the rows are gone over.
+      DATA: a batch of the dataset.
+      FRESH: responses that are sampled now.
+      REPLAY: rows of the replay buffer.
+      FRESH_THEN_REPLAY: rows of the replay buffer, to which responses that are sampled now are added first.
+      POOL: rows of a pool, which are sampled together for several steps.
+    """
+
+    DATA = "data"
+    FRESH = "fresh"
+    REPLAY = "replay"
+    FRESH_THEN_REPLAY = "fresh, then replay"
+    POOL = "pool"
+
+
+class Source(Protocol):
+    """The protocol of all sources.
+
+    Attributes:
+      origins: the possible origins of the rows, from `objectives.ORIGINS`.
+      authors: the models that answer a prompt when rows are sampled; () if no rows are sampled.
+      capacity: the number of sampled rows in the replay buffer; 0 for no buffer.
+      every: for `Plan.POOL`, the number of batches of prompts that are answered at a time; 0 for those of an epoch.
+      epochs: for `Plan.POOL`, the number of passes over the rows of a pool.
     """
 
     origins: tuple[str, ...]
@@ -34,34 +54,32 @@ class Source(Protocol):
     epochs: int
 
     def init(self) -> State:
-        """The state before the first step."""
+        """Returns the state before the first step."""
         ...
 
-    def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> str:
-        """What step `step` (from 0) of `total` trains on.
+    def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> Plan:
+        """Returns the origin of the rows of update `step`. Steps are counted from 0.
 
         Args:
-          state: from `init` or `observe`.
-          step: updates made.
-          total: updates of the run.
-          uniform: this step's random number in [0, 1).
-          stored: how many rows are kept.
-
-        Returns:
-          'data'; 'fresh': rows drawn now; 'replay': rows that are kept; 'fresh, then replay': of those that are kept, after
-          some were drawn now and joined them; or 'pool': rows drawn together for several steps.
+          state: the state from `init` or `observe`.
+          step: the number of updates so far.
+          total: the number of updates of the run.
+          uniform: the random number of this step, in [0, 1).
+          stored: the number of rows in the replay buffer.
 
         Raises:
-          ValueError: where a schedule gives what is no probability.
+          ValueError: a schedule returns a number that is not a probability.
         """
         ...
 
     def observe(self, state: State, loss: float) -> State:
-        """The state after an evaluation, from the held-out rows' cross-entropy."""
+        """Returns the state after an evaluation whose held-out cross-entropy is `loss`, in nats per token."""
         ...
 
 
 class _Plain:
+    """A source that always uses the dataset. The sources below change a part of it."""
+
     origins: tuple[str, ...] = ()
     authors: tuple[str, ...] = ()
     capacity, every, epochs = 0, 1, 1
@@ -69,28 +87,29 @@ class _Plain:
     def init(self) -> State:
         return {}
 
-    def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> str:
-        return "data"
+    def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> Plan:
+        return Plan.DATA
 
     def observe(self, state: State, loss: float) -> State:
         return state
 
 
 class data(_Plain):
-    """The dataset's responses: off-policy distillation."""
+    """The responses of the dataset, as in off-policy distillation."""
 
     origins = ("data",)
 
 
 class teacher(_Plain):
-    """Responses that the teacher wrote once, before training, to the dataset's prompts: sequence-level distillation.
+    """The teacher's responses to the prompts of the dataset, written once before training: sequence-level distillation.
 
-    They are kept as a dataset beside the others, with what they were made from in its name, and used again by the next
-    run. A response that has not ended within `sampling.max_new_tokens` is left out.
+    The responses are stored as a dataset, whose name identifies everything that they depend on. Later runs use them
+    again. Responses that do not end within `sampling.max_new_tokens` are omitted.
 
     Args:
-      num_rows: of the dataset's prompts, the first so many; 0: all.
-      seed: of what it writes, which is not the run's: runs of several seeds learn from one text.
+      num_rows: the number of prompts that are answered, from the first on; 0 for all.
+      seed: the seed of the responses. It is not the seed of the run, so that runs with several seeds learn from the
+        same text.
 
     References:
       Kim and Rush, "Sequence-Level Knowledge Distillation", https://arxiv.org/abs/1606.07947, 2016.
@@ -104,15 +123,15 @@ class teacher(_Plain):
 
 
 class student(_Plain):
-    """The student's own responses to the dataset's prompts: on-policy.
+    """The student's own responses to the prompts of the dataset, as in on-policy distillation.
 
     Args:
-      every: steps' worth of rows that are drawn at a time, from one student.
-      epochs: how often those rows are gone over before new ones are drawn.
+      every: the number of steps for which rows are sampled at a time, from the same student.
+      epochs: the number of passes over these rows before new rows are sampled.
 
     References:
       Agarwal et al., "On-Policy Distillation of Language Models", https://arxiv.org/abs/2306.13649, 2024; Gu et al.,
-      "MiniLLM", https://arxiv.org/abs/2306.08543, 2024, whose code draws 256 rows at a time and goes over them 4 times.
+      "MiniLLM", https://arxiv.org/abs/2306.08543, 2024, whose code samples 256 rows at a time and passes over them 4 times.
     """
 
     origins = ("student",)
@@ -122,16 +141,17 @@ class student(_Plain):
         self.every = int(check_number("every", every, low=1))
         self.epochs = int(check_number("epochs", epochs, low=1))
 
-    def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> str:
-        return "pool"
+    def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> Plan:
+        return Plan.POOL
 
 
 class paired(_Plain):
-    """A teacher's and a student's response to each prompt, side by side in a batch, drawn anew every so often.
+    """A response of the teacher and a response of the student to each prompt, beside each other in a batch.
 
     Args:
-      every: batches of prompts that are answered at a time; 0: an epoch's. Each gives two batches of rows.
-      epochs: how often those rows are gone over before new ones are drawn.
+      every: the number of batches of prompts that are answered at a time; 0 for those of an epoch. Each batch of
+        prompts gives two batches of rows.
+      epochs: the number of passes over these rows before new rows are sampled.
 
     References:
       Ko et al., "DistiLLM-2", https://arxiv.org/abs/2503.07067, 2025.
@@ -144,19 +164,21 @@ class paired(_Plain):
         self.every = int(check_number("every", every, low=0))
         self.epochs = int(check_number("epochs", epochs, low=1))
 
-    def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> str:
-        return "pool"
+    def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> Plan:
+        return Plan.POOL
 
 
 class mixture(_Plain):
-    """With probability `fraction` the student's responses, drawn now, otherwise the data's: decided for a whole batch.
+    """The student's responses, sampled now, with probability `fraction`, and otherwise the responses of the dataset.
+
+    The decision is made for a whole batch.
 
     Args:
-      fraction: in [0, 1], or the spec of a schedule.
+      fraction: a number in [0, 1], or the spec of a schedule.
 
     References:
-      GKD's lambda: Agarwal et al., https://arxiv.org/abs/2306.13649, 2024. Lin et al., "Autoregressive Knowledge
-      Distillation through Imitation Learning", https://arxiv.org/abs/2009.07253, 2020, lowers the data's share.
+      The fraction is GKD's lambda: Agarwal et al., https://arxiv.org/abs/2306.13649, 2024. Lin et al., "Autoregressive Knowledge
+      Distillation through Imitation Learning", https://arxiv.org/abs/2009.07253, 2020, lowers the share of the dataset.
     """
 
     origins = ("data", "student")
@@ -175,26 +197,28 @@ class mixture(_Plain):
         if self.fraction.init() != ():
             raise ValueError("fraction needs a schedule of the step alone.")
 
-    def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> str:
+    def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> Plan:
         fraction = check_number("fraction", float(jnp.float32(self.fraction((), step=jnp.asarray(step)))), 0.0, 1.0)
-        return "fresh" if uniform < fraction else "data"
+        return Plan.FRESH if uniform < fraction else Plan.DATA
 
 
 class adaptive(_Plain):
-    """The student's responses with a probability that rises whenever the held-out loss does; most out of a buffer.
+    """Student responses from a replay buffer, used more often when the held-out loss rises.
 
-    With probability `threshold` a step trains on the student's responses. With probability `threshold (1 - k / total)` in
-    the k-th step fresh ones are drawn first and put into the buffer, which is what the step's rows are then drawn from.
-    After an evaluation whose loss is higher than the last one's by `tolerance` or more, `threshold` rises by `increase`.
+    With probability `threshold`, a step trains on student responses from the buffer. With probability
+    `threshold (1 - k / total)`, step k first samples responses and adds them to the buffer. If the loss of an evaluation
+    exceeds the loss of the evaluation before by `tolerance` or more, `threshold` increases by `increase`.
 
     Args:
-      threshold: at first, in [0, 1].
-      increase: what it rises by.
-      tolerance: how much the held-out cross-entropy may grow, in nats.
-      capacity: rows of the buffer; the oldest give way.
-      fresh: how the share of steps that draw goes with k: decreasing, constant (a half) or increasing (k / total).
-      as_published: as the published code has it: a fresh batch is trained on itself, fresh rows are drawn until the buffer is
-        full, and the loss compared with is that of the last rise (at first, that before training).
+      threshold: the threshold before the first evaluation, in [0, 1].
+      increase: the increase of the threshold.
+      tolerance: the increase of the held-out cross-entropy that leaves the threshold unchanged, in nats.
+      capacity: the number of rows in the buffer; the oldest rows are dropped.
+      fresh: the share of steps that sample, as a function of k: decreasing (1 - k / total), constant (a half) or
+        increasing (k / total).
+      as_published: True for three details of the published code. A step that samples trains on the sampled rows
+        themselves. Steps sample until the buffer is full. The loss is compared with the loss of the last increase; before
+        the first increase, with the loss before training.
 
     References:
       Ko et al., "DistiLLM", https://arxiv.org/abs/2402.03898, 2024, algorithm 1.
@@ -218,13 +242,13 @@ class adaptive(_Plain):
     def init(self) -> State:
         return {"threshold": self.threshold, "reference": None}
 
-    def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> str:
+    def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> Plan:
         done = (step + 1) / total
         share = {"decreasing": 1 - done, "constant": 0.5, "increasing": done}[self.fresh]
         filling = stored < self.capacity if self.as_published else stored == 0
         if uniform < state["threshold"] * share or (uniform < state["threshold"] and filling):
-            return "fresh" if self.as_published else "fresh, then replay"
-        return "replay" if uniform < state["threshold"] else "data"
+            return Plan.FRESH if self.as_published else Plan.FRESH_THEN_REPLAY
+        return Plan.REPLAY if uniform < state["threshold"] else Plan.DATA
 
     def observe(self, state: State, loss: float) -> State:
         reference = state["reference"]

@@ -9,7 +9,7 @@ from kd_jax import data, evaluate, metrics, prefixes, resolve, sharding
 from kd_jax.data import counts
 from kd_jax.data.options import dataset_options
 from kd_jax.objectives import Term
-from kd_jax.prefixes import Source, rollouts
+from kd_jax.prefixes import Source, responses, rollouts
 from kd_jax.prefixes.feed import Author, Feed
 from kd_jax.run.cache import kept_rows
 from kd_jax.run.checks import check_room, check_sampling, check_term
@@ -177,17 +177,17 @@ def load_responses(
     settings |= template.set_apart()
     settings |= {"seed": source.seed, "teacher": str(writer.model.config), "dtype": config.teacher.dtype}
     settings |= {"tokenizer": writer.tokenizer.fingerprint(), "ends": writer.tokenizer.end_ids}
-    made_from = rollouts.fingerprint(writer.params, [rollouts.RESPONSES_VERSION, settings, prompts])
+    made_from = responses.fingerprint(writer.params, [responses.RESPONSES_VERSION, settings, prompts])
     where = f"{options.data_dir or data.DEFAULT_DIR}/kd_jax_responses/{made_from}"
     with remote.folder_beside(where, writes=jax.process_index() == 0) as folder:
-        rollouts.write_responses(
+        responses.write_responses(
             folder, rows, prompts, sampler, writer.model, writer.params, batch_size=options.batch_size,
             seed=source.seed, settings=settings | {"path": config.teacher.path, "data": options.name, "rows": len(rows)},
             progress=lambda it: metrics.tqdm(it, desc="the teacher writes", unit="batch"),
         )  # fmt: skip
     sharding.barrier("the folder of the responses is here")  # all processes wait until the folder has been copied
     path = remote.local_file(f"{where}/responses.jsonl")
-    written = rollouts.read_responses(path)
+    written = responses.read_responses(path)
     metrics.tqdm.write(f"the teacher's responses: {path}, {len(written)} of {len(rows)} ended and are used")
     if loaded.writer:
         tokenized, found = _tokenize(config, tokenizer, written, options.loss_on)

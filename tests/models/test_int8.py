@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from kd_jax import models, sharding, train
 from kd_jax.models import folder, int8
-from kd_jax.prefixes import rollouts
+from kd_jax.prefixes import responses
 from kd_jax.run import quantisation
 from tests.helpers.runs import smoke
 
@@ -97,7 +97,7 @@ def test_never_are_all_matrices_dequantised_at_once(how):
 
 
 def test_fingerprints_tell_weights_apart():
-    of = lambda params: rollouts.fingerprint(params, {})
+    of = lambda params: responses.fingerprint(params, {})
     params = load(matrices_in_int8=True)[1]
     first = of(params)
     assert first == of(load(matrices_in_int8=True)[1]) != of(load()[1])

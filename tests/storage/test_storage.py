@@ -15,7 +15,7 @@ import pytest
 
 from kd_jax import data, metrics, models, storage
 from kd_jax.models import safetensors_io
-from kd_jax.prefixes import rollouts
+from kd_jax.prefixes import responses
 from kd_jax.storage import checkpoint, remote
 from kd_jax.teachers import cache_files as files
 from tests.helpers.commands import environment
@@ -101,7 +101,7 @@ def test_a_part_of_a_cache_that_does_not_fit_is_missing(tmp_path):
 def test_responses_that_do_not_fit_are_not_there_and_none_is_lost(tmp_path):
     line = json.dumps([{"prompt": "p" * 1000, "context": "", "response": "r" * 1000}] * 8) + "\n"
     (tmp_path / "responses.jsonl.partial").write_text(line * 4, encoding="utf-8")
-    write = lambda: rollouts.write_responses(
+    write = lambda: responses.write_responses(
         tmp_path, [{}] * 32, None, None, None, None, batch_size=8, seed=0, settings={}, progress=lambda it: it
     )  # fmt: skip
     with small_files(20_000), fails("responses.jsonl"):

@@ -15,7 +15,7 @@ from configs import base
 from kd_jax import metrics, prefixes, train
 from kd_jax.objectives import ORIGINS
 from kd_jax.prefixes import feed as feed_module
-from kd_jax.prefixes import rollouts
+from kd_jax.prefixes import responses, rollouts
 from kd_jax.prefixes.feed import Feed
 from tests.helpers.runs import ON_POLICY, smoke
 
@@ -195,9 +195,9 @@ def test_the_buffer_keeps_the_newest():
     it = feed(prefixes.adaptive(threshold=1.0, capacity=6, fresh="constant"))
     for step, batch in enumerate(steps(it, 0, 20)):
         assert np.all(batch["origin"] == STUDENT)
-        assert len(it._store["lengths"]) <= 6
+        assert len(it._buffer.rows["lengths"]) <= 6
         assert set(batch["tokens"][:, 1]) <= set(range(max(0, step - 19), step + 1))
-    assert len(it._store["lengths"]) == 6
+    assert len(it._buffer.rows["lengths"]) == 6
 
 
 def test_what_was_drawn_is_scored_to_its_end_and_no_further():
@@ -284,7 +284,7 @@ def test_two_runs_that_want_the_same_responses_write_them_once(tmp_path):
 
     rows = [{"prompt": str(i), "context": ""} for i in range(12)]
     prompts = [[i] for i in range(12)]
-    write = lambda: rollouts.write_responses(
+    write = lambda: responses.write_responses(
         tmp_path, rows, prompts, Writer(), None, None, batch_size=4, seed=0, settings={}, progress=iter
     )
     threads = [threading.Thread(target=write) for _ in range(2)]
@@ -298,13 +298,13 @@ def test_two_runs_that_want_the_same_responses_write_them_once(tmp_path):
 
 def test_what_is_written_is_never_written_again(tmp_path, monkeypatch):
     partial, batches = tmp_path / "responses.jsonl.partial", '["é"]\n["b"]\n'
-    assert rollouts._complete_batches(partial) == 0
+    assert responses._complete_batches(partial) == 0
     for cut in (b"", '["c", "é'.encode()[:-1]):
         monkeypatch.undo()
         partial.write_bytes(batches.encode() + cut)
         monkeypatch.setattr(type(partial), "write_text", None)  # killed between emptying a file and writing, it is gone
         written = partial.stat().st_mtime_ns
-        assert rollouts._complete_batches(partial) == 2
+        assert responses._complete_batches(partial) == 2
         assert partial.read_bytes() == batches.encode()
         assert cut or partial.stat().st_mtime_ns == written
 
@@ -366,8 +366,8 @@ def test_a_fingerprint_is_the_same_on_any_mesh():
     mesh = jax.make_mesh((8,), ("x",))
     spread = params | {"a": jax.device_put(params["a"], NamedSharding(mesh, PartitionSpec("x")))}
     swapped = params | {"a": params["a"][:, ::-1]}
-    one, other, third = (rollouts.fingerprint(tree, {"seed": 0}) for tree in (params, spread, swapped))
-    assert one == other != third != rollouts.fingerprint(params, {"seed": 1})
+    one, other, third = (responses.fingerprint(tree, {"seed": 0}) for tree in (params, spread, swapped))
+    assert one == other != third != responses.fingerprint(params, {"seed": 1})
 
 
 def test_a_policy_has_no_other_keys():
