@@ -1,13 +1,21 @@
-"""Prints the README's table of the methods, made from the methods' configs.
+"""Prints the tables of the READMEs: methods and keys for configs/README.md, divergences and assistants for kd_jax/README.md.
 
-    python -c 'from configs import table; print(table.methods())'
+The tables are made from the configs, from the declarations of the keys, and from the docstrings of the functions.
+
+    python -m configs.table
 
 A method is a choice in each of four axes: the source of the text, the pair of distributions, the divergence, the
 schedules.
 """
 
 import importlib
+import inspect
+from collections.abc import Iterator
 from typing import Any
+
+from kd_jax import assistants, divergences
+from kd_jax.command_help import first_sentence
+from kd_jax.settings import Settings, Term, is_section, keys_of
 
 METHODS = (
     "sft", "seqkd", "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence", "akl",
@@ -61,5 +69,40 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
+def keys() -> str:
+    """Returns a Markdown table of all keys of a config, with their defaults and meanings."""
+    lines = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for name, default, meaning in [*_keys(Settings, ""), *_keys(Term, "objective.terms.NAME.")]:
+        lines.append(f"| `{name}` | {default} | {meaning} |".replace("|  |", "| |"))
+    return "\n".join(lines)
+
+
+def _keys(section: type, prefix: str) -> Iterator[tuple[str, str, str]]:
+    for name, field, default in keys_of(section):
+        meaning = field.metadata["meaning"].replace("|", "\\|")
+        if not is_section(default):
+            shown = _spec(default) if isinstance(default, dict) and "name" in default else f"`{default!r}`"
+            yield f"{prefix}{name}", shown, meaning
+            continue
+        if meaning:
+            yield f"{prefix}{name}", "", meaning
+        yield from _keys(type(default), f"{prefix}{name}.")
+
+
+def functions() -> str:
+    """Returns a Markdown table of the divergences and one of the assistants, with keywords and first sentences."""
+    tables = []
+    for title, module in (("divergence", divergences), ("assistant", assistants)):
+        lines = [f"| {title} | keywords | value |", "| --- | --- | --- |"]
+        for name in module.__all__:
+            function = getattr(module, name)
+            parameters = inspect.signature(function).parameters.values()
+            keywords = ", ".join(f"`{p.name}`" for p in parameters if p.kind == p.KEYWORD_ONLY)
+            meaning = first_sentence(inspect.getdoc(function) or "").replace("``", "`").replace("|", "\\|")
+            lines.append(f"| `{name}` | {keywords} | {meaning} |".replace("|  |", "| |"))
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
 if __name__ == "__main__":
-    print(methods())
+    print(f"{methods()}\n\n{keys()}\n\n{functions()}")
