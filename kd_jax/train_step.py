@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from kd_jax.objectives import ORIGINS, Term, cross_entropy, row_means, token_coefficients
 from kd_jax.policy_gradient import Scores
-from kd_jax.teachers import compare, for_terms, teacher_arrays
+from kd_jax.teachers import Teacher, compare, for_terms, teacher_arrays
 
 Batch = dict[str, Array]
 # name -> (sum, count). The average is computed by the code that has all the sums.
@@ -92,27 +92,181 @@ def make_train_step(
       - log_probs, optional: [B, L], the log-probabilities of the targets under the student that drew the targets.
       - names that begin with teacher_: the arrays of a cached teacher.
     """
-    teacher = for_terms(teacher, terms)
+    options = dict(vocab_size=vocab_size, temperature=temperature, chunk=chunk, mesh=mesh)
+    return _Step(student, for_terms(teacher, terms), tuple(terms), tx, options, microbatches, max_skipped).train_step
 
-    def both(token_loss: Any, params: Any, teacher_params: Any, part: Batch, coefficient: Array, *extras: Array) -> Any:
-        return compare(
-            token_loss, student, params, teacher, teacher_params, part, coefficient, *extras,
-            vocab_size=vocab_size, temperature=temperature, chunk=chunk, mesh=mesh,
-        )  # fmt: skip
 
-    def sums(params: Any, teacher_params: Any, part: Any) -> tuple[Array, Array]:
+@dataclasses.dataclass(frozen=True)
+class PreparedTerm:
+    """A term with all that a step has computed for it before the models' distributions are compared.
+
+    Attributes:
+      term: the term.
+      counted: True where a token counts in the term, [B, L].
+      means: the means over each row that the term's schedules read, by name.
+      weight: the present weight of the assistant, a scalar or [B].
+      factor: the present coefficient of the term, a scalar.
+      coefficient: the factor of each token's loss, [B, L]: `factor`, divided as the term's average asks.
+      extras: the arrays [B, L] that follow the target in the arguments of `Term.loss`: weight, numbers and signals.
+    """
+
+    term: Term
+    counted: Array
+    means: dict[str, Array]
+    weight: Array
+    factor: Array
+    coefficient: Array
+    extras: tuple[Array, ...]
+
+    def next_schedules(self, states: tuple[Any, ...], step: Array, loss: Array) -> tuple[Any, ...]:
+        """Returns the next states of the term's schedules, from the sum and the count of the term's values."""
+        return tuple(
+            _follow(schedule, state, step, loss, self.means)
+            for schedule, state in zip(self.term.schedules, states, strict=True)
+        )
+
+    def metrics(self, loss: Array) -> Metrics:
+        """Returns the metrics of the term, from the sum and the count of the term's values."""
+        rows = self.counted.any(axis=1).astype(jnp.float32)
+        return {
+            f"{self.term.name}/loss": (loss[0], loss[1]),
+            f"{self.term.name}/weight": ((self.weight * rows).sum(), rows.sum()),
+            f"{self.term.name}/coefficient": (jnp.asarray(self.factor), jnp.ones((), jnp.float32)),
+        }
+
+
+def prepare(
+    term: Term, states: tuple[Any, ...], scores: Scores | None, counted: Array, batch: Batch, state: TrainState
+) -> PreparedTerm:
+    """Evaluates a term's schedules, and makes its coefficients and the further arguments of its loss.
+
+    Args:
+      term: the term.
+      states: the states of the term's schedules.
+      scores: the scores of the counted tokens; None if the term needs none.
+      counted: True where a token counts in the term, [B, L].
+      batch: the batch.
+      state: the state before the step.
+    """
+    means = {} if scores is None else row_means(scores)
+    signals = term.signals(scores) if term.signals and scores else ()
+    now = [schedule(of, step=state.step, **means) for schedule, of in zip(term.schedules, states, strict=True)]
+    weight, factor, *numbers = _as_real(now, state.params)
+    segments = None if batch["mask"].dtype == bool else batch["mask"]
+    average = _as_real(token_coefficients(term.average, counted, segments), state.params)
+    of_token = lambda number: jnp.broadcast_to(number, counted.shape)
+    of_row = weight[..., None] if weight.ndim else weight
+    extras = (of_token(of_row), *map(of_token, numbers), *signals)
+    return PreparedTerm(term, counted, means, weight, factor, factor * average, extras)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Step:
+    """The step of `make_train_step`. The attributes are its arguments; `options` are those of `teachers.compare`."""
+
+    student: Any
+    teacher: Teacher
+    terms: tuple[Term, ...]
+    tx: optax.GradientTransformation
+    options: dict[str, Any]
+    microbatches: int
+    max_skipped: int
+
+    def train_step(self, state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        counted = [_counted(term, batch) for term in self.terms]
+        scores = self._term_scores(state.params, teacher_params, batch, counted)
+        prepared = [
+            prepare(term, states, of_term, mask, batch, state)
+            for term, states, of_term, mask in zip(self.terms, state.schedules, scores, counted, strict=True)
+        ]
+        (loss, per_term), gradient = self._gradient(state.params, teacher_params, batch, prepared)
+        updates, opt_state = self.tx.update(gradient, state.opt_state, state.params)
+        schedules = tuple(
+            of_term.next_schedules(states, state.step, per_term[:, i])
+            for i, (of_term, states) in enumerate(zip(prepared, state.schedules, strict=True))
+        )
+        params = optax.apply_updates(state.params, updates)
+        new = dataclasses.replace(state, params=params, opt_state=opt_state, schedules=schedules)
+        one, norm = jnp.ones((), jnp.float32), optax.tree.norm(gradient)
+        metrics = {"loss": (loss, one), "gradient_norm": (norm, one)}
+        for i, of_term in enumerate(prepared):
+            metrics |= of_term.metrics(per_term[:, i])
+        metrics["tokens"] = ((batch["mask"] != 0).sum(dtype=jnp.float32), one)
+        new = self._unless_skipped(state, new, jnp.isfinite(loss) & jnp.isfinite(norm))
+        return new, metrics | {"skipped": (new.skipped, one)}
+
+    def _unless_skipped(self, state: TrainState, new: TrainState, finite: Array) -> TrainState:
+        """Returns the state after a step, which is the state before it if the step is not finite."""
+        skipped = jnp.where(finite & (state.skipped <= self.max_skipped), 0, state.skipped + ~finite)
+        stays = skipped > self.max_skipped
+        return dataclasses.replace(_where(finite & ~stays, new, state), step=state.step + ~stays, skipped=skipped)
+
+    def _gradient(
+        self, params: Any, teacher_params: Any, batch: Batch, prepared: Sequence[PreparedTerm]
+    ) -> tuple[tuple[Array, Array], Any]:
+        """Returns (loss, [sums, counts] of each term), and the gradient in the student's parameters."""
+        parts: dict[str, Any] = {name: batch[name] for name in ("tokens", "targets", "mask")}
+        parts["coefficients"] = jnp.stack([term.coefficient for term in prepared], axis=-1)
+        parts["extras"] = tuple(term.extras for term in prepared)
+        parts |= teacher_arrays(batch)
+
+        def differentiate(part: Any) -> tuple[tuple[Array, Array], Any]:
+            return jax.value_and_grad(self._loss, has_aux=True)(params, teacher_params, part)
+
+        def accumulate(carry: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, differentiate(part)), None
+
+        if self.microbatches == 1:
+            return differentiate(parts)
+        split = _split_rows(parts, self.microbatches)
+        shapes = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], split))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(accumulate, zero, split)[0]
+
+    def _loss(self, params: Any, teacher_params: Any, part: Any) -> tuple[Array, Array]:
+        """Returns the loss of a part of the rows, and the sum and the count of each term's values.
+
+        `token_sum`, below `compare`, multiplies the loss of each token by its coefficient.
+        """
         coefficient, leaves, structure = part["coefficients"], *jax.tree.flatten(part["extras"])
 
         def token_loss(log_p: Any, seen: Array, log_q: Array, target: Array, *leaves: Array) -> Array:
-            extras = zip(terms, jax.tree.unflatten(structure, leaves), strict=True)
+            extras = zip(self.terms, jax.tree.unflatten(structure, leaves), strict=True)
             values = [t.loss(log_p, seen if t.needs_teacher else log_q, target, *of_t) for t, of_t in extras]
             return jnp.stack(values, axis=-1)
 
-        total, values = both(token_loss, params, teacher_params, part, coefficient, part["targets"], *leaves)
+        total, values = self._compare(token_loss, params, teacher_params, part, coefficient, part["targets"], *leaves)
         counted = (coefficient != 0).sum(axis=(0, 1))
         return total, jnp.stack([values.sum(axis=(0, 1)), counted.astype(values.dtype)])
 
-    def target_scores(params: Any, teacher_params: Any, batch: Batch) -> tuple[Array, Array]:
+    def _compare(
+        self, token_loss: Callable[..., Array], params: Any, teacher_params: Any, part: Batch, coefficient: Array,
+        *extras: Array,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        return compare(
+            token_loss, self.student, params, self.teacher, teacher_params, part, coefficient, *extras, **self.options
+        )
+
+    def _term_scores(
+        self, params: Any, teacher_params: Any, batch: Batch, counted: Sequence[Array]
+    ) -> list[Scores | None]:
+        """Returns the scores of the tokens that each term counts, and None for a term that needs no scores."""
+        scored = [mask for term, mask in zip(self.terms, counted, strict=True) if term.needs_scores]
+        if not scored:
+            return [None for _ in self.terms]
+        any_counted = batch | {"loss_mask": jnp.stack(scored).any(axis=0)}
+        log_p, log_q = self._target_scores(params, teacher_params, any_counted)
+        drawn = log_q
+        if "origin" in batch:
+            by_student = batch["origin"] == ORIGINS.index("student")
+            drawn = jnp.where(by_student[:, None], batch["log_probs"], log_q)
+        of = lambda values, mask: jnp.where(mask, values, 0)
+        return [
+            Scores(of(log_p, mask), of(log_q, mask), of(drawn, mask), mask) if term.needs_scores else None
+            for term, mask in zip(self.terms, counted, strict=True)
+        ]
+
+    def _target_scores(self, params: Any, teacher_params: Any, batch: Batch) -> tuple[Array, Array]:
         """Returns log p and log q of every counted target.
 
         The scores need a separate pass, because some weights depend on whole rows.
@@ -123,100 +277,14 @@ def make_train_step(
 
         def part_scores(part: Batch) -> Array:
             counted = jnp.repeat(part["loss_mask"][..., None].astype(jnp.float32), 2, axis=-1)
-            return both(of_targets, params, teacher_params, part, counted, part["targets"])[1]
+            return self._compare(of_targets, params, teacher_params, part, counted, part["targets"])[1]
 
         parts = {name: batch[name] for name in ("tokens", "targets", "mask", "loss_mask")} | teacher_arrays(batch)
-        if microbatches == 1:
+        if self.microbatches == 1:
             values = part_scores(parts)
         else:
-            values = _join_rows(jax.lax.map(part_scores, _split_rows(parts, microbatches)))
+            values = _join_rows(jax.lax.map(part_scores, _split_rows(parts, self.microbatches)))
         return values[..., 0], values[..., 1]
-
-    def term_scores(params: Any, teacher_params: Any, batch: Batch, counted: list[Array]) -> list[Scores | None]:
-        """Returns the scores of the tokens that each term counts, and None for a term that needs no scores."""
-        scored = [mask for term, mask in zip(terms, counted, strict=True) if term.needs_scores]
-        if not scored:
-            return [None for _ in terms]
-        log_p, log_q = target_scores(params, teacher_params, batch | {"loss_mask": jnp.stack(scored).any(axis=0)})
-        drawn = log_q
-        if "origin" in batch:
-            by_student = batch["origin"] == ORIGINS.index("student")
-            drawn = jnp.where(by_student[:, None], batch["log_probs"], log_q)
-        of = lambda values, mask: jnp.where(mask, values, 0)
-        return [
-            Scores(of(log_p, mask), of(log_q, mask), of(drawn, mask), mask) if term.needs_scores else None
-            for term, mask in zip(terms, counted, strict=True)
-        ]
-
-    def train_step(state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        shape, counted = batch["targets"].shape, [_counted(term, batch) for term in terms]
-        scores = term_scores(state.params, teacher_params, batch, counted)
-        means = [{} if its_scores is None else row_means(its_scores) for its_scores in scores]
-        signals = [t.signals(s) if t.signals and s else () for t, s in zip(terms, scores, strict=True)]
-        now = [
-            [
-                schedule(its_state, step=state.step, **of_rows)
-                for schedule, its_state in zip(t.schedules, s, strict=True)
-            ]
-            for t, s, of_rows in zip(terms, state.schedules, means, strict=True)
-        ]
-        now = _as_real(now, state.params)
-        weights, factors, numbers = [v[0] for v in now], [v[1] for v in now], [v[2:] for v in now]
-        segments = None if batch["mask"].dtype == bool else batch["mask"]
-        averages = [token_coefficients(t.average, mask, segments) for t, mask in zip(terms, counted, strict=True)]
-        averages = _as_real(averages, state.params)
-        coefficients = jnp.stack([f * a for f, a in zip(factors, averages, strict=True)], axis=-1)
-        extras = tuple(
-            (
-                jnp.broadcast_to(weight[..., None] if weight.ndim else weight, shape),
-                *(jnp.broadcast_to(number, shape) for number in its_numbers),
-                *its_signals,
-            )
-            for weight, its_numbers, its_signals in zip(weights, numbers, signals, strict=True)
-        )
-        parts: dict[str, Any] = {name: batch[name] for name in ("tokens", "targets", "mask")}
-        parts |= {"coefficients": coefficients, "extras": extras} | teacher_arrays(batch)
-
-        def differentiate(part: Any) -> tuple[tuple[Array, Array], Any]:
-            return jax.value_and_grad(sums, has_aux=True)(state.params, teacher_params, part)
-
-        def accumulate(carry: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, differentiate(part)), None
-
-        if microbatches == 1:
-            (loss, per_term), gradient = differentiate(parts)
-        else:
-            split = _split_rows(parts, microbatches)
-            shapes = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], split))
-            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            ((loss, per_term), gradient), _ = jax.lax.scan(accumulate, zero, split)
-
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        schedules = tuple(
-            tuple(
-                _follow(s, old, state.step, per_term[:, i], means[i])
-                for s, old in zip(t.schedules, states, strict=True)
-            )
-            for i, (t, states) in enumerate(zip(terms, state.schedules, strict=True))
-        )
-        one, norm = jnp.ones((), jnp.float32), optax.tree.norm(gradient)
-        metrics = {"loss": (loss, one), "gradient_norm": (norm, one)}
-        for i, term in enumerate(terms):
-            metrics[f"{term.name}/loss"] = (per_term[0, i], per_term[1, i])
-            its_rows = counted[i].any(axis=1).astype(jnp.float32)
-            metrics[f"{term.name}/weight"] = ((weights[i] * its_rows).sum(), its_rows.sum())
-            metrics[f"{term.name}/coefficient"] = (jnp.asarray(factors[i]), one)
-        metrics["tokens"] = ((batch["mask"] != 0).sum(dtype=jnp.float32), one)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        skipped = jnp.where(finite & (state.skipped <= max_skipped), 0, state.skipped + ~finite)
-        metrics["skipped"] = (skipped, one)
-        stays = skipped > max_skipped
-        new = dataclasses.replace(state, params=params, opt_state=opt_state, schedules=schedules)
-        new = _where(finite & ~stays, new, state)
-        return dataclasses.replace(new, step=state.step + ~stays, skipped=skipped), metrics
-
-    return train_step
 
 
 def _as_real(tree: Any, params: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Whose text the models are compared on.
+"""The text on which the models are compared: its sources, and the batches that they decide.
 
 The sources, their protocol `Source` and their decisions `Plan` may be imported from here. The modules are imported by
 name: `rollouts` samples responses from a model, `responses` stores the responses of a teacher as a dataset, `buffers`

@@ -20,12 +20,12 @@ from kd_jax.storage.untrusted import clip, shown
 
 MANIFEST, HEAD, TOKENIZER = "manifest.json", "head.safetensors", "tokenizer"
 TIED, UNTIED = "embed.embedding", "head.kernel"  # names of the output matrix, as in a model's parameters
-VERSION = 2  # 1: a record's hash knew nothing of the teacher, and nothing that of the output matrix
+VERSION = 2  # in version 1 the hash of a record did not depend on the teacher, and the output matrix had no hash
 # The header of a record: the row's index, the row's key, and the number of counted tokens.
 HEADER = np.dtype([("row", "<u8"), ("key", "u1", 16), ("count", "<u8")])
-# What a cache may have; a split also as many parts as MAX_PARTS.
+# The largest values that a manifest may have.
 LARGEST = {"k": 2**16, "vocab_size": 2**24, "hidden_size": 2**20, "part_rows": 2**32}
-MAX_PARTS = 2**16  # each part is looked for on disk
+MAX_PARTS = 2**16  # the largest number of parts of a split, each of which is looked up on disk
 SHOWN = 20  # largest number of differences that a message lists
 Manifest = dict[str, Any]
 
@@ -59,8 +59,8 @@ def fills(manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 def identity(manifest: Manifest, split: str) -> bytes:
-    """Of all that decides what a record says of a row: the teacher but for its place, tokenizer, template, kind, and so on."""
-    beside = ("splits", "settings", "part_rows", "head_hash")  # these keys say which rows there are, in which files
+    """Returns a hash of everything that decides a record's values: the teacher without its path, the tokenizer, and so on."""
+    beside = ("splits", "settings", "part_rows", "head_hash")  # these keys decide the rows and their files
     what = {name: value for name, value in manifest.items() if name not in beside}
     what["teacher"] = {name: value for name, value in manifest["teacher"].items() if name != "path"}
     what["split"] = [split, float(manifest["splits"][split]["temperature"])]
@@ -133,7 +133,7 @@ def missing_parts(folder: Path, manifest: Manifest) -> list[tuple[str, int]]:
 
 
 def write_part(path: Path, records: Iterable[bytes], kind: str) -> None:
-    """Writes a part's records, each with its checksum, under another name until all of them are there."""
+    """Writes the records of a part, completely or not at all. Each record has a checksum."""
     # A group has one record, for random reads. Hidden states do not compress; token ids and padded samples do.
     options, count = f"group_size:1,{'uncompressed' if kind == 'hidden' else 'zstd:3'}", 0
     with writing_whole(path) as partial:

@@ -62,11 +62,11 @@ def test_imports_point_down(path):
 
 
 def test_configs_import_only_ml_collections_each_other_and_the_declared_keys():
+    """The file table.py is no config: it prints tables for the READMEs."""
     for path in (ROOT / "configs").glob("*.py"):
         names = {name for name in imported(path) if not name.startswith("kd_jax.settings")}
-        assert {name.split(".")[0] for name in names} <= {
-            "ml_collections", "configs", "typing", "difflib", "importlib",
-        }  # fmt: skip
+        allowed = {"ml_collections", "configs", "typing", "difflib", "importlib"}
+        assert path.stem == "table" or {name.split(".")[0] for name in names} <= allowed, path
 
 
 def test_no_file_is_long():
