@@ -1,6 +1,8 @@
 """Responses that are sampled from a model, as rows to train on."""
 
+import base64
 import dataclasses
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,3 +147,24 @@ def take(rows: Rows, indices: Int[np.ndarray, " M"] | slice) -> Rows:
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """Returns the rows of all parts, in order."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def encode(rows: Rows) -> dict[str, Any]:
+    """Returns rows in a form that JSON can hold: the type, shape and compressed content of each array."""
+    return {
+        name: {
+            "dtype": array.dtype.str,
+            "shape": array.shape,
+            "zlib": base64.b64encode(zlib.compress(array.tobytes())).decode(),
+        }
+        for name, array in rows.items()
+    }
+
+
+def decode(saved: dict[str, Any]) -> Rows:
+    """Returns the rows of which `encode` made the saved form."""
+    rows = {}
+    for name, array in saved.items():
+        content = zlib.decompress(base64.b64decode(array["zlib"]))
+        rows[name] = np.frombuffer(content, array["dtype"]).reshape(array["shape"]).copy()
+    return rows
