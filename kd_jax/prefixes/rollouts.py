@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from kd_jax import data, models, sharding
 from kd_jax.objectives import ORIGINS
+from kd_jax.settings import Sampling
 
 # M rows as arrays by name: tokens [M, L + 1], lengths, prompt_lengths and origin [M], log_probs [M, L].
 Rows = dict[str, np.ndarray]
@@ -112,6 +113,24 @@ class Sampler:
             "repetition": 1 - distinct / total if total else 0.0,
             "entropy": -float(rows["log_probs"].sum()) / max(1, sum(map(len, texts))),
         }
+
+
+def make_sampler(
+    mesh: jax.sharding.Mesh, tokenizer: data.Tokenizer, max_length: int, sampling: Sampling, no_repeat_ngram_size: int = 0
+) -> Sampler:  # fmt: skip
+    """Returns a sampler with the settings of `sampling`. The commands and runs of the package make all samplers here.
+
+    An evaluation gives `Sampling(max_new_tokens=...)`. The temperature is then 1, and not the temperature of training,
+    so that runs can be compared.
+
+    Args:
+      mesh, tokenizer, max_length, no_repeat_ngram_size: the attributes of `Sampler`.
+      sampling: the settings, of which max_new_tokens, temperature, top_p and top_k are used.
+    """
+    return Sampler(
+        mesh, tokenizer, max_length, sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k,
+        no_repeat_ngram_size,
+    )  # fmt: skip
 
 
 def draw_key(seed: int, *numbers: int) -> jax.Array:
