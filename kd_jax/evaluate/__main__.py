@@ -26,6 +26,7 @@ from kd_jax.evaluate.of_run import filled, model_folder, template_of
 from kd_jax.evaluate.scores import rouge_tokens
 from kd_jax.evaluate.tables import PLACES, by_place, over_seeds, table
 from kd_jax.prefixes import rollouts
+from kd_jax.settings import Sampling
 from kd_jax.settings.value_types import whole_number
 from kd_jax.storage import remote
 
@@ -196,10 +197,9 @@ def given_batches(
 
 def make_sampler(args: SimpleNamespace, loaded: Models) -> rollouts.Sampler:
     """Returns the sampler of responses that the arguments describe."""
-    return rollouts.Sampler(
-        loaded.mesh, loaded.tokenizer, args.max_prompt_length + args.max_new_tokens, args.max_new_tokens, args.temperature,
-        args.top_p, args.top_k, args.no_repeat_ngram_size,
-    )  # fmt: skip
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
+    max_length = args.max_prompt_length + args.max_new_tokens
+    return rollouts.make_sampler(loaded.mesh, loaded.tokenizer, max_length, sampling, args.no_repeat_ngram_size)
 
 
 def main() -> None:

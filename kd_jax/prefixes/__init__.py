@@ -1,8 +1,9 @@
 """The text on which the models are compared: its sources, and the batches that they decide.
 
 The sources, their protocol `Source` and their decisions `Plan` may be imported from here. The modules are imported by
-name: `rollouts` samples responses from a model, `responses` stores the responses of a teacher as a dataset, `buffers`
-keeps sampled rows for later steps, and `feed` makes the batch of each step as the source of the run decides.
+name: `rollouts` samples responses from a model, `responses` stores the responses of a teacher as a dataset,
+`replay_buffer` and `pool` keep sampled rows for later steps and save them with a checkpoint, and `feed` makes the batch
+of each step as the source of the run decides.
 """
 
 from kd_jax.prefixes.sources import Plan as Plan

@@ -10,7 +10,8 @@ import numpy as np
 from kd_jax import data, models
 from kd_jax.objectives import ORIGINS
 from kd_jax.prefixes import Plan, Source, rollouts
-from kd_jax.prefixes.buffers import Pool, ReplayBuffer, decode, encode
+from kd_jax.prefixes.pool import Pool
+from kd_jax.prefixes.replay_buffer import ReplayBuffer
 from kd_jax.prefixes.rollouts import Rows, Sampler
 
 Batch = dict[str, np.ndarray]
@@ -107,7 +108,7 @@ class Feed:
             "data": self._batches.get_state(),
             "text": None if self._text is None else self._text.get_state(),
             "source": self._state,
-            "store": encode(self._buffer.rows if self._pool.rows is None else self._pool.rows),
+            "store": self._buffer.get_state() if self._pool.rows is None else self._pool.get_state(),
             "pool_start": self._pool.start,
             "waiting": self._waiting,
         }
@@ -118,9 +119,9 @@ class Feed:
         if self._text is not None:
             self._text.set_state(state["text"])
         self._state, self._waiting = state["source"], state["waiting"]
-        rows, start = decode(state["store"]), state["pool_start"]
-        self._pool.rows, self._pool.start = (None, None) if start is None else (rows, start)
-        self._buffer.rows = rows if start is None else None
+        store, start = state["store"], state["pool_start"]  # a state with a start has the rows of a pool
+        self._pool.set_state(None if start is None else store, start)
+        self._buffer.set_state(store if start is None else None)
 
     def _rows(self, plan: Plan, step: int, params: Any) -> Rows:
         """Returns the rows of the global batch for a plan with sampled rows."""

@@ -1,6 +1,8 @@
 """Responses that are sampled from a model, as rows to train on."""
 
+import base64
 import dataclasses
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ from jaxtyping import Int
 
 from kd_jax import data, models, sharding
 from kd_jax.objectives import ORIGINS
+from kd_jax.settings import Sampling
 
 # M rows as arrays by name: tokens [M, L + 1], lengths, prompt_lengths and origin [M], log_probs [M, L].
 Rows = dict[str, np.ndarray]
@@ -112,6 +115,24 @@ class Sampler:
         }
 
 
+def make_sampler(
+    mesh: jax.sharding.Mesh, tokenizer: data.Tokenizer, max_length: int, sampling: Sampling, no_repeat_ngram_size: int = 0
+) -> Sampler:  # fmt: skip
+    """Returns a sampler with the settings of `sampling`. The commands and runs of the package make all samplers here.
+
+    An evaluation gives `Sampling(max_new_tokens=...)`. The temperature is then 1, and not the temperature of training,
+    so that runs can be compared.
+
+    Args:
+      mesh, tokenizer, max_length, no_repeat_ngram_size: the attributes of `Sampler`.
+      sampling: the settings, of which max_new_tokens, temperature, top_p and top_k are used.
+    """
+    return Sampler(
+        mesh, tokenizer, max_length, sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k,
+        no_repeat_ngram_size,
+    )  # fmt: skip
+
+
 def draw_key(seed: int, *numbers: int) -> jax.Array:
     """Returns the random key for a draw that the numbers identify."""
     made = jax.random.fold_in(jax.random.key(seed), DRAWS)
@@ -145,3 +166,24 @@ def take(rows: Rows, indices: Int[np.ndarray, " M"] | slice) -> Rows:
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """Returns the rows of all parts, in order."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def encode(rows: Rows) -> dict[str, Any]:
+    """Returns rows in a form that JSON can hold: the type, shape and compressed content of each array."""
+    return {
+        name: {
+            "dtype": array.dtype.str,
+            "shape": array.shape,
+            "zlib": base64.b64encode(zlib.compress(array.tobytes())).decode(),
+        }
+        for name, array in rows.items()
+    }
+
+
+def decode(saved: dict[str, Any]) -> Rows:
+    """Returns the rows of which `encode` made the saved form."""
+    rows = {}
+    for name, array in saved.items():
+        content = zlib.decompress(base64.b64decode(array["zlib"]))
+        rows[name] = np.frombuffer(content, array["dtype"]).reshape(array["shape"]).copy()
+    return rows

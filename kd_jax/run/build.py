@@ -28,7 +28,7 @@ from kd_jax.run.rows import (
     make_feed,
     make_source,
 )
-from kd_jax.settings import Config, Settings, name_of
+from kd_jax.settings import Config, Sampling, Settings, name_of
 from kd_jax.teachers.cache_reading import Cache
 from kd_jax.train_step import TrainState, init_state, make_train_step
 
@@ -104,7 +104,8 @@ class Run:
         if not self.examples:
             return values
         # The temperature is 1, and not that of training, so that runs can be compared.
-        sampler = rollouts.Sampler(self.mesh, self.tokenizer, options.max_length, self.config.sampling.max_new_tokens)
+        sampling = Sampling(max_new_tokens=self.config.sampling.max_new_tokens)
+        sampler = rollouts.make_sampler(self.mesh, self.tokenizer, options.max_length, sampling)
         size, seed = options.eval_batch_size, self.config.seed
         return values | evaluate.assess(sampler, both, self.examples, batch_size=size, seed=seed, chunk=chunk)[0]
 

@@ -11,6 +11,7 @@ from kd_jax import evaluate, metrics, models, report, sharding
 from kd_jax.prefixes import rollouts
 from kd_jax.report import plots
 from kd_jax.run.build import Run
+from kd_jax.settings import Sampling
 from kd_jax.storage import read_json_lines, write_json_lines, write_whole
 
 BEFORE, AFTER = "generations_before.jsonl", "generations.jsonl"
@@ -96,7 +97,8 @@ def _answers(run: Run, model: models.Model, params: Any, alone: bool = False) ->
     """
     longest = max(len(example.prompt) for example in run.shown)
     room = max(1, min(run.config.sample_tokens, run.models.max_positions - longest))
-    sampler = rollouts.Sampler(run.mesh, run.tokenizer, run.config.data.max_length, room)
+    sampling = Sampling(max_new_tokens=room)
+    sampler = rollouts.make_sampler(run.mesh, run.tokenizer, run.config.data.max_length, sampling)
     teacher: Any = (None, None) if alone else (run.models.teacher, run.models.teacher_params)
     return evaluate.assess(
         sampler, (model, params, *teacher), run.shown, batch_size=run.config.data.eval_batch_size, seed=run.config.seed,

@@ -162,7 +162,7 @@ def load_responses(
     writer = loaded.writer or Writer(loaded.teacher, loaded.teacher_params, tokenizer)
     split = _source(config, options.train_split)
     rows = [split[i] for i in range(min(source.num_rows or len(split), len(split)))]
-    sampler = make_sampler(config, writer.tokenizer, mesh)
+    sampler = rollouts.make_sampler(mesh, writer.tokenizer, options.max_length, config.sampling)
     if options.max_prompt_length + sampler.max_new_tokens > writer.model.config.longest_sequence:
         raise ValueError(
             f"data.max_prompt_length={options.max_prompt_length} and sampling.max_new_tokens={sampler.max_new_tokens} are more "
@@ -196,15 +196,6 @@ def load_responses(
         tokenized, found = data.from_ids(ids, tokenizer, max_length=options.max_length, loss_on=options.loss_on)
     packed, found = _packed(config, tokenized, found)
     return packed, {"prompts": len(rows)} | found
-
-
-def make_sampler(config: Settings, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh) -> rollouts.Sampler:
-    """Returns the sampler of the config's responses."""
-    sampling = config.sampling
-    return rollouts.Sampler(
-        mesh, tokenizer, config.data.max_length, sampling.max_new_tokens, sampling.temperature, sampling.top_p,
-        sampling.top_k,
-    )  # fmt: skip
 
 
 def batch_options(config: Settings, tokenizer: data.Tokenizer) -> dict[str, Any]:
@@ -252,7 +243,8 @@ def make_feed(
     }  # fmt: skip
     return Feed(
         source, iter(data.batches(rows, batch_size=config.data.batch_size, beside=beside, **options)),
-        text_batches=text_batches, sampler=make_sampler(config, tokenizer, mesh),
+        text_batches=text_batches,
+        sampler=rollouts.make_sampler(mesh, tokenizer, config.data.max_length, config.sampling),
         authors={name: authors[name] for name in source.authors},
         total_steps=config.steps, batch_size=config.data.batch_size,
         epoch_batches=max(1, len(rows) * repeats // config.data.batch_size), seed=config.seed,

@@ -13,8 +13,9 @@ import jax
 from jax.experimental import multihost_utils
 
 from kd_jax import command, metrics
+from kd_jax.prefixes import rollouts
 from kd_jax.run import Run, nonfinite, results, speed
-from kd_jax.run.rows import make_sampler, show
+from kd_jax.run.rows import show
 from kd_jax.storage import checkpoint, remote
 from kd_jax.train_step import TrainState
 
@@ -220,7 +221,8 @@ def _report_samples(run: Run, writer: metrics.Writer, step: int, shown: int) -> 
     every = run.config.sampling.show_every
     if not every or run.feed.fresh is None or (shown and step < shown + every):
         return shown
-    metrics.tqdm.write(show(make_sampler(run.config, run.tokenizer, run.mesh), step, run.feed.fresh))
+    sampler = rollouts.make_sampler(run.mesh, run.tokenizer, run.config.data.max_length, run.config.sampling)
+    metrics.tqdm.write(show(sampler, step, run.feed.fresh))
     return step
 
 

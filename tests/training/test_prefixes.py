@@ -17,6 +17,8 @@ from kd_jax.objectives import ORIGINS
 from kd_jax.prefixes import feed as feed_module
 from kd_jax.prefixes import responses, rollouts
 from kd_jax.prefixes.feed import Feed
+from kd_jax.prefixes.pool import Pool
+from kd_jax.prefixes.replay_buffer import ReplayBuffer
 from tests.helpers.runs import ON_POLICY, smoke
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -198,6 +200,19 @@ def test_the_buffer_keeps_the_newest():
         assert len(it._buffer.rows["lengths"]) <= 6
         assert set(batch["tokens"][:, 1]) <= set(range(max(0, step - 19), step + 1))
     assert len(it._buffer.rows["lengths"]) == 6
+
+
+def test_the_saved_form_of_sampled_rows_stays_as_it_is():
+    """Checkpoints of earlier versions have this form, and must still be restored."""
+    saved = {"lengths": {"dtype": "<i4", "shape": [2], "zlib": "eJxjYWBgYAdiAABEAAw="}}
+    replay_buffer, pool = ReplayBuffer(capacity=2), Pool(seed=0, batch_size=2, group=1, epochs=1)
+    replay_buffer.set_state(saved)
+    pool.set_state(saved, start=3)
+    for kept in (replay_buffer, pool):
+        np.testing.assert_array_equal(kept.rows["lengths"], np.array([4, 7], np.int32))
+        assert json.loads(json.dumps(kept.get_state()))["lengths"].keys() == saved["lengths"].keys()
+    state = feed(prefixes.adaptive()).get_state()
+    assert state.keys() == {"data", "text", "source", "store", "pool_start", "waiting"}
 
 
 def test_what_was_drawn_is_scored_to_its_end_and_no_further():
