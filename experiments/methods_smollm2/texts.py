@@ -15,6 +15,7 @@ from typing import Any
 
 from kd_jax import metrics
 from kd_jax.evaluate import __main__ as command
+from kd_jax.evaluate.arguments import parse
 from kd_jax.report import comparison
 
 SETS = ("dolly", "self-inst", "vicuna", "sinst")
@@ -65,7 +66,7 @@ def write(args: argparse.Namespace) -> None:
         target = args.ablation / f"texts_{args.rows}" / name
         own = {key: getattr(args, key) for key in ("seeds", "max_new_tokens", "batch_size", "dtype")}
         options = OPTIONS | own | {"model": student, "data": mixed, "out": target}
-        command.run(command.arguments([f"--{key}={value}" for key, value in options.items()]))
+        command.run(parse([f"--{key}={value}" for key, value in options.items()]))
         with (args.ablation / f"texts_{args.rows}.jsonl").open("a") as file:
             file.write(json.dumps({"student": name} | by_set(target / "generations.jsonl", args.rows)) + "\n")
 

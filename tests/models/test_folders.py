@@ -8,6 +8,7 @@ import pytest
 from kd_jax import cache_teacher, models, train
 from kd_jax.data import Tokenizer, jsonl, load
 from kd_jax.evaluate import __main__ as evaluate
+from kd_jax.evaluate.arguments import parse
 from kd_jax.models import folder
 from tests.helpers.runs import smoke
 
@@ -27,7 +28,7 @@ def give(key, path, data_dir):
             f"--out={data_dir}/never",
             *(f"{name}={value}" for name, value in paths.items()),
         ]
-        evaluate.load(evaluate.filled(evaluate.arguments(options))[0])
+        evaluate.load(evaluate.filled(parse(options))[0])
     elif key == "cache_teacher":
         config = smoke("forward_kl", data_dir, teacher__path=str(path), tokenizer__path="")
         cache_teacher.write(config, f"{data_dir}/never", "hidden")

@@ -10,6 +10,7 @@ import pytest
 from kd_jax import data, metrics, models, train
 from kd_jax.data.options import dataset_options
 from kd_jax.evaluate import __main__ as command
+from kd_jax.evaluate.arguments import parse
 from kd_jax.evaluate.of_run import filled
 from kd_jax.settings import Settings
 from kd_jax.storage import directory
@@ -347,7 +348,7 @@ def test_a_window_that_no_row_reaches_is_accepted_and_kept(tmp_path, data_dir):
         train.build(smoke("gkd", data_dir, **changes, data__max_length=49))
     options = ["--data=docstrings", f"--model={tmp_path}/run", "--max_prompt_length=40", "--max_new_tokens=9"]
     with pytest.raises(ValueError, match="are more than the 48 tokens that the models take"):
-        command.load(filled(command.arguments([*options, f"--out={tmp_path}/out", "--batch_size=8"]))[0])
+        command.load(filled(parse([*options, f"--out={tmp_path}/out", "--batch_size=8"]))[0])
 
 
 def test_a_teacher_may_be_in_float16(data_dir):
