@@ -347,7 +347,7 @@ def test_a_window_that_no_row_reaches_is_accepted_and_kept(tmp_path, data_dir):
     with pytest.raises(ValueError, match=message):
         train.build(smoke("gkd", data_dir, **changes, data__max_length=49))
     options = ["--data=docstrings", f"--model={tmp_path}/run", "--max_prompt_length=40", "--max_new_tokens=9"]
-    with pytest.raises(ValueError, match="are more than the 48 tokens that the models take"):
+    with pytest.raises(ValueError, match="are together more than the 48 tokens that both models accept"):
         command.load(filled(parse([*options, f"--out={tmp_path}/out", "--batch_size=8"]))[0])
 
 
