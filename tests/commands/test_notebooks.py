@@ -47,7 +47,7 @@ def execute(path):
 @pytest.mark.slow
 def test_it_runs_from_top_to_bottom(path, request):
     if path.stem == "05_exposure_bias":
-        reason = "its last assertions do not hold since the rows are encoded and end in another way: it needs new sizes"
+        reason = "its last assertions do not hold with the present version, and the cause is not known yet"
         request.applymarker(pytest.mark.xfail(reason=reason, raises=nbclient.exceptions.CellExecutionError))
     notebook = execute(path)
     if os.environ.get("SAVE_NOTEBOOKS"):
