@@ -65,8 +65,10 @@ def test_every_method_brings_the_student_nearer_to_the_teacher(method, data_dir,
         run, params, *_ = distilled(smoke("forward_kl", data_dir, steps=150))
         config.student.path = str(tmp_path / "start")
         models.save_pretrained(tmp_path / "start", run.models.student, params, run.tokenizer)
+    # A policy gradient lowers KL(q || p) alone; the student that it starts from pays for that with KL(p || q).
+    measures = ("reverse_kl",) if method == "opd" else ("forward_kl", "reverse_kl")
     _, _, before, after = distilled(config)
-    assert after["forward_kl"] + after["reverse_kl"] < before["forward_kl"] + before["reverse_kl"] - 0.02
+    assert sum(after[name] for name in measures) < sum(before[name] for name in measures) - 0.02
 
 
 def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_dir, capsys):
