@@ -277,7 +277,7 @@ def run(argv: list[str]) -> None:
     with main.ends_well(kept):
         main.join(main.PROCESSES.value)
         main.check_same(main.CONFIG.value.to_dict(), *told)
-        with storage.room(main.WORKDIR.value):
+        with storage.room(told[0]):
             write(main.CONFIG.value, *told)
 
 

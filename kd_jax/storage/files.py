@@ -16,6 +16,9 @@ from typing import Any
 
 from kd_jax.storage import untrusted
 
+Json = dict[str, Any]  # an object of a JSON file; who reads it checks the values that are used
+AnyPath = str | PathLike[str]  # pathlib.Path, epath.Path, or a string
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The texts of the operating system's errors, as errors of libraries quote them.
 FULL_TEXT = re.compile(r"No space left on device|Disk quota exceeded|File too large|\b(ENOSPC|EDQUOT|EFBIG)\b")
@@ -26,7 +29,7 @@ class StorageError(OSError):
 
 
 @contextlib.contextmanager
-def storing(path: Any) -> Iterator[None]:
+def storing(path: AnyPath) -> Iterator[None]:
     """Turns any error in a block into a paragraph. This is for blocks that only read or write.
 
     Args:
@@ -47,7 +50,7 @@ def storing(path: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def room(path: Any) -> Iterator[None]:
+def room(path: AnyPath) -> Iterator[None]:
     """Turns the error of a full disk into a paragraph, and no other error. This is for blocks that also compute.
 
     Args:
@@ -75,7 +78,7 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
-def said(path: Any, error: BaseException) -> str:
+def said(path: AnyPath, error: BaseException) -> str:
     """Returns the paragraph for an error with a path."""
     cause = " ".join(str(error).split())[-300:] or type(error).__name__
     if is_full(error):
@@ -83,7 +86,7 @@ def said(path: Any, error: BaseException) -> str:
     return f"{path} could not be read or written ({type(error).__name__}: {cause})."
 
 
-def space_left(path: Any) -> str:
+def space_left(path: AnyPath) -> str:
     """Returns a sentence on the free space of a path's file system, followed by a space; "" for an address."""
     if "://" in str(path):
         return ""
@@ -93,7 +96,7 @@ def space_left(path: Any) -> str:
     return f"On the file system of {folder} {shutil.disk_usage(folder).free / 2**20:,.1f} MiB are left. "
 
 
-def write_whole(path: PathLike[str] | str, content: str | bytes) -> None:
+def write_whole(path: AnyPath, content: str | bytes) -> None:
     """Writes a file completely, or not at all. Missing parent folders are created. Text is written as UTF-8.
 
     Raises:
@@ -104,7 +107,7 @@ def write_whole(path: PathLike[str] | str, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def writing_whole(path: PathLike[str] | str) -> Iterator[Path]:
+def writing_whole(path: AnyPath) -> Iterator[Path]:
     """Yields a temporary path, at which the caller writes a file or a folder. It is renamed to `path` at the end.
 
     After any error, an interrupt included, the temporary file or folder is removed and `path` is unchanged. A process
@@ -143,7 +146,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_json_lines(path: PathLike[str] | str, lines: Iterable[Any]) -> None:
+def write_json_lines(path: AnyPath, lines: Iterable[Any]) -> None:
     """Writes a file with one JSON value per line, completely or not at all.
 
     Raises:
