@@ -9,10 +9,10 @@ what="${1:-fast}"
 venv="${VENV:-.venv-tests}"
 export JAX_PLATFORMS=cpu
 
-# Creates an environment: its folder, the Python for it, and requirements beside tests/requirements.txt.
+# Creates an environment: its folder, the Python for it, and requirements beside those of pyproject.toml.
 install() {
   "$2" -m venv "$1"
-  "$1/bin/pip" install --quiet --disable-pip-version-check -r tests/requirements.txt "${@:3}"
+  "$1/bin/pip" install --quiet --disable-pip-version-check -e ".[dev]" "${@:3}"
 }
 
 # Runs the tests of an environment that have a mark. Tests of one file run in the same process because they share fixtures.
