@@ -8,8 +8,6 @@ Latin text, with or without accents.
 import functools
 import unicodedata
 
-from rouge_score import tokenizers
-
 # The beginnings of the names that Unicode gives to characters of scripts without spaces between words.
 UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HENTAIGANA", "THAI", "LAO", "KHMER", "MYANMAR")
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width ASCII -> ASCII
@@ -72,7 +70,7 @@ def tokenizer_of(reference: str) -> str:
     return PAPERS if 2 * latin >= len(lettered) and _has_papers_word(reference) else UNICODE
 
 
-class UnicodeTokenizer(tokenizers.Tokenizer):
+class UnicodeTokenizer:
     """The function `words` as a tokenizer of the package rouge-score."""
 
     def tokenize(self, text: str) -> list[str]:

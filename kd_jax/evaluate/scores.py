@@ -7,10 +7,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from decimal import Decimal, InvalidOperation
-
-from rouge_score import rouge_scorer
+from typing import TYPE_CHECKING
 
 from kd_jax.data.words import PAPERS, UNICODE, UnicodeTokenizer, normal, tokenizer_of
+
+if TYPE_CHECKING:
+    from rouge_score import rouge_scorer
 
 # The first alternative is a number with points between thousands and a comma before its fraction.
 _NUMBER = re.compile(r"-?[1-9]\d{0,2}(?:\.\d{3})+,\d+|-?\d+(?:,\d+)*(?:\.\d+)?|-?\.\d+")
@@ -107,7 +109,9 @@ def _with_a_point(number: str) -> str:
 
 
 @functools.cache
-def _scorer(kind: str) -> rouge_scorer.RougeScorer:
+def _scorer(kind: str) -> "rouge_scorer.RougeScorer":
+    from rouge_score import rouge_scorer  # imported here because it imports nltk and scipy.stats, which takes seconds
+
     options = {"use_stemmer": True} if kind == PAPERS else {"tokenizer": UnicodeTokenizer()}
     return rouge_scorer.RougeScorer(["rougeL"], **options)
 
