@@ -159,11 +159,14 @@ def _normal(text: str) -> str:
 def _version(package: str) -> str:
     if package in sys.stdlib_module_names:
         return platform.python_version()
-    names = importlib.metadata.packages_distributions().get(package, [package])
     try:
-        return importlib.metadata.version(names[0])
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError(
-            f"the docstrings dataset must know the version of {package!r}, so that a new version is built anew, and no "
-            f"installed distribution has this package: install it with pip, or take it out of data.options.packages."
-        ) from error
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    # A distribution of another name has the package. This search reads the files of all distributions, for a second.
+    for name in importlib.metadata.packages_distributions().get(package, ()):
+        return importlib.metadata.version(name)
+    raise ValueError(
+        f"the docstrings dataset must know the version of {package!r}, so that a new version is built anew, and no "
+        f"installed distribution has this package: install it with pip, or take it out of data.options.packages."
+    )
