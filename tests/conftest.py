@@ -22,7 +22,7 @@ _CACHE = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
-# The hook checks only the pure core, because it breaks dataclasses that are pytrees. Imports below are checked.
+# The hook checks only the pure core, because it breaks dataclasses that are pytrees. It affects later imports.
 PURE = ("logspace", "divergences", "assistants", "objectives", "head_loss")
 install_import_hook([f"kd_jax.{name}" for name in PURE], "tests.helpers.checker.check")
 
