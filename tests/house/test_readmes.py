@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from tests.helpers.paths import ROOT
 
-OUTSIDE = ("models", "runs")  # folders at the top for downloaded models and for results
+OUTSIDE = ("models", "runs")  # top-level folders for downloaded models and for results
 
 
 def is_ours(path):
