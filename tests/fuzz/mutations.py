@@ -45,7 +45,7 @@ def pick(draw, choices):
 
 @st.composite
 def documents(draw, base, keys=(), values=()):
-    """Draws a JSON document as bytes: the base with changed values and keys, and one time in five with changed bytes."""
+    """Draws a JSON document as bytes: the base with changed values and keys, one time in five with changed bytes."""
     document = copy.deepcopy(base)
     for _ in range(below(draw, 4)):
         document = _changed(draw, document, keys, (*values, *values, *VALUES))
