@@ -1,4 +1,4 @@
-"""Eight CPU devices, set before JAX starts, and shapes that are checked where signatures give them."""
+"""Sets up eight CPU devices before JAX starts, and checks arrays against the shapes in the signatures."""
 
 import os
 import signal
@@ -7,35 +7,35 @@ import tempfile
 import pytest
 from jaxtyping import install_import_hook
 
-from tests.helpers import checker  # noqa: F401  # the hook finds it by its name
+from tests.helpers import checker  # noqa: F401  # the import hook looks this module up by name
 
-# Most of a test's time is the compiler's. Without LLVM's optimisations it needs half of that time for the same program.
+# Compilation takes most of a test's time. Without LLVM's optimisations it takes half of that time.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# A shell makes its jobs in the background ignore Ctrl-C, and processes inherit that. Tests send it, also to such processes.
+# Background jobs of a shell ignore Ctrl-C, and their children inherit this. Some tests send Ctrl-C to a child.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# A run that is stopped and resumed compiles its programs once.
+# Runs share a compilation cache, so that a resumed run does not compile again.
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
-# The pure core only: the hook breaks dataclasses that are pytrees. What is imported later keeps the hook.
+# The hook checks only the pure core, because it breaks dataclasses that are pytrees. It affects later imports.
 PURE = ("logspace", "divergences", "assistants", "objectives", "head_loss")
 install_import_hook([f"kd_jax.{name}" for name in PURE], "tests.helpers.checker.check")
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """Where the tests' runs build their datasets, once."""
+    """The folder in which the runs of all tests build their datasets once."""
     return tmp_path_factory.mktemp("datasets")
 
 
 @pytest.fixture(scope="module")
 def one_device():
-    """Runs use the first of the eight devices, unless they ask for a mesh."""
+    """Restricts runs to the first of the eight devices, unless a run asks for a mesh."""
     import jax
 
     from kd_jax import sharding
@@ -45,7 +45,7 @@ def one_device():
         patch.setattr(
             sharding,
             "make_mesh",
-            # data=-1, all that are left, is one here
+            # data=-1 means all remaining devices, which is one device here
             lambda data, fsdp, tensor: make_mesh(data, fsdp, tensor, jax.devices()[: abs(data) * fsdp * tensor]),
         )
         yield

@@ -1,4 +1,4 @@
-"""A small ablation: its runs, its table, its plots, and what it does when it is called again."""
+"""A small ablation: the runs, the table, the plots, and a second call of the command."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Teachers' caches: what is kept is right, is found again or refused, and trains as the teacher itself would."""
+"""Teachers' caches: correct values, errors for caches that do not fit, and training with the same results."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ K = 16
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory, data_dir):
-    """kind -> the folder of a cache, made when it is first asked for."""
+    """A function that returns the folder of a cache of a kind. The first call for a kind writes the cache."""
     folder, made = tmp_path_factory.mktemp("caches"), {}
 
     def get(kind, config=None, name=""):
@@ -51,7 +51,7 @@ def cached(data_dir, cache="", method="forward_kl", **changes):
 
 
 def losses(config, steps=2):
-    """The metrics of a run's first steps, and its evaluation before them."""
+    """Returns the metrics of the first steps of a run, and the evaluation before these steps."""
     run = train.build(config)
     state, found = run.init_state(), []
     before = run.evaluate(state.params)
@@ -62,7 +62,7 @@ def losses(config, steps=2):
 
 
 def two(seed, vocabulary, spread=3.0):
-    """Log-probabilities of two distributions."""
+    """Returns the log-probabilities of two random distributions."""
     logits = spread * jax.random.normal(jax.random.key(seed), (2, vocabulary))
     return jax.nn.log_softmax(logits, axis=-1)
 
@@ -78,7 +78,7 @@ def test_coarse_probabilities_are_those_of_the_tokens_and_of_all_others():
 
 
 def test_the_others_mass_is_summed_and_not_what_is_left_of_one():
-    logits = jnp.zeros(100).at[0].set(60.0)  # the others have 99 exp(-60): 1 - q(0) is 0 in float32
+    logits = jnp.zeros(100).at[0].set(60.0)  # the other tokens have 99 exp(-60), but 1 - q(0) is 0 in float32
     rest = lambda logits: coarsen(jax.nn.log_softmax(logits), jnp.array([0]))[1]
     assert abs(float(rest(logits)) - (np.log(99) - 60)) < 1e-4
     gradient = jax.grad(rest)(logits)
@@ -105,21 +105,21 @@ def test_divergences_of_what_is_kept_are_proper_ones(name):
         part, gradient = jax.jit(jax.value_and_grad(value))(log_q)
         whole = float(divergence(log_p, log_q, **keywords))
         assert part > 0 and abs(float(value(log_p))) < 1e-6
-        if name not in ("alpha_beta", "adaptive_kl"):  # which are no f-divergences, or not of one f
+        if name not in ("alpha_beta", "adaptive_kl"):  # these are not f-divergences with one fixed f
             assert part <= whole + 1e-6
         assert np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("power", [1.0, 0.7])
 def test_draws_have_the_frequencies_that_they_should_have(power):
-    log_p = two(1, 600)[0]  # more ids than a block has
+    log_p = two(1, 600)[0]  # more ids than a block
     draws, chunk = 400_000, 2000
     uniform = 1 - jax.random.uniform(jax.random.key(2), (draws // chunk, chunk, 2))
     found = jax.lax.map(lambda u: draw(log_p, u, power), uniform)
     ids, p = np.asarray(found["teacher_ids"]).ravel(), np.exp(np.asarray(log_p, np.float64))
     proposal = p**power / (p**power).sum()
     counts = np.bincount(ids, minlength=600)
-    few = proposal * draws < 10  # together one outcome
+    few = proposal * draws < 10  # ids with few draws are one outcome together
     expected, observed = (np.append(x[~few], x[few].sum()) for x in (proposal * draws, counts))
     assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-3
     weights = np.asarray(found["teacher_weights"]).ravel() * chunk
@@ -142,7 +142,7 @@ def test_the_sampled_kl_and_its_gradient_have_no_bias(power):
     value, gradient = jax.value_and_grad(exact)(logits)
     values, gradients = jax.jit(jax.vmap(jax.value_and_grad(sampled), in_axes=(None, 0)))(logits, uniform)
     assert abs(values.mean() - value) < 4 * values.std() / many**0.5
-    # Of some directions, since most tokens are too rare for a normal mean.
+    # The test uses random directions, because most tokens are too rare for a normally distributed mean.
     directions = jax.random.normal(jax.random.key(5), (100, 300))
     along = gradients @ directions.T
     scores = (along.mean(axis=0) - directions @ gradient) / (along.std(axis=0) / many**0.5)
@@ -157,7 +157,7 @@ def test_draws_of_one_token_are_added_up():
 
 
 def every_divergence(config):
-    """The config with a term for each divergence, three with assistants, and hard labels."""
+    """Returns the config with a term for each divergence, three terms with assistants, and hard labels."""
     with config.unlocked():
         keywords = {"alpha_divergence": dict(alpha=0.3), "alpha_beta": dict(alpha=0.2, beta=0.7)}
         terms = {
@@ -200,7 +200,7 @@ def test_top_k_gives_every_divergence_on_the_k_tokens_and_the_rest(caches, data_
     for name in ("cross_entropy", "entropy", "top1_agreement"):
         assert before_cached[name] == pytest.approx(before[name], rel=1e-5)
 
-    # Against the teacher's and the student's logits, row by row.
+    # Compares with the logits of the teacher and the student, row by row.
     run, teacher = train.build(config), train.build(cached(data_dir)).models
     params = run.init_state().params
     batch = run.batch(0, params)
@@ -216,7 +216,7 @@ def test_top_k_gives_every_divergence_on_the_k_tokens_and_the_rest(caches, data_
 def test_samples_give_the_forward_kl_on_average(caches, data_dir):
     online, before = losses(cached(data_dir), steps=1)
     from_cache, before_cached = losses(cached(data_dir, caches("samples")), steps=1)
-    # From a student that is nearly uniform there is nearly no variance.
+    # The variance is small, because the student is nearly uniform.
     assert from_cache[0]["loss"] == pytest.approx(online[0]["loss"], rel=5e-3)
     assert before_cached["sampled_forward_kl"] == pytest.approx(before["forward_kl"], rel=5e-3)
     assert "forward_kl" not in before_cached and "reverse_kl" not in before_cached
@@ -251,7 +251,7 @@ def assert_same_numbers(a, b, data_dir):
                 values, its = (x.view(jnp.bfloat16).astype(np.float32) for x in (values, other[name]))
                 np.testing.assert_allclose(values, its, atol=0.05, rtol=0.02)
             elif name == "teacher_ids":
-                assert (values == other[name]).mean() > 0.98  # of nearly equal ones either may be first
+                assert (values == other[name]).mean() > 0.98  # nearly equal ids may change places
             else:
                 assert np.mean(np.isclose(values, other[name], atol=1e-3)) > 0.98
 
@@ -276,7 +276,7 @@ def test_a_stopped_call_goes_on_and_leaves_the_same_files(caches, data_dir, tmp_
 
     def stops(path, records, kind):
         if len(done) == 2:
-            list(zip(records, range(30), strict=False))  # in the midst of a part
+            list(zip(records, range(30), strict=False))  # in the middle of a part
             raise KeyboardInterrupt
         write(path, records, kind)
         done.append((path, path.stat().st_mtime_ns))
@@ -334,7 +334,7 @@ def test_flipped_and_missing_bytes_are_found_and_named(caches, data_dir, tmp_pat
     ("changes", "words"),
     [
         (
-            # Alpaca's template has more tokens than the smoke setting's prompts may have.
+            # Alpaca's template has more tokens than a prompt may have in the smoke setting.
             dict(
                 data__template="alpaca", data__max_prompt_length=128, data__max_length=160,
                 student__config__max_positions=256,
@@ -383,7 +383,7 @@ def test_the_options_of_a_chat_template_and_its_system_message_decide_the_finger
 def test_draws_are_refused_for_what_they_are_no_good_for(changes, caches, data_dir, tmp_path):
     folder = shutil.copytree(caches("top_k"), tmp_path / "cache")
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"kind": "samples"}))  # more of it is not read
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"kind": "samples"}))  # nothing else is read
     changes = {f"objective__terms__distil__{key}": value for key, value in changes.items()}
     with pytest.raises(ValueError, match="kind 'samples', are good for forward_kl"):
         train.build(cached(data_dir, folder, **changes))
@@ -466,7 +466,7 @@ def test_a_whole_run_goes_on_bit_for_bit(kind, caches, data_dir, tmp_path, monke
 
     def stops(run, params):
         calls.append(run)
-        if len(calls) == 3:  # before, after step 2, and after the last
+        if len(calls) == 3:  # before training, after step 2, and after the last step
             raise KeyboardInterrupt
         return evaluate(run, params)
 
@@ -482,7 +482,7 @@ def test_a_whole_run_goes_on_bit_for_bit(kind, caches, data_dir, tmp_path, monke
 
 
 def by_two(data_dir, folder, *flags, its=((), ())):
-    """Exit codes and outputs of two processes with these flags, and each with its own."""
+    """Returns the exit codes and outputs of two processes. `its` holds further flags for each process."""
     port = free_port()
     command = [
         sys.executable, "-m", "kd_jax.cache_teacher", "--config=configs/forward_kl.py:smoke", "--kind=top_k", f"--k={K}",
@@ -505,7 +505,7 @@ def by_two(data_dir, folder, *flags, its=((), ())):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data", "tensor"])  # the latter: each process has a part of every row
+@pytest.mark.parametrize("mesh", ["data", "tensor"])  # tensor: each process has a part of every row
 def test_two_processes_write_together_what_one_writes(mesh, caches, data_dir, tmp_path):
     codes, texts = by_two(data_dir, tmp_path / "cache", f"--config.mesh.{mesh}=2")
     assert codes == [0, 0], texts

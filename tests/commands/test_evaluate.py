@@ -1,4 +1,4 @@
-"""The numbers on held-out rows, against full logits in NumPy."""
+"""Compares the numbers on held-out rows with full logits in NumPy."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def calibration_error(q, target, bins=15):
 def test_the_numbers_are_those_of_full_logits():
     params, teacher_params = STUDENT.init(jax.random.key(0)), TEACHER.init(jax.random.key(1))
     last = batch(1)
-    last["loss_mask"][5:] = False  # rows that fill up the last batch
+    last["loss_mask"][5:] = False  # padding rows of the last batch
     batches = [batch(0), last]
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     found = evaluate.evaluate(STUDENT, params, TEACHER, teacher_params, batches, mesh, vocab_size=V, chunk=5)
@@ -67,7 +67,7 @@ def test_the_numbers_are_those_of_full_logits():
 def test_scores_of_texts():
     references = ["The cat sat on the mat.", "A cat was sitting there."]
     assert evaluate.rouge_l("the cats sat on the mats", references) == 100, "stemmed, and the best of both"
-    # Longest common subsequence 2 of 3 and 6 words: precision 2/3, recall 1/3.
+    # The longest common subsequence has 2 of 3 and of 6 words: precision 2/3, recall 1/3.
     assert evaluate.rouge_l("cat loves mat", references[:1]) == pytest.approx(100 * 4 / 9)
     assert evaluate.rouge_l("", references) == 0
     assert evaluate.exact_match("the CAT sat, on the mat", references) == 100
@@ -81,7 +81,7 @@ def test_scores_of_texts():
     ("text", "close", "score"),
     [
         ("我喜欢红色的猫。", "我喜欢黑色的猫", 100 * 6 / 7),
-        ("東京タワーへ行った", "東京タワーへ行く", 100 * 14 / 17),  # 7 of 9 and of 8 characters
+        ("東京タワーへ行った", "東京タワーへ行く", 100 * 14 / 17),  # 7 of 9 and 7 of 8 characters
         ("ฉันชอบแมว", "ฉันชอบหมา", None),
         ("Я люблю красных кошек.", "я люблю чёрных кошек", 75),
         ("Η γάτα κάθεται.", "η γάτα τρέχει", 100 * 2 / 3),
@@ -172,7 +172,7 @@ def test_an_evaluation_set_by_name_with_several_references(tmp_path):
 
 @pytest.fixture
 def lm_eval(monkeypatch):
-    """A module in lm-eval's place: what it was called with, for the folder and the tasks that are handed on."""
+    """The calls of a module that replaces lm-eval, to check the folder and the tasks that it receives."""
     calls = []
 
     class TaskManager:

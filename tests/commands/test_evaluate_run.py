@@ -1,4 +1,4 @@
-"""What an evaluation takes from the run whose student it evaluates, and what is said of rows that are too long."""
+"""Settings that an evaluation takes from the student's run, and the message about rows that are too long."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ CHAT = (
 
 @pytest.fixture(scope="module")
 def chat_run(tmp_path_factory, data_dir):
-    """A finished run with a chat template that has an option and a system message, on rows of a file."""
+    """A finished run on the rows of a file, with a chat template that has an option and a system message."""
     folder = tmp_path_factory.mktemp("chat")
     shutil.copytree(
         models.folder("package:docstrings_teacher"), folder / "tokenizer", ignore=lambda _, names: {"model.safetensors"}

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one saves and says the step, a second one stops at once, and each command says what is kept."""
+"""The first Ctrl-C saves and prints the step, a second one stops at once, and each command prints what was saved."""
 
 import contextlib
 import itertools
@@ -27,14 +27,14 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, data_dir, one_device):
-    """A run of sft that nothing stopped, with three checkpoints."""
+    """An uninterrupted run of sft with three checkpoints."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     train.train(smoke("sft", data_dir, **WHOLE), str(folder), quiet=True)
     return folder
 
 
 def interrupt(monkeypatch, where, name, at=1, times=1):
-    """Ctrl-C comes as a function is called for the `at`-th time."""
+    """Sends Ctrl-C `times` times when the named function is called for the `at`-th time."""
     function, calls = getattr(where, name), itertools.count(1)
 
     def interrupted(*arguments, **options):
@@ -70,7 +70,7 @@ def test_a_notebooks_interrupt_saves_the_step_and_is_a_keyboard_interrupt(
 def test_before_the_first_step_and_after_the_last_the_command_says_what_is_kept(
     where, name, whole, tmp_path, data_dir, monkeypatch, capsys
 ):
-    """With the exit code that shells have for it."""
+    """The exit code is 130, as shells use for Ctrl-C."""
     workdir = str(until(5, whole, tmp_path / "run"))
     interrupt(monkeypatch, where, name)
     monkeypatch.setattr(main, "WORKDIR", types.SimpleNamespace(value=workdir))
@@ -85,7 +85,7 @@ def test_before_the_first_step_and_after_the_last_the_command_says_what_is_kept(
 
 
 def test_an_ignored_ctrl_c_stays_ignored():
-    """A shell gives a job in the background none."""
+    """A background job of a shell ignores Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with loop.Notices():
@@ -115,7 +115,7 @@ def test_an_interrupted_cache_says_how_much_of_it_is_there(tmp_path, data_dir, m
     assert not list((tmp_path / "cache").rglob("*.partial-*"))
 
 
-# --- from a terminal
+# --- commands in child processes
 
 LONG = ["--config=configs/sft.py:smoke", "--config.steps=100000", "--config.eval_every=100000", "--config.log_every=1"]
 SLOW = """
@@ -187,5 +187,5 @@ def test_an_interrupted_ablation_says_how_many_runs_are_done(tmp_path, data_dir)
         said = process.communicate(timeout=100)[1]
     done = len(list(workdir.glob("*/result.json")))
     assert process.returncode == 130 and f"kd_jax.ablate: interrupted; {done} runs are done in" in said, said
-    # Where the signal comes within a callback of the garbage collector, Python says that it ignores it; the step's end does not.
+    # Python prints that it ignores a signal within a callback of the garbage collector. The end of the step handles it.
     assert said.splitlines()[-1].startswith("kd_jax.ablate: interrupted")

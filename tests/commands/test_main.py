@@ -1,4 +1,4 @@
-"""The command line: what a user sees when a flag is wrong."""
+"""The command line: the messages that a user sees for wrong flags."""
 
 import copy
 import importlib
@@ -49,7 +49,7 @@ def test_a_wrong_flag_is_one_paragraph(flags, words, tmp_path):
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """Parses flags on top of the smoke setting of forward KL, in this process, and returns the config."""
+    """A function that parses flags after the smoke setting of forward KL in this process and returns the config."""
 
     def parse(*given, workdir=("--workdir=nowhere",)):
         argv = ["main", "--config=configs/forward_kl.py:smoke", *workdir, *given]
@@ -59,7 +59,7 @@ def parsed(monkeypatch):
             patch.setattr(flags, "FLAGS", values)
             patch.setattr(main.CONFIG, "_flagvalues", values)
             values["config"].flag_values = values
-            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # ml_collections' own
+            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # warnings of ml_collections
                 main.parse(argv)
             return main.CONFIG.value
 
@@ -156,7 +156,7 @@ def test_values_of_the_wrong_type_that_ml_collections_lets_through_are_refused(c
 
 
 def call(command, *given, environment=None):
-    """A command in a process of its own."""
+    """Runs a command in a child process."""
     return subprocess.run(
         [sys.executable, "-m", f"kd_jax.{command}", *given], cwd=ROOT, env=environment, capture_output=True, text=True
     )

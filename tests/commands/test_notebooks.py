@@ -1,6 +1,6 @@
-"""The notebooks run from top to bottom, and what is committed of them is what such a run leaves.
+"""The notebooks run from top to bottom, and the committed files are the results of such a run.
 
-To run one anew and keep its outputs (jupyter execute --inplace would add the times and the Python of the machine):
+This command runs a notebook and saves the outputs. (jupyter execute --inplace would add times and the Python version.)
 
     SAVE_NOTEBOOKS=1 python -m pytest tests/commands/test_notebooks.py -m slow -k 04_distil
 """
@@ -17,12 +17,12 @@ from jupyter_client.kernelspec import KernelSpecManager
 from tests.helpers.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LARGEST_BYTES, LIMIT_S = 600_000, 600  # of a file; of a cell
+LARGEST_BYTES, LIMIT_S = 600_000, 600  # limits for a file and for a cell
 OF_THE_TESTS = (
     "XLA_FLAGS",
     "JAX_COMPILATION_CACHE_DIR",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
-)  # see conftest.py
+)  # conftest.py sets these
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -32,9 +32,9 @@ pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.st
 
 
 def execute(path):
-    """The notebook after a run in this Python, on one CPU device, as a reader's is."""
+    """Runs the notebook in this Python on one CPU device, as a reader would, and returns the result."""
     notebook = nbformat.read(path, as_version=4)
-    # Without folders of kernels there is only the one of the Python that is running.
+    # Without kernel folders, the only kernel is the kernel of the running Python.
     kernels = KernelSpecManager(kernel_dirs=[])
     manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels)
     client = nbclient.NotebookClient(notebook, km=manager, timeout=LIMIT_S, record_timing=False)

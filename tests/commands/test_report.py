@@ -1,4 +1,4 @@
-"""The page of a run, an evaluation, an ablation and several: whole, self-contained, and in a browser as meant."""
+"""The page of a run, an evaluation, an ablation and several runs: complete, self-contained and right in a browser."""
 
 import html.parser
 import json
@@ -22,7 +22,7 @@ RESPONSES = ("Adds <b>one</b>.", "Adds two to what it is given, and returns it."
 
 
 class Page(html.parser.HTMLParser):
-    """What a page loads, and whether its elements are closed."""
+    """A parser that records the files that a page loads and the elements that are not closed."""
 
     VOID = ("meta", "link", "br", "input", "use", "path", "rect", "img")
 
@@ -49,7 +49,7 @@ def write(folder, name, content):
 
 
 def a_run(folder, after=2.0, seed=0):
-    """What a run leaves, with numbers and texts of our own."""
+    """Writes the files of a run with invented numbers and texts."""
     numbers = lambda kl, rouge: {"forward_kl": kl, "cross_entropy": kl + 1, "rouge_l": rouge}
     before, last = numbers(4.0, 1.0), numbers(after, 8.0)
     write(folder, "config.json", {"steps": 2, "seed": seed})
@@ -136,7 +136,7 @@ def test_what_is_no_finished_folder_is_told(tmp_path):
         report.write([tmp_path])
     write(tmp_path, "results.jsonl", [{"point": {}, "seed": 0}])
     with pytest.raises(ValueError, match="has no result.json of a finished run"):
-        report.write([tmp_path])  # an ablation's results without its config
+        report.write([tmp_path])  # results of an ablation without the config
 
 
 def test_odd_numbers_and_names_stop_no_page(tmp_path):

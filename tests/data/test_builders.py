@@ -1,4 +1,4 @@
-"""The datasets: what is in them, what is kept out, when they are built anew, and what they say of bad files."""
+"""The datasets: included and excluded rows, rebuilding after changes, and error messages for bad files."""
 
 import gzip
 import http.server
@@ -62,14 +62,14 @@ def write_lines(path, rows):
 
 
 def module_in(split, taken=()):
-    """The name of a module of `sample` that the hash puts into the split."""
+    """Returns the name of a module of `sample` that the hash assigns to the split."""
     names = (f"m{i}" for i in range(1000))
     return next(n for n in names if docstrings.split_of(f"sample.{n}") == split and n not in taken)
 
 
 @pytest.fixture
 def sample(tmp_path, monkeypatch):
-    """A package `sample`, version 1.0, installed in a folder: `sample(module=source, ...)`."""
+    """A function `sample(module=source, ...)` that installs a package `sample`, version 1.0, in a folder."""
     site = tmp_path / "site"
     monkeypatch.syspath_prepend(str(site))
 
@@ -95,7 +95,7 @@ def sample(tmp_path, monkeypatch):
 def test_a_function_is_split_into_code_and_first_paragraph(sample):
     options = sample(**{module_in("train"): ADD + STEP})
     rows = {row["name"].rsplit(".", 1)[1]: row for row in data.load("docstrings", split="train", **options)}
-    assert set(rows) == {"add", "step"}  # not the stub, not the short one, not tests/extra.py
+    assert set(rows) == {"add", "step"}  # without the stub, the short function and tests/extra.py
     assert rows["add"]["response"] == "Return the sum of two numbers."
     assert rows["add"]["prompt"] == "def add(a, b):\n    # keep this\n    total = a + b\n    return total"
     assert rows["add"]["context"] == ""
@@ -167,7 +167,7 @@ def test_jsonl_fields_gzip_and_hashed_split(tmp_path):
     train, validation = parts[plain]
     assert sorted(train + validation) == sorted(row["q"] + row["a"] for row in rows)
     assert 10 <= len(validation) <= 50
-    # Both answers to a question are on the same side.
+    # Both answers to a question are in the same split.
     questions = [{text.split("ü")[0] for text in part} for part in (train, validation)]
     assert not questions[0] & questions[1]
 
@@ -198,7 +198,7 @@ def test_jsonl_errors_name_the_line_and_leave_nothing_behind(tmp_path, line, mes
     path.write_text('{"prompt": "a", "response": "b"}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
         data.load("jsonl", split="train", data_dir=str(tmp_path / "tfds"), path=str(path))
-    assert not list((tmp_path / "tfds").rglob("*array_record*"))  # a half-built dataset is never there to be read
+    assert not list((tmp_path / "tfds").rglob("*array_record*"))  # no partly built dataset remains
 
 
 def test_errors_of_files_splits_and_names(tmp_path):
@@ -251,7 +251,7 @@ def test_dolly_splits(tmp_path):
 
 @pytest.fixture
 def server(tmp_path):
-    """A web server of the folder `web`: its address."""
+    """The address of a web server that serves the folder `web`."""
     (tmp_path / "web").mkdir()
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -435,7 +435,7 @@ def test_ranges_are_the_shares_and_move_only_where_a_split_would_be_empty():
 
 
 def texts_of(path, split, tmp_path, **options):
-    """The texts of a split of the dataset text."""
+    """Returns the sorted texts of a split of the dataset `text`."""
     source = data.load("text", split=split, data_dir=str(tmp_path / "tfds"), path=str(path), **options)
     return sorted(row["response"] for row in source)
 
@@ -446,7 +446,7 @@ def test_of_a_small_text_some_lines_are_held_out_and_some_are_not(lines, tmp_pat
     train, held_out = (texts_of(tmp_path / "small.txt", split, tmp_path) for split in ("train", "validation"))
     assert train and held_out and all(map(str.strip, train + held_out))
     assert sorted("".join(train + held_out).splitlines()) == sorted(text.splitlines())
-    if lines in (50, 400):  # of one piece the last 2 %, at least a line
+    if lines in (50, 400):  # a text of one piece: the last 2 %, at least one line
         assert held_out == ["".join(f"This is line {i}.\n" for i in range(lines - lines // 50, lines))]
 
 

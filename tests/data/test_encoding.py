@@ -1,4 +1,4 @@
-"""Rows of text as ids, with tokenizers of the kinds that people have: where a response begins, and what surrounds a prompt."""
+"""Rows of text as ids with the common kinds of tokenizers: the start of a response and the tokens around a prompt."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def row(prompt, response, context=""):
 
 
 def tokens(tokenizer, ids):
-    """The pieces of ids."""
+    """Returns the pieces of the ids."""
     names = {number: piece for piece, number in tokenizer.vocabulary().items()}
     return [names[number] for number in ids]
 
@@ -21,7 +21,7 @@ def tokenize(tokenizer, rows, template="plain", **options):
 
 
 def test_prompt_and_response_are_one_text(tmp_path):
-    """The pieces are those that transformers' LlamaTokenizerFast gives for the whole text: no "▁" begins the response."""
+    """The pieces equal those of LlamaTokenizerFast for the joined text: the response begins without "▁"."""
     tokenizer = data.Tokenizer.load(folders.llama(tmp_path / "t"))
     rows, _ = tokenize(tokenizer, [row("Say it:", "Romeo, Romeo")])
     prompt = ["<s>", "▁", "S", "a", "y", "▁", "i", "t", ":", "<0x0A>"]
@@ -98,7 +98,7 @@ def test_a_template_that_does_not_fit_is_an_error(tmp_path):
 
 
 def test_ids_at_hand_are_not_encoded_again(tmp_path):
-    """A model may draw "R", "om", "eo" where the tokenizer would write another piece."""
+    """A model may draw other pieces, such as "R", "o", "m", than the tokenizer gives for the same text."""
     tokenizer = data.Tokenizer.load(folders.llama(tmp_path / "t"))
     ids = [tokenizer.vocabulary()[piece] for piece in ("▁", "R", "o", "m")]
     rows, counts = data.from_ids([([1, 5], [*ids, 2]), ([1, 5], ids)], tokenizer, max_length=16)

@@ -1,4 +1,4 @@
-"""The tokens that end a response: which one is trained, which ones stop a text, and what an exported student says of them."""
+"""The tokens that end a response: the trained one, all that stop a text, and those in an exported student's files."""
 
 import json
 import shutil
@@ -21,13 +21,13 @@ END, IM_END = 0, 1  # <|endoftext|> and <|im_end|>
 
 
 def change(path, **fields):
-    """Sets fields of a JSON file, which is made if it does not exist."""
+    """Sets fields of a JSON file and creates the file if it does not exist."""
     before = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(before | fields))
 
 
 def chat_teacher(target, eos_token="<|im_end|>", **generation):
-    """The packaged teacher with a chat template, whose padding token becomes <|im_end|>."""
+    """Copies the packaged teacher, adds a chat template and renames the padding token to <|im_end|>."""
     shutil.copytree(folder("package:docstrings_teacher"), target)
     text = (target / "tokenizer.json").read_text()
     (target / "tokenizer.json").write_text(text.replace("<|pad|>", "<|im_end|>"))
@@ -53,7 +53,7 @@ def chat_config(tmp_path, data_dir, method, **changes):
 
 @pytest.mark.parametrize("eos_token", ["<|im_end|>", "<|endoftext|>"])
 def test_an_exported_student_stops_at_the_end_that_was_trained(eos_token, tmp_path, data_dir):
-    """The student's folder ends texts with <|endoftext|>, and the chat template with <|im_end|>."""
+    """The student's initial folder ends texts with <|endoftext|>, and the chat template ends texts with <|im_end|>."""
     teacher = chat_teacher(tmp_path / "teacher", eos_token)
     config = chat_config(tmp_path, data_dir, "sft", teacher__path=str(teacher), steps=80, eval_every=80)
     config.learning_rate.init_value = 3e-2
@@ -95,7 +95,7 @@ def test_the_trained_end_is_the_templates(tmp_path):
 
 
 def test_every_named_end_ends_a_response(tmp_path, data_dir):
-    """An ordinary word as a second end, so that the packaged teacher writes it often."""
+    """The second end token is an ordinary word, which the packaged teacher writes often."""
     source = data.Tokenizer.load(folder("package:docstrings_teacher"))
     the = source.vocabulary()["Ġthe"]
     teacher = tmp_path / "teacher"
@@ -135,7 +135,7 @@ def test_rows_of_a_teachers_text_have_the_ids_that_were_drawn(tmp_path, data_dir
 
 
 def test_responses_that_never_end_are_not_kept(tmp_path):
-    """A teacher whose folder names the wrong end, and then the right one."""
+    """The teacher's folder first names a wrong end token and then the right one."""
     teacher = tmp_path / "teacher"
     shutil.copytree(folder("package:docstrings_teacher"), teacher)
     named = json.loads((teacher / "tokenizer_config.json").read_text())
@@ -154,7 +154,7 @@ def test_responses_that_never_end_are_not_kept(tmp_path):
 
 
 def test_a_teacher_of_another_tokenizer_writes_text(tmp_path, data_dir):
-    """Sequence-level distillation compares text alone, so that the two tokenizers may differ."""
+    """Sequence-level distillation compares only text, so the two tokenizers may differ."""
     teacher = chat_teacher(tmp_path / "teacher", "<|endoftext|>")
     other = json.loads((teacher / "tokenizer.json").read_text())
     vocabulary = other["model"]["vocab"]

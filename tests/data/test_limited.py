@@ -1,4 +1,4 @@
-"""Two tokenizers that differ in a few added tokens: the run uses the ids that both have."""
+"""Two tokenizers that differ in a few added tokens: the run uses the ids that both tokenizers have."""
 
 import json
 
@@ -18,7 +18,7 @@ TOOLS = ["<tool>", "</tool>", "<think>", "</think>"]
 
 
 def write(folder, added=(), words=WORDS, special_map=None, more=None, **named):
-    """A folder whose tokenizer has the 500 words, and after them the added tokens."""
+    """Writes the folder of a tokenizer with the words and, after them, the added tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = [{"id": i} | token(text) for i, text in enumerate(["</s>", *added], len(words))]
     fields = {
@@ -107,7 +107,7 @@ def test_no_file_names_a_token_that_is_left_out(tmp_path):
         "strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 501, "pad_type_id": 0,
         "pad_token": "<b>",
     }  # fmt: skip
-    # cls_token is in no other file; <b> stands in six places.
+    # Only one file has cls_token, and <b> is in six places.
     folder = write(
         tmp_path / "t", ["<a>", "<b>"], cls_token="<c>", sep_token="<b>", image_token="<b>", pad_token=None,
         extra_special_tokens=["<a>", {"__type": "AddedToken"} | token("<b>")], more={"padding": padding},
@@ -129,7 +129,7 @@ def test_no_file_names_a_token_that_is_left_out(tmp_path):
     assert again.vocabulary() == limited.vocabulary() and again.fingerprint() == limited.fingerprint()
     assert (
         without(limited._content.files, {"<b>"}) == limited._content.files
-    )  # what names none of the tokens keeps its bytes
+    )  # files without the removed tokens are unchanged
 
 
 def test_a_model_with_fewer_ids_than_its_tokenizer_limits_it(tmp_path, capsys):
@@ -144,7 +144,7 @@ def test_a_model_with_fewer_ids_than_its_tokenizer_limits_it(tmp_path, capsys):
 
 
 def student_folder(folder, more):
-    """A random model with the packaged tokenizer, to which four tokens are added."""
+    """Saves a random model with the packaged tokenizer and the added tokens `more`."""
     own = Tokenizer.load(models.folder("package:docstrings_teacher"))
     size = own.vocab_size + len(more)
     sizes = models.ModelConfig(

@@ -1,4 +1,4 @@
-"""From rows to batches: every position of the masks, what is cut and dropped, the order, shares and resuming."""
+"""From rows to batches: every mask position, truncated and dropped rows, order, shares and resuming."""
 
 import itertools
 import threading
@@ -32,14 +32,14 @@ def batches(rows, **options):
 
 
 def numbered(count):
-    """Rows of one token each of a prompt and a response, the response's being the row's number plus 100."""
+    """Returns rows of one prompt token and one response token, which is the number of the row plus 100."""
     tokens = np.stack([np.full(count, 5), np.arange(count) + 100], axis=1).reshape(-1).astype(np.int32)
     ones = np.ones(count, np.int32)
     return data.Rows(tokens, np.arange(count + 1) * 2, ones, ones)
 
 
 def numbers(batch):
-    """Which of `numbered` rows a batch holds, in order; -1 for one that is all masked."""
+    """Returns the numbers of the `numbered` rows in a batch, in order, with -1 for a fully masked row."""
     return np.where(batch["mask"][:, 0], batch["targets"][:, 0] - 100, -1).tolist()
 
 
@@ -73,9 +73,9 @@ def test_a_chat_template_writes_its_own_special_tokens(tokenize):
 
 SOURCE = [
     row("a", "bc"),  # bos a | b c end
-    row("abcd", "ef"),  # bos a b c d: one too many
-    row("abc", "defg"),  # bos a b c | d e f g end: two too many
-    row("abc", "de"),  # bos a b c | d e end: just fits
+    row("abcd", "ef"),  # bos a b c d: one token too many
+    row("abc", "defg"),  # bos a b c | d e f g end: two tokens too many
+    row("abc", "de"),  # bos a b c | d e end: fits exactly
     row("abc", "def"),  # bos a b c | d e f end: the end does not fit
     row("a", ""),
 ]
@@ -86,7 +86,7 @@ def test_what_is_too_long_is_cut(tokenize):
     assert [rows[i].tolist() for i in range(len(rows))] == [
         [1, 10, 11, 12, 0],
         [1, 10, 11, 12, 14, 15, 0],
-        [1, 10, 11, 12, 13, 14, 15],  # a response that is cut has no end token
+        [1, 10, 11, 12, 13, 14, 15],  # a truncated response has no end token
         [1, 10, 11, 12, 13, 14, 0],
         [1, 10, 11, 12, 13, 14, 15],
     ]
@@ -183,7 +183,7 @@ def test_a_state_resumes_with_the_next_batch():
     resumed = iter(batches(rows, batch_size=3))
     resumed.set_state(state)
     assert [numbers(next(resumed)) for _ in range(4)] == expected
-    reading.set_state(state)  # and one that has read on goes back
+    reading.set_state(state)  # an iterator that has read further also returns to the state
     assert [numbers(next(reading)) for _ in range(4)] == expected
 
 
@@ -192,7 +192,7 @@ def test_batches_leave_no_thread_behind():
     reading = iter(batches(numbered(10)))
     next(reading)
     started = [thread for thread in threading.enumerate() if thread not in before]
-    assert started  # it reads ahead
+    assert started  # the iterator reads ahead
     reading.close()
     for thread in started:
         thread.join(timeout=10)
@@ -212,6 +212,6 @@ def test_batches_errors(tokenize):
 
 
 def test_a_source_needs_only_a_length_and_an_index(tokenize):
-    # What tfds gives raises no IndexError at its end, so nothing may iterate over it
+    # A source of tfds raises no IndexError at the end, so the code must not iterate over it.
     source = type("Source", (), {"__len__": lambda self: 1, "__getitem__": lambda self, i: SOURCE[0]})()
     assert tokenize(source)[1]["read"] == 1

@@ -1,4 +1,4 @@
-"""The exact texts of the prompt templates, and the sandbox that renders a tokenizer's own template."""
+"""The exact texts of the prompt templates, and the sandbox that renders the template of a tokenizer."""
 
 import sys
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from kd_jax.data import Template, chat_template, make_render
 from kd_jax.data.prompts import adds_special_tokens
 
-# The layout of the chat models that use <|im_start|>, with a block tag on its own line.
+# The template of chat models that use <|im_start|>, with a block tag on a line of its own.
 CHATML = (
     "{{ bos_token }}{% for message in messages %}\n"
     "  {% if true %}\n"
@@ -108,7 +108,7 @@ def test_errors():
         make_render("chat", tokenizer("\n{% if %}"))
 
 
-# The expected texts are what transformers 5.24 renders for the message "Hi" of a user.
+# transformers 5.24 rendered the expected texts for the message "Hi" of a user.
 @pytest.mark.parametrize(
     ("template", "expected"),
     [

@@ -1,8 +1,9 @@
 """The special tokens of a folder, as transformers resolves them.
 
-Every expected number is what transformers 5.24.0 with tokenizers 0.23.3 gave for the same files: `AutoTokenizer.from_pretrained`,
-then `eos_token_id` and so on, `get_vocab()`, and the ids of TEXT without special tokens. Where transformers has no pad token,
-the expected id is the end token's. Two cases differ on purpose, and a comment with DIFFERENT says how.
+The expected numbers are from transformers 5.24.0 with tokenizers 0.23.3 for the same files. They come from
+`AutoTokenizer.from_pretrained`: `eos_token_id` and the other ids, `get_vocab()`, and the ids of TEXT without special
+tokens. Where transformers has no pad token, the expected id is the id of the end token. Two cases differ on purpose,
+and a comment with DIFFERENT explains each.
 """
 
 import json
@@ -31,7 +32,7 @@ PADDING = {
 
 
 def write(folder, config=None, special_map=None, added=None, model=None, words=None, **fields):
-    """A folder with a tokenizer of a few words, and the files that the test gives."""
+    """Writes a folder with a tokenizer of a few words and the given files."""
     folder.mkdir()
     base = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": LISTED, "normalizer": None,
@@ -49,8 +50,8 @@ def write(folder, config=None, special_map=None, added=None, model=None, words=N
 ENDS = {"eos_token": "</s>", "bos_token": "<s>", "pad_token": "<pad>"}
 DECODER = {"4": token("</s>")}
 TURNS = {"9": token("<|im_end|>"), "8": token("<|im_start|>")}
-NONE = [0, 4, 6, 6, 7, 6, 6, 6, 6, 6, 6]  # TEXT where only what tokenizer.json lists is a token
-# name: the files; eos, bos, pad; tokens from id 8 on; ids of TEXT
+NONE = [0, 4, 6, 6, 7, 6, 6, 6, 6, 6, 6]  # TEXT if only the tokens of tokenizer.json exist
+# name: (files, (eos, bos, pad), tokens from id 8 on, ids of TEXT)
 CASES = {
     "special_tokens_map.json alone": (dict(special_map=ENDS), (4, 3, 5), "", NONE),
     "special_tokens_map.json overrides the config": (
@@ -123,7 +124,7 @@ CASES = {
     "no pad token in the config": (dict(config=config(eos_token="</s>", pad_token=None), padding=PADDING), (4, None, 4), "", NONE),
     # DIFFERENT: transformers raises a TypeError for an object without "__type" in tokenizer_config.json.
     "objects without a type": (dict(config=config(eos_token={"content": "</s>"})), (4, None, 4), "", NONE),
-    # DIFFERENT: transformers adds [PAD] with the id 8 and pads with it. No special token is named so, and no model has it.
+    # DIFFERENT: transformers adds [PAD] with id 8 as padding. No special token has this name, and no model has the id.
     "a padding of tokenizer.json that the vocabulary lacks": (
         dict(config=config(eos_token="</s>"), padding=PADDING | {"pad_token": "[PAD]"}), (4, None, 4), "", NONE,
     ),
@@ -141,7 +142,7 @@ def test_tokens_are_those_of_transformers(name, tmp_path):
     tokenizer.save(tmp_path / "u")
     again = Tokenizer.load(tmp_path / "u")
     assert again.encode(TEXT) == row and again.fingerprint() == tokenizer.fingerprint()
-    for file in (tmp_path / "u").iterdir():  # transformers reads the same files
+    for file in (tmp_path / "u").iterdir():  # the saved files equal the original files
         assert file.read_bytes() == (folder / file.name).read_bytes()
     assert {file.name for file in folder.iterdir()} == {file.name for file in (tmp_path / "u").iterdir()}
 
@@ -160,7 +161,7 @@ def test_the_post_processor_alone_decides_what_is_put_around_a_text(post, flags,
 
 
 def test_special_tokens_are_not_decoded(tmp_path):
-    # "<plain>" of added_tokens.json is not special; "</s>" becomes special because the config names it.
+    # "<plain>" in added_tokens.json is not special. "</s>" becomes special because the config names this token.
     listed = [{"id": 4} | token("</s>", special=False, normalized=True)]
     tokenizer = Tokenizer.load(
         write(tmp_path / "t", config(eos_token="</s>"), added={"<plain>": 9}, added_tokens=listed)
@@ -176,7 +177,7 @@ BPE = {
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
-# From a table of 6 model types x 9 classes x ByteLevel or not x padding or not: all 216 agreed with transformers.
+# A selection from 216 combinations (6 model types, 9 classes, ByteLevel, padding), which all agreed with transformers.
 @pytest.mark.parametrize(
     "model, named, bytes_, expected",
     [

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder: ids, special tokens from wherever they are named, and errors."""
+"""The tokenizer of a Hugging Face folder: ids, special tokens from all files that name them, and errors."""
 
 import json
 import time
@@ -14,7 +14,7 @@ WORDS = ["a", "b", "c", "<s>", "</s>", "<pad>"]
 
 
 def write(folder, config=None, model=None, generation=None, template=None, post=False):
-    """A folder with a tokenizer of a few words, and what else the test names."""
+    """Writes a folder with a tokenizer of a few words and the given further files."""
     folder.mkdir(exist_ok=True)
     words = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a")
     tokenizer = tokenizers.Tokenizer(words)
@@ -48,7 +48,7 @@ def test_special_tokens_are_strings_or_dicts(tmp_path):
 def test_special_tokens_fall_back_as_in_gpt2(tmp_path):
     tokenizer = Tokenizer.load(write(tmp_path / "t", {"model_max_length": 4}, {"eos_token_id": 4, "bos_token_id": 4}))
     assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (4, 4, 4)
-    # generation_config.json is the newer of the two, and may name several.
+    # generation_config.json overrides config.json and may name several end tokens.
     tokenizer = Tokenizer.load(write(tmp_path / "u", None, {"eos_token_id": 0}, {"eos_token_id": [4, 0]}))
     assert tokenizer.eos_id == 4 and tokenizer.bos_id is None and tokenizer.bos_token == ""
 
@@ -61,7 +61,7 @@ def test_a_bos_token_of_null_is_none_whatever_the_model_says(tmp_path):
 
 def test_encode_and_decode(tmp_path):
     tokenizer = Tokenizer.load(write(tmp_path / "t", {"eos_token": "</s>"}, post=True))
-    assert tokenizer.encode("a b c a") == [0, 1, 2, 0]  # neither cut nor padded, whatever the file says
+    assert tokenizer.encode("a b c a") == [0, 1, 2, 0]  # the settings for truncation and padding are ignored
     assert tokenizer.encode("b", add_special_tokens=True) == [3, 1]
     assert tokenizer.encode_batch(["a", "b c"], add_special_tokens=True) == [[3, 0], [3, 1, 2]]
     assert tokenizer.decode([3, 1, 2, 4]) == "b c"
@@ -90,7 +90,7 @@ def test_save_writes_the_files_unchanged(tmp_path):
     tokenizer.save(folder)
     for path in folder.iterdir():
         path.unlink()
-    tokenizer.save(tmp_path / "new" / "folder")  # the source may be gone by then
+    tokenizer.save(tmp_path / "new" / "folder")  # works without the original files
     assert {path.name: path.read_bytes() for path in (tmp_path / "new" / "folder").iterdir()} == before
     assert Tokenizer.load(tmp_path / "new" / "folder").vocabulary() == tokenizer.vocabulary()
 
@@ -117,7 +117,7 @@ def test_errors_name_the_file(tmp_path):
 
 
 def changed(folder, **fields):
-    """A folder whose tokenizer.json has these fields, and of the model those in `model`."""
+    """Writes a folder whose tokenizer.json has the given fields. The fields in `model` go to the tokenizer's model."""
     write(folder, {"eos_token": "</s>"})
     found = json.loads((folder / "tokenizer.json").read_text())
     found["model"] |= fields.pop("model", {})
@@ -184,7 +184,7 @@ def test_what_a_character_may_become_has_a_limit(field, tmp_path):
 def test_large_vocabularies_are_compared_in_linear_time_and_five_tokens_are_named(tmp_path, monkeypatch):
     size = 150_000
     theirs = {**{f"w{i}": i for i in range(size)}, "</s>": size}
-    ours = theirs | {f"w{i}": 10 + (i - 9) % 7 for i in range(10, 17)}  # seven tokens take each other's ids
+    ours = theirs | {f"w{i}": 10 + (i - 9) % 7 for i in range(10, 17)}  # seven tokens exchange their ids
     start = time.process_time()
     found = differing_tokens(ours, theirs)
     assert time.process_time() - start < 1
@@ -200,7 +200,7 @@ def test_large_vocabularies_are_compared_in_linear_time_and_five_tokens_are_name
     with pytest.raises(ValueError) as caught:
         check_same_tokenizer(tmp_path / "theirs", tokenizer, "student")
     message = str(caught.value)
-    assert len(calls) == 3  # each builds a dictionary of the whole vocabulary
+    assert len(calls) == 3  # each call builds a dictionary of the whole vocabulary
     assert "7 tokens differ" in message and message.count(f"{size + 1} ids") == 2
     assert "'w13' has id 14 in the run's and id 13 in the student's; ..." in message and "'w14'" not in message
     check_same_tokenizer(tmp_path / "ours", tokenizer, "student")
@@ -213,7 +213,7 @@ def test_a_token_that_one_side_lacks_differs():
 
 
 def test_special_tokens_by_the_names_that_transformers_gives_a_template(tmp_path):
-    """As `special_tokens_map` of transformers 5.24 for the same folder."""
+    """The result equals `special_tokens_map` of transformers 5.24 for the same folder."""
     config = {
         "bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}, "unk_token": None,
         "add_bos_token": True, "boi_token": "<boi>", "extra_special_tokens": {"image_token": "<img>"},

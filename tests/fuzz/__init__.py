@@ -1,1 +1,1 @@
-"""Hostile files for every reader of files: `python -m tests.fuzz --help`."""
+"""Tests every reader of files with hostile files. See `python -m tests.fuzz --help`."""

@@ -1,10 +1,10 @@
-"""Feeds every reader with hostile files, many at a time, and says what became of them.
+"""Feeds many hostile files to every reader and prints a table of the outcomes.
 
     python -m tests.fuzz --inputs=200000 --state=runs/fuzz
 
-Inputs come in shards, each from a seed of its own; a call with the same --state goes on where the last one ended. A shard runs
-in a process with a limit on its memory; one that takes too long over an input, or dies of it, is ended, and the input kept in
-STATE/found. `--replay FILE` reads one such input.
+The inputs come in shards, and each shard has its own seed. A call with the same --state continues after the last
+finished shard. A shard runs in a process with limited memory. If an input takes too long or kills the process, the
+shard ends and the input is saved in STATE/found. `--replay FILE` reads one saved input.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main():
 
 
 def replay(path):
-    """Reads one input, in this process."""
+    """Reads one saved input in this process and prints the outcome."""
     from tests.fuzz.bench import Bench, kept
 
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +75,7 @@ def results(args):
 
 
 def table(args, names):
-    """Prints what became of the inputs; 1 if anything was found."""
+    """Prints the outcomes of the inputs. Returns 1 if anything was found, and otherwise 0."""
     lines = [line for line in results(args) if line["reader"] in names and line["seed"] == args.seed]
     print("| reader | inputs | loaded | refused | found | ms an input | slowest, s | MiB more |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")

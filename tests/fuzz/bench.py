@@ -1,4 +1,4 @@
-"""One input at a time: put beside the files that are right, read, judged, and taken away again."""
+"""Tests one input at a time: adds the input to valid files, reads and judges them, and restores the valid files."""
 
 import gc
 import hashlib
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 from tests.fuzz.readers import READERS
 
 CORPUS = Path(__file__).parent / "corpus"
-MESSAGE = 3000  # characters of an error, at most
+MESSAGE = 3000  # largest number of characters of an error
 LARGE = 2**20  # bytes
 
 
@@ -23,18 +23,19 @@ class Bench:
     """A reader and the folder that it reads.
 
     Attributes:
-      counts: of inputs, by what became of them: loaded, refused (by the project's own error, which names the folder) or found.
-      slowest: the longest that an input took, in seconds.
+      counts: the number of inputs by outcome. "loaded" means no error, "refused" means the project's own error, which
+        names the folder, and "found" means any other error.
+      slowest: the longest time for an input, in seconds.
     """
 
     def __init__(self, name, folder):
         self.name, self.folder, self.reader = name, Path(folder) / "files", READERS[name]
-        self.current = Path(folder) / "current"  # the names of the files of the input that is being read
+        self.current = Path(folder) / "current"  # a file with the names of the current input's files
         self.reader.base(self.folder)
         self.counts, self.slowest, self._right, self._seen = Counter(), 0.0, {}, set()
 
     def judge(self, files):
-        """What is wrong with how the files are read; empty if nothing is."""
+        """Reads the files. Returns a description of any wrong behaviour of the reader, and otherwise an empty text."""
         for name, content in files.items():
             path = self.folder / name
             if name not in self._right:
@@ -59,11 +60,11 @@ class Bench:
             else:
                 (self.folder / name).write_bytes(self._right[name])
         if sum(map(len, files.values())) > LARGE:
-            gc.collect()  # a refusal's traceback holds it, in a cycle: the next input's memory would not be its own
+            gc.collect()  # a reference cycle in the traceback of an error holds the memory of the input
         return wrong
 
     def fuzz(self, seed, inputs, before=lambda: None, after=lambda files, wrong: None):
-        """Fresh inputs, which the seed gives, each another than all before: Hypothesis likes to repeat itself."""
+        """Tests new inputs of the seed. Every input differs from all before, although Hypothesis repeats inputs."""
         goal, rounds = len(self._seen) + inputs, 0
         while len(self._seen) < goal:
 
@@ -88,18 +89,18 @@ class Bench:
 
 
 def keep(path, files, wrong):
-    """Writes an input down, with what was found."""
+    """Saves an input and the finding."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"found": wrong, "files": {k: packed(v) for k, v in files.items()}}, indent=1) + "\n")
 
 
 def kept(path):
-    """The files of an input that `keep` wrote."""
+    """Returns the files of an input that `keep` has saved."""
     return {name: unpacked(content) for name, content in json.loads(path.read_text(encoding="utf-8"))["files"].items()}
 
 
 def packed(content):
-    """Bytes as a text that a diff can show: Latin-1, or compressed where that is much shorter."""
+    """Returns bytes as text that a diff can show: in Latin-1, or compressed where that is much shorter."""
     small = zlib.compress(content, 9)
     return f"zlib:{small.hex()}" if len(small) * 2 + 100 < len(content) else f"text:{content.decode('latin-1')}"
 

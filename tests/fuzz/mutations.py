@@ -1,4 +1,4 @@
-"""Hypothesis strategies: a JSON document, or bytes, that are almost what a reader expects."""
+"""Hypothesis strategies for JSON documents and bytes that are almost valid for a reader."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ OTHERS = (
     {"a": {"a": {"a": {}}}},
 )
 VALUES = (*NUMBERS, *TEXTS, *OTHERS)
-# What no JSON writer writes, or what a reader may trip over, put in anywhere.
+# Bytes that no JSON writer writes or that may disturb a reader. They are inserted anywhere.
 TOKENS = (
     b"", b"\x00", b"\xff", b"\xc3", b"\xef\xbb\xbf", b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"[" * 2000, b'{"a":' * 2000, b'"', b"\\", b"\\ud800",
     b",", b"}", b"]", b"{", b"//", b"\r", b"\n", b'"a":1,"a":2,', b"\xe2\x80\xa8",
@@ -45,7 +45,7 @@ def pick(draw, choices):
 
 @st.composite
 def documents(draw, base, keys=(), values=()):
-    """A JSON document as bytes: the base with a few values, keys and bytes changed; as it is one time in five."""
+    """Draws a JSON document as bytes: the base with changed values and keys, one time in five with changed bytes."""
     document = copy.deepcopy(base)
     for _ in range(below(draw, 4)):
         document = _changed(draw, document, keys, (*values, *values, *VALUES))
@@ -54,7 +54,7 @@ def documents(draw, base, keys=(), values=()):
 
 
 def changed_bytes(draw, content, times=2):
-    """Cut, flipped, repeated, or with something put in."""
+    """Draws truncated, flipped, repeated or inserted bytes."""
     for _ in range(1 + below(draw, times)):
         at, what = below(draw, len(content) + 1), below(draw, 6)
         to = min(len(content), at + below(draw, 40))
@@ -74,7 +74,7 @@ def changed_bytes(draw, content, times=2):
 
 
 def _nodes(document):
-    """Every (container, key) of a document."""
+    """Returns every (container, key) of a document."""
     left, found = [document], []
     while left:
         node = left.pop()

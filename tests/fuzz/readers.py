@@ -1,4 +1,4 @@
-"""The readers: for each a folder of files that it accepts, a strategy that spoils some of them, and what reads them."""
+"""The readers. Each has a folder of valid files, a strategy that damages some of them, and the reading function."""
 
 from tests.fuzz.readers_of_caches import TeacherCache
 from tests.fuzz.readers_of_models import Config, Index, Safetensors

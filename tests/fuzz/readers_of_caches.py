@@ -1,4 +1,4 @@
-"""The reader of a teacher's cache, as those in `readers`."""
+"""The reader of a teacher's cache, for `readers`."""
 
 import functools
 import json
@@ -26,7 +26,7 @@ PART_ROWS = 4
 
 @functools.cache
 def rows(split):
-    """Some rows of a few tokens, of which one or two are their prompts."""
+    """Returns rows of a few tokens, with prompts of one or two tokens."""
     random = np.random.default_rng(len(split))
     pieces = [random.integers(0, 15, 3 + index % 4).astype(np.int32) for index in range(COUNTS[split])]
     prompts = np.array([1 + index % 2 for index in range(len(pieces))], np.int32)
@@ -34,7 +34,7 @@ def rows(split):
 
 
 def make_cache(folder, kind, tokenizer, **teacher):
-    """A cache of those rows, as no teacher would write it."""
+    """Writes a cache of these rows with invented values."""
     folder.mkdir(parents=True)
     manifest = {
         "version": files.VERSION, "kind": kind, "k": 0 if kind == "hidden" else 3, "power": 1.0, "seed": 0, "hidden_size": 4,
@@ -59,7 +59,7 @@ def _record(manifest, split, index):
 
 
 class TeacherCache:
-    """manifest.json, the output matrix and the parts, up to the last row's numbers."""
+    """Damages manifest.json, the output matrix and the parts, and reads all rows."""
 
     share = 0.05
     values = (

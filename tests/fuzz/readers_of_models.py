@@ -1,4 +1,4 @@
-"""The readers of a model's folder, as those in `readers`."""
+"""The readers of a model's folder, for `readers`."""
 
 import json
 import struct
@@ -13,7 +13,7 @@ from tests.helpers.paths import TINY
 
 
 class Safetensors:
-    """The header of a safetensors file, and the bytes around it."""
+    """Damages the header of a safetensors file and the bytes around the header."""
 
     share = 0.2
 
@@ -54,7 +54,7 @@ _RANGES = ([0, 0], [0, 4], [4, 0], [0, 2**63], [16, 8], [8, 16], [8], [0, 2**32]
 
 
 class Index(Safetensors):
-    """model.safetensors.index.json, and now and then the header of a file that it names."""
+    """Damages model.safetensors.index.json, and sometimes the header of a file that the index names."""
 
     share = 0.1
 
@@ -74,7 +74,7 @@ class Index(Safetensors):
 
 
 class Config:
-    """config.json and generation_config.json beside weights that fit the unspoilt ones."""
+    """Damages config.json and generation_config.json. The weights fit the undamaged files."""
 
     share = 0.2
     keys = (

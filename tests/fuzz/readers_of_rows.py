@@ -1,4 +1,4 @@
-"""The readers of datasets, as those in `readers`."""
+"""The readers of datasets, for `readers`."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ from tests.fuzz.mutations import below, changed_bytes, documents, pick
 
 
 class Jsonl:
-    """Rows of JSON, plain or compressed, and plain text."""
+    """Damages JSON lines, plain or compressed, and plain text."""
 
     share = 0.15
     row = {"prompt": "a", "response": "bé", "context": "", "output": ["c", "d"]}
@@ -34,8 +34,8 @@ class Jsonl:
         name = pick(draw, self.names)
         if name.endswith(".gz"):
             if not below(draw, 100):
-                content += pick(draw, (b" ", b"\n", b"[")) * 2**25  # a small bomb: 32 MiB in 32 KiB
-            # Compressed fast, and without the time in the header, so that an input is the same bytes each time.
+                content += pick(draw, (b" ", b"\n", b"[")) * 2**25  # a small compression bomb: 32 MiB in 32 KiB
+            # The header has no time, so that an input has the same bytes every time. Level 1 is fast.
             content = gzip.compress(content, 1, mtime=0)
             content = changed_bytes(draw, content) if below(draw, 2) else content
         return {name: content}
@@ -55,7 +55,7 @@ class Jsonl:
 
 
 class ArrayRecord:
-    """A dataset as tfds has built it: its array_record files, dataset_info.json and features.json."""
+    """Damages a dataset that tfds has built: the array_record files, dataset_info.json and features.json."""
 
     share = 0.05
     place = f"{builder.KdJaxRows.name}/jsonl-0/1.0.0"
@@ -98,7 +98,7 @@ class ArrayRecord:
     @staticmethod
     @st.composite
     def _bytes(draw, content):
-        """Changed where there is something: most of a file is filled up with zeros."""
+        """Draws changes of bytes that are not zero, because most of a file is zero padding."""
         places = [place for place, byte in enumerate(content) if byte]
         changed = bytearray(content)
         for _ in range(1 + below(draw, 3)):
@@ -109,7 +109,7 @@ class ArrayRecord:
     @staticmethod
     @st.composite
     def _records(draw, file):
-        """Records that are well written, and not what a row is."""
+        """Draws valid records that are not valid rows."""
         reader = ArrayRecordReader(str(file))
         records = reader.read_all()
         reader.close()

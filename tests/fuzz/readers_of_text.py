@@ -1,4 +1,4 @@
-"""The readers of a tokenizer's files and of its chat template, as those in `readers`."""
+"""The readers of a tokenizer's files and of a chat template, for `readers`."""
 
 import json
 
@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from kd_jax.data import Tokenizer, chat_template, make_render
 from tests.fuzz.mutations import TEXTS, below, changed_bytes, documents, pick
 
-PATIENCE = 0.5  # seconds for a template, where a run gives it 10
+PATIENCE = 0.5  # seconds for a template; a run allows 10
 LONG = "u" * 2**23
 
 
 class TokenizerFiles:
-    """tokenizer.json, and beside it the files that name special tokens or config.json; then texts there and back."""
+    """Damages tokenizer.json, the files that name special tokens, or config.json. Encodes and decodes texts."""
 
     share = 0.2
     texts = (
@@ -41,7 +41,7 @@ class TokenizerFiles:
         {"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAABhAGIA"}, {"type": "FixedLength", "length": 0}, "a b", "ab c",
     )  # fmt: skip
 
-    # What takes longer than a text is long, if nothing stops it: fields of tokenizer.json, and of the model in it.
+    # Fields of tokenizer.json and of the model in it that take very long without a limit.
     slow = (
         ("bpe", {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}] * 1000}}, {}),
         ("bpe", {"pre_tokenizer": None}, {"continuing_subword_prefix": LONG, "merges": []}),
@@ -83,7 +83,7 @@ class TokenizerFiles:
         for name in sorted(file.name for file in folder.iterdir()):
             for file in ("tokenizer.json",) * 3 + ("tokenizer_config.json", "config.json"):
                 base = json.loads((folder / name / file).read_text(encoding="utf-8"))
-                # Where the ids come from config.json, tokenizer_config.json is not to name the tokens.
+                # tokenizer_config.json names no tokens where the ids come from config.json.
                 more = {} if file != "config.json" else {f"{name}/tokenizer_config.json": b"{}"}
                 choices.append(
                     documents(base, (*base, *keys), self.values).map(
@@ -121,7 +121,7 @@ def token(content):
 
 
 def _tokenizers():
-    """One of each model, with as many of the other parts as fit it."""
+    """Returns a tokenizer of each model type, with as many of the other parts as fit."""
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
     letters = ["<s>", "</s>", "<pad>", "<unk>", *"abcdefHlo wr", "▁", "##b", "Ġ", "ab", "▁a"]
@@ -153,7 +153,7 @@ def _tokenizers():
 
 
 class Template:
-    """chat_template.jinja, up to a rendered prompt."""
+    """Damages chat_template.jinja and renders a prompt."""
 
     share = 0.1
     chatml = (

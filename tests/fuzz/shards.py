@@ -1,4 +1,4 @@
-"""Shards of hostile inputs in a process with limits, and what watches it."""
+"""Shards of hostile inputs in a process with limits, and the supervision of this process."""
 
 import json
 import multiprocessing
@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.fuzz.bench import Bench, keep
 
 SHARD = 500  # inputs
-SAME = 3  # inputs kept of each kind of finding in a shard
+SAME = 3  # saved inputs for each kind of finding in a shard
 
 
 class Shards:
@@ -22,9 +22,9 @@ class Shards:
     def __init__(self, args, name, shards):
         self.args, self.name, self.left = args, name, list(shards)
         context = multiprocessing.get_context("spawn")
-        # When the input that is being read was begun, by the clock, 0 between inputs, and by the process's own time.
+        # The start of the current input by the clock (0 between inputs) and in processor time of the process.
         self.began = context.Array("d", [0.0] * 2)
-        self.counts = context.Array("l", [0] * 5)  # the shard, inputs, and of them loaded, refused and found
+        self.counts = context.Array("l", [0] * 5)  # the shard, and the inputs in all, loaded, refused and found
         self.folder = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
         self.started = time.monotonic()
         self.counts[0] = self.left[0]
@@ -34,7 +34,10 @@ class Shards:
         self.process.start()
 
     def ended(self):
-        """Whether it is over; if it had to be ended or died, its shard is over too, and `left` are those after it."""
+        """Returns whether the process is over, and ends a process that takes too long.
+
+        After a kill or a crash, the current shard counts as done, and `left` holds the later shards.
+        """
         seconds = self._seconds()
         wrong = ""
         if self.process.is_alive():
@@ -61,26 +64,29 @@ class Shards:
         return True
 
     def _seconds(self):
-        """Of the input that is being read: the process's own, or a tenth of the clock's, which on a busy machine is others'."""
+        """Returns the seconds for the current input: processor time, or a tenth of the clock time if that is more.
+
+        On a busy machine, other processes use most of the clock time.
+        """
         clock, own = self.began
         if not clock:
             return 0.0
         try:
             fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
             used = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK") - own
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             used = 0.0
         return max(used, (time.monotonic() - clock) / 10)
 
 
 def work(args, name, shards, folder, began, counts):
-    """The shards' process."""
+    """Tests the shards, as the main function of their process."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)  # tfds' progress
-    os.dup2(silence, 2)  # and the panics of Rust
+    os.dup2(silence, 1)  # hides the progress of tfds
+    os.dup2(silence, 2)  # hides the panics of Rust
     bench = Bench(name, folder)
-    bench.fuzz(args["seed"], 20)  # warm: libraries are loaded, and threads have their stacks
+    bench.fuzz(args["seed"], 20)  # warm-up: loads libraries and allocates the stacks of threads
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     limit = int(status["VmSize"].split()[0]) * 1024 + args["memory"] * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

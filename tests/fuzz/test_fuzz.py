@@ -1,4 +1,4 @@
-"""What the fuzzer found stays found, and a few hundred fresh inputs a reader; the long run is `python -m tests.fuzz`."""
+"""Tests each reader with earlier findings of the fuzzer and with 200 new inputs. `python -m tests.fuzz` runs longer."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_the_corpus_loads_or_is_refused(bench):
 
 
 def test_unspoilt_files_load(bench):
-    """Otherwise every input would be refused, whatever was done to it."""
+    """Otherwise every input would be refused, with or without damage."""
     bench.counts.clear()
     first = sorted(path.relative_to(bench.folder) for path in bench.folder.rglob("*") if path.is_file())[0]
     assert not bench.judge({str(first): (bench.folder / first).read_bytes()})

@@ -1,4 +1,4 @@
-"""The type checker that conftest puts under the pure core: beartype, to which an int is a float too."""
+"""The type checker that conftest.py applies to the pure core: beartype, configured to accept an int as a float."""
 
 from beartype import BeartypeConf, beartype
 

@@ -1,4 +1,4 @@
-"""Reads what a compiled program sends between devices from its HLO text."""
+"""Reads the collective operations between devices from the HLO text of a compiled program."""
 
 import re
 from typing import NamedTuple
@@ -17,16 +17,16 @@ MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8))
 
 
 class Collective(NamedTuple):
-    """One operation, of which several arrays may be part."""
+    """One collective operation on one or more arrays."""
 
     kind: str
-    shapes: tuple[tuple[int, ...], ...]  # of its results, per device
-    size: int  # bytes of them
+    shapes: tuple[tuple[int, ...], ...]  # of the results, per device
+    size: int  # total bytes of the results
     in_loop: bool
 
 
 def read(text: str) -> list[Collective]:
-    """Every collective of a compiled program, and whether a while loop holds it."""
+    """Returns every collective of a compiled program, each with a flag that is true inside a while loop."""
     bodies: dict[str, list[str]] = {}
     current = ""
     for line in text.splitlines():
@@ -54,7 +54,7 @@ def read(text: str) -> list[Collective]:
 def compiled_step(
     sizes: tuple[int, int, int], *, batch: int, length: int, vocab: int, width: int, teacher_width: int, chunk: int
 ) -> str:
-    """The HLO of a step of forward KL and a mixture on a mesh of 8 devices, with Llamas of one layer, heads untied."""
+    """Returns the HLO of a step of forward KL and a mixture on 8 devices. The models are Llamas of one layer."""
     mesh = sharding.make_mesh(*sizes)
     rest = dict(family="llama", vocab_size=vocab, num_layers=1, num_heads=8, head_dim=8)
     make = lambda hidden: models.from_config(

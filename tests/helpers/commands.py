@@ -1,4 +1,4 @@
-"""The environment of a process that a test starts, and a port for several processes."""
+"""Helpers for processes that a test starts: their environment variables and a free port."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Folders with tiny tokenizers of the kinds that people have."""
+"""Folders with tiny tokenizers of the common kinds."""
 
 import json
 import string
@@ -10,7 +10,7 @@ from kd_jax.data import Tokenizer
 
 
 def save(folder, tokenizer, **files):
-    """Writes a tokenizer's folder; files are the other JSON files' contents, by name without its ending."""
+    """Writes the folder of a tokenizer. `files` maps names without '.json' to the contents of further files."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, content in files.items():
@@ -19,7 +19,7 @@ def save(folder, tokenizer, **files):
 
 
 def letters(folder):
-    """Letters with the ids 10 to 35, an end token 0, a bos 1 before each text, and a padding token 99."""
+    """Loads a tokenizer of letters with ids 10 to 35, an end token 0, a bos 1 before each text and a padding token 99."""
     ids = {"<end>": 0, "<bos>": 1, "<pad>": 99} | {
         letter: i for i, letter in enumerate(string.ascii_lowercase, start=10)
     }
@@ -33,7 +33,7 @@ def letters(folder):
 
 
 def llama(folder, post="<s> $A", **named):
-    """Llama 2's kind: "▁" before each text and for each space, and bytes for what no piece has."""
+    """Writes a tokenizer like Llama 2's: "▁" stands before each text and for each space, and bytes are the fallback."""
     pieces = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["▁", *string.ascii_letters, *",.:", "▁R", "om", "eo", "Romeo", "▁Romeo", "▁Say", "▁it"]
     merges = [("▁", "R"), ("o", "m"), ("e", "o")]
@@ -51,11 +51,11 @@ def llama(folder, post="<s> $A", **named):
 
 
 def token(content, special=True, **flags):
-    """An entry of added_tokens."""
+    """Returns an entry of `added_tokens`."""
     others = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
     return {"content": content, "special": special} | others | flags
 
 
 def config(**more):
-    """The contents of a tokenizer_config.json."""
+    """Returns the contents of a tokenizer_config.json."""
     return {"tokenizer_class": "PreTrainedTokenizerFast", **more}

@@ -1,9 +1,11 @@
-"""python -m tests.helpers.hosts SPEC OUT: what tests/training/test_hosts.py looks at, by one of several processes or by one alone.
+"""The program of the processes that tests/training/test_hosts.py starts.
 
-Or python -m tests.helpers.hosts main STEP FLAGS: the command line, with an error before the step, if there is one; file:// is as gs://.
+python -m tests.helpers.hosts SPEC OUT measures runs, in one of several processes or in a single process.
+python -m tests.helpers.hosts main STEP FLAGS runs the command line and treats file:// like gs://. If STEP is not
+empty, the program raises an error before that step.
 
-SPEC is JSON: {"processes": "" or ADDRESS:PORT,COUNT,INDEX, "data_dir": ..., "mesh": {...}, "folder": for the
-saved model, "workdirs": for checkpoints, [...]}.
+SPEC is JSON: {"processes": "" or ADDRESS:PORT,COUNT,INDEX, "data_dir": ..., "mesh": {...}, "folder": of the
+saved model, "workdirs": of the checkpoints, [...]}.
 """
 
 import contextlib
@@ -25,7 +27,7 @@ from tests.helpers.runs import smoke
 
 
 def load(mesh):
-    """The packaged teacher, and what this process reads of its file for that."""
+    """Loads the packaged teacher. Returns the model, the parameters and the sizes that this process reads and holds."""
     read, seen = Reader.read, []
 
     def counted(self, name, index):
@@ -47,7 +49,7 @@ def load(mesh):
 
 
 def save(path, model, params):
-    """The sizes of the arrays that processes gather to save the model, in order."""
+    """Saves a model. Returns the sizes of the arrays that the processes gather for this, in order."""
     gather, sizes = huggingface_save.multihost_utils.process_allgather, []
 
     def counted(array, **options):
@@ -61,7 +63,7 @@ def save(path, model, params):
 
 
 def unequal(run):
-    """Numbers of a step and of an evaluation where the first rows count one token each and the last ones up to 21."""
+    """Runs a step and an evaluation on rows with unequal counts: 1 token in the first rows, up to 21 in the last."""
     random = np.random.default_rng(0)
     size, length = run.config.data.batch_size, run.config.data.max_length
     ids = random.integers(5, run.tokenizer.vocab_size, (size, length + 1)).astype(np.int32)
@@ -92,7 +94,10 @@ def losses(run, steps):
 
 
 def part(workdir, data_dir, changes):
-    """DistiLLM's six steps, or after the third, where it is saved the rest: losses, rows, and where the data then is."""
+    """Runs six steps of DistiLLM with a checkpoint after the third, or the last three from that checkpoint.
+
+    Returns the losses, the rows and the final position of the data.
+    """
     run = train.build(smoke("distillm", data_dir, steps=6, prefixes__threshold=0.9, **changes))
     found = {"losses": [], "rows": []}
     saved = checkpoint.has_steps(workdir)
@@ -112,7 +117,7 @@ def part(workdir, data_dir, changes):
 
 
 def look(spec):
-    """What `load`, `save`, `unequal` and `losses` find, and `part` for each work directory."""
+    """Returns the results of `load`, `save`, `unequal` and `losses`, and of `part` for each work directory."""
     changes, found = {f"mesh__{name}": size for name, size in spec["mesh"].items()}, {}
     if spec["folder"]:
         config = smoke("forward_kl", spec["data_dir"], steps=4, **changes)
@@ -126,7 +131,7 @@ def look(spec):
 
 
 def like_gs():
-    """Each process has a folder of its own for a work directory at file://, and orbax writes to the directory itself."""
+    """Treats file:// like gs://: each process gets its own folder, and orbax writes to the work directory itself."""
     real, remote.BY_ORBAX = remote.work_directory, ("file",)
 
     @contextlib.contextmanager
@@ -138,7 +143,7 @@ def like_gs():
 
 
 def command_line(raise_at):
-    """`kd_jax.main` with these flags, but impatient, and with an error before some step."""
+    """Runs `kd_jax.main` with short timeouts and with an error before the step `raise_at` (0 for none)."""
     main.ARRIVE, main.HEARTBEAT = 8, 10
     put, steps = train.Run.put, iter(range(1, 10**9))
 

@@ -1,4 +1,4 @@
-"""The folders that tests read."""
+"""Paths of the folders that tests read."""
 
 from pathlib import Path
 

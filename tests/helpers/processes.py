@@ -1,7 +1,10 @@
-"""python -m tests.helpers.processes SPEC OUT: makes short runs of several methods and meshes, in one process or in one of several.
+"""A program that makes short runs of several methods and meshes, in a single process or in one of several.
 
-SPEC is JSON: {"processes": "" or ADDRESS:PORT,COUNT,INDEX, "data_dir": ..., "steps": ..., "runs": {name: [method, {key: value}]}}.
-Leaves in OUT of each run {"losses": [...], "tokens": [...], "rows": [a step's rows, each a hash, of this process]}.
+Usage: python -m tests.helpers.processes SPEC OUT
+
+SPEC is JSON: {"processes": "" or ADDRESS:PORT,COUNT,INDEX, "data_dir": ..., "steps": ..., "runs": {name: [method,
+{key: value}]}}. The program writes {"losses": [...], "tokens": [...], "rows": [...]} for each run to OUT. "rows" holds
+a list for each step, with the hash of every row of this process.
 """
 
 import json

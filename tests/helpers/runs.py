@@ -1,4 +1,4 @@
-"""Small runs for the tests: a method's config in the smoke setting, its data in a folder of the tests' own."""
+"""Small runs for tests: the config of a method in the smoke setting, with the datasets in a folder of the tests."""
 
 import importlib
 import shutil
@@ -14,25 +14,25 @@ OFF_POLICY = (
     "taid", "abkd", "amid",
 )  # fmt: skip
 ON_POLICY = ("imitkd", "gkd", "opd", "minillm", "distillm", "distillm2")
-# A run with three checkpoints.
+# The settings of a run with three checkpoints.
 WHOLE = dict(steps=5, checkpoint_every=2, eval_every=5, log_every=2, keep_checkpoints=3)
 METHODS = (*OFF_POLICY, "seqkd", *ON_POLICY)
 
 
 def smoke(method, data_dir, **changes):
-    """The config of a method; changes are keys with __ for a dot."""
+    """Returns the smoke config of a method. A key of `changes` has __ in place of a dot."""
     return configured(method, "smoke", dict(data__data_dir=str(data_dir), mesh__data=1) | changes)
 
 
 def configured(method, setting, changes):
-    """The config of a method in a setting, with changes in keys that have __ for a dot."""
+    """Returns the config of a method in a setting. A key of `changes` has __ in place of a dot."""
     config = importlib.import_module(f"configs.{method}").get_config(setting)
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return config
 
 
 def last_state(workdir):
-    """The arrays of the newest checkpoint, as a flat list."""
+    """Returns the step of the newest checkpoint and the arrays of this checkpoint as a flat list."""
     with checkpoint.open_manager(str(workdir), 2) as manager:
         step = manager.latest_step()
     folder = workdir / "checkpoints" / str(step) / "state"
@@ -48,7 +48,7 @@ def checkpoint_steps(folder):
 
 
 def until(step, whole, folder):
-    """A copy of the run as it was at a checkpoint."""
+    """Copies a run to `folder` without the checkpoints after `step`. Returns the folder."""
     shutil.copytree(whole, folder)
     for later in checkpoint_steps(folder):
         if later > step:
@@ -57,12 +57,12 @@ def until(step, whole, folder):
 
 
 def training(workdir):
-    """The metrics of a run, without those of its speed."""
+    """Returns the metrics of a run, except the speed."""
     return [line for line in metrics.read(workdir) if line["split"] != "speed"]
 
 
 def assert_same_run(one, other):
-    """Checks that two runs have the same newest state, bit for bit, and the same metrics, each once."""
+    """Checks that two runs have the same newest state, bit for bit, and the same metrics without duplicates."""
     (step, expected), (reached, found) = last_state(one), last_state(other)
     assert step == reached
     for a, b in zip(expected, found, strict=True):

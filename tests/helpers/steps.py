@@ -1,4 +1,4 @@
-"""Training steps on tiny models, and on fakes whose parameters are their logits."""
+"""Training steps on tiny models, and on fake models whose parameters are their logits."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class Logits:
 
 
 def step(specs, student, teacher, batch, *, at=0, schedules=None, temperature=1.0, teacher_share=0.0):
-    """The training step's loss, and its gradient in the student's logits."""
+    """Returns the loss of a training step and the gradient of the loss with respect to the student's logits."""
     terms = make_terms(specs, temperature, teacher_share)
     tx = optax.sgd(1.0)
     params = {"logits": jnp.asarray(student)}

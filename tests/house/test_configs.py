@@ -17,7 +17,7 @@ from tests.helpers.runs import METHODS, smoke
 
 
 def declared(kind, prefix=""):
-    """Yields the class, the name and the path of every declared key; the keywords of specs are not declared."""
+    """Yields the class, the name and the path of every declared key. Keywords of specs are not declared."""
     for name, _, default in keys_of(kind):
         if is_section(default):
             yield from declared(type(default), f"{prefix}{name}.")
@@ -60,7 +60,7 @@ def test_every_declared_key_is_read(tmp_path, data_dir, monkeypatch):
 
         def getattribute(values, name, kind=kind):
             caller = sys._getframe(1).f_code.co_name
-            if caller not in ("check_ranges", "replace", "_replace"):  # which read every key
+            if caller not in ("check_ranges", "replace", "_replace"):  # these functions read every key
                 found.add((kind, name))
             return object.__getattribute__(values, name)
 
@@ -120,7 +120,7 @@ def test_every_source_is_listed():
 
 
 def test_the_rows_of_divergences_and_assistants_are_current():
-    """A divergence that is new in the library need not have a row yet."""
+    """A new divergence of the library need not have a row yet."""
     rows = re.findall(r"^\| `\w+` \| .*$", LIBRARY.read_text().partition("## Divergences")[2], re.MULTILINE)
     assert len(rows) >= 13 and set(rows) <= set(table.functions().splitlines()), "python -m configs.table prints them"
 

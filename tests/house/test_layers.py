@@ -54,7 +54,7 @@ def test_imports_point_down(path):
         top, *rest = name.split(".")
         if top == "kd_jax" and rest and rest[0] != here:
             below = set().union(*LAYERS[level + 1 :])
-            below |= {"main"} if level == 0 else set()  # commands share its flags
+            below |= {"main"} if level == 0 else set()  # commands share the flags of main
             assert rest[0] in below, f"{path} imports {name}"
             assert not (here in {"models", "data"} and rest[0] in MATHEMATICAL), f"{path} imports {name}"
         assert here in HOMES.get(top, {here}), f"{path} imports {top}"
@@ -62,7 +62,7 @@ def test_imports_point_down(path):
 
 
 def test_configs_import_only_ml_collections_each_other_and_the_declared_keys():
-    """The file table.py is no config: it prints tables for the READMEs."""
+    """The file table.py is not a config. It prints tables for the READMEs."""
     for path in (ROOT / "configs").glob("*.py"):
         names = {name for name in imported(path) if not name.startswith("kd_jax.settings")}
         allowed = {"ml_collections", "configs", "typing", "difflib", "importlib"}
@@ -75,12 +75,12 @@ def test_no_file_is_long():
 
 
 def test_every_text_file_is_opened_with_its_encoding():
-    """Without one it depends on the locale."""
+    """The default encoding depends on the locale."""
     for path in [*FILES, *(ROOT / "configs").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
                 continue
-            of = getattr(getattr(node.func, "value", None), "id", "")  # a module's or a class's own function
+            of = getattr(getattr(node.func, "value", None), "id", "")  # the module or class of the function
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             modes = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
             if name in ("read_text", "write_text") and of not in ("untrusted", "storage", ""):

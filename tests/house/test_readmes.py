@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from tests.helpers.paths import ROOT
 
-OUTSIDE = ("models", "runs")  # folders at the top for downloaded models and for results
+OUTSIDE = ("models", "runs")  # top-level folders for downloaded models and for results
 
 
 def is_ours(path):
@@ -25,16 +25,16 @@ COMMANDS = ("main", "ablate", "replay", "cache_teacher", "evaluate", "report")
 
 
 def commands(text):
-    """The commands of the package in a README, each as its name and its arguments."""
+    """Returns the commands of the package in a README, each as a name and arguments."""
     joined = re.sub(r"\\\n\s*", "", text)
     for name, rest in re.findall(r"python -m kd_jax\.(\w+)([^\n`]*)", joined):
         assert name in COMMANDS, name
-        if not re.search("METHOD|NAME|CONFIG", rest):  # these stand for any config
+        if not re.search("METHOD|NAME|CONFIG", rest):  # placeholders for any config
             yield name, shlex.split(rest)
 
 
 def flags_of(name):
-    """The names of a command's flags, from the sources of the command and, if it takes a config, of kd_jax.main."""
+    """Returns the names of a command's flags, from its sources and, if it takes a config, from kd_jax.main."""
     sources = list((ROOT / "kd_jax" / name).glob("*.py")) or [ROOT / f"kd_jax/{name}.py", ROOT / "kd_jax/main.py"]
     text = "".join(path.read_text(encoding="utf-8") for path in sources)
     definitions = r"(?:DEFINE\w*|_text|_count|_json|_number)\((?:\w+\(\),)?\s*\"(\w+)\""
@@ -42,7 +42,7 @@ def flags_of(name):
 
 
 def config_of(path):
-    """The config that a flag names: FILE or FILE:SETTING."""
+    """Returns the config that a flag names as FILE or FILE:SETTING."""
     file, _, setting = path.partition(":")
     spec = importlib.util.spec_from_file_location("config", ROOT / file)
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Assistants against an oracle in extended precision that is written from the definitions."""
+"""Compares assistants with an oracle in extended precision that follows the definitions."""
 
 import functools
 
@@ -18,7 +18,7 @@ every_case = pytest.mark.parametrize("name, keywords", CASES, ids=[f"{n}-{k.get(
 
 
 def oracle(name, log_p, log_q, w, alpha=None):
-    """In the longdouble's 64 bits of mantissa, for 0 < w < 1."""
+    """Returns log r with the 64 bits of mantissa of a longdouble, for 0 < w < 1."""
     w, log_p, log_q = np.longdouble(w), np.asarray(log_p, np.longdouble), np.asarray(log_q, np.longdouble)
     c = (1 - np.longdouble({"arithmetic_mixture": -1, "geometric_mixture": 1}.get(name, alpha))) / 2
     with np.errstate(all="ignore"):
@@ -44,7 +44,7 @@ def log_softmax(z):
 
 def logits(scale=2.0, shape=(3, 9), seed=1):
     teacher, student = np.random.default_rng(seed).normal(size=(2, *shape)) * scale
-    teacher[..., [1, 4]] = student[..., [1, 4]] = -np.inf  # no mass in either
+    teacher[..., [1, 4]] = student[..., [1, 4]] = -np.inf  # no mass in either distribution
     return teacher, student
 
 
@@ -57,7 +57,7 @@ def mixture(name, teacher, student, weight, dtype="float32", **keywords):
 
 
 def cost(name, coefficient, weight, keywords):
-    """A smooth function of the mixture whose gradient is of the order of 1, with nothing of no mass in it."""
+    """Returns a smooth function of the mixture with gradients of order 1, to which entries without mass add nothing."""
 
     def of_logits(teacher, student):
         log_r = getattr(assistants, name)(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student), weight, **keywords)
@@ -76,9 +76,9 @@ def test_value(name, keywords, weight):
     for scale in (2.0, 30.0):
         teacher, student = logits(scale)
         expected = oracle(name, log_softmax(teacher), log_softmax(student), weight, **keywords)
-        # The difference in nats; of logarithms near 300, in float32.
+        # The tolerance is in nats. In float32 the logarithms reach about 300.
         for dtype, tolerance in ("float64", 1e-12), ("float32", 3e-6):
-            weight_ = np.float32(weight) if dtype == "float32" else weight  # 1 - w has its own rounding
+            weight_ = np.float32(weight) if dtype == "float32" else weight  # so that 1 - w has the same rounding
             expected = oracle(name, log_softmax(teacher), log_softmax(student), weight_, **keywords)
             actual = mixture(name, teacher, student, weight, dtype, **keywords)
             np.testing.assert_allclose(actual, np.asarray(expected, float), rtol=tolerance, atol=tolerance * scale)
@@ -116,12 +116,12 @@ def test_gradient(name, keywords):
 )
 def test_exact_at_the_ends(name, keywords, as_array):
     teacher, student = (jnp.asarray(z) for z in logits())
-    student, teacher = student.at[:, 2].set(-jnp.inf), teacher.at[:, 6].set(-jnp.inf)  # each has its own, too
+    student, teacher = student.at[:, 2].set(-jnp.inf), teacher.at[:, 6].set(-jnp.inf)  # mass in one model only
     log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
     coefficient = jnp.asarray(np.random.default_rng(2).normal(size=log_q.shape), jnp.float32)
     for weight, end in (0.0, log_q), (1.0, log_p):
         function = functools.partial(getattr(assistants, name), weight=as_array(weight), **keywords)
-        with jax.debug_nans(True):  # not even where nothing selects it
+        with jax.debug_nans(True):  # no NaN even in unselected branches
             np.testing.assert_array_equal(function(log_p, log_q), end)
         grads = jax.grad(cost(name, coefficient, as_array(weight), keywords), argnums=(0, 1))(teacher, student)
         of_softmax = jax.grad(lambda z: jnp.sum(coefficient * jax.nn.softmax(z)))
@@ -233,7 +233,7 @@ def test_a_traced_alpha_gives_what_the_number_gives(alpha, dtype):
     with jax.enable_x64(dtype == "float64"):
         array = jnp.full(len(teacher), alpha, dtype)
         traced = mixture("alpha_mixture", teacher, student, 0.3, dtype, alpha=array)
-    near_one = 1e-6 * abs(alpha - 1) ** -1 if 0 < abs(alpha - 1) < 1e-5 else 0  # alpha itself is rounded
+    near_one = 1e-6 * abs(alpha - 1) ** -1 if 0 < abs(alpha - 1) < 1e-5 else 0  # because alpha is rounded
     tolerance = 3e-6 if dtype == "float32" else 1e-13
     np.testing.assert_allclose(traced, fixed, rtol=tolerance, atol=tolerance + near_one * 1e-7)
     alone = mixture("alpha_mixture", teacher, student, 0.3, dtype, alpha=array[0])

@@ -1,4 +1,4 @@
-"""Settings under which a loss does not depend on the student are refused, and their neighbours are not."""
+"""Settings that make a loss independent of the student are errors, and similar valid settings are not."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def ramp(start, end, steps=10):
 
 
 def check(method="forward_kl", term=None, **changes):
-    """Makes the terms and the source of a config, with changes of its first term, as a run does first of all."""
+    """Builds the terms and the source of a config as a run does. `term` holds changes of the first term."""
     config = smoke(method, "", **{"steps": 10} | changes)
     name = next(iter(config.objective.terms))
     for key, value in (term or {}).items():
@@ -90,7 +90,7 @@ def test_a_term_that_is_constant_for_the_whole_run_is_refused(changes, words):
     [
         with_assistant(("teacher", "assistant"), 0.0),  # D(p || q)
         with_assistant(("assistant", "student"), 1.0),
-        with_assistant(("student", "assistant"), ramp(0.0, 1.0)),  # it is only at the end in one step
+        with_assistant(("student", "assistant"), ramp(0.0, 1.0)),  # the weight is 0 in one step only
         with_assistant(("teacher", "assistant"), ramp(0.0, 1.0, 9)),
         dict(term=dict(coefficient=ramp(1.0, 0.0, 2))),
         dict(term=dict(divergence={"name": "mixed_kl", "forward_weight": 0.0})),

@@ -1,4 +1,4 @@
-"""Divergences against an oracle in extended precision that is written from the definitions."""
+"""Compares divergences with an oracle in extended precision that follows the definitions."""
 
 import functools
 import itertools
@@ -31,7 +31,7 @@ KEYWORDS = {
         + [(0.5, -0.5), (1.2, -0.2), (-0.3, 0.9), (0.9, -0.3), (-0.5, 0.5), (0.04, 0.03), (0.01, -0.02), (-0.5, -0.4)]
     ],
 }
-# A new divergence is tested as soon as it is in __all__. Keywords other than its defaults may be added above.
+# Every divergence in __all__ is tested with its defaults. Other keyword arguments may be added above.
 KEYWORDS |= {name: [{}] for name in divergences.__all__ if name not in KEYWORDS}
 CASES = [(name, keywords) for name in divergences.__all__ for keywords in KEYWORDS[name]]
 every_case = pytest.mark.parametrize(
@@ -39,7 +39,7 @@ every_case = pytest.mark.parametrize(
 )
 
 
-# The oracle: straight from the definitions, in the 64 bits of mantissa and 15 of exponent of longdouble.
+# The oracle follows the definitions, with the 64 bits of mantissa and 15 bits of exponent of a longdouble.
 
 
 def rel_entr(p, q):
@@ -49,7 +49,7 @@ def rel_entr(p, q):
 
 def oracle_alpha_beta(p, q, a, b):
     support = (p > 0) | (q > 0)
-    p, q = np.where(support, p, 1), np.where(support, q, 1)  # equal, so they add nothing
+    p, q = np.where(support, p, 1), np.where(support, q, 1)  # equal values add nothing
     log_p, log_q = np.log(p), np.log(q)
     if a == b == 0:
         value = (log_p - log_q) ** 2 / 2
@@ -113,7 +113,7 @@ def softmax(z):
 
 
 def oracle_grad(name, teacher, student, step=1e-6, **kw):
-    """Central differences of the oracle in the student's logits, those of no mass left out."""
+    """Returns central differences of the oracle in the student's logits, with 0 for entries without mass."""
     p, grad = softmax(teacher), np.zeros(student.shape)
     for v in range(student.shape[-1]):
         if np.isfinite(student[..., v]).all():
@@ -127,13 +127,13 @@ def oracle_grad(name, teacher, student, step=1e-6, **kw):
 
 
 def value_and_grads(name, teacher, student, dtype="float32", **kw):
-    """The value per token, and the gradient of their sum in the teacher's and in the student's logits."""
+    """Returns the value per token and the gradients of the sum with respect to the teacher's and student's logits."""
 
     def total(teacher, student):
         value = getattr(divergences, name)(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student), **kw)
         return value.sum(), value
 
-    with jax.enable_x64(dtype == "float64"), jax.debug_nans(True):  # not even where nothing selects it
+    with jax.enable_x64(dtype == "float64"), jax.debug_nans(True):  # no NaN even in unselected branches
         arrays = jnp.asarray(teacher, dtype), jnp.asarray(student, dtype)
         (_, value), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(*arrays)
         assert value.dtype == dtype
@@ -146,7 +146,7 @@ def logits(scale=2.0, shape=(3, 9), seed=0):
 
 
 def no_mass(teacher, student):
-    """Two entries of no mass under both."""
+    """Returns logits in which two entries have no mass under either model."""
     teacher, student = teacher.copy(), student.copy()
     teacher[..., [1, 4]] = student[..., [1, 4]] = -np.inf
     return teacher, student
@@ -178,7 +178,7 @@ def test_value_and_gradient(name, keywords, masked):
     teacher, student = no_mass(*logits()) if masked else logits()
     expected = oracle(name, softmax(teacher), softmax(student), **keywords)
     expected_grad = oracle_grad(name, teacher, student, **keywords)
-    if name == "adaptive_kl":  # its weight is a constant to the gradient, which the golden test covers
+    if name == "adaptive_kl":  # The golden test covers this gradient, because the weight is a constant to it.
         expected_grad = None
     for dtype, tolerance in ("float64", 1e-11), ("float32", 3e-5):
         value, _, grad = value_and_grads(name, teacher, student, dtype, **keywords)
@@ -214,7 +214,7 @@ def test_no_mass_in_one_alone(name, keywords, lacking):
     value, grad_teacher, grad = value_and_grads(name, teacher, student, **keywords)
     with np.errstate(all="ignore"):
         expected = np.asarray(oracle(name, softmax(teacher), softmax(student), **keywords), float)
-    expected = np.where(np.isnan(expected), np.inf, expected)  # inf - inf of an infinite summand
+    expected = np.where(np.isnan(expected), np.inf, expected)  # NaN comes from inf - inf in an infinite summand
     np.testing.assert_allclose(value, expected, rtol=3e-5)
     if np.isfinite(expected).all():
         assert np.isfinite(grad).all() and np.isfinite(grad_teacher).all()
@@ -237,7 +237,7 @@ def test_precise_where_nearly_equal(name, keywords):
     teacher = np.float32(teacher)
     value, _, _ = value_and_grads(name, teacher, student, **keywords)
     expected = np.asarray(oracle(name, softmax(teacher), softmax(student), **keywords), float)
-    # Rounding of the log-probabilities, 1e-6, against their difference, 1e-3. A plain sum of p (log p - log q) is lost.
+    # Log-probabilities are rounded by 1e-6 and differ by 1e-3. A plain sum of p (log p - log q) would be too inexact.
     np.testing.assert_allclose(value, expected, rtol=3e-3)
 
 
@@ -325,7 +325,7 @@ def test_properties(name, z, dead):
     bound = {"total_variation": 1.0, "jensen_shannon": np.log(2), "skew_forward_kl": -np.log(0.1)}
     assert (value <= bound.get(name, bound["skew_forward_kl"] if name == "skew_reverse_kl" else np.inf) + 1e-5).all()
     assert np.isfinite(value).all() and all(np.isfinite(grad).all() for grad in grads)
-    # A shift of the logits changes nothing, so the gradient sums to 0.
+    # The gradient sums to 0, because a constant shift of the logits does not change the value.
     np.testing.assert_allclose(np.asarray(grads[1]).sum(-1), 0, atol=1e-4 * max(1, np.abs(grads[1]).max()))
 
 
@@ -355,7 +355,7 @@ def test_a_weight_per_token(name, keyword):
     function = getattr(divergences, name)
     value = function(log_p, log_q, **{keyword: jnp.broadcast_to(jnp.array(numbers), (2, 5))})
     for i, number in enumerate(numbers):
-        # At the ends at which a divergence vanishes a Python number is refused.
+        # A Python number is an error at an end at which the divergence vanishes.
         given = number if keyword == "forward_weight" or 0 < number < 1 else jnp.array(number)
         expected = function(log_p[:, i], log_q[:, i], **{keyword: given})
         np.testing.assert_allclose(value[:, i], expected, rtol=1e-5, atol=1e-7)
@@ -364,18 +364,18 @@ def test_a_weight_per_token(name, keyword):
 
 
 def test_adaptive_head():
-    # Of equal probabilities all are in the head, or none: here the two that reach a half, and differ.
+    # Tokens of equal probability are all in the head or all outside. Here the head is the first three tokens.
     log_p = jnp.log(jnp.array([0.3, 0.3, 0.3, 0.1]))
     log_q = jnp.log(jnp.array([0.2, 0.4, 0.3, 0.1]))
     forward, reverse = divergences.forward_kl(log_p, log_q), divergences.reverse_kl(log_p, log_q)
     np.testing.assert_allclose(divergences.adaptive_kl(log_p, log_q, head_mass=0.5), forward, rtol=1e-6)
     permuted = [2, 3, 0, 1]
     np.testing.assert_allclose(divergences.adaptive_kl(log_p[..., permuted], log_q[..., permuted]), forward, rtol=1e-6)
-    # Without the one that crosses: those that reach the mass exactly stay, and the first always does.
+    # Without the crossing token, tokens that reach the mass exactly stay in the head, and the first token always does.
     p = jnp.array([0.125, 0.5, 0.25, 0.125])
     heads = [divergences._head(p, mass, include_crossing=False).tolist() for mass in (0.75, 0.7, 0.1)]
     assert heads == [[False, True, True, False], [False, True, False, False], [False, True, False, False]]
-    # The whole head differs, and nothing of the tail; then the reverse.
+    # Only the tail differs, so the value is reverse KL. With head_mass=1 every token is in the head.
     p, q = jnp.array([0.6, 0.2, 0.1, 0.1]), jnp.array([0.6, 0.2, 0.15, 0.05])
     forward, reverse = (f(jnp.log(p), jnp.log(q)) for f in (divergences.forward_kl, divergences.reverse_kl))
     np.testing.assert_allclose(divergences.adaptive_kl(jnp.log(p), jnp.log(q)), reverse, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The numbers of each method's own published code: loss, gradient, loss per token. See golden/README.md."""
+"""Compares the loss, the gradient and the loss per token with published code of each method (golden/README.md)."""
 
 import functools
 import json
@@ -51,7 +51,7 @@ def test_published_code(case, dtype):
     assert per_token.dtype == grad.dtype == dtype
     loss, per_token, grad = (np.asarray(x, np.float64) for x in (loss, per_token, grad))
 
-    left_in = np.zeros(mask.shape)  # an entropy that the published loss does not subtract
+    left_in = np.zeros(mask.shape)  # entropy that the published loss does not subtract
     if "entropy_of" in op:
         assert op["entropy_of"] == "teacher"
         logits = arrays()[f"inputs/{inputs}/teacher_logits"] / temperature
@@ -60,7 +60,7 @@ def test_published_code(case, dtype):
         )
     close = functools.partial(np.testing.assert_allclose, rtol=TOLERANCE[dtype])
     close(loss + np.sum(left_in * mask) / mask.sum(), arrays()[f"{case['key']}/loss"])
-    # The gradient is in the logits as they are before the temperature divides them.
+    # The published gradient is with respect to the logits before the division by the temperature.
     expected = arrays()[f"{case['key']}/grad"]
     close(grad / temperature, expected, atol=TOLERANCE[dtype] * np.abs(expected).max())
     if f"{case['key']}/per_token" in arrays():

@@ -1,6 +1,6 @@
-"""DistiLLM-2's and MiniLLM's published losses and gradients, and DistiLLM's scheduler, by the code that trains.
+"""Compares the training code with published losses and gradients of DistiLLM-2 and MiniLLM, and DistiLLM's scheduler.
 
-The models are fakes: their hidden states are the stored logits, their output matrix is the identity.
+The models are fakes: the hidden states are the stored logits, and the output matrix is the identity.
 """
 
 import functools
@@ -72,7 +72,7 @@ def test_distillm2(case):
     origin = np.repeat([ORIGINS.index("teacher"), ORIGINS.index("student")], 3)
     batch = {"targets": np.maximum(labels, 0), "loss_mask": labels != -100, "origin": origin}
     learned = None
-    if "lp" in params:  # what the first window's mean was
+    if "lp" in params:  # the means of the first window
         learned = lambda states: tuple(
             (type(weight)(jnp.asarray(mean, float), jnp.asarray(1.0, float)), coefficient)
             for (weight, coefficient), mean in zip(states, (params["lp"], params["lq"]), strict=True)
@@ -83,13 +83,13 @@ def test_distillm2(case):
         )
         loss, gradient = step(distillm2_terms(params), student, teacher, batch, at=5, schedules=learned)
     np.testing.assert_allclose(loss, arrays()[key["loss"]], rtol=1e-9)
-    if "lp" not in params:  # the published gradient flows through its skew, which is a constant here
+    if "lp" not in params:  # In the published code the gradient passes through the skew. Here the skew is a constant.
         expected = arrays()[key["grad_student"]][:, :-1]
         np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
 
 
 def rollout():
-    """The stored rollout's response positions: targets, what counts, logits of all three models."""
+    """Returns the targets, the positions and the three models' logits of the stored rollout's response."""
     stored = {name: arrays()[f"inputs/minillm/{name}"] for name in ("query_ids", "response_ids")}
     first = stored["query_ids"].shape[1] - 1
     place = slice(first, first + stored["response_ids"].shape[1])
@@ -110,7 +110,7 @@ def close(found, expected, tolerance=2e-5):
 POLICY = [c for c in CASES if c["id"].split("/")[1].split("_")[0] in ("pg", "reg", "total")]
 
 
-# The published reward has the teacher at temperature 1, against a student that is not: there the loss is not followed.
+# The published reward uses the teacher at temperature 1 and the student at another. These cases are not reproduced.
 FOLLOWED = [c for c in POLICY if c["params"]["temperature"] == 1 or "/reg" in c["id"]]
 
 
@@ -172,7 +172,7 @@ def test_minillms_second_stream(case):
     }
     loss, gradient = step(specs, student, teacher, batch)
     log_p = np.asarray(jax.nn.log_softmax(jnp.asarray(teacher)))
-    entropy = -(np.exp(log_p) * log_p).sum(-1)[mask].mean()  # the published form leaves it in
+    entropy = -(np.exp(log_p) * log_p).sum(-1)[mask].mean()  # part of the published loss
     close(loss + share * entropy, arrays()[key["loss"]])
     close(gradient, arrays()[key["grad_student"]])
 

@@ -1,4 +1,4 @@
-"""The chunked loss against full logits: the same numbers, whatever the chunk."""
+"""Checks that the chunked loss gives the numbers of full logits for every chunk size."""
 
 import functools
 
@@ -34,7 +34,7 @@ def chunked(loss, a, coefficient, *extras, chunk=2):
 
 
 def every_pair(name):
-    """A token loss of as many values as there are ways to use a divergence: with no assistant, and each with every pair."""
+    """Returns a token loss with one value for each use of a divergence: without an assistant, and with every pair."""
     keywords = {"alpha_divergence": {"alpha": 0.4}, "alpha_beta": {"alpha": 0.2, "beta": 0.7}}
     divergence = functools.partial(getattr(divergences, name), **keywords.get(name, {}))
     ways = [token_loss(divergence), token_loss(divergence, None, ("student", "teacher"))]
@@ -60,7 +60,7 @@ def test_value_and_gradient_are_those_of_full_logits(name, dtype, tolerance):
             )
 
         expected, found = (jax.jit(jax.value_and_grad(f)) for f in (of_full, functools.partial(chunked, loss)))
-        for way in range(ways):  # one program, and its coefficients choose
+        for way in range(ways):  # one compiled program, whose coefficients select the use
             chosen = jnp.zeros((B, L, ways), dtype).at[..., way].set(coefficient)
             (value, gradient), (true, true_gradient) = found(a, chosen), expected(a, chosen)
             np.testing.assert_allclose(value, true, rtol=tolerance, err_msg=f"way {way}")
@@ -90,7 +90,7 @@ def test_no_block_changes_the_numbers(rows, monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     for name in ("hs", "ws"):
         np.testing.assert_allclose(gradient[name], expected_gradient[name], rtol=1e-4, atol=1e-6)
-    plain = chunked(loss, a, coefficient, chunk=4)  # and without a gradient
+    plain = chunked(loss, a, coefficient, chunk=4)  # without a gradient
     np.testing.assert_allclose(plain, expected, rtol=1e-6)
 
 
@@ -142,7 +142,7 @@ IDS, WIDE = 4096, 4160
 
 
 def of_ones_own(log_p, log_q):
-    """KL(p || q) as one writes it at first: 0 * (-inf - -inf), at an id without mass in both, is NaN."""
+    """Returns KL(p || q) by the plain formula, which is NaN at an id without mass in both: 0 * (-inf - -inf)."""
     assert log_p.shape[-1] == log_q.shape[-1] == IDS
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
@@ -249,7 +249,7 @@ def test_a_gradient_in_float16_is_refused_and_a_value_is_not():
 
 
 def shaped(**shapes):
-    """The arguments of `token_sum` with these shapes, the others as they should be; () leaves an array out."""
+    """Returns arguments of `token_sum` with the given shapes, or else valid shapes. The shape () omits an array."""
     right = dict(hs=(B, L, DS), ws=(DS, V), ht=(B, L, DT), wt=(DT, V), coefficient=(B, L), target=(B, L)) | shapes
     return [jnp.ones(shape) if shape else None for shape in right.values()]
 

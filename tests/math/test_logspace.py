@@ -1,4 +1,4 @@
-"""The helpers against extended precision, at what they are there for: small differences, ends, and no mass."""
+"""Compares the helpers with extended precision at small differences, at the ends and for entries without mass."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def test_exp_curvature(dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         u, v = (x.ravel() for x in np.meshgrid([0.0, -1e-9, -1e-3, -0.3, -0.7, -1.0], [0.0, -1e-9, -0.5, -1.0]))
         actual = logspace.exp_curvature(jnp.asarray(u, dtype), jnp.asarray(v, dtype))
-        # The integral of exp(a t + b s) over t, s > 0, t + s < 1 (Hermite and Genocchi), by Gauss and Legendre.
+        # Gauss-Legendre quadrature of the Hermite-Genocchi integral of exp(a t + b s) over t, s > 0, t + s < 1.
         nodes, weights = np.polynomial.legendre.leggauss(12)
         s, t = np.meshgrid((nodes + 1) / 2, (nodes + 1) / 2)
         area = np.outer(weights, weights) / 4 * (1 - t)

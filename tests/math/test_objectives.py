@@ -1,4 +1,4 @@
-"""Terms, their averages, and what a wrong one is told."""
+"""Terms, their averages, and the error messages of wrong terms."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def test_the_pair_and_the_stopped_gradient():
     np.testing.assert_allclose(skew(log_p, log_q, 0.1), divergences.skew_forward_kl(log_p, log_q, skew=0.1), rtol=1e-5)
     cut = token_loss(divergences.forward_kl, mix, ("assistant", "student"), stop_gradient=True)
     gradient = jax.grad(lambda z: cut(log_p, jax.nn.log_softmax(z), 0.4))(log_q)
-    expected = jnp.exp(log_q) - (0.4 * jnp.exp(log_p) + 0.6 * jnp.exp(log_q))  # q - r: the gradient of KL(r || q)
+    expected = jnp.exp(log_q) - (0.4 * jnp.exp(log_p) + 0.6 * jnp.exp(log_q))  # the gradient q - r of KL(r || q)
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
@@ -132,7 +132,7 @@ def test_amid_at_its_ends_is_the_skew_and_the_geometric_form(spec, pair):
 
 def test_gkd_and_distillm_at_their_ends_are_the_kls():
     log_p, log_q = jax.nn.log_softmax(jnp.array([[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]))
-    scaled = {  # the Jensen-Shannon divergence itself goes to 0 there: over its weight it goes to the KL
+    scaled = {  # the Jensen-Shannon divergence tends to 0 at the ends, and divided by its weight it tends to the KL
         "forward": ("jensen_shannon(weight=1e-4)", 1e4), "reverse": ("jensen_shannon(weight=0.9999)", 1e4),
         "distillm": ("skew_forward_kl(skew=0.0)", 1.0), "distillm_reverse": ("skew_reverse_kl(skew=0.0)", 1.0),
     }  # fmt: skip
@@ -151,7 +151,7 @@ def test_an_assistants_keyword_may_have_a_schedule():
     changes = {"pair": ("teacher", "assistant"), "weight": 0.3}
     log_p, log_q = jax.nn.log_softmax(jnp.array([[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]))
     (moving,) = make_terms({"it": TERM | changes | {"assistant": {"name": "alpha_mixture", "alpha": alpha}}})
-    for step in (0, 4, 6, 8):  # alpha -5, -1, 1, 3
+    for step in (0, 4, 6, 8):  # alpha is -5, -1, 1, 3
         number = moving.numbers[0]((), step=jnp.asarray(step))
         fixed = {"name": "alpha_mixture", "alpha": -5.0 + step}
         (still,) = make_terms({"it": TERM | changes | {"assistant": fixed}})

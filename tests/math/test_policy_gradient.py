@@ -1,4 +1,4 @@
-"""Returns against sums written out, and the policy gradient against the exact gradient that it estimates."""
+"""Compares returns with explicit sums, and the policy gradient with the exact gradient that it estimates."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def test_whitening():
 
 
 def test_whitening_over_all_is_over_what_a_response_could_have_been():
-    """Neither prompts nor rows of others nor what lies beyond the longest response."""
+    """Prompts, rows of other models and positions beyond the longest possible response are excluded."""
     policy = {"whiten": "all", "include_current": True, "discount": 0.0, "length_normalised": False}
     specs = {"it": TERM | {"kind": "policy_gradient", "policy": base.policy(**policy), "rows": "student"}}
     (term,) = make_terms(specs, max_new_tokens=3)
@@ -46,7 +46,7 @@ def test_whitening_over_all_is_over_what_a_response_could_have_been():
         jnp.asarray(REWARDS)[rows], zero[rows], zero[rows], jnp.asarray(COUNTED)[rows]
     )
     advantage = np.asarray(term.signals(scores(slice(None)))[0])
-    slots = np.array([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], bool)  # what follows a response's end counts
+    slots = np.array([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], bool)  # positions after the end count
     values = REWARDS[slots]
     np.testing.assert_allclose(advantage[COUNTED], ((REWARDS - values.mean()) / values.std(ddof=1))[COUNTED], rtol=1e-5)
     np.testing.assert_allclose(advantage[:2], term.signals(scores(slice(2)))[0], rtol=1e-6)
@@ -58,7 +58,7 @@ def test_importance_weights_are_bounded_and_finite():
     found = policy_gradient.importance(policy_gradient.Scores(log_p, log_q, log_q, one), 0.2)
     p, q = np.exp(-3.0), np.exp(-2.0)
     np.testing.assert_allclose(found, [[1, 1 / 0.8, 0, q / (0.8 * q + 0.2 * p)]], rtol=1e-5, atol=1e-30)
-    later = policy_gradient.Scores(log_p, log_q + 0.5, log_q, one)  # trained on since it drew
+    later = policy_gradient.Scores(log_p, log_q + 0.5, log_q, one)  # the student was trained after drawing
     np.testing.assert_allclose(policy_gradient.importance_now(later, 0.2), np.exp(0.5) * found, rtol=1e-5, atol=1e-30)
 
 
@@ -73,7 +73,7 @@ def test_the_surrogate_follows_the_ratio_only_so_far():
 
 
 def drawn_gradients(specs, logits, teacher, groups=24, rows=2000):
-    """The step's gradient from tokens drawn from the student, by group."""
+    """Returns the step's gradient for each group of tokens drawn from the student."""
     random = np.random.default_rng(0)
     probs = np.exp(logits - np.logaddexp.reduce(logits))
     found = []

@@ -1,4 +1,4 @@
-"""Specs: what they give, and what each kind of error says."""
+"""Specs: the functions that they give, and the message of each kind of error."""
 
 import sys
 import types
@@ -19,7 +19,7 @@ def test_bind(mapping):
     spec = mapping({"name": "alpha_beta", "alpha": 0.2, "beta": 0.7})
     bound = resolve.bind(spec, divergences)
     assert bound(LOG_P, LOG_Q) == divergences.alpha_beta(LOG_P, LOG_Q, alpha=0.2, beta=0.7)
-    assert dict(spec)["name"] == "alpha_beta"  # left as it was
+    assert dict(spec)["name"] == "alpha_beta"  # the spec is unchanged
     assert resolve.bind("forward_kl", divergences)(LOG_P, LOG_Q) == divergences.forward_kl(LOG_P, LOG_Q)
     log_r = resolve.bind(mapping({"name": "alpha_mixture", "alpha": 0.0}), assistants)(LOG_P, LOG_Q, 0.3)
     assert (log_r == assistants.alpha_mixture(LOG_P, LOG_Q, 0.3, alpha=0.0)).all()
@@ -34,7 +34,7 @@ def test_every_name_with_defaults_binds():
 
 
 def largest_gap(log_p, log_q, *, scale=1.0):
-    """A divergence of this file."""
+    """Returns the largest difference of two probabilities, as an example of a user's own divergence."""
     return scale * jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)).max(axis=-1)
 
 
@@ -52,7 +52,7 @@ def test_a_name_may_say_its_module(monkeypatch):
     )
     main = types.ModuleType("__main__")
     main.mine = largest_gap
-    monkeypatch.setitem(sys.modules, "__main__", main)  # a notebook
+    monkeypatch.setitem(sys.modules, "__main__", main)  # as in a notebook
     assert resolve.bind("__main__:mine", divergences).func is largest_gap
 
 
@@ -100,7 +100,7 @@ def test_build_from_a_module_without_all():
             ["'scal'", "did you mean 'scale'", "largest_gap takes scale"],
         ),
         ({"name": f"{__name__}:largest_gaps"}, ["'largest_gaps'", "did you mean 'largest_gap'", __name__]),
-        ({"name": "check_number"}, ["unknown name 'check_number'"]),  # imported there, and not in __all__
+        ({"name": "check_number"}, ["unknown name 'check_number'"]),  # imported in the module, but not in __all__
     ],
     ids=lambda x: str(x)[:50],
 )

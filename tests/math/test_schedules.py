@@ -1,4 +1,4 @@
-"""TAID's schedule against the trace of its own code, and one protocol for all."""
+"""Compares TAID's schedule with a trace of its published code, and checks the protocol of all schedules."""
 
 import re
 
@@ -46,7 +46,7 @@ def test_taid_is_a_pytree_that_scans_to_its_end():
 
     state, values = run(schedule.init())
     assert (np.diff(values) >= 0).all() and values[0] == np.float32(0.2)
-    np.testing.assert_allclose(state.value, 0.9)  # not beyond, though the steps are
+    np.testing.assert_allclose(state.value, 0.9)  # the end value does not change after total_steps
 
 
 def test_taid_passes_no_gradient():

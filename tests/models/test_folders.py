@@ -1,4 +1,4 @@
-"""What a path to a model can be instead of a model's folder: the error says which, in every command."""
+"""Paths that are not the folder of a model: the error of every command says what the path is instead."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def give(key, path, data_dir):
-    """Starts the command that has the setting, with the path as its value, up to the first error."""
+    """Starts the command that has the setting `key`, with `path` as the value."""
     if key.startswith("--"):
         paths = {"--model": "package:docstrings_teacher", key: path}
         options = [
@@ -42,7 +42,7 @@ def give(key, path, data_dir):
 
 @pytest.fixture
 def refused(data_dir):
-    """The message that a setting with this path ends with."""
+    """A function that returns the error message for a setting with a given path."""
 
     def message(key, path):
         with pytest.raises(ValueError) as error:
@@ -67,7 +67,7 @@ def test_a_folder_that_does_not_exist(key, refused, tmp_path, monkeypatch):
     )
     assert message.count(".json") == 0
     (tmp_path / "models").mkdir()
-    assert refused(key, "models/mine") == f"{name}: the folder models/mine does not exist."  # surely no organisation
+    assert refused(key, "models/mine") == f"{name}: the folder models/mine does not exist."  # not a name on the hub
     (tmp_path / "weights").write_text("")
     assert f"{name}: {tmp_path}/weights is a file; expected the folder" in refused(key, tmp_path / "weights")
 

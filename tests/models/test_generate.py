@@ -1,4 +1,4 @@
-"""Generation: against full forward passes, and what it draws from."""
+"""Generation: comparison with full forward passes, and the distribution of the drawn tokens."""
 
 import functools
 
@@ -25,7 +25,7 @@ def load_tiny(family):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3"])
 def test_decoding_gives_the_logits_of_a_full_pass_at_every_position(family):
     model, params, tokens, expected = load_tiny(family)
-    # Row 0 starts with three tokens of padding, so that slots and positions differ.
+    # Row 0 starts with three padding tokens, so that slots and positions differ.
     prompts = np.stack([np.concatenate([[PAD] * 3, tokens[0, :4]]), tokens[1, :7]])
     mask = np.stack([np.arange(7) >= 3, np.ones(7, bool)])
     extend = jax.jit(lambda params, *args: model.extend(params, *args))
@@ -42,7 +42,7 @@ def test_decoding_gives_the_logits_of_a_full_pass_at_every_position(family):
 
 @functools.cache
 def full_pass():
-    """Logits of right-padded rows of 24, by one program."""
+    """A function that returns the logits of rows padded on the right to 24 tokens. Only one program is compiled."""
     model, params, *_ = load_tiny("llama")
     forward = jax.jit(model.logits)
 
@@ -56,7 +56,7 @@ def full_pass():
 
 
 def prompts_with_padding():
-    """One prompt padded left, the same padded right, and a longer one."""
+    """Returns one prompt padded on the left, the same prompt padded on the right, and a longer prompt."""
     *_, tokens, _ = load_tiny("llama")
     short, long = tokens[0, :5], tokens[1, :8]
     padding = np.full(3, PAD)
@@ -117,7 +117,7 @@ def test_the_loop_stops_when_every_row_has_ended(monkeypatch):
         return extend(*args)
 
     monkeypatch.setattr(models.Model, "extend", counted)
-    *_, mask, _ = greedy(eos_id=tuple(range(131)), steps=9)  # settings of its own, so that it is traced here
+    *_, mask, _ = greedy(eos_id=tuple(range(131)), steps=9)  # new settings, so that the function is traced here
     jax.effects_barrier()
     assert mask.sum() == 3 and len(passes) == 1, "every id ends a row, so nothing follows the pass over the prompts"
 
@@ -142,7 +142,7 @@ def test_drawn_tokens_follow_the_truncated_distribution_and_log_probs_the_whole_
     expected = np.exp(whole[best]) / np.exp(whole[best]).sum()
     frequency = (tokens[:, None] == best).mean(axis=0)
     np.testing.assert_allclose(frequency, expected, atol=0.08)  # four standard deviations
-    # Same key, same draws; another key or temperature, the same program.
+    # The same key gives the same draws. Another key or temperature uses the same program.
     programs = _generate._cache_size()
     np.testing.assert_array_equal(draw(0)[0], tokens)
     assert not np.array_equal(draw(1)[0], tokens)
@@ -185,7 +185,7 @@ def test_log_probs_of_a_drawn_text_are_those_of_one_full_pass():
         (0, 0.51, {1, 3}),
         (0, 0.9, {1, 2, 3}),
         (0, 1e-9, {3}),
-        (2, 0.6, {3}),  # of what top-k left, token 3 has 5/8
+        (2, 0.6, {3}),  # token 3 has 5/8 of the mass that top-k keeps
         (2, 0.7, {1, 3}),
     ],
 )
@@ -320,7 +320,7 @@ def test_forbidden_are_exactly_the_tokens_that_repeat():
     mask = np.array([[False] * 2 + [True] * 5 + [False] * 2, [True] * 7 + [False] * 2])
     logits = jax.numpy.zeros((2, 10))
     forbidden = np.asarray(forbid_repeats(logits, tokens, mask, 7, 3)) == -np.inf
-    assert [set(np.flatnonzero(row)) for row in forbidden] == [{3}, set()]  # the second row ends in 5, 1
+    assert [set(np.flatnonzero(row)) for row in forbidden] == [{3}, set()]  # the second row ends with 5, 1
     forbidden = np.asarray(forbid_repeats(logits, tokens, mask, 7, 2)) == -np.inf
     assert [set(np.flatnonzero(row)) for row in forbidden] == [{3}, {2}]
 

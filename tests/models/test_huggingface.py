@@ -1,4 +1,4 @@
-"""Hugging Face folders: bit for bit in and out, placed slice by slice, an error for whatever does not fit."""
+"""Hugging Face folders: exact loading and saving, loading slice by slice, and an error for every misfit."""
 
 import json
 import shutil
@@ -26,19 +26,19 @@ def assert_same(one, other):
 
 
 def random_params(model):
-    """Like `model.init`, but with biases and scales that differ too, and without a compilation."""
+    """Returns random parameters, biases and scales included, without a compilation."""
     numbers = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: jnp.asarray(numbers.normal(size=leaf.shape), leaf.dtype), model.abstract_params())
 
 
 def on_disk(folder):
-    """Every tensor in the folder's files."""
+    """Returns every tensor in the files of a folder."""
     return {name: array for file in folder.glob("*.safetensors") for name, array in load_file(file).items()}
 
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of a tiny model's folder, to be spoilt."""
+    """A function that copies the folder of a tiny model, so that a test can damage the copy."""
 
     def make(family):
         return Path(shutil.copytree(TINY / family, tmp_path / family))
@@ -151,7 +151,7 @@ def test_shards_are_read_where_they_go_and_no_further(family, tmp_path, monkeypa
     kernel = params["layers"]["1"]["attention"]["query"]["kernel"]
     assert kernel.sharding == jax.sharding.NamedSharding(mesh, jax.P("fsdp", "tensor"))
     assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 4}
-    # c_attn holds three parameters, so a quarter of one is a twelfth of the tensor.
+    # c_attn holds three parameters, so a quarter of one parameter is a twelfth of the tensor.
     share = 1 / 12 if family == "gpt2" else 1 / 4
     fused = [size for name, size in reads if "c_attn.weight" in name or "q_proj.weight" in name]
     assert len(fused) >= 12
@@ -188,7 +188,7 @@ def test_saving_leaves_a_whole_folder_or_none(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         models.save_pretrained(target, model, params, Broken())
     assert list(target.parent.iterdir()) == []
-    target.mkdir()  # an empty folder is no obstacle
+    target.mkdir()  # an empty folder is allowed
     models.save_pretrained(target, model, params, Tokenizer())
     assert {file.name for file in target.iterdir()} == {
         "config.json",
@@ -223,7 +223,7 @@ def test_both_spellings_of_the_rotary_embedding_are_one(copy):
         assert models.load_config(folder) == classic
     assert classic.rope_theta == 500.0 and classic.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 32)
     edit_config(folder, rope_parameters="absent")
-    assert models.load_config(folder).rope_theta == 10000.0  # as the first Llama, which names no base
+    assert models.load_config(folder).rope_theta == 10000.0  # the base of the first Llama, whose config names no base
 
 
 def test_a_field_that_a_rotary_embedding_lacks_is_named_with_the_embedding():
@@ -234,8 +234,8 @@ def test_a_field_that_a_rotary_embedding_lacks_is_named_with_the_embedding():
 
 L3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 PLAIN, LLAMA3 = {"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "llama3", **L3}
-# config.json -> the base, the length before the scaling (0: none), and frequencies 1 and 2 of transformers 5.24 in a
-# head of 16.
+# Changes of config.json -> the base, the length before the scaling (0 means no scaling), and frequencies 1 and 2 of
+# transformers 5.24 in a head of 16.
 ROTARIES = {
     "rope_scaling is used, and the base of rope_parameters is not": (
         {"rope_parameters": PLAIN, "rope_scaling": LLAMA3}, 1e4, 32, (0.095840, 0.0125),
@@ -287,7 +287,7 @@ def test_both_spellings_of_gpt2_are_read_and_the_common_one_comes_first(copy):
     config = models.load_config(folder)
     edit_config(folder, n_head="absent", num_attention_heads=config.num_heads)
     assert models.load_config(folder) == config
-    edit_config(folder, n_head=1)  # of n_head = 1 and num_attention_heads transformers 5.24 uses the latter
+    edit_config(folder, n_head=1)  # transformers 5.24 ignores n_head beside num_attention_heads
     assert models.load_config(folder) == config
 
 
@@ -319,12 +319,12 @@ def test_a_window_is_kept_and_longer_sequences_are_refused(family, copy, tmp_pat
     assert model.config.longest_sequence == model.config.sliding_window == 8
     tokens = (jnp.arange(9) * 7 + 3)[None]
     np.testing.assert_allclose(model.logits(params, tokens[:, :8])[0, -1, :4], expected[8], atol=2e-5)
-    # Of nine tokens the last one sees eight: without the window the numbers are others.
+    # The last of nine tokens attends to eight. Without the window the logits differ.
     assert np.abs(plain.logits(params, tokens)[0, -1, :4] - np.array(expected[9])).max() > 0.1
     with pytest.raises(ValueError, match="a sequence of 9 tokens is longer than the sliding_window of 8 tokens"):
         model.logits(params, tokens)
 
-    # A student of three of its layers, of which the first has no window in Qwen2, is saved with the window.
+    # A student of the layers 0, 2, 1, 2 is saved with the window, although layer 0 has no window in Qwen2.
     student, taken = models.take_layers(model, params, [0, 2, 1, 2])
     models.save_pretrained(tmp_path / "student", student, taken)
     again, read = models.load_pretrained(tmp_path / "student")
@@ -342,7 +342,7 @@ def test_a_window_is_kept_and_longer_sequences_are_refused(family, copy, tmp_pat
         assert first.config.sliding_window is None and first.config.longest_sequence == 64
 
 
-# config.json -> the window, and the layers that have it, of the three.
+# Changes of config.json -> the window, and which of the three layers have the window.
 WINDOWS = {
     "Mistral's default": ("llama", MISTRAL, 4096, {0, 1, 2}),
     "null": ("llama", MISTRAL | {"sliding_window": None}, None, set()),

@@ -1,4 +1,4 @@
-"""A teacher in int8, and where a teacher lies: what is rounded, by how much, and that a run goes on as it would."""
+"""A teacher in int8 and the sharding of a teacher: rounded parameters, size of the rounding, and resumed runs."""
 
 import functools
 import json
@@ -168,7 +168,7 @@ def test_its_error_is_that_beside_the_whole_float_teacher_of_which_one_layer_is_
     assert found == pytest.approx(expected, rel=1e-5)
     layer = sum(leaf.nbytes for leaf in jax.tree.leaves(whole["layers"]["0"]))
     assert len(there) == len(whole["layers"])
-    assert max(there) < layer / 2  # the activations
+    assert max(there) < layer / 2  # activations only
 
 
 @pytest.mark.usefixtures("one_device")

@@ -1,4 +1,4 @@
-"""The transformer and its seam: against transformers' logits, under padding, and the parameters it makes."""
+"""The transformer: comparison with the logits of transformers, padding, segments and initial parameters."""
 
 import dataclasses
 import functools
@@ -53,7 +53,7 @@ def test_logits_and_greedy_text_of_smollm2():
         prompt, whole = (
             expected["input_ids"],
             expected["greedy_24"],
-        )  # transformers' prompt and 18 tokens, the last of which ends
+        )  # prompt and 18 tokens of transformers, the last of them an end token
     new = whole[prompt.shape[1] :]
     tokens, mask, _ = models.generate(
         model, params, prompt, np.ones(prompt.shape, bool), max_new_tokens=24, key=jax.random.key(0), temperature=0.0,
@@ -66,7 +66,7 @@ def test_logits_and_greedy_text_of_smollm2():
 def test_segments_are_rows_of_their_own(family):
     model, params, tokens, _ = load_tiny(family)
     row = np.concatenate([tokens[0, :9], tokens[1, :5], tokens[0, 9:12]])[None]
-    segments = np.array([[3] * 9 + [1] * 5 + [2] * 3 + [0] * 2])  # any numbers, then padding
+    segments = np.array([[3] * 9 + [1] * 5 + [2] * 3 + [0] * 2])  # arbitrary numbers, then padding
     row = np.pad(row, ((0, 0), (0, 2)))
     packed = model.logits(params, row, segments)[0]
     for begin, end in ((0, 9), (9, 14), (14, 17)):
@@ -75,7 +75,7 @@ def test_segments_are_rows_of_their_own(family):
 
 
 def test_another_attention_gives_the_same_numbers():
-    """cuDNN's is the same call on another device; XLA's stands in for it."""
+    """Compares plain attention with XLA's attention. cuDNN's attention is the same call on another device."""
     segments = jnp.array([[1, 1, 2, 2, 2, 0], [0, 0, 1, 1, 1, 1]])
     tokens = jnp.arange(12).reshape(2, 6)
     models_ = [models.from_config(SMALL, attention=attention) for attention in ("plain", "xla")]
@@ -106,8 +106,8 @@ def test_padding_on_either_side_changes_no_real_token(family):
     model, params, tokens, expected = load_tiny(family)
     length, kept = tokens.shape[1], 17
     mask = np.zeros((4, length), bool)
-    mask[0, -kept:] = mask[1, :kept] = mask[2, 3 : 3 + kept] = True  # left, right, both; the last row is all padding
-    padded = np.full((4, length), 10**6)  # no id at all
+    mask[0, -kept:] = mask[1, :kept] = mask[2, 3 : 3 + kept] = True  # padding left, right, on both sides, everywhere
+    padded = np.full((4, length), 10**6)  # not a valid id
     padded[mask] = np.tile(tokens[0, :kept], 3)
     logits = jax.jit(model.logits)(params, padded, mask)
     assert np.isfinite(logits).all()

@@ -1,4 +1,4 @@
-"""Work directories and data at addresses: fsspec's memory:// in place of a store, and a server that speaks S3 where there is one."""
+"""Work directories and data at remote addresses, with fsspec's memory:// and, where installed, S3 and GCS servers."""
 
 import importlib.util
 import json
@@ -22,14 +22,14 @@ SHORT = dict(steps=4, checkpoint_every=1, eval_every=4, keep_checkpoints=2, samp
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """What is kept for an address is kept in a folder of the test's."""
+    """Puts all local copies of remote addresses into a folder of the test."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(remote.tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture
 def store():
-    """An empty one: its address, and what is in it."""
+    """An empty store: its address, a function that lists its files, and its file system."""
     system = fsspec.filesystem("memory")
     system.store.clear()
     system.pseudo_dirs[:] = [""]
@@ -80,7 +80,7 @@ def test_a_checkpoint_goes_once_its_successor_is_whole_there(tmp_path, store, mo
 
 
 def test_no_checkpoint_goes_for_one_that_is_not_whole_there(tmp_path, store, monkeypatch):
-    """Where the next one gets its name, or goes again, while the folder is listed or copied."""
+    """The next checkpoint gets its name, or is deleted, while the folder is listed or copied."""
     _, names, system = store
     copy, folder = remote.Copy(system, "/bucket", tmp_path / "run"), tmp_path / "run" / "checkpoints"
     for part in "ab":
@@ -88,7 +88,7 @@ def test_no_checkpoint_goes_for_one_that_is_not_whole_there(tmp_path, store, mon
         write(folder / "20.orbax-checkpoint-tmp" / part, "twenty")
     copy.push()
     remote.shutil.rmtree(folder / "10")
-    copy.push()  # its list was made before 20 had its name
+    copy.push()  # lists the folder before checkpoint 20 has its final name
     assert names() == ["checkpoints/10/a", "checkpoints/10/b"]
     (folder / "20.orbax-checkpoint-tmp").rename(folder / "20")
     put = system.put_file
@@ -148,7 +148,7 @@ def test_what_is_written_is_there_before_the_end(tmp_path, store, monkeypatch):
 
 
 def failing(monkeypatch, system, times):
-    """The store, of which the first writes fail."""
+    """Makes the first `times` writes to the store fail."""
     put, left = system.put_file, iter(range(times))
     monkeypatch.setattr(system, "put_file", lambda *its: 1 / 0 if next(left, None) is not None else put(*its))
 
@@ -184,14 +184,14 @@ def test_a_run_waits_for_a_store_that_fails_but_not_for_long(store, monkeypatch,
     assert "run/metrics.jsonl" in names() and not os.path.exists(folder), "at the end it could be"
 
 
-# --- two at once
+# --- two runs at the same time
 
 
 @pytest.fixture
 def impatient(monkeypatch):
     for name, seconds in dict(RENEW=0.02, STALE=0.5, LOOK=0.01).items():
         monkeypatch.setattr(remote_lease, name, seconds)
-    ticks = iter(range(10**9))  # or what is renewed within a second is the same
+    ticks = iter(range(10**9))  # so that renewals within one second differ
     monkeypatch.setattr(remote_lease.time, "strftime", lambda *_: f"tick {next(ticks)}")
 
 
@@ -257,7 +257,7 @@ def test_nothing_is_left_of_a_run_that_ends_early(store, tmp_path):
             1 / 0  # noqa: B018
         assert not os.path.exists(folder)
     assert names() == ["run/True", "run/config.json"]
-    with remote.work_directory(f"{url}/run"):  # which nobody is in any more
+    with remote.work_directory(f"{url}/run"):  # no other run uses this address any more
         pass
 
 
@@ -288,7 +288,7 @@ def test_refusals(store, monkeypatch):
 
 
 def stopped(config, workdir, monkeypatch, at):
-    """A run that SIGTERM ends after a step."""
+    """Trains until SIGTERM stops the run in step `at`."""
     with monkeypatch.context() as patch:
         put = train.Run.put
 
@@ -305,7 +305,7 @@ def stopped(config, workdir, monkeypatch, at):
 
 
 def goes_on(url, tmp_path, data_dir, monkeypatch, fetch):
-    """A run at an address, stopped and called again where nothing is left of it, is the run in a folder."""
+    """Checks that a run at an address equals the run in a folder, after a stop and a restart without local files."""
     config = smoke("taid", data_dir, **SHORT)
     train.train(config, str(tmp_path / "whole"), quiet=True)
     stopped(config, f"{url}/run", monkeypatch, at=2)
@@ -329,7 +329,7 @@ def goes_on(url, tmp_path, data_dir, monkeypatch, fetch):
 
 @pytest.mark.slow
 def test_what_is_there_is_never_behind_a_checkpoint(store, data_dir, monkeypatch):
-    """As where orbax writes to the address at once, and SIGKILL comes at once after it."""
+    """SIGKILL may come right after orbax has written a checkpoint to the address."""
     url, names, system = store
     monkeypatch.setattr(remote_copy, "EVERY", 3600.0)
     opened, saved, there = checkpoint.open_manager, checkpoint.save, []
@@ -425,7 +425,7 @@ def test_a_teachers_responses_are_kept_at_an_address(store, data_dir, monkeypatc
     not all(importlib.util.find_spec(name) for name in ("moto", "flask", "s3fs")),
     reason="needs a server that speaks S3: pip install 'moto[server]' s3fs",
 )
-@pytest.mark.filterwarnings("ignore")  # the server's own
+@pytest.mark.filterwarnings("ignore")  # warnings of the server
 def test_a_run_at_s3_goes_on_on_another_machine(tmp_path, data_dir, monkeypatch):
     from moto.server import ThreadedMotoServer
 
@@ -453,7 +453,7 @@ def test_a_run_at_s3_goes_on_on_another_machine(tmp_path, data_dir, monkeypatch)
     not all(name in os.environ for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")),
     reason="needs fake-gcs-server, its address in STORAGE_EMULATOR_HOST and TENSORSTORE_GCS_HTTP_URL, and a bucket kd-jax-test",
 )
-@pytest.mark.filterwarnings("ignore")  # gcsfs misses credentials
+@pytest.mark.filterwarnings("ignore")  # gcsfs warns of missing credentials
 def test_a_run_at_gs_goes_on_on_another_machine_with_orbax_own_checkpoints(tmp_path, data_dir, monkeypatch):
     system = fsspec.filesystem("gs")
     if system.exists("kd-jax-test/run"):

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, damaged or poisoned lose nothing that was saved, and go on as if they never were."""
+"""Runs that are stopped, killed, damaged or not finite lose nothing that was saved, and continue unchanged."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-import tracemalloc  # noqa: F401  # pytest would read it from disk while no file can be opened
+import tracemalloc  # noqa: F401  # else pytest imports it while no file can be opened
 
 import jax
 import jax.numpy as jnp
@@ -38,20 +38,20 @@ from tests.helpers.runs import (
     until,
 )
 
-# orbax closes its event loop while other arrays of a damaged checkpoint are still being read, and what it raises for them is
-# found whenever Python collects them: in any later test of this file, and at its end at the latest.
+# orbax closes its event loop while other arrays of a damaged checkpoint are still being read. Python reports their
+# exceptions when it collects them: in any later test of this file, or at the end of the file at the latest.
 pytestmark = [
     pytest.mark.usefixtures("one_device", "collected"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 SHORT = dict(steps=5, checkpoint_every=2, eval_every=5, log_every=1, microbatches=2)
-# KILLS=10 kills each method ten times, which takes half an hour; the file KILLS_LOG gets a line of JSON a method.
+# KILLS=10 kills each method ten times, which takes half an hour. The file KILLS_LOG gets a line of JSON per method.
 KILLS = int(os.environ.get("KILLS", "1"))
 KILLED = METHODS if KILLS > 1 else ("taid", "distillm", "distillm2", "minillm")
 
 
-# --- stopped
+# --- stopped runs
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ class Interrupted(Exception):
 def test_a_stopped_run_goes_on_bit_for_bit(method, stop_at, tmp_path, data_dir, monkeypatch):
     changes = SHORT
     if method == "distillm":
-        changes = changes | dict(prefixes__threshold=0.9)  # or nothing is drawn in so few steps
+        changes = changes | dict(prefixes__threshold=0.9)  # else nothing is drawn in so few steps
     whole = train.train(smoke(method, data_dir, **changes), str(tmp_path / "whole"), quiet=True)
 
     put, calls = train.Run.put, itertools.count()
@@ -89,7 +89,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(method, stop_at, tmp_path, data_dir, 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, data_dir, one_device):
-    """A run of sft that nothing stopped, with three checkpoints."""
+    """An uninterrupted run of sft with three checkpoints."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     train.train(smoke("sft", data_dir, **WHOLE), str(folder), quiet=True)
     return folder
@@ -114,7 +114,7 @@ def test_sigterm_saves_and_says_so(whole, tmp_path, data_dir, monkeypatch):
 
 @pytest.fixture
 def told(monkeypatch):
-    """told(where, name): SIGTERM comes as a function is called; whoever does not take it gets an error."""
+    """A function (where, name) that sends SIGTERM when the named function is called. An ignored SIGTERM is an error."""
 
     def nobody(*_):
         raise RuntimeError("nobody took the notice")
@@ -135,7 +135,7 @@ def told(monkeypatch):
 
 @pytest.mark.parametrize(("where", "name"), [(train, "build"), (train.Run, "evaluate"), (loop.results, "finish")])
 def test_sigterm_before_the_first_step_and_after_the_last(where, name, told, whole, tmp_path, assembled, monkeypatch):
-    """There is nothing to save; what is open is closed, and a second notice does not disturb that."""
+    """There is nothing to save. The run closes the work directory, also if a second SIGTERM arrives."""
     workdir, closed = until(5, whole, tmp_path / "run"), []
 
     @contextlib.contextmanager
@@ -156,7 +156,7 @@ def test_sigterm_before_the_first_step_and_after_the_last(where, name, told, who
 
 @pytest.mark.parametrize("name", ["finish", "push"])
 def test_sigterm_at_an_address_loses_nothing(name, told, whole, tmp_path, assembled, monkeypatch):
-    """After the last step all is copied; and if the notice comes as it is, it goes on to the end."""
+    """After the last step everything is copied. A SIGTERM during the last copy does not stop the run."""
     monkeypatch.setattr(train, "build", lambda config: assembled)
     monkeypatch.setattr(remote.tempfile, "tempdir", str(tmp_path))
     system, root = remote.filesystem("memory://restarts/run")
@@ -165,7 +165,7 @@ def test_sigterm_at_an_address_loses_nothing(name, told, whole, tmp_path, assemb
         finish = loop.results.finish
         if name == "finish":
             told(loop.results, "finish")
-        else:  # the last push of several
+        else:  # the last of several pushes
             ends = lambda *arguments: (finish(*arguments), told(remote.Copy, "push"))[0]
             monkeypatch.setattr(loop.results, "finish", ends)
         with pytest.raises(loop.Stopped) if name == "finish" else contextlib.nullcontext():
@@ -177,7 +177,7 @@ def test_sigterm_at_an_address_loses_nothing(name, told, whole, tmp_path, assemb
 
 
 def test_a_notice_at_an_evaluation_saves_before_it(whole, told, tmp_path, assembled, monkeypatch):
-    """The run that goes on makes it first, and again where it is killed before it saves anything."""
+    """The resumed run begins with the evaluation, and repeats it if it was killed before it saved anything."""
     config = smoke("sft", assembled.config.data.data_dir, **WHOLE | dict(eval_every=4))
     monkeypatch.setattr(train, "build", lambda config: dataclasses.replace(assembled, config=Settings.parse(config)))
     folders = [until(2, whole, tmp_path / name) for name in ("whole", "parts")]
@@ -212,7 +212,7 @@ def test_another_mesh_goes_on_with_the_same_batches(whole, tmp_path, data_dir):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
 
 
-# --- damaged
+# --- damaged checkpoints
 
 
 def biggest(folder):
@@ -290,7 +290,7 @@ def test_without_a_good_checkpoint_nothing_is_changed(whole, tmp_path, assembled
 
 
 def too_many_files(monkeypatch):
-    """No file can be opened any more, once the arrays are looked for."""
+    """Makes every attempt to open a file fail as soon as the arrays are looked up. Returns the undo function."""
     raw_shapes, limits = checkpoint._raw_shapes, resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def none_left(state):
@@ -311,7 +311,7 @@ def answer(error):
 
 
 def led_to(cause):
-    """As orbax has it: an error of its own, whose cause is tensorstore's."""
+    """Returns an error like those of orbax: its own error, caused by an error of tensorstore."""
     error = Exception("Encountered error while reading array index")
     error.__cause__ = cause
     return error
@@ -346,12 +346,12 @@ def test_a_checkpoint_that_cannot_be_reached_is_not_damaged(what, whole, tmp_pat
         assert int(state.step) == 5 and not wrong
 
 
-# --- full
+# --- full disks
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 2.5 MB, and how to make it larger."""
+    """The folder of a disk of 2.5 MB, and a function that enlarges the disk."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = lambda *options: subprocess.run(["mount", *options, str(folder)], capture_output=True).returncode
@@ -362,7 +362,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # orbax writes in a thread
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # because orbax writes in a thread
 def test_a_full_disk_stops_the_run_and_loses_nothing(whole, small_disk, data_dir):
     folder, enlarge = small_disk
     config = smoke("sft", data_dir, **WHOLE | dict(checkpoint_every=1, keep_checkpoints=5))
@@ -376,7 +376,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(whole, small_disk, data_dir
     assert_same_run(whole, folder / "run")
 
 
-# --- two at once
+# --- two runs at the same time
 
 
 def test_a_second_run_on_a_work_directory_is_refused(whole, tmp_path, data_dir):
@@ -393,7 +393,7 @@ def test_a_second_run_on_a_work_directory_is_refused(whole, tmp_path, data_dir):
 
 
 def test_a_second_run_is_refused_where_the_first_made_the_directory_meanwhile(assembled, tmp_path, monkeypatch):
-    """Both found none; the other one is the sooner to be built, and is still there, or has left what it is not to be mixed with."""
+    """Both runs find no directory, and the other run is built first. It still runs, or it has left another config."""
     workdir = tmp_path / "run"
     with contextlib.ExitStack() as other:
         monkeypatch.setattr(train, "build", lambda config: other.enter_context(directory.alone(workdir)) or assembled)
@@ -405,12 +405,15 @@ def test_a_second_run_is_refused_where_the_first_made_the_directory_meanwhile(as
         train.train(assembled.config, str(workdir), quiet=True)
 
 
-# --- not finite
+# --- losses that are not finite
 
 
 @pytest.fixture
 def fragile(data_dir, monkeypatch):
-    """A config whose loss is not a number where the teacher expects a token that some rows of its fourth batch alone have."""
+    """A config with a NaN loss in some rows of the fourth batch, the indices of these rows, and all steps with NaN.
+
+    The loss is NaN where the teacher's most probable token is one that first occurs in the fourth batch.
+    """
     config = smoke("forward_kl", data_dir, steps=8, eval_every=8, checkpoint_every=2, log_every=3)
     run = train.build(config)
     teacher, params = run.models.teacher, run.models.teacher_params
@@ -475,13 +478,13 @@ def test_too_many_in_a_row_stop_the_run_before_the_first_that_was_too_many(data_
     for step in (1, 2, 3, 4):
         bad, sums = run.train_step(bad, None, run.batch(step, None))
         counts.append((int(bad.step), int(sums["skipped"][0])))
-    assert counts == [(2, 1), (2, 2), (2, 3), (2, 4)]  # one is left out, and with the second everything stays
+    assert counts == [(2, 1), (2, 2), (2, 3), (2, 4)]  # one step is skipped; from the second on the state is unchanged
     for a, b in zip(kept, jax.tree.leaves((bad.params, bad.opt_state)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_a_run_that_goes_on_with_less_max_skipped_stops_at_no_finite_step(whole, tmp_path, assembled, monkeypatch):
-    """The one step that was left out before the checkpoint is more than are allowed by now."""
+    """The checkpoint counts one skipped step, which is more than the new limit allows."""
     until(2, whole, tmp_path / "run")
     with checkpoint.open_manager(str(tmp_path / "run"), 3) as manager:
         state, _ = checkpoint.restore(manager, assembled.abstract_state, assembled.feed)
@@ -494,11 +497,11 @@ def test_a_run_that_goes_on_with_less_max_skipped_stops_at_no_finite_step(whole,
     assert_same_run(whole, tmp_path / "run")
 
 
-# --- killed
+# --- killed runs
 
 
 def _train(method, data_dir, workdir, changes):
-    """In a process of its own."""
+    """Trains in a child process without output."""
     os.environ.pop("XLA_FLAGS", None)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     train.train(smoke(method, data_dir, **changes), str(workdir), quiet=True)
@@ -507,10 +510,10 @@ def _train(method, data_dir, workdir, changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", KILLED)
 def test_killed_at_random_moments_it_ends_as_if_it_never_was(method, tmp_path, data_dir):
-    """Bit for bit, with SIGKILL at KILLS moments: one before the first save, then every other one during a save."""
+    """The result is equal bit for bit after KILLS kills: one before the first save, then every other one in a save."""
     changes = dict(steps=4 * KILLS + 2, checkpoint_every=1, eval_every=2 * KILLS + 1, log_every=1)
     if method == "distillm":
-        changes["prefixes__threshold"] = 0.9  # or it draws nothing in so few steps
+        changes["prefixes__threshold"] = 0.9  # else nothing is drawn in so few steps
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kd_jax.train", "tests.helpers.runs"])
     moments, parts = random.Random(method), tmp_path / "parts"

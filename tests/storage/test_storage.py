@@ -1,4 +1,4 @@
-"""A full disk, and whatever else a library of storage raises, is one paragraph, and nothing half-written is taken for whole."""
+"""A full disk and other storage errors give a one-paragraph message. A partly written file is never used."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadEx
 
 @contextlib.contextmanager
 def small_files(size):
-    """No file can grow beyond so many bytes: to the writer that is as a full disk, and needs no rights."""
+    """Limits the size of every file in bytes. For the writer this is like a full disk, and it needs no root rights."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -35,7 +35,7 @@ def small_files(size):
 
 
 def fails(path):
-    """A paragraph that names the path and the space, as `main` prints it."""
+    """Expects the paragraph that `main` prints, with the path and the free space."""
     return pytest.raises(OSError, match=rf"(?s){path}.*File too large.*MiB are left\. Make room")
 
 
@@ -93,7 +93,7 @@ def test_a_part_of_a_cache_that_does_not_fit_is_missing(tmp_path):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory on the device")
         yield
 
-    with pytest.raises(RuntimeError, match="^RESOURCE_EXHAUSTED"):  # of the model, and no matter of the disk
+    with pytest.raises(RuntimeError, match="^RESOURCE_EXHAUSTED"):  # memory of the device, not of the disk
         files.write_part(path, computed(), "hidden")
 
 
@@ -165,12 +165,12 @@ def test_errors_of_libraries_name_the_path_and_the_cause(tmp_path, monkeypatch):
         reader.read("tensor", (slice(0, 1),))
 
 
-# --- from the command line
+# --- commands
 
 
 def command(*arguments, kib="unlimited", **variables):
-    """A command of the package, with a limit to the size of the files that it writes."""
-    # A shell sets the limit: preexec_fn would run Python in a fork of this process, which JAX warns of.
+    """Runs a command of the package with a limit on the size of the files that it writes."""
+    # A shell sets the limit, because preexec_fn would run Python in a fork of this process, and JAX warns of that.
     limited = ["bash", "-c", f'ulimit -f {kib}; exec "$@"', "bash", sys.executable, "-m", *arguments]
     return subprocess.run(limited, cwd=ROOT, env=environment(1) | variables, capture_output=True, check=False)
 
@@ -197,7 +197,7 @@ def test_a_full_disk_is_one_paragraph_on_the_command_line(tmp_path):
 
 @pytest.mark.slow
 def test_a_terminal_in_latin_1_shows_other_characters_replaced(tmp_path):
-    """Rows, a folder's name, and a page of one that was made before, on policy, where each step shows what was drawn."""
+    """Covers rows, the name of a folder, and the page of an on-policy run, which shows the samples of each step."""
     rows = [{"prompt": f"What\u2019s {i}?", "response": f"It\u2019s {i}."} for i in range(100)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     workdir, latin = tmp_path / "it\u2019s", dict(PYTHONIOENCODING="latin-1", PYTHONUTF8="0")

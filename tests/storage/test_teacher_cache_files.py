@@ -1,4 +1,4 @@
-"""A teacher's cache on disk: whose records are accepted, what a manifest may ask for, and what a folder may have in it."""
+"""A teacher's cache on disk: the records that are accepted, the valid values of a manifest, and the valid files."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.fuzz.readers_of_text import TokenizerFiles
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folder of a cache of each kind."""
+    """A folder with a cache of each kind."""
     folder = tmp_path_factory.mktemp("caches")
     TokenizerFiles().base(folder / "tokenizers")
     tokenizer = Tokenizer.load(folder / "tokenizers" / "wordlevel")
@@ -37,7 +37,7 @@ def cache(made, tmp_path):
 
 
 def manifest_of(folder, **changes):
-    """The manifest, with changes also on disk; a change of "split__key" is one of that split's."""
+    """Changes the manifest on disk and returns it. A change "split__key" sets the key of that split."""
     manifest = json.loads((folder / files.MANIFEST).read_text())
     for name, value in changes.items():
         split, _, key = name.partition("__")
@@ -126,7 +126,7 @@ def test_the_output_matrix_is_the_one_that_was_written(cache):
         (cache / files.HEAD).write_bytes(spoilt)
         with pytest.raises(ValueError, match="head.safetensors: this is not the output matrix that was written"):
             head_of(cache)
-        manifest_of(cache, head_hash=files.file_digest(cache / files.HEAD))  # who can write a matrix can write its hash
+        manifest_of(cache, head_hash=files.file_digest(cache / files.HEAD))  # an attacker can also change the hash
         if spoilt[-1:] != b"\1":
             with pytest.raises(ValueError, match=r"head.safetensors: (not a whole|the output matrix)"):
                 head_of(cache)

@@ -1,10 +1,10 @@
-"""What a step sends between devices, read from the compiled program: never tokens x vocabulary, heads once or never."""
+"""The collectives of a compiled step: never an array of tokens x vocabulary, and each head at most once."""
 
 import pytest
 
 from tests.helpers.collectives import MESHES, compiled_step, read
 
-# No product of some of these is another of them, so that a dimension tells what it is.
+# No size is a product of other sizes, so that each dimension of a shape can be identified.
 SIZES = dict(batch=16, length=9, vocab=1208, width=40, teacher_width=56, chunk=6)
 
 
@@ -17,7 +17,7 @@ def test_no_collective_has_tokens_and_vocabulary(mesh):
     for collective in found:
         for shape in collective.shapes:
             if vocab & set(shape):
-                # A matrix of a model, and so never in the loop over chunks.
+                # This is a matrix of a model, which is never sent in the loop over chunks.
                 assert len(shape) == 2 and widths & set(shape) and not collective.in_loop, collective
                 gathered_heads += collective.kind == "all-gather" and SIZES["width"] in shape
             elif collective.in_loop:

@@ -1,4 +1,4 @@
-"""Real processes on this machine: what each reads, writes and counts, what a run of theirs leaves, and what ends it."""
+"""Real processes on this machine: data that each process reads, writes and counts, files of a run, and its end."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from tests.helpers.commands import environment, free_port
 from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
-HEARTBEAT = 10  # of the processes that `tests.helpers.hosts` starts
+HEARTBEAT = 10  # seconds, in the processes of `tests.helpers.hosts`
 
 
 def start(arguments, devices, **variables):
@@ -31,7 +31,7 @@ def start(arguments, devices, **variables):
 
 
 def ended(processes, timeout=400):
-    """Exit codes and outputs; whatever still runs after the timeout is killed."""
+    """Returns the exit codes and the outputs. Kills processes that still run after the timeout."""
     try:
         said = [process.communicate(timeout=timeout)[0] for process in processes]
         return [process.returncode for process in processes], said
@@ -40,13 +40,13 @@ def ended(processes, timeout=400):
             process.kill()
 
 
-# --- what each reads, writes and counts
+# --- reading, writing and counting in each process
 
-LAYOUTS = {"two": (2, 4), "eight": (1, 8), "one": (1, 1), "pair": (2, 1)}  # processes, devices of each
+LAYOUTS = {"two": (2, 4), "eight": (1, 8), "one": (1, 1), "pair": (2, 1)}  # (processes, devices per process)
 
 
 def look(layout, out, data_dir, mesh, model, workdirs):
-    """What each process of a layout says."""
+    """Returns the results of each process of a layout."""
     (count, devices), port = LAYOUTS[layout], free_port()
     spec = dict(data_dir=str(data_dir), mesh=mesh, folder=str(model), workdirs=[str(path) for path in workdirs])
     files = [out / f"{layout} {len(workdirs)} {index}.json" for index in range(count)]
@@ -78,8 +78,8 @@ def one(out, data_dir):
 def test_each_process_reads_the_slices_that_it_holds_and_each_once(two, one):
     for its in (process["load"] for process in two):
         assert its["reads"] == its["slices"]
-        assert its["read"] == 2 * its["held"]  # bfloat16 on disk
-        assert 0.5 <= its["held"] / its["whole"] < 0.501  # half of every matrix, the norms whole
+        assert its["read"] == 2 * its["held"]  # two bytes per parameter: the file is in bfloat16
+        assert 0.5 <= its["held"] / its["whole"] < 0.501  # half of every matrix, and all of the norms
     assert one["load"]["held"] == one["load"]["whole"] == two[0]["load"]["whole"]
 
 
@@ -93,13 +93,13 @@ def test_what_several_processes_save_is_bit_for_bit_what_was_loaded(two, one, ou
         for name, array in saved.items():
             np.testing.assert_array_equal(array, original[name].astype(array.dtype))
     assert not [file for file in out.iterdir() if "partial" in file.name]
-    # All gathered the same matrices in the same order, one at a time; alone nothing is gathered.
+    # Both processes gather the same matrices in the same order, one at a time. A single process gathers nothing.
     first, second = (process["gathered"] for process in two)
     assert first == second and len(first) == 29 and max(first) < sum(first) / 3 and one["gathered"] == []
 
 
 def test_averages_are_exact_where_hosts_count_differently(two, one):
-    """Over tokens and over rows, of a step and of held-out rows."""
+    """Compares averages over tokens and over rows, in a step and on held-out rows."""
     first, second, alone = (process["unequal"] for process in (*two, one))
     assert (first["own"], second["own"], alone["own"]) == (4, 66, 70)
     assert first == second | {"own": 4} and first["counts"] == alone["counts"]
@@ -108,14 +108,14 @@ def test_averages_are_exact_where_hosts_count_differently(two, one):
 
 
 def test_processes_may_share_rows(two, one):
-    """Where `tensor` is wider than a process, as with a process a GPU."""
+    """The axis `tensor` can span several processes, as with one process per GPU."""
     first, second = (process["tensor"] for process in two)
     assert first == second
     np.testing.assert_allclose(first, one["tensor"], rtol=1e-6)
 
 
 def test_a_checkpoint_goes_on_with_another_number_of_processes(two, out, data_dir):
-    """DistiLLM has rows of the dataset, of a second stream, drawn ones, and ones out of a buffer."""
+    """DistiLLM uses rows of the dataset, of a second stream, newly drawn rows, and rows of a buffer."""
     shutil.copytree(out / "by two", out / "by two, read by eight")
     mesh = dict(data=2, fsdp=2, tensor=2)
     (eight,) = look("eight", out, data_dir, mesh, "", [out / "by eight", out / "by two, read by eight"])
@@ -134,11 +134,11 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(two, out, data_di
         assert rows == [sorted(step) for step in whole["rows"][-steps:]]
 
 
-# --- what ends a run
+# --- the end of a run
 
 
 def run(name, flags, data_dir, workdir, raise_at=("", "")):
-    """`kd_jax.main` in the processes of a layout."""
+    """Starts `kd_jax.main` in the processes of a layout."""
     (count, devices), port = LAYOUTS[name], free_port()
     meet = [[f"--processes=127.0.0.1:{port},{count},{index}"] if count > 1 else [] for index in range(count)]
     flags = [*flags, f"--workdir={workdir}", f"--config.data.data_dir={data_dir}"]
@@ -175,11 +175,11 @@ def test_who_is_killed_takes_the_others_down(victim, data_dir, tmp_path):
         1 - victim
     ]
     assert f"process {1 - victim} of 2, through 127.0.0.1" in said[1 - victim]
-    assert "Thread 0x" not in said[1 - victim]  # no stacks of all threads
+    assert "Thread 0x" not in said[1 - victim]  # the output has no stack traces of threads
 
 
 def test_an_error_in_one_process_is_said_there_and_ends_all(data_dir, tmp_path):
-    guilty = 1  # an error in process 0 is as its death
+    guilty = 1  # an error in process 0 has the effect of a kill
     processes = run("pair", LONG, data_dir, tmp_path / "run", ["5" if index == guilty else "" for index in (0, 1)])
     codes, said = ended(processes, 300)
     assert codes[guilty] == 1 and codes[1 - guilty] in (1, -signal.SIGABRT)
@@ -202,7 +202,7 @@ def test_sigterm_to_one_stops_all_and_the_same_command_ends_the_run(data_dir, tm
 
 
 def test_another_teacher_stops_both_processes_with_the_same_words(data_dir, tmp_path):
-    """The first process alone compares, and at an address it alone has the work directory's identity."""
+    """Only the first process compares. At an address only this process has the identity of the work directory."""
     shutil.copytree(folder("package:docstrings_teacher"), tmp_path / "teacher")
     weights, workdir = tmp_path / "teacher" / "model.safetensors", f"file://{tmp_path / 'run'}"
     flags = ["--config=configs/sft.py:smoke", "--config.mesh.data=2", f"--config.teacher.path={tmp_path / 'teacher'}"]
@@ -228,7 +228,7 @@ def test_ctrl_c_at_one_saves_at_all(data_dir, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_step_of_two_that_is_not_finite_can_be_replayed_by_one(scheme, data_dir, tmp_path):
-    """Also where each has a folder of its own, and only what orbax writes is written by both."""
+    """With file://, each process has its own folder, and both processes write only the files of orbax."""
     flags = ["--config=configs/sft.py:smoke", "--config.learning_rate.init_value=1e38", "--config.data.batch_size=4"]
     workdir = f"{scheme}{tmp_path / 'run'}"
     codes, said = ended(run("pair", flags, data_dir, workdir), 300)
@@ -241,7 +241,7 @@ def test_a_step_of_two_that_is_not_finite_can_be_replayed_by_one(scheme, data_di
 
 
 def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_both(data_dir, tmp_path):
-    """Each process reads its half of the arrays from a file of its own."""
+    """Each process reads one half of the arrays from a separate file."""
     flags = ["--config=configs/sft.py:smoke", "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.steps=6"]
     flags += [f"--config.{key}" for key in ("eval_every=6", "checkpoint_every=2", "keep_checkpoints=3", "log_every=1")]
     numbers = lambda: [line for line in metrics.read(tmp_path / "run") if line["split"] != "speed"]
@@ -273,7 +273,7 @@ def test_who_waits_in_vain_says_where():
 
 
 def test_slurms_tasks_meet_by_themselves_and_must_be_told_the_same(tmp_path):
-    job = free_port()  # JAX takes its last bits for the port
+    job = free_port()  # JAX derives the port from the last bits of the job id
     slurm = dict(SLURM_JOB_ID=str(job), SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="2")
     tasks = [slurm | dict(SLURM_PROCID=index, SLURM_LOCALID=index) for index in "01"]
     command = [

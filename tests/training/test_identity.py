@@ -1,4 +1,4 @@
-"""A run belongs to the contents that its config names: whatever is replaced is refused by name, whatever is moved is not."""
+"""A run belongs to the contents that its config names: replaced contents are an error, and moved contents are not."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ def write_rows(path, count, word="says"):
 
 
 def of_rows(method, tmp_path, data_dir, **changes):
-    """A config over the rows of rows.jsonl."""
+    """Returns a config that trains on the rows of rows.jsonl."""
     config = smoke(method, data_dir, data__name="jsonl", **changes)
     config.data.options = {"path": str(tmp_path / "rows.jsonl"), "validation_fraction": 0.1}
     return config
@@ -46,7 +46,7 @@ SHORT = dict(steps=3, checkpoint_every=2, eval_every=3, log_every=1, data__eval_
 
 
 def test_a_run_whose_rows_were_replaced_is_refused_and_goes_on_with_the_old_ones(tmp_path, data_dir, monkeypatch):
-    """The same bytes in another file, of another time, are the old ones."""
+    """Equal bytes in another file with another modification time count as the old contents."""
     write_rows(tmp_path / "rows.jsonl", 200)
     config = of_rows("sft", tmp_path, data_dir, **SHORT)
     train.train(config, str(tmp_path / "whole"), quiet=True)
@@ -57,7 +57,7 @@ def test_a_run_whose_rows_were_replaced_is_refused_and_goes_on_with_the_old_ones
     shutil.copy(tmp_path / "rows.jsonl", tmp_path / "kept.jsonl")
     write_rows(tmp_path / "rows.jsonl", 37)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="belongs to a run of other contents") as error:
-        patch.setattr(train, "build", None)  # refused before anything is built
+        patch.setattr(train, "build", None)  # the error comes before anything is built
         train.train(config, str(tmp_path / "run"), quiet=True)
     assert f"data.options.path={tmp_path / 'rows.jsonl'} has other content than when the run began" in str(error.value)
     assert "Put the old content back, or choose another --workdir" in str(error.value)
@@ -72,7 +72,7 @@ def test_a_run_whose_rows_were_replaced_is_refused_and_goes_on_with_the_old_ones
 
 
 class Written:
-    """Stands for a run with a tokenizer and without responses."""
+    """A substitute for a run with a tokenizer and without responses."""
 
     written = None
 
@@ -101,7 +101,7 @@ def copied(tmp_path, data_dir):
         shutil.copytree(TEACHER, tmp_path / name)
     for name in ("teacher", "student"):
         config = tmp_path / name / "config.json"
-        config.write_text(config.read_text(encoding="utf-8") + "\n", encoding="utf-8")  # these three differ
+        config.write_text(config.read_text(encoding="utf-8") + "\n", encoding="utf-8")  # so that the three files differ
     paths = {f"{name}__path": str(tmp_path / name) for name in ("teacher", "student", "tokenizer")}
     return smoke("forward_kl", data_dir, student__init="pretrained", **paths)
 
@@ -149,7 +149,7 @@ def test_the_chat_template_belongs_to_a_run_with_that_template(copied, tmp_path)
 
 
 def test_a_students_missing_weights_are_not_compared(copied, tmp_path):
-    """A resumed run does not read them, but it reads the folder's config.json and tokenizer."""
+    """A resumed run does not read the weights, but it reads config.json and the tokenizer of the folder."""
     began(tmp_path / "run", copied)
     (tmp_path / "student" / "model.safetensors").unlink()
     identity.check(str(tmp_path / "run"), Settings.read(copied))
@@ -211,7 +211,7 @@ def test_a_notebooks_function_belongs_to_a_run_by_its_own_source(tmp_path, data_
     config = smoke("forward_kl", data_dir)
     config.objective.terms.distil.divergence.name = "__main__:mine"
 
-    def define(source):  # as a cell does
+    def define(source):  # as a cell of a notebook does
         file = tmp_path / f"cell{len(list(tmp_path.iterdir()))}.py"
         file.write_text(source, encoding="utf-8")
         space = {"__name__": "__main__"}
@@ -261,7 +261,7 @@ def test_a_directory_of_an_older_version_takes_the_contents_of_now(tmp_path, dat
 
 
 def test_an_unfinished_run_of_an_older_version_is_refused(tmp_path, data_dir):
-    """Its rows were truncated and encoded in another way: the steps that are left would see others."""
+    """The older version truncated and encoded rows differently, so the remaining steps would see other rows."""
     write_rows(tmp_path / "rows.jsonl", 200)
     config = of_rows("sft", tmp_path, data_dir, **SHORT)
     train.train(config, str(tmp_path / "run"), quiet=True)
@@ -277,7 +277,7 @@ def test_an_unfinished_run_of_an_older_version_is_refused(tmp_path, data_dir):
 
 @pytest.mark.slow
 def test_an_ablation_whose_rows_were_replaced_is_refused(tmp_path, data_dir, monkeypatch):
-    """Or its table would compare runs over different rows."""
+    """Otherwise the table would compare runs on different rows."""
     write_rows(tmp_path / "rows.jsonl", 200)
     config = of_rows("forward_kl", tmp_path, data_dir, **SHORT, eval_prompts=2)
     axes = {"temperature": ("objective.temperature", (1.0, 2.0))}
@@ -301,7 +301,7 @@ def test_an_ablation_whose_rows_were_replaced_is_refused(tmp_path, data_dir, mon
 
 
 def test_the_options_of_a_dataset_are_the_same_wherever_a_config_has_them(tmp_path, data_dir):
-    """Earlier versions had the keywords of a setting's dataset in data.options, and no data.defaults."""
+    """Earlier versions stored the options of a setting's dataset in data.options and had no data.defaults."""
     now = smoke("forward_kl", data_dir).to_dict()
     older = copy.deepcopy(now)
     older["data"]["options"] = older["data"].pop("defaults")["docstrings"]
@@ -311,5 +311,5 @@ def test_the_options_of_a_dataset_are_the_same_wherever_a_config_has_them(tmp_pa
     now["data"]["options"] = {"packages": ("optax",)}
     (difference,) = directory.config_difference(str(tmp_path), now)
     assert difference.startswith("data.options.packages: ") and difference.endswith("['optax'] now")
-    directory.write_config(str(tmp_path), {"base": older})  # an ablation's
+    directory.write_config(str(tmp_path), {"base": older})  # the config of an ablation
     assert directory.config_difference(str(tmp_path), {"base": smoke("forward_kl", data_dir).to_dict()}) == []

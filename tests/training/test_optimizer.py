@@ -1,4 +1,4 @@
-"""The optimiser of a config: what decays, and what does not."""
+"""The optimiser of a config: parameters with and without weight decay."""
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ SPARED = ("*norm*", "*bias")
 
 
 def of(family):
-    """A small model's parameters, none of them 0."""
+    """Returns the parameters of a small model, all of them 1."""
     config = models.ModelConfig(family=family, vocab_size=16, hidden_size=8, num_layers=2, num_heads=2, max_positions=4)
     return jax.tree.map(lambda leaf: jnp.ones(leaf.shape), models.from_config(config).abstract_params())
 
 
 def changed(tx, params):
-    """The paths of the parameters that one step without any gradient changes."""
+    """Returns the paths of the parameters that a step with zero gradients changes."""
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     leaves = jax.tree_util.tree_leaves_with_path(updates)
     return {jax.tree_util.keystr(keys, simple=True, separator="/") for keys, leaf in leaves if np.any(leaf)}
@@ -95,7 +95,7 @@ def test_a_run_spares_what_its_config_names(data_dir, one_device):
     before = jax.device_get(state.params)
     state, _ = run.train_step(state, run.models.teacher_params, run.batch(0, state.params))
     after = jax.device_get(state.params)
-    assert np.abs(after["norm"]["scale"] - before["norm"]["scale"]).max() < 0.01  # adam's step alone
+    assert np.abs(after["norm"]["scale"] - before["norm"]["scale"]).max() < 0.01  # only Adam's step, no decay
     ratio = after["embed"]["embedding"] / before["embed"]["embedding"]
     assert np.median(ratio) == pytest.approx(1 - 1e-3 * 1e6, rel=0.01)
     config.optimizer.no_decay = ("*bias",)

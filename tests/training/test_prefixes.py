@@ -1,4 +1,4 @@
-"""What each source decides, the rows that come of it, and that a restart changes nothing."""
+"""The decisions of each source, the resulting rows, and restarts that change nothing."""
 
 import json
 import threading
@@ -28,7 +28,7 @@ RISING = "linear_schedule(init_value=0.0, end_value=2.0, transition_steps=20)"
 
 
 class Rows:
-    """Batches whose prompts are their place in the dataset."""
+    """Batches in which each prompt is its position in the dataset."""
 
     def __init__(self):
         self.place = 0
@@ -48,7 +48,7 @@ class Rows:
 
 
 class Sampler:
-    """Answers a prompt with how often it was called, the author and the student's parameters."""
+    """A sampler whose responses hold the number of calls, the author and the student's parameters."""
 
     def __init__(self):
         self.calls = 0
@@ -77,7 +77,7 @@ def feed(source, **options):
 
 
 def steps(it, first, last, losses=()):
-    """Batches of steps; the student's parameters are the step's number."""
+    """Returns the batches of the steps. The student's parameters are the number of the step."""
     found = []
     for step in range(first, last):
         if step % 4 == 0 and losses:
@@ -107,7 +107,7 @@ def test_a_restart_anywhere_changes_nothing(source):
 
 
 def test_a_state_that_was_taken_stays_as_it_is():
-    """A checkpoint is written while the feed goes on."""
+    """A checkpoint is written while the feed continues."""
     for source, options in ((prefixes.student(every=2), {}), (prefixes.mixture(1.0), {"rollouts_per_prompt": 4})):
         it = feed(source, **options)
         steps(it, 0, 1)
@@ -203,7 +203,7 @@ def test_the_buffer_keeps_the_newest():
 
 
 def test_the_saved_form_of_sampled_rows_stays_as_it_is():
-    """Checkpoints of earlier versions have this form, and must still be restored."""
+    """Checkpoints of earlier versions have this form and can still be restored."""
     saved = {"lengths": {"dtype": "<i4", "shape": [2], "zlib": "eJxjYWBgYAdiAABEAAw="}}
     replay_buffer, pool = ReplayBuffer(capacity=2), Pool(seed=0, batch_size=2, group=1, epochs=1)
     replay_buffer.set_state(saved)
@@ -228,7 +228,7 @@ def test_what_was_drawn_is_scored_to_its_end_and_no_further():
 
 
 def test_the_students_log_probabilities_are_those_of_the_training_step(data_dir):
-    """What was drawn is scored on exactly its tokens: the first step's ratio is 1 everywhere."""
+    """Drawn tokens are scored exactly: the ratio of the first step is 1 everywhere."""
     config = smoke("opd", data_dir, objective__terms__distil__policy__clip=0.0)
     run = train.build(config)
     state = run.init_state()
@@ -317,7 +317,7 @@ def test_what_is_written_is_never_written_again(tmp_path, monkeypatch):
     for cut in (b"", '["c", "é'.encode()[:-1]):
         monkeypatch.undo()
         partial.write_bytes(batches.encode() + cut)
-        monkeypatch.setattr(type(partial), "write_text", None)  # killed between emptying a file and writing, it is gone
+        monkeypatch.setattr(type(partial), "write_text", None)  # a kill in write_text would lose the file
         written = partial.stat().st_mtime_ns
         assert responses._complete_batches(partial) == 2
         assert partial.read_bytes() == batches.encode()

@@ -1,4 +1,4 @@
-"""Real processes on this machine, which meet over loopback: the numbers of one process, and of one device."""
+"""Real processes on this machine, connected over loopback, give the numbers of one process and of one device."""
 
 import itertools
 import json
@@ -19,17 +19,17 @@ MESHES = {
     "tensor": dict(mesh__data=4, mesh__fsdp=1, mesh__tensor=2),
     "both": dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2),
 }
-# Off policy, and with every row drawn from the student as it is.
+# One off-policy method, and one with every row drawn from the current student.
 METHODS = {"forward_kl": {}, "gkd": dict(prefixes__fraction=1.0)}
 RUNS = [("forward_kl", "fsdp"), ("forward_kl", "tensor"), ("forward_kl", "both"), ("gkd", "fsdp"), ("gkd", "both")]
-# The file LOSSES_LOG gets a line of JSON a run, the losses of the three layouts side by side; only then all combinations run, the
-# last of which takes 20 s and has nothing that is not in "both".
+# The file LOSSES_LOG gets a line of JSON per run with the losses of the three layouts. The last combination runs only
+# with this file, because it takes 20 s and tests nothing beyond "both".
 LOSSES_LOG = os.environ.get("LOSSES_LOG", "")
 RUNS += [("gkd", "tensor")] if LOSSES_LOG else []
 
 
 def together(runs, data_dir, folder, count, devices):
-    """What each of `count` processes with so many devices found in `runs`."""
+    """Returns the results of `runs` from each of `count` processes, which have `devices` devices each."""
     port = free_port()
     outs = [folder / f"{count}x{devices}.{index}.json" for index in range(count)]
     started = []
@@ -50,7 +50,7 @@ def together(runs, data_dir, folder, count, devices):
 
 @pytest.fixture(scope="module")
 def found(data_dir, tmp_path_factory):
-    """Losses and rows of one device, of one process with eight, and of two with four."""
+    """The losses and rows of one device, of one process with eight devices, and of two processes with four each."""
     folder = tmp_path_factory.mktemp("processes")
     one = {method: [method, METHODS[method] | dict(steps=STEPS)] for method in METHODS}
     divided = {f"{m} {mesh}": [m, METHODS[m] | MESHES[mesh] | dict(steps=STEPS)] for m, mesh in RUNS}
@@ -67,7 +67,7 @@ def test_losses_and_rows_are_those_of_one_device(method, mesh, found):
     expected = one[method]
     if LOSSES_LOG:
         layouts = [expected["losses"], *(processes[0][f"{method} {mesh}"]["losses"] for processes in others)]
-        side_by_side = dict(zip(("1 x 1", "1 x 8", "2 x 4"), layouts, strict=True))  # processes x devices of each
+        side_by_side = dict(zip(("1 x 1", "1 x 8", "2 x 4"), layouts, strict=True))  # processes x devices per process
         with open(LOSSES_LOG, "a") as file:
             file.write(json.dumps({"method": method, "mesh": mesh} | side_by_side) + "\n")
     for processes in others:

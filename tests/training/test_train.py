@@ -1,4 +1,4 @@
-"""Whole runs of a few steps: every config works, a stopped run goes on as if it never was, bad input stops early."""
+"""Complete runs of a few steps: every config works, a stopped run continues unchanged, and bad input stops early."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def training(workdir):
-    """What a run's metrics say of its numbers, and not of its speed."""
+    """Returns the metrics of a run, except the speed."""
     return [line for line in metrics.read(workdir) if line["split"] != "speed"]
 
 
@@ -38,8 +38,8 @@ def test_every_config_takes_two_steps(method, data_dir):
     assert set(run.config.objective.terms) == {term.name for term in run.terms}
 
 
-# What forty steps of the smoke setting, from random parameters, leave to be wished for: rows of the student's from the first
-# step; a teacher's responses that end, and enough of them; a student whose own text is worth something.
+# Forty steps of the smoke setting from random parameters are not enough for these methods. distillm needs student rows
+# from the first step, seqkd enough complete responses of the teacher, and opd a student that writes useful text.
 FAVOURED = {
     "distillm": dict(prefixes__threshold=0.5),
     "seqkd": dict(steps=60, sampling__max_new_tokens=32, data__max_length=64, data__batch_size=16),
@@ -48,7 +48,7 @@ FAVOURED = {
 
 
 def distilled(config):
-    """The run, its parameters, and the evaluations before and after."""
+    """Trains and returns the run, the parameters, and the evaluations before and after training."""
     run = train.build(config)
     state = run.init_state()
     before = run.evaluate(state.params)
@@ -65,7 +65,7 @@ def test_every_method_brings_the_student_nearer_to_the_teacher(method, data_dir,
         run, params, *_ = distilled(smoke("forward_kl", data_dir, steps=150))
         config.student.path = str(tmp_path / "start")
         models.save_pretrained(tmp_path / "start", run.models.student, params, run.tokenizer)
-    # A policy gradient lowers KL(q || p) alone; the student that it starts from pays for that with KL(p || q).
+    # A policy gradient lowers only KL(q || p). For this initial student, KL(p || q) rises in return.
     measures = ("reverse_kl",) if method == "opd" else ("forward_kl", "reverse_kl")
     _, _, before, after = distilled(config)
     assert sum(after[name] for name in measures) < sum(before[name] for name in measures) - 0.02
@@ -99,7 +99,7 @@ def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_di
     printed = capsys.readouterr().out
     assert "student after" in printed and "parameters" in printed
 
-    # The student is a Hugging Face folder with its tokenizer, and has the last checkpoint's parameters.
+    # The student is a Hugging Face folder with a tokenizer and the parameters of the last checkpoint.
     model, params = models.load_pretrained(folder / "student")
     assert data.Tokenizer.load(folder / "student").vocab_size == model.config.vocab_size
     step, leaves = last_state(folder)
@@ -107,7 +107,7 @@ def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_di
     for leaf in jax.tree.leaves(params):
         assert any(leaf.shape == saved.shape and np.array_equal(leaf, saved) for saved in leaves)
 
-    assert train.train(config, str(folder), quiet=True) == result  # nothing is left to do
+    assert train.train(config, str(folder), quiet=True) == result  # no step remains
     assert capsys.readouterr().out == ""
     assert len(metrics.read(folder)) == len(lines)
     rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
@@ -115,7 +115,7 @@ def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_di
         "prompt", "references", "teacher", "before", "after"
     }  # fmt: skip
     assert [row["before"]["response"] for row in rows] != [row["after"]["response"] for row in rows]
-    (folder / "generations_before.jsonl").unlink()  # an older version wrote none
+    (folder / "generations_before.jsonl").unlink()  # as in a run of an older version
     train.train(config, str(folder), quiet=True)
     rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
     assert set(rows[0]) == {"prompt", "references", "teacher", "after"}
@@ -220,11 +220,11 @@ def test_the_teachers_layers_make_a_student(data_dir):
     teacher = run.models.teacher_params["layers"]["3"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(state.params["layers"]["1"]["mlp"]["up"]["kernel"], teacher)
     run.train_step(state, run.models.teacher_params, run.batch(int(state.step), state.params))
-    assert not teacher.is_deleted()  # the state is donated, and must not take the teacher with it
+    assert not teacher.is_deleted()  # the donation of the state must not delete the teacher
 
 
 def tiny_folder(path, family, layers):
-    """A random model with the packaged tokenizer and a chat template, as the Dolly settings want."""
+    """Saves a random model with the packaged tokenizer and a chat template, as the Dolly settings require."""
     own = data.Tokenizer.load(models_folder())
     config = models.ModelConfig(
         family=family, vocab_size=4096, hidden_size=8, num_layers=layers, num_heads=2, max_positions=512,
@@ -252,7 +252,7 @@ def test_the_dolly_settings_run_with_folders_of_their_families(setting, tmp_path
     if config.student.init == "pretrained":
         config.student.path = tiny_folder(tmp_path / "student", family, 1)
     else:
-        assert config.student.layers == tuple(range(0, 30, 3))  # of SmolLM2's thirty
+        assert config.student.layers == tuple(range(0, 30, 3))  # every third of the thirty layers of SmolLM2
         config.student.layers = (1,)
     result = train.train(config, str(tmp_path / "run"), quiet=True)
     assert np.isfinite(result["after"]["forward_kl"]) and result["after"] != result["before"]
@@ -273,7 +273,7 @@ def test_a_mesh_of_eight_devices_has_the_losses_of_one(tmp_path, data_dir):
 
 
 def test_on_a_mesh_the_state_stays_where_it_was(data_dir):
-    """Or the second step, and the first one after a restart, would be another program."""
+    """Otherwise the second step, and the first step after a restart, would compile another program."""
     run = train.build(smoke("forward_kl", data_dir, mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
     state = run.init_state()
     placed = [leaf.sharding for leaf in jax.tree.leaves(run.abstract_state)]

@@ -1,4 +1,4 @@
-"""One step: the same numbers on any mesh and in any number of microbatches, and nothing read that does not count."""
+"""One step gives the same numbers on any mesh and with any number of microbatches, and ignores uncounted positions."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ TERMS = make_terms(
         "labels": TERM | {"kind": "hard_labels", "coefficient": 0.1},
     }
 )
-TX = optax.sgd(0.1)  # the update is the gradient: what Adam would hide shows
+TX = optax.sgd(0.1)  # the update is proportional to the gradient; Adam would hide its size
 
 
 SCORED = make_terms(

@@ -1,4 +1,4 @@
-"""With JAX_ENABLE_X64=1 a run of float32 models is the same run: types, draws, checkpoints, and numbers to rounding."""
+"""With JAX_ENABLE_X64=1 a float32 run has the same types, draws and checkpoints, and equal numbers up to rounding."""
 
 import json
 import os
