@@ -248,7 +248,7 @@ def test_what_a_teacher_wrote_belongs_to_a_run(tmp_path, data_dir):
     began(tmp_path / "run", config, run)
     identity.check(str(tmp_path / "run"), Settings.read(config), run.written)
     run.written = data.Rows(one.tokens[::-1], one.offsets, one.first_counted, one.prompt_lengths)
-    refused(tmp_path / "run", config, "the set of the teacher.s responses", run=run)
+    refused(tmp_path / "run", config, "the set of the teacher's responses", run=run)
 
 
 def test_a_directory_of_an_older_version_takes_the_contents_of_now(tmp_path, data_dir):
