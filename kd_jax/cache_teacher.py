@@ -77,7 +77,7 @@ def write(
         raise ValueError("a cache is made with the teacher itself: set teacher.path, and leave teacher.cache empty.")
     mesh = make_mesh(settings)
     loaded = load_models(settings, load_tokenizer(settings), mesh, True)
-    tokenizer = loaded.tokenizer
+    tokenizer, teacher = loaded.tokenizer, loaded.require_teacher()
     _check_numbers(kind, k, power, part_rows, tokenizer.vocab_size)
     check_length(settings, loaded)
     rows = {
@@ -93,12 +93,12 @@ def write(
         "k": 0 if kind == "hidden" else k,
         "power": power if kind == "samples" else 1.0,
         "seed": settings.seed if kind == "samples" else 0,
-        "hidden_size": loaded.teacher.config.hidden_size,
-        "head": files.TIED if loaded.teacher.config.tie_embeddings else files.UNTIED,
+        "hidden_size": teacher.config.hidden_size,
+        "head": files.TIED if teacher.config.tie_embeddings else files.UNTIED,
         "teacher": {
             "path": settings.teacher.path, "dtype": settings.teacher.dtype, "weights": settings.teacher.weights,
-            "config": str(loaded.teacher.config),
-            "fingerprint": responses.fingerprint(loaded.teacher_params, str(loaded.teacher.config)),
+            "config": str(teacher.config),
+            "fingerprint": responses.fingerprint(loaded.teacher_params, str(teacher.config)),
         },
         "splits": {
             split: files.about_rows(its) | {"temperature": temperatures[split]} for split, its in rows.items()
@@ -107,11 +107,11 @@ def write(
         "head_hash": "",
     } | made_from(settings, tokenizer)  # fmt: skip
     check_manifest(where / files.MANIFEST, manifest)  # what is written can be read
-    read = _make_read(loaded.teacher, manifest, mesh)
+    read = _make_read(teacher, manifest, mesh)
     batch_size, first = settings.data.eval_batch_size, jax.process_index() == 0
     head = None
     if kind == "hidden":
-        head = sharding.fetch_whole(loaded.teacher.stored_head(loaded.teacher_params)[0])
+        head = sharding.fetch_whole(teacher.stored_head(loaded.teacher_params)[0])
     with contextlib.ExitStack() as stack:
         if first:
             _check_folder(where, manifest)

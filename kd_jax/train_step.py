@@ -2,21 +2,24 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
+from optax.schedules import StatefulSchedule
 
 from kd_jax.objectives import ORIGINS, Term, cross_entropy, row_means, token_coefficients
 from kd_jax.policy_gradient import Scores
 from kd_jax.teachers import Teacher, compare, for_terms, teacher_arrays
+from kd_jax.teachers.online import HiddenModel
 
 Batch = dict[str, Array]
 # name -> (sum, count). The average is computed by the code that has all the sums.
 Metrics = dict[str, tuple[Array, Array]]
+States = tuple[PyTree, ...]  # the states of the schedules of a term
 
 
 @struct.dataclass
@@ -33,22 +36,22 @@ class TrainState:
     """
 
     step: Int[Array, ""]
-    params: Any
-    opt_state: Any
-    schedules: tuple[tuple[Any, ...], ...]
+    params: PyTree
+    opt_state: PyTree
+    schedules: tuple[States, ...]
     key: Array
     skipped: Int[Array, ""]
 
 
-def init_state(params: Any, tx: optax.GradientTransformation, terms: Sequence[Term], key: Array) -> TrainState:
+def init_state(params: PyTree, tx: optax.GradientTransformation, terms: Sequence[Term], key: Array) -> TrainState:
     """Returns the state before the first step."""
     schedules = _as_real(tuple(tuple(schedule.init() for schedule in term.schedules) for term in terms), params)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), schedules, key, jnp.zeros((), jnp.int32))
 
 
 def make_train_step(
-    student: Any,
-    teacher: Any,
+    student: HiddenModel,
+    teacher: Teacher | HiddenModel | None,
     terms: Sequence[Term],
     tx: optax.GradientTransformation,
     *,
@@ -58,15 +61,15 @@ def make_train_step(
     chunk: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     max_skipped: int = 0,
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]:
     """Returns the step that trains `student` towards `teacher` on a batch.
 
     Averages are over the whole global batch. The numbers of microbatches, devices and hosts therefore change only
     rounding. A batch without a counted token gives loss 0 and gradient 0.
 
     A step whose loss or gradient is not finite changes neither the parameters nor the states of optimiser and
-    schedules. After more than `max_skipped` such steps in a row, the state no longer changes. Code that reads the
-    metrics later then finds the state that produced them.
+    schedules. After more than `max_skipped` non-finite steps in a row, the state no longer changes. Code that reads the
+    metrics later then finds the state that produced the metrics.
 
     Args:
       student: a model with `hidden(params, tokens, mask)` and `stored_head(params)`.
@@ -92,21 +95,22 @@ def make_train_step(
       - log_probs, optional: [B, L], the log-probabilities of the targets under the student that drew the targets.
       - names that begin with teacher_: the arrays of a cached teacher.
     """
-    options = dict(vocab_size=vocab_size, temperature=temperature, chunk=chunk, mesh=mesh)
-    return _Step(student, for_terms(teacher, terms), tuple(terms), tx, options, microbatches, max_skipped).train_step
+    compare_both = partial(compare, vocab_size=vocab_size, temperature=temperature, chunk=chunk, mesh=mesh)
+    teacher = for_terms(teacher, terms)
+    return _Step(student, teacher, tuple(terms), tx, compare_both, microbatches, max_skipped).train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedTerm:
-    """A term with all that a step has computed for it before the models' distributions are compared.
+    """A term with the values that a step computes before the models' distributions are compared.
 
     Attributes:
       term: the term.
       counted: True where a token counts in the term, [B, L].
       means: the means over each row that the term's schedules read, by name.
-      weight: the present weight of the assistant, a scalar or [B].
-      factor: the present coefficient of the term, a scalar.
-      coefficient: the factor of each token's loss, [B, L]: `factor`, divided as the term's average asks.
+      weight: the current weight of the assistant, a scalar or [B].
+      factor: the current coefficient of the term, a scalar.
+      coefficient: the factor of each token's loss, [B, L]: `factor` times `objectives.token_coefficients`.
       extras: the arrays [B, L] that follow the target in the arguments of `Term.loss`: weight, numbers and signals.
     """
 
@@ -118,10 +122,10 @@ class PreparedTerm:
     coefficient: Array
     extras: tuple[Array, ...]
 
-    def next_schedules(self, states: tuple[Any, ...], step: Array, loss: Array) -> tuple[Any, ...]:
+    def next_schedules(self, states: States, step: Array, loss: Array) -> States:
         """Returns the next states of the term's schedules, from the sum and the count of the term's values."""
         return tuple(
-            _follow(schedule, state, step, loss, self.means)
+            _next_state(schedule, state, step, loss, self.means)
             for schedule, state in zip(self.term.schedules, states, strict=True)
         )
 
@@ -136,9 +140,9 @@ class PreparedTerm:
 
 
 def prepare(
-    term: Term, states: tuple[Any, ...], scores: Scores | None, counted: Array, batch: Batch, state: TrainState
+    term: Term, states: States, scores: Scores | None, counted: Array, batch: Batch, state: TrainState
 ) -> PreparedTerm:
-    """Evaluates a term's schedules, and makes its coefficients and the further arguments of its loss.
+    """Evaluates a term's schedules, and makes the coefficients and the further arguments of the term's loss.
 
     Args:
       term: the term.
@@ -150,70 +154,70 @@ def prepare(
     """
     means = {} if scores is None else row_means(scores)
     signals = term.signals(scores) if term.signals and scores else ()
-    now = [schedule(of, step=state.step, **means) for schedule, of in zip(term.schedules, states, strict=True)]
-    weight, factor, *numbers = _as_real(now, state.params)
+    values = [schedule(of, step=state.step, **means) for schedule, of in zip(term.schedules, states, strict=True)]
+    weight, factor, *numbers = _as_real(values, state.params)
     segments = None if batch["mask"].dtype == bool else batch["mask"]
     average = _as_real(token_coefficients(term.average, counted, segments), state.params)
-    of_token = lambda number: jnp.broadcast_to(number, counted.shape)
-    of_row = weight[..., None] if weight.ndim else weight
-    extras = (of_token(of_row), *map(of_token, numbers), *signals)
+    per_token = lambda number: jnp.broadcast_to(number, counted.shape)
+    extras = (per_token(weight[..., None] if weight.ndim else weight), *map(per_token, numbers), *signals)
     return PreparedTerm(term, counted, means, weight, factor, factor * average, extras)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Step:
-    """The step of `make_train_step`. The attributes are its arguments; `options` are those of `teachers.compare`."""
+    """The step of `make_train_step`, with the same arguments. `compare` is `teachers.compare` with the options set."""
 
-    student: Any
+    student: HiddenModel
     teacher: Teacher
     terms: tuple[Term, ...]
     tx: optax.GradientTransformation
-    options: dict[str, Any]
+    compare: Callable[..., tuple[Array, Array]]
     microbatches: int
     max_skipped: int
 
-    def train_step(self, state: TrainState, teacher_params: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(self, state: TrainState, teacher_params: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         counted = [_counted(term, batch) for term in self.terms]
         scores = self._term_scores(state.params, teacher_params, batch, counted)
         prepared = [
-            prepare(term, states, of_term, mask, batch, state)
-            for term, states, of_term, mask in zip(self.terms, state.schedules, scores, counted, strict=True)
+            prepare(term, states, term_scores, mask, batch, state)
+            for term, states, term_scores, mask in zip(self.terms, state.schedules, scores, counted, strict=True)
         ]
         (loss, per_term), gradient = self._gradient(state.params, teacher_params, batch, prepared)
         updates, opt_state = self.tx.update(gradient, state.opt_state, state.params)
         schedules = tuple(
-            of_term.next_schedules(states, state.step, per_term[:, i])
-            for i, (of_term, states) in enumerate(zip(prepared, state.schedules, strict=True))
+            term.next_schedules(states, state.step, per_term[:, i])
+            for i, (term, states) in enumerate(zip(prepared, state.schedules, strict=True))
         )
         params = optax.apply_updates(state.params, updates)
-        new = dataclasses.replace(state, params=params, opt_state=opt_state, schedules=schedules)
+        updated = dataclasses.replace(state, params=params, opt_state=opt_state, schedules=schedules)
         one, norm = jnp.ones((), jnp.float32), optax.tree.norm(gradient)
         metrics = {"loss": (loss, one), "gradient_norm": (norm, one)}
-        for i, of_term in enumerate(prepared):
-            metrics |= of_term.metrics(per_term[:, i])
+        for i, term in enumerate(prepared):
+            metrics |= term.metrics(per_term[:, i])
         metrics["tokens"] = ((batch["mask"] != 0).sum(dtype=jnp.float32), one)
-        new = self._unless_skipped(state, new, jnp.isfinite(loss) & jnp.isfinite(norm))
-        return new, metrics | {"skipped": (new.skipped, one)}
+        updated = self._unless_skipped(state, updated, jnp.isfinite(loss) & jnp.isfinite(norm))
+        return updated, metrics | {"skipped": (updated.skipped, one)}
 
-    def _unless_skipped(self, state: TrainState, new: TrainState, finite: Array) -> TrainState:
-        """Returns the state after a step, which is the state before it if the step is not finite."""
+    def _unless_skipped(self, state: TrainState, updated: TrainState, finite: Array) -> TrainState:
+        """Returns `updated` with the count of skipped steps; without the update if the step is not finite."""
         skipped = jnp.where(finite & (state.skipped <= self.max_skipped), 0, state.skipped + ~finite)
-        stays = skipped > self.max_skipped
-        return dataclasses.replace(_where(finite & ~stays, new, state), step=state.step + ~stays, skipped=skipped)
+        stopped = skipped > self.max_skipped
+        chosen = _where(finite & ~stopped, updated, state)
+        return dataclasses.replace(chosen, step=state.step + ~stopped, skipped=skipped)
 
     def _gradient(
-        self, params: Any, teacher_params: Any, batch: Batch, prepared: Sequence[PreparedTerm]
-    ) -> tuple[tuple[Array, Array], Any]:
-        """Returns (loss, [sums, counts] of each term), and the gradient in the student's parameters."""
-        parts: dict[str, Any] = {name: batch[name] for name in ("tokens", "targets", "mask")}
+        self, params: PyTree, teacher_params: PyTree, batch: Batch, prepared: Sequence[PreparedTerm]
+    ) -> tuple[tuple[Array, Array], PyTree]:
+        """Returns (loss, [sums, counts] of each term), and the gradient with respect to the student's parameters."""
+        parts: dict[str, PyTree] = {name: batch[name] for name in ("tokens", "targets", "mask")}
         parts["coefficients"] = jnp.stack([term.coefficient for term in prepared], axis=-1)
         parts["extras"] = tuple(term.extras for term in prepared)
         parts |= teacher_arrays(batch)
 
-        def differentiate(part: Any) -> tuple[tuple[Array, Array], Any]:
+        def differentiate(part: PyTree) -> tuple[tuple[Array, Array], PyTree]:
             return jax.value_and_grad(self._loss, has_aux=True)(params, teacher_params, part)
 
-        def accumulate(carry: Any, part: Any) -> tuple[Any, None]:
+        def accumulate(carry: PyTree, part: PyTree) -> tuple[PyTree, None]:
             return jax.tree.map(jnp.add, carry, differentiate(part)), None
 
         if self.microbatches == 1:
@@ -223,16 +227,18 @@ class _Step:
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(accumulate, zero, split)[0]
 
-    def _loss(self, params: Any, teacher_params: Any, part: Any) -> tuple[Array, Array]:
+    def _loss(self, params: PyTree, teacher_params: PyTree, part: PyTree) -> tuple[Array, Array]:
         """Returns the loss of a part of the rows, and the sum and the count of each term's values.
 
-        `token_sum`, below `compare`, multiplies the loss of each token by its coefficient.
+        `token_sum`, which `compare` calls, multiplies the loss of each token by the token's coefficient.
         """
         coefficient, leaves, structure = part["coefficients"], *jax.tree.flatten(part["extras"])
 
-        def token_loss(log_p: Any, seen: Array, log_q: Array, target: Array, *leaves: Array) -> Array:
-            extras = zip(self.terms, jax.tree.unflatten(structure, leaves), strict=True)
-            values = [t.loss(log_p, seen if t.needs_teacher else log_q, target, *of_t) for t, of_t in extras]
+        def token_loss(log_p: PyTree, seen: Array, log_q: Array, target: Array, *leaves: Array) -> Array:
+            values = [
+                term.loss(log_p, seen if term.needs_teacher else log_q, target, *extras)
+                for term, extras in zip(self.terms, jax.tree.unflatten(structure, leaves), strict=True)
+            ]
             return jnp.stack(values, axis=-1)
 
         total, values = self._compare(token_loss, params, teacher_params, part, coefficient, part["targets"], *leaves)
@@ -240,33 +246,33 @@ class _Step:
         return total, jnp.stack([values.sum(axis=(0, 1)), counted.astype(values.dtype)])
 
     def _compare(
-        self, token_loss: Callable[..., Array], params: Any, teacher_params: Any, part: Batch, coefficient: Array,
+        self, token_loss: Callable[..., Array], params: PyTree, teacher_params: PyTree, part: Batch, coefficient: Array,
         *extras: Array,
     ) -> tuple[Array, Array]:  # fmt: skip
-        return compare(
-            token_loss, self.student, params, self.teacher, teacher_params, part, coefficient, *extras, **self.options
-        )
+        return self.compare(token_loss, self.student, params, self.teacher, teacher_params, part, coefficient, *extras)
 
     def _term_scores(
-        self, params: Any, teacher_params: Any, batch: Batch, counted: Sequence[Array]
+        self, params: PyTree, teacher_params: PyTree, batch: Batch, counted: Sequence[Array]
     ) -> list[Scores | None]:
-        """Returns the scores of the tokens that each term counts, and None for a term that needs no scores."""
+        """Returns the scores of the tokens that each term counts; None for a term that needs no scores."""
         scored = [mask for term, mask in zip(self.terms, counted, strict=True) if term.needs_scores]
         if not scored:
             return [None for _ in self.terms]
         any_counted = batch | {"loss_mask": jnp.stack(scored).any(axis=0)}
         log_p, log_q = self._target_scores(params, teacher_params, any_counted)
-        drawn = log_q
+        drawn_log_q = log_q
         if "origin" in batch:
             by_student = batch["origin"] == ORIGINS.index("student")
-            drawn = jnp.where(by_student[:, None], batch["log_probs"], log_q)
-        of = lambda values, mask: jnp.where(mask, values, 0)
+            drawn_log_q = jnp.where(by_student[:, None], batch["log_probs"], log_q)
+        masked = lambda values, mask: jnp.where(mask, values, 0)
         return [
-            Scores(of(log_p, mask), of(log_q, mask), of(drawn, mask), mask) if term.needs_scores else None
+            Scores(masked(log_p, mask), masked(log_q, mask), masked(drawn_log_q, mask), mask)
+            if term.needs_scores
+            else None
             for term, mask in zip(self.terms, counted, strict=True)
         ]
 
-    def _target_scores(self, params: Any, teacher_params: Any, batch: Batch) -> tuple[Array, Array]:
+    def _target_scores(self, params: PyTree, teacher_params: PyTree, batch: Batch) -> tuple[Array, Array]:
         """Returns log p and log q of every counted target.
 
         The scores need a separate pass, because some weights depend on whole rows.
@@ -287,7 +293,7 @@ class _Step:
         return values[..., 0], values[..., 1]
 
 
-def _as_real(tree: Any, params: Any) -> Any:
+def _as_real(tree: PyTree, params: PyTree) -> PyTree:
     """Casts the floating-point numbers of a tree to float32, or to float64 if a parameter is float64.
 
     JAX's default type is never used. With JAX_ENABLE_X64=1 the default is float64, and the numbers of a float32 model
@@ -298,7 +304,7 @@ def _as_real(tree: Any, params: Any) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x, real) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x, tree)
 
 
-def _where(condition: Array, new: Any, old: Any) -> Any:
+def _where(condition: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
@@ -306,25 +312,25 @@ def _counted(term: Term, batch: Batch) -> Array:
     if "origin" not in batch:  # without origin, every row is from a dataset
         return batch["loss_mask"] & (term.rows in ("all", "data"))
     origin = batch["origin"]
-    of_term = origin == ORIGINS.index(term.rows) if term.rows != "all" else origin != ORIGINS.index("text")
-    return batch["loss_mask"] & of_term[:, None]
+    rows = origin == ORIGINS.index(term.rows) if term.rows != "all" else origin != ORIGINS.index("text")
+    return batch["loss_mask"] & rows[:, None]
 
 
-def _follow(schedule: Any, state: Any, step: Array, term: Array, means: dict[str, Array]) -> Any:
+def _next_state(schedule: StatefulSchedule, state: PyTree, step: Array, loss: Array, means: dict[str, Array]) -> PyTree:
     """Returns a schedule's next state, from the sum and the count of the term's values.
 
     With a count of 0 the state does not change.
     """
-    value, count = term
-    new = schedule.update(state, step=step, loss=value / jnp.maximum(count, 1), **means)
+    total, count = loss
+    new = schedule.update(state, step=step, loss=total / jnp.maximum(count, 1), **means)
     return _where(count > 0, jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), new, state), state)
 
 
-def _split_rows(parts: Any, count: int) -> Any:
+def _split_rows(parts: PyTree, count: int) -> PyTree:
     """Reshapes [B, ...] to [count, B / count, ...]. Row i goes to part i mod count, so no row leaves its device."""
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), parts)
 
 
-def _join_rows(parts: Any) -> Any:
+def _join_rows(parts: PyTree) -> PyTree:
     """Reverses `_split_rows`."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)

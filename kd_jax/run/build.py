@@ -3,18 +3,18 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
-from kd_jax import data, evaluate, prefixes, resolve, schedules, sharding
+from kd_jax import data, evaluate, models, prefixes, resolve, schedules, sharding
 from kd_jax.objectives import Term, make_terms
 from kd_jax.optimizer import make_optimizer
 from kd_jax.prefixes import rollouts
 from kd_jax.prefixes.feed import Feed
-from kd_jax.run.cache import kept_rows, open_cache
+from kd_jax.run.cache import kept_rows, open_cache, unpacked
 from kd_jax.run.checks import check_learning_rate, check_mesh
 from kd_jax.run.models import Models, load_models, load_tokenizer
 from kd_jax.run.rows import (
@@ -29,10 +29,9 @@ from kd_jax.run.rows import (
     make_source,
 )
 from kd_jax.settings import Config, Sampling, Settings, name_of
+from kd_jax.teachers import Teacher
 from kd_jax.teachers.cache_reading import Cache
-from kd_jax.train_step import TrainState, init_state, make_train_step
-
-LearningRate = Callable[[Any], Any]  # step -> learning rate
+from kd_jax.train_step import Batch, Metrics, TrainState, init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +47,11 @@ class Run:
       learning_rate: step -> learning rate.
       init_state: makes the state before the first step, including the student's initial parameters.
       abstract_state: the shapes and shardings of the state.
-      train_step: (state, teacher_params, batch) -> (state, metrics), jitted; the state is donated.
+      train_step: the jitted function (state, teacher_params, batch) -> (state, metrics); the state is donated.
       feed: the source of the training batches, with a position that can be saved.
       eval_batches: makes an iterator that goes once over the held-out rows.
       examples: the held-out prompts that are answered at each evaluation.
-      shown: the held-out prompts whose answers are shown before and after training, as many as one evaluation batch
-        has.
+      shown: the held-out prompts of one evaluation batch, whose answers are shown before and after training.
       counts: for each split, the numbers of rows that were kept, truncated or dropped.
       written: the rows of the teacher's responses; None if the run trains on the data's responses.
     """
@@ -63,10 +61,10 @@ class Run:
     tokenizer: data.Tokenizer
     models: Models
     terms: tuple[Term, ...]
-    learning_rate: LearningRate
+    learning_rate: optax.Schedule
     init_state: Callable[[], TrainState]
     abstract_state: TrainState
-    train_step: Callable[..., Any]
+    train_step: Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]
     feed: Feed
     eval_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
     examples: list[evaluate.Example]
@@ -74,36 +72,44 @@ class Run:
     counts: dict[str, dict[str, int]]
     written: data.Rows | data.Packed | None = None
 
-    def batch(self, step: int, params: Any) -> dict[str, jax.Array]:
+    def batch(self, step: int, params: PyTree) -> Batch:
         """Returns the batch of update `step` on the mesh. Steps are counted from 0.
 
-        Where the source has the student write responses, they are sampled with the parameters `params`.
+        If the source samples responses of the student, `params` are the student's parameters.
         """
         return self.put(self.feed.next(step, params))
 
-    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Places a numpy batch on the mesh."""
+    def put(self, batch: dict[str, np.ndarray]) -> Batch:
+        """Places a NumPy batch on the mesh."""
         return sharding.put_batch(self.mesh, batch)
 
-    def evaluate(self, params: Any) -> dict[str, float]:
-        """Returns the measures of student parameters on the held-out rows.
+    def evaluate(self, params: PyTree) -> dict[str, float]:
+        """Returns `evaluate.summary` of the student on the held-out rows, and `evaluate.assess` of the student's answers.
 
-        The measures are those of `evaluate.summary` on the rows and of `evaluate.assess` on the answers.
+        Args:
+          params: the student's parameters.
         """
         return self._evaluate(self.models.student, params, self.models.compared, self.models.teacher_params)
 
     def evaluate_teacher(self) -> dict[str, float]:
-        """Evaluates the teacher on the held-out rows, without a comparison to another model."""
-        return self._evaluate(self.models.teacher, self.models.teacher_params, None, None)
+        """Evaluates the teacher on the held-out rows, without a comparison to another model.
 
-    def _evaluate(self, *both: Any) -> dict[str, float]:
+        Raises:
+          ValueError: no model is loaded for the teacher.
+        """
+        return self._evaluate(self.models.require_teacher(), self.models.teacher_params, None, None)
+
+    def _evaluate(
+        self, model: models.Model, params: PyTree, teacher: Teacher | None, teacher_params: PyTree
+    ) -> dict[str, float]:
+        both = (model, params, teacher, teacher_params)
         options, chunk = self.config.data, self.config.loss.chunk or None
         values = evaluate.evaluate(
             *both, self.eval_batches(), self.mesh, vocab_size=self.tokenizer.vocab_size, chunk=chunk
         )
         if not self.examples:
             return values
-        # The temperature is 1, and not that of training, so that runs can be compared.
+        # The temperature is 1 and not the temperature of training, so that runs can be compared.
         sampling = Sampling(max_new_tokens=self.config.sampling.max_new_tokens)
         sampler = rollouts.make_sampler(self.mesh, self.tokenizer, options.max_length, sampling)
         size, seed = options.eval_batch_size, self.config.seed
@@ -113,13 +119,13 @@ class Run:
 def build(config: Config | Settings) -> Run:
     """Assembles a run, and reports any error in the config before anything is trained or written.
 
-    With the source `prefixes.teacher`, the last action is that the teacher's responses are written, or read from disk.
+    With the source `prefixes.teacher`, the last action is to write the teacher's responses, or to read them from disk.
 
     Args:
       config: a config with the keys of `kd_jax.settings`, such as an `ml_collections.ConfigDict`.
 
     Raises:
-      ValueError: a value of the config is wrong; the message names the value and a right one.
+      ValueError: a value of the config is wrong; the message names the key, the value, and a correct value.
     """
     settings = Settings.parse(config)
     terms, source = make_objective(settings)
@@ -145,7 +151,7 @@ def build(config: Config | Settings) -> Run:
         eval_rows, batch_size=options.eval_batch_size, shuffle=False, num_epochs=1,
         beside=kept_rows(settings, tokenizer, cache, "held_out", eval_rows), **batch_options(settings, tokenizer),
     )  # fmt: skip
-    # The responses come last because writing them may take long. They stay on disk if a later run fails.
+    # The responses are sampled last because sampling may take long. They stay on disk if a later run fails.
     if isinstance(source, prefixes.teacher):
         train_rows, counts[options.train_split] = load_responses(settings, source, loaded, mesh)
     else:
@@ -157,7 +163,7 @@ def build(config: Config | Settings) -> Run:
         feed=make_feed(settings, source, tokenizer, loaded, mesh, train_rows, text_rows, cache),
         eval_batches=lambda: iter(held_out), examples=examples, counts=counts,
         written=train_rows if isinstance(source, prefixes.teacher) else None,
-        shown=evaluate.held_out_examples(eval_rows, tokenizer, options.eval_batch_size),
+        shown=evaluate.held_out_examples(unpacked(eval_rows), tokenizer, options.eval_batch_size),
     )  # fmt: skip
 
 
@@ -183,11 +189,12 @@ def make_mesh(settings: Settings) -> jax.sharding.Mesh:
     return mesh
 
 
-def _make_learning_rate(settings: Settings) -> LearningRate:
+def _make_learning_rate(settings: Settings) -> optax.Schedule:
     learning_rate = resolve.build(settings.learning_rate, schedules)
     if schedules.as_stateful(learning_rate).init() != ():
         raise ValueError(
-            f"learning_rate={name_of(settings.learning_rate)!r} follows the loss; a learning rate follows the step."
+            f"learning_rate={name_of(settings.learning_rate)!r} is a schedule that follows the loss, but a learning rate "
+            f"follows the step; choose a schedule of kd_jax.schedules without a state."
         )
     check_learning_rate(learning_rate, settings.steps)
     return learning_rate
@@ -196,7 +203,7 @@ def _make_learning_rate(settings: Settings) -> LearningRate:
 def _load_models(
     settings: Settings, source: prefixes.Source, terms: tuple[Term, ...], mesh: jax.sharding.Mesh, cache: Cache | None
 ) -> Models:
-    """Loads the models of the run. A cache takes the place of the teacher."""
+    """Loads the models of the run. A cache replaces the teacher."""
     needs_teacher = any(term.needs_teacher for term in terms)
     text_only = learns_from_text(settings, source, terms)
     loaded = load_models(settings, load_tokenizer(settings, text_only), mesh, needs_teacher, text_only)
@@ -209,7 +216,7 @@ def _load_models(
 def _make_state(
     settings: Settings, loaded: Models, tx: optax.GradientTransformation, terms: tuple[Term, ...],
     mesh: jax.sharding.Mesh,
-) -> tuple[Callable[[], TrainState], TrainState, Any]:  # fmt: skip
+) -> tuple[Callable[[], TrainState], TrainState, PyTree]:  # fmt: skip
     """Returns the function that makes the first state, the state's shapes with shardings, and the shardings."""
     key = jax.random.key(settings.seed)
     make_state = partial(init_state, tx=tx, terms=terms)

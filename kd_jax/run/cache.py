@@ -1,7 +1,6 @@
 """Opens a teacher's cache for a config, and checks that the cache is sufficient for the config and fits the run's rows."""
 
 import json
-from typing import Any
 
 from kd_jax import data, divergences, resolve
 from kd_jax.data.options import dataset_options
@@ -10,25 +9,33 @@ from kd_jax.prefixes import Source
 from kd_jax.settings import Settings, name_of
 from kd_jax.storage import remote
 from kd_jax.storage.checksum import digest
+from kd_jax.storage.files import Json
 from kd_jax.teachers.cache_files import about_rows, differences
 from kd_jax.teachers.cache_reading import Cache, Kept
 
-# The keys of config.data that decide the rows. Of data.packing it matters only whether the rows are divided anew.
+AnyRows = data.Rows | data.Packed
+# The keys of config.data that decide the rows. The packing "stream" also decides the rows, "none" and "rows" do not.
 DECIDE = (
     "name", "train_split", "eval_split", "eval_rows", "template", "max_length", "max_prompt_length", "long_prompts",
     "long_responses", "loss_on",
 )  # fmt: skip
 
 
-def made_from(config: Settings, tokenizer: data.Tokenizer) -> dict[str, Any]:
+def unpacked(rows: AnyRows) -> data.Rows:
+    """Returns the rows that are packed, or the rows themselves."""
+    return rows.rows if isinstance(rows, data.Packed) else rows
+
+
+def made_from(config: Settings, tokenizer: data.Tokenizer) -> Json:
     """Returns the values that a cache and a run must share besides their rows.
 
     The entry "settings" has the keys that can explain why rows differ.
     """
     template = data.Template.of(config.data)
     text = template.name + (tokenizer.chat_template or "" if template.name == "chat" else "")
-    text += json.dumps(more, sort_keys=True) if (more := template.set_apart()) else ""
-    settings = {f"data.{key}": getattr(config.data, key) for key in DECIDE} | {f"data.{key}": more[key] for key in more}
+    text += json.dumps(options, sort_keys=True) if (options := template.set_apart()) else ""
+    settings = {f"data.{key}": getattr(config.data, key) for key in DECIDE}
+    settings |= {f"data.{key}": value for key, value in options.items()}
     settings["data.packing"] = "stream" if config.data.packing == "stream" else "none or rows"
     settings["data.options"] = {key: str(value) for key, value in dataset_options(config).items()}
     return {
@@ -52,18 +59,22 @@ def open_cache(config: Settings, terms: tuple[Term, ...], source: Source) -> Cac
         return None
     if config.student.init == "layers":
         raise ValueError(
-            f"student.init='layers' takes layers of the teacher's own, and with teacher.cache={config.teacher.cache!r} there "
-            f"is no model: save the student's folder where the teacher fits, and set student.init='pretrained' and student.path."
+            f"student.init='layers' copies layers of the teacher's model, but teacher.cache={config.teacher.cache!r} has no "
+            f"model. Save the student's folder on a machine with enough memory for the teacher, and set "
+            f"student.init='pretrained' and student.path."
         )
     cache = Cache.open(remote.local_folder(config.teacher.cache))
     check_use(config, terms, source, cache.kind)
     wanted, written = config.objective.temperature, cache.manifest["splits"]["train"]["temperature"]
-    if cache.kind != "hidden" and any(term.needs_teacher for term in terms) and wanted != written:
-        raise ValueError(cache.refusal([f"objective.temperature: {written} there, {wanted} here"]))
+    if cache.kind != "hidden" and any(term.needs_teacher for term in terms):
+        if lines := differences(written, wanted, "objective.temperature"):
+            raise ValueError(cache.refusal(lines))
     return cache
 
 
-def kept_rows(config: Settings, tokenizer: data.Tokenizer, cache: Cache | None, split: str, rows: Any) -> Any:
+def kept_rows(
+    config: Settings, tokenizer: data.Tokenizer, cache: Cache | None, split: str, rows: AnyRows
+) -> Kept | None:
     """Returns the cached values of a split, 'train' or 'held_out'; None without a cache.
 
     Raises:
@@ -72,13 +83,14 @@ def kept_rows(config: Settings, tokenizer: data.Tokenizer, cache: Cache | None, 
     """
     if cache is None:
         return None
-    rows, here = rows.rows if isinstance(rows, data.Packed) else rows, made_from(config, tokenizer)
-    here |= {f"{split} rows": about_rows(rows)}
-    there = cache.manifest | {f"{split} rows": {k: cache.manifest["splits"][split][k] for k in here[f"{split} rows"]}}
-    lines = {name: differences(there[name], value, name) for name, value in here.items()}
+    rows = unpacked(rows)
+    key, about = f"{split} rows", about_rows(rows)
+    written = cache.manifest | {key: {name: cache.manifest["splits"][split][name] for name in about}}
+    wanted = made_from(config, tokenizer) | {key: about}
+    lines = {name: differences(written[name], value, name) for name, value in wanted.items()}
     explanation = lines.pop("settings")
     if any(lines.values()):
-        raise ValueError(cache.refusal([line for some in (*lines.values(), explanation) for line in some]))
+        raise ValueError(cache.refusal([line for entry in (*lines.values(), explanation) for line in entry]))
     return Kept(cache, split, rows)
 
 
@@ -90,8 +102,8 @@ def check_use(config: Settings, terms: tuple[Term, ...], source: Source, kind: s
     """
     if source.authors or source.origins != ("data",):
         raise ValueError(
-            f"a cache knows the dataset's rows, and prefixes.name={name_of(config.prefixes)!r} has rows written anew: it needs the "
-            f"teacher itself. Use prefixes.name='data', with a teacher's texts as a dataset of their own if need be."
+            f"a cache has values for the rows of the dataset only, but prefixes.name={name_of(config.prefixes)!r} samples new rows "
+            f"and needs the teacher itself. Use prefixes.name='data', or leave teacher.cache empty."
         )
     for term in terms:
         where = f"objective.terms.{term.name}"
@@ -99,18 +111,18 @@ def check_use(config: Settings, terms: tuple[Term, ...], source: Source, kind: s
             continue
         if term.rows == "text":
             raise ValueError(
-                f"{where} compares with a teacher on rows='text', and a cache knows the first stream's only."
+                f"{where} compares with a teacher on rows='text', but a cache has values only for the rows of the section data."
             )
         if kind != "hidden" and term.needs_scores:
             raise ValueError(
-                f"{where} needs the teacher's probability of every token of the rows, which a cache of kind {kind!r} has not; "
-                f"one of kind 'hidden' has."
+                f"{where} needs the teacher's probability of every token of the rows, which a cache of kind {kind!r} lacks. "
+                f"Use a cache of kind 'hidden'."
             )
         if kind == "samples":
             _check_samples(where, config.objective.terms[term.name])
 
 
-def _check_samples(where: str, spec: Any) -> None:
+def _check_samples(where: str, spec: Json) -> None:
     assistant = spec["assistant"]
     assistant = assistant if isinstance(assistant, str) or assistant is None else assistant["name"]
     function, _ = resolve.look_up(spec["divergence"], divergences, positional=True)
@@ -120,7 +132,7 @@ def _check_samples(where: str, spec: Any) -> None:
         or assistant not in (None, "none")
     ):
         raise ValueError(
-            f"{where} has divergence {function.__name__!r}, pair {tuple(spec['pair'])} and assistant {assistant!r}. Draws of "
-            f"the teacher, a cache of kind 'samples', are good for forward_kl of ('teacher', 'student') without an assistant: the "
-            f"mean of nothing else is what it should be. Use a cache of kind 'hidden' or 'top_k'."
+            f"{where} has divergence {function.__name__!r}, pair {tuple(spec['pair'])} and assistant {assistant!r}. A cache of "
+            f"kind 'samples' gives unbiased values only for forward_kl of ('teacher', 'student') without an assistant. Use a "
+            f"cache of kind 'hidden' or 'top_k'."
         )

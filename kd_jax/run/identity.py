@@ -4,29 +4,31 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from kd_jax import data, models, sharding
 from kd_jax.data.options import dataset_options
+from kd_jax.run.cache import unpacked
 from kd_jax.run.models import load_tokenizer
 from kd_jax.settings import Settings
 from kd_jax.storage import checkpoint, directory, remote, untrusted
 from kd_jax.storage.checksum import digest, file_digest
+from kd_jax.storage.files import Json
 from kd_jax.teachers.cache_files import MANIFEST, about_rows
 
-# matches module:function, also inside the keywords of a call
+# Matches module:function, also inside the keywords of a call.
 OWN = re.compile(r"(?<![\w.:])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 Written = data.Rows | data.Packed | None
 TERM_SPECS = ("divergence", "assistant", "weight", "coefficient")
 
 
 class Part(NamedTuple):
-    """A content of a run.
+    """One of the contents that belong to a run.
 
     Attributes:
       named: the key and the value of the config that name the content.
@@ -38,12 +40,13 @@ class Part(NamedTuple):
 
 
 def check(workdir: str, config: Settings, written: Written = None) -> None:
-    """Checks that the contents are those with which the run of a work directory began. All processes must call it.
+    """Checks that the contents are those with which the run of a work directory began.
 
-    Only the first process compares, so that each file is read once. All processes raise the same error.
+    All processes must call this function. Only the first process compares, so that each file is read once. All
+    processes raise the same error.
 
     Args:
-      workdir: the work directory of the run; it need not exist.
+      workdir: the work directory of the run, which need not exist.
       config: the config of the run.
       written: the rows that a teacher wrote, as in `parts`.
 
@@ -63,42 +66,43 @@ def check(workdir: str, config: Settings, written: Written = None) -> None:
 def write(workdir: str, config: Settings, written: Written) -> None:
     """Writes the fingerprints into the work directory, without changing fingerprints that are already there.
 
-    A directory of an older version that has nothing to resume has no fingerprints. It gets those of the present contents.
+    A directory of an older version without checkpoints gets the fingerprints of the current contents.
     """
-    there = directory.read_identity(workdir)
-    here = {name: part.fingerprint for name, part in parts(config, written).items() if part.fingerprint}
-    if here.keys() - there.keys():
-        directory.write_identity(workdir, here | there)
+    recorded = directory.read_identity(workdir)
+    current = {name: part.fingerprint for name, part in parts(config, written).items() if part.fingerprint}
+    if current.keys() - recorded.keys():
+        directory.write_identity(workdir, current | recorded)
 
 
 def _difference(workdir: str, config: Settings, written: Written) -> str:
-    if not (there := directory.read_identity(workdir)):
+    """Returns the error message for contents that have changed; "" if no content has changed."""
+    if not (recorded := directory.read_identity(workdir)):
         return _of_older_version(workdir, config)
     lines = [
         f"{part.named} has other content than when the run began"
         for name, part in parts(config, written).items()
-        # The student's weights may be missing: a resumed run does not read them. `build` reports all other missing
-        # contents.
-        if part.fingerprint and part.fingerprint != there.get(name, part.fingerprint)
+        # The student's weights may be missing because a resumed run does not read them. `build` reports all other
+        # missing contents.
+        if part.fingerprint and part.fingerprint != recorded.get(name, part.fingerprint)
     ]
     if not lines:
         return ""
     listed = "\n  ".join(lines)
     return (
-        f"the work directory {workdir} belongs to a run of other contents. Put the old content back, or choose another "
+        f"the work directory {workdir} belongs to a run of other contents. Restore the old contents, or choose another "
         f"--workdir:\n  {listed}"
     )
 
 
 def _of_older_version(workdir: str, config: Settings) -> str:
-    """Returns why a run without fingerprints cannot be resumed; "" where no step is saved, or where all are made."""
+    """Returns the error message for an unfinished run without fingerprints; "" if no step is saved or all steps are made."""
     step = checkpoint.last_step(workdir)
     if step is None or step >= config.steps:
         return ""
     return (
         f"the work directory {workdir} has step {step} of a run that has no {directory.IDENTITY}: an earlier version of kd_jax "
-        f"began it. That version truncated and encoded prompts and responses in another way, so that the run would go on with "
-        f"other rows. Finish it with the version that began it, or begin it again in another --workdir."
+        f"began the run. The earlier version truncated and encoded prompts and responses in another way, so the resumed run "
+        f"would train on other rows. Finish the run with the earlier version, or start it again in another --workdir."
     )
 
 
@@ -113,37 +117,38 @@ def parts(config: Settings, written: Written = None) -> dict[str, Part]:
       ValueError: a dataset or a tokenizer cannot be read.
     """
     text = config.text
-    found = {"data": _data("data", config.data.name, config.data.train_split, dataset_options(config))}
+    contents = {"data": _data("data", config.data.name, config.data.train_split, dataset_options(config))}
     if text.name and (text.options or text.name != config.data.name):
-        found["text"] = _data("text", text.name, text.split, dataset_options(config, "text"))
+        contents["text"] = _data("text", text.name, text.split, dataset_options(config, "text"))
     if config.teacher.cache:
-        found["teacher.cache"] = Part(f"teacher.cache={config.teacher.cache}", _cache(config.teacher.cache))
+        contents["teacher.cache"] = Part(f"teacher.cache={config.teacher.cache}", _cache(config.teacher.cache))
     elif config.teacher.path:
-        found["teacher"] = Part(
-            f"teacher.path={config.teacher.path}", models.fingerprint(models.folder(config.teacher.path))
-        )
+        contents["teacher"] = _model("teacher.path", config.teacher.path)
     if config.student.init == "pretrained":
-        found["student"] = Part(
-            f"student.path={config.student.path}", models.fingerprint(models.folder(config.student.path))
-        )
-    found |= _tokenizers(config)
-    found |= {f"source of {name}": part for name, part in _own_functions(config).items()}
+        contents["student"] = _model("student.path", config.student.path)
+    contents |= _tokenizers(config)
+    contents |= {f"source of {name}": part for name, part in _own_functions(config).items()}
     if written is not None:
-        rows = written.rows if isinstance(written, data.Packed) else written
-        found["responses"] = Part("what the teacher wrote (prefixes.name=teacher)", about_rows(rows)["hash"])
-    return found
+        contents["responses"] = Part(
+            "the set of the teacher's responses (prefixes.name=teacher)", about_rows(unpacked(written))["hash"]
+        )
+    return contents
 
 
-def _data(key: str, name: str, split: str, options: Any) -> Part:
-    paths = [f"{key}.options.{option}={value}" for option, value in dict(options).items() if "path" in option and value]
-    fingerprint = data.fingerprint(name, split=split, **dict(options))
+def _model(key: str, path: str) -> Part:
+    return Part(f"{key}={path}", models.fingerprint(models.folder(path)))
+
+
+def _data(key: str, name: str, split: str, options: Json) -> Part:
+    paths = [f"{key}.options.{option}={value}" for option, value in options.items() if "path" in option and value]
+    fingerprint = data.fingerprint(name, split=split, **options)
     return Part(" or ".join(paths) or f"{key}.name={name}", fingerprint)
 
 
 def _cache(path: str) -> str:
     """Returns the fingerprint of a cache's manifest.
 
-    The manifest has hashes of the teacher, the rows and the head. Each record is checked with the manifest.
+    The manifest has hashes of the teacher, the rows and the output matrix. Each record is checked with the manifest.
     """
     file = remote.local_folder(path) / MANIFEST
     if not file.is_file():
@@ -162,13 +167,13 @@ def _tokenizers(config: Settings) -> dict[str, Part]:
         "student.path": config.student.path,
     }  # in the order of `load_tokenizer`
     key = next(key for key, path in keys.items() if path)
-    found = {"tokenizer": Part(f"the tokenizer of {key}={keys[key]}", _tokenizer(config, load_tokenizer(config)))}
+    tokenizers = {"tokenizer": Part(f"the tokenizer of {key}={keys[key]}", _tokenizer(config, load_tokenizer(config)))}
     if config.student.init == "pretrained" and key != "student.path":
         own = data.Tokenizer.load(models.folder(config.student.path))
-        found["tokenizer of the student"] = Part(
+        tokenizers["tokenizer of the student"] = Part(
             f"the tokenizer of student.path={config.student.path}", _tokenizer(config, own)
         )
-    return found
+    return tokenizers
 
 
 def _tokenizer(config: Settings, tokenizer: data.Tokenizer) -> str:
@@ -182,20 +187,20 @@ def _own_functions(config: Settings) -> dict[str, Part]:
     for name, term in config.objective.terms.items():
         if term is not None:
             specs |= {f"objective.terms.{name}.{key}": term[key] for key in TERM_SPECS}
-    found = {}
+    functions = {}
     for key, text in _strings(specs, ""):
         for module, function in OWN.findall(text):
             if module.partition(".")[0] != "kd_jax":
                 name = f"{module}:{function}"
-                found.setdefault(name, Part(f"the source code of {key}={text}", _source(module, function)))
-    return found
+                functions.setdefault(name, Part(f"the source code of {key}={text}", _source(module, function)))
+    return functions
 
 
-def _strings(tree: Any, key: str) -> Iterator[tuple[str, str]]:
+def _strings(tree: object, key: str) -> Iterator[tuple[str, str]]:
     """Yields all texts in nested mappings and sequences, each with its key."""
     if isinstance(tree, str):
         yield key, tree
-    elif hasattr(tree, "keys"):
+    elif isinstance(tree, Mapping):
         for name in tree:
             yield from _strings(tree[name], f"{key}.{name}" if key else name)
     elif isinstance(tree, list | tuple):
@@ -211,7 +216,7 @@ def _source(module_name: str, name: str) -> str:
         return ""
     defined_in = {module_name, getattr(function, "__module__", None) or module_name}
     if "__main__" not in defined_in:
-        modules = [sys.modules[its] for its in sorted(defined_in) if its in sys.modules]
+        modules = [sys.modules[module] for module in sorted(defined_in) if module in sys.modules]
         return _hash(" ".join(file_digest(Path(file)) for file in map(_file, modules) if file))
     return _hash(_text(function))
 
@@ -220,13 +225,16 @@ def _file(module: ModuleType) -> str:
     return getattr(module, "__file__", None) or ""
 
 
-def _text(function: Any) -> str:
+def _text(function: Callable[..., object]) -> str:
     """Returns the source of a function or a class; "" if Python does not know the source."""
     try:
         return inspect.getsource(function)
-    except (OSError, TypeError):  # a class in a notebook has no file for Python to read, but the methods have one
-        members: Mapping[str, Any] = vars(function) if inspect.isclass(function) else {}
-        return "".join(_text(member) for member in members.values() if inspect.isfunction(member))
+    except (
+        OSError,
+        TypeError,
+    ):  # Python does not find the source of a class in a notebook, only of the class's methods
+        members = vars(function).values() if inspect.isclass(function) else ()
+        return "".join(_text(member) for member in members if inspect.isfunction(member))
 
 
 def _hash(text: str) -> str:

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -14,10 +14,11 @@ from jax.experimental import multihost_utils
 from kd_jax import metrics, sharding, storage
 from kd_jax.run.build import Run
 from kd_jax.storage import checkpoint, remote
+from kd_jax.storage.files import Json
 from kd_jax.train_step import TrainState
 
 FOLDER, STATE, BATCH, REPORT = "nonfinite", "state", "batch.npz", "report.json"
-Found = list[dict[str, Any]]
+Found = list[Json]  # the result of `diagnose`
 
 
 def stop(
@@ -36,9 +37,9 @@ def stop(
       place: the place that the work directory stands for, in which all processes save the state together.
 
     Raises:
-      FloatingPointError: always, with the step, its terms and its rows.
+      FloatingPointError: always; the message has the step, the losses of the terms, and the non-finite rows.
     """
-    batch, first, name = _whole(rows), jax.process_index() == 0, f"{FOLDER}/step_{step}"
+    batch, first, name = _all_rows(rows), jax.process_index() == 0, f"{FOLDER}/step_{step}"
     folder = Path(workdir) / name
     if first:
         shutil.rmtree(folder, ignore_errors=True)  # an earlier call may have stopped at the same step
@@ -53,10 +54,10 @@ def stop(
         storage.write_whole(folder / REPORT, json.dumps(report, indent=2) + "\n")
     terms = ", ".join(f"{name}={value:g}" for name, value in values.items() if "/loss" in name)
     raise FloatingPointError(
-        f"at step {step} the loss is {values['loss']} and the gradient's norm {values['gradient_norm']}. The losses of the terms: "
-        f"{terms}. {said(found, len(batch['tokens']))} The step is undone; its batch and the state before it are in "
-        f"{place.url}/{name}, and python -m kd_jax.replay --workdir={place.url} repeats it. To skip such steps, at most N in "
-        f"a row, call again with --config.max_skipped=N: the run resumes from its last checkpoint."
+        f"at step {step} the loss is {values['loss']} and the gradient's norm is {values['gradient_norm']}. The losses of the "
+        f"terms are {terms}. {said(found, len(batch['tokens']))} The batch of the step and the state before the step are in "
+        f"{place.url}/{name}, and python -m kd_jax.replay --workdir={place.url} repeats the step. To skip non-finite steps, at "
+        f"most N in a row, call again with --config.max_skipped=N: the run resumes from the last checkpoint."
     )
 
 
@@ -67,11 +68,12 @@ def diagnose(run: Run, state: TrainState, batch: dict[str, np.ndarray]) -> Found
 
     Args:
       run: a `Run`.
-      state: a state that no step changes any more, as `stop` has it; the state is donated.
+      state: a state that no step changes any more, as in `stop`; the state is donated.
       batch: the global batch.
 
     Returns:
-      A dict for each such row: row, its index; gradient_norm and the loss of each term, as text if not finite.
+      A dict for each of these rows: the index `row`, gradient_norm, and the loss of each term. Numbers that are not
+      finite are texts.
     """
     found: Found = []
     size, index = len(batch["tokens"]) // jax.process_count(), jax.process_index()
@@ -79,10 +81,9 @@ def diagnose(run: Run, state: TrainState, batch: dict[str, np.ndarray]) -> Found
         counted = batch["loss_mask"] & (np.arange(len(batch["tokens"])) == row)[:, None]
         if not counted.any():
             continue
-        own = {
-            name: array[index * size : (index + 1) * size] for name, array in (batch | {"loss_mask": counted}).items()
-        }
-        state, sums = run.train_step(state, run.models.teacher_params, run.put(own))
+        one_row = batch | {"loss_mask": counted}
+        local_rows = {name: array[index * size : (index + 1) * size] for name, array in one_row.items()}
+        state, sums = run.train_step(state, run.models.teacher_params, run.put(local_rows))
         values = metrics.averages(jax.device_get(sums))
         shown = {"gradient_norm": values["gradient_norm"], **{k: v for k, v in values.items() if k.endswith("/loss")}}
         if not all(map(math.isfinite, shown.values())):
@@ -99,8 +100,8 @@ def said(found: Found, count: int) -> str:
             f"Every one of the {count} rows gives a non-finite loss or gradient on its own, so the cause is in a model's "
             f"parameters or in the loss, not in the data."
         )
-    which = ", ".join(str(line["row"]) for line in found[:8]) + (", ..." if len(found) > 8 else "")
-    return f"{len(found)} of the {count} rows give a non-finite loss or gradient on their own: {which}."
+    indices = ", ".join(str(line["row"]) for line in found[:8]) + (", ..." if len(found) > 8 else "")
+    return f"{len(found)} of the {count} rows give a non-finite loss or gradient on their own: {indices}."
 
 
 def saved_steps(workdir: str) -> list[int]:
@@ -109,10 +110,10 @@ def saved_steps(workdir: str) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def load(workdir: str, step: int, state: Any) -> tuple[Any, dict[str, np.ndarray]]:
+def load(workdir: str, step: int, state: TrainState) -> tuple[TrainState, dict[str, np.ndarray]]:
     """Loads the state and the global batch of a step that `stop` has saved.
 
-    The state is placed like `state`, a tree of ShapeDtypeStructs.
+    The state has the shapes and shardings of `state`, a tree of ShapeDtypeStructs.
     """
     folder = Path(workdir) / FOLDER / f"step_{step}"
     with storage.storing(folder / BATCH), np.load(folder / BATCH, allow_pickle=False) as arrays:
@@ -120,7 +121,7 @@ def load(workdir: str, step: int, state: Any) -> tuple[Any, dict[str, np.ndarray
     return checkpoint.restore_state(folder / STATE, state), batch
 
 
-def _whole(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _all_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the global batch, gathered from the rows of each process."""
     if jax.process_count() == 1:
         return rows

@@ -1,16 +1,12 @@
-"""The error of a teacher in int8.
-
-The distributions of the teacher in int8 are compared with the distributions of the same teacher in float.
-"""
+"""The error of a teacher in int8: the distributions are compared with the distributions of the same teacher in float."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from kd_jax import models, sharding
 from kd_jax.divergences import forward_kl
@@ -32,81 +28,93 @@ def error(run: Run) -> dict[str, float]:
     Returns:
       The numbers of `difference`; {} if the teacher is not in int8, or if the config turns the report off.
     """
-    ours = run.config.teacher
-    if not (ours.int8_report and ours.path and ours.weights == "int8") or run.models.teacher is None:
+    options = run.config.teacher
+    if not (options.int8_report and options.path and options.weights == "int8") or run.models.teacher is None:
         return {}
-    place = partial(sharding.tree_shardings, run.mesh, layout=ours.sharding)
+    place = partial(sharding.tree_shardings, run.mesh, layout=options.sharding)
 
-    def layer(i: int) -> Any:
-        load = partial(models.load_pretrained, models.folder(ours.path), dtype=ours.dtype, shardings=place)
+    def layer(i: int) -> PyTree:
+        load = partial(models.load_pretrained, models.folder(options.path), dtype=options.dtype, shardings=place)
         return load(only=f"layers/{i}/")[1]["layers"][str(i)]
 
     params = run.models.teacher_params
     return _difference(run, params, params, layer, run.models.teacher.abstract_params())
 
 
-def difference(run: Run, params: Any, whole: Any) -> dict[str, float]:
-    """Returns the difference that other parameters of a run's teacher make on the first held-out batch.
+def difference(run: Run, params: PyTree, float_params: PyTree) -> dict[str, float]:
+    """Returns the differences that rounded parameters of a run's teacher cause on the first held-out batch.
 
     Args:
       run: a `Run`.
       params: the rounded parameters.
-      whole: the parameters before rounding.
+      float_params: the parameters before rounding.
 
     Returns:
       kl: KL(float || int8) in nats, averaged over the counted tokens.
-      top1_agreement: the share of the counted tokens for which both have the same most likely token.
+      top1_agreement: the share of the counted tokens for which both models have the same most likely token.
       largest_difference: the largest difference of a log-probability of any id, in nats. Log-probabilities are compared
         because logits are defined only up to a constant.
       tokens: the number of counted tokens.
       bytes, float_bytes: the sizes of all parameters on all devices, rounded and before rounding.
     """
-    return _difference(run, params, whole, lambda i: whole["layers"][str(i)], whole)
+    return _difference(run, params, float_params, lambda i: float_params["layers"][str(i)], float_params)
 
 
-def _difference(run: Run, params: Any, outer: Any, layer: Callable[[int], Any], sizes: Any) -> dict[str, float]:
-    """Returns `difference`, from unrounded parameters in two parts: `layer` gives the layers, `outer` all others."""
-    teacher, batch, chunk = run.models.teacher, next(run.eval_batches()), run.config.loss.chunk or None
+def _difference(
+    run: Run, params: PyTree, outer: PyTree, layer: Callable[[int], PyTree], sizes: PyTree
+) -> dict[str, float]:
+    """Returns `difference`, from float parameters in two parts: `layer` gives the layers, `outer` all others.
+
+    The tree `sizes` has the shapes and types of the float parameters.
+    """
+    teacher, batch, chunk = run.models.require_teacher(), next(run.eval_batches()), run.config.loss.chunk or None
     placed = run.put({name: batch[name] for name in NEEDED})
     inputs = placed["tokens"], placed["mask"]
-    hidden = teacher.hidden_by_layers(sharding.for_lookup(run.mesh, outer), layer, *inputs)
-    heads = teacher.stored_head(outer)[0], hidden
-    values = _values(teacher, params, heads, placed, vocab_size=run.tokenizer.vocab_size, chunk=chunk, mesh=run.mesh)
-    found = sharding.fetch_whole(values)[sharding.fetch_whole(placed["loss_mask"])]
+    float_hidden = teacher.hidden_by_layers(sharding.for_lookup(run.mesh, outer), layer, *inputs)
+    values = _values(
+        teacher, params, float_hidden, teacher.stored_head(outer)[0], placed, vocab_size=run.tokenizer.vocab_size,
+        chunk=chunk, mesh=run.mesh,
+    )  # fmt: skip
+    counted = sharding.fetch_whole(values)[sharding.fetch_whole(placed["loss_mask"])]
     return {
-        "kl": float(found[:, 0].mean(dtype=np.float64)),
-        "top1_agreement": float(found[:, 1].mean()),
-        "largest_difference": float(found[:, 2].max()),
-        "tokens": len(found),
+        "kl": float(counted[:, 0].mean(dtype=np.float64)),
+        "top1_agreement": float(counted[:, 1].mean()),
+        "largest_difference": float(counted[:, 2].max()),
+        "tokens": len(counted),
         "bytes": _bytes(params),
         "float_bytes": _bytes(sizes),
     }
 
 
-def sentence(found: dict[str, float]) -> str:
+def sentence(values: dict[str, float]) -> str:
     """Returns the result of `error` as one line of text."""
     return (
-        f"int8 teacher beside itself in float, on {found['tokens']:,} tokens: KL(float || int8) {found['kl']:.2e} nats a token, "
-        f"top-1 agreement {found['top1_agreement']:.2%}, largest |difference| of a log-probability "
-        f"{found['largest_difference']:.3f} nats | {found['bytes'] / 1e6:,.1f} MB in place of {found['float_bytes'] / 1e6:,.1f}"
+        f"int8 teacher compared with the float teacher on {values['tokens']:,} tokens: KL(float || int8) {values['kl']:.2e} nats "
+        f"per token, top-1 agreement {values['top1_agreement']:.2%}, largest |difference| of a log-probability "
+        f"{values['largest_difference']:.3f} nats | {values['bytes'] / 1e6:,.1f} MB instead of {values['float_bytes'] / 1e6:,.1f} MB"
     )
 
 
 @partial(jax.jit, static_argnames=("teacher", "vocab_size", "chunk", "mesh"))
-def _values(teacher: Any, params: Any, whole: Any, batch: dict[str, Array], mesh: Any, **options: Any) -> Array:
+def _values(
+    teacher: models.Model, params: PyTree, float_hidden: Array, float_head: Array, batch: dict[str, Array], *,
+    vocab_size: int, chunk: int | None, mesh: jax.sharding.Mesh,
+) -> Array:  # fmt: skip
+    """Returns KL(float || int8), the agreement of the top token, and the largest difference at each token, [B, L, 3]."""
+
     def values(log_p: Array, log_q: Array) -> Array:
         agree = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
         largest = jnp.abs(jnp.where(log_p > -jnp.inf, log_p - log_q, 0)).max(axis=-1)
         return jnp.stack([forward_kl(log_p, log_q), agree.astype(log_q.dtype), largest], axis=-1)
 
-    whole_head, whole_hidden = whole
     hidden = teacher.hidden(sharding.for_lookup(mesh, params), batch["tokens"], batch["mask"])
     head, tied = teacher.stored_head(params)
     counted = jnp.repeat(batch["loss_mask"][..., None].astype(jnp.float32), 3, axis=-1)
     return token_sum(
-        values, hidden, head, whole_hidden, whole_head, counted, tied=(tied, tied), mesh=mesh, **options
+        values, hidden, head, float_hidden, float_head, counted, tied=(tied, tied), mesh=mesh, vocab_size=vocab_size,
+        chunk=chunk,
     )[1]  # fmt: skip
 
 
-def _bytes(params: Any) -> int:
+def _bytes(params: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

@@ -3,9 +3,10 @@
 import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import PyTree
 
 from kd_jax import evaluate, metrics, models, report, sharding
 from kd_jax.prefixes import rollouts
@@ -13,18 +14,19 @@ from kd_jax.report import plots
 from kd_jax.run.build import Run
 from kd_jax.settings import Sampling
 from kd_jax.storage import read_json_lines, write_json_lines, write_whole
+from kd_jax.storage.files import Json
 
 BEFORE, AFTER = "generations_before.jsonl", "generations.jsonl"
 
 
-def begin(run: Run, params: Any, workdir: str) -> None:
-    """Writes the student's texts before the first step, which `finish` shows beside the texts after training."""
+def begin(run: Run, params: PyTree, workdir: str) -> None:
+    """Writes the student's texts before the first step. `finish` shows these texts beside the texts after training."""
     written = _answers(run, run.models.student, params)[0]
     if jax.process_index() == 0:
         write_json_lines(Path(workdir) / BEFORE, written)
 
 
-def finish(run: Run, params: Any, workdir: str, quiet: bool = False) -> dict[str, Any]:
+def finish(run: Run, params: PyTree, workdir: str, quiet: bool = False) -> Json:
     """Writes a run's table, plots, samples, page and student, and prints the samples and the table.
 
     Args:
@@ -34,23 +36,23 @@ def finish(run: Run, params: Any, workdir: str, quiet: bool = False) -> dict[str
       quiet: whether to print nothing.
 
     Returns:
-      {"teacher": ..., "before": ..., "after": ...}, each a result of `Run.evaluate`; with a teacher also "by_place",
-      the distance of the student from the teacher along the response. With several processes only the first one has
-      "before" and "after".
+      {"teacher": ..., "before": ..., "after": ...}, each a result of `Run.evaluate`. With a teacher there is also
+      "by_place", the distance of the student from the teacher along the response. With several processes, only the
+      first one has "before" and "after".
     """
     folder, first = Path(workdir), jax.process_index() == 0
-    result: dict[str, Any] = {}
+    result: Json = {}
     if first:
         lines = [_numbers(line) for line in metrics.read(workdir) if line["split"] == "eval"]
         result = {"before": lines[0], "after": lines[-1]}
-    written, own = _answers(run, run.models.student, params)
-    texts = {"after": written}
+    answers, own_values = _answers(run, run.models.student, params)
+    texts = {"after": answers}
     if first and (folder / BEFORE).exists():  # the file is missing in a run that an older version began
         texts = {"before": read_json_lines(folder / BEFORE)} | texts
     if run.models.teacher is not None:
         result = {"teacher": run.evaluate_teacher()} | result
         texts = {"teacher": _answers(run, run.models.teacher, run.models.teacher_params, alone=True)[0]} | texts
-        places = {"given": evaluate.by_place(_first_batch(run, params)), "own": evaluate.by_place(own)}
+        places = {"given": evaluate.by_place(_first_batch(run, params)), "own": evaluate.by_place(own_values)}
         result["by_place"] = {"places": evaluate.PLACES, **places}
     export = folder / "student"
     if not sharding.from_first_process(int(first and export.exists())):
@@ -66,22 +68,22 @@ def finish(run: Run, params: Any, workdir: str, quiet: bool = False) -> dict[str
 
 
 def result_table(result: dict[str, dict[str, float]]) -> str:
-    """Returns a table with a row for each metric, and columns for teacher, student before and student after."""
-    shown = {who: values for who, values in result.items() if who in report.AUTHORS}
-    rows = [["held-out rows", *(report.AUTHORS[who] for who in shown)]]
+    """Returns a table with a row for each metric, and a column for teacher, student before and student after."""
+    columns = {author: values for author, values in result.items() if author in report.AUTHORS}
+    rows = [["held-out rows", *(report.AUTHORS[author] for author in columns)]]
     for name in result["after"]:
-        rows.append([name, *(f"{values[name]:.4f}" if name in values else "" for values in shown.values())])
+        rows.append([name, *(f"{values[name]:.4f}" if name in values else "" for values in columns.values())])
     return metrics.table(rows)
 
 
-def _write(folder: Path, result: dict[str, Any], texts: dict[str, list[dict[str, Any]]]) -> None:
+def _write(folder: Path, result: Json, texts: dict[str, list[Json]]) -> None:
     write_whole(folder / "result.json", json.dumps(result, indent=2) + "\n")
     write_whole(folder / "table.md", result_table(result) + "\n")
     rows = []
-    for some in zip(*texts.values(), strict=True):
-        prompt = {name: some[0][name] for name in ("prompt", "references")}
-        its = ({k: v for k, v in line.items() if k not in (*prompt, "seed")} for line in some)
-        rows.append(prompt | dict(zip(texts, its, strict=True)))
+    for lines in zip(*texts.values(), strict=True):
+        prompt = {name: lines[0][name] for name in ("prompt", "references")}
+        answers = ({k: v for k, v in line.items() if k not in (*prompt, "seed")} for line in lines)
+        rows.append(prompt | dict(zip(texts, answers, strict=True)))
     write_json_lines(folder / AFTER, rows)
     write_whole(folder / "samples.md", _samples(rows[:5], list(texts)))
     for chart in plots.curves(str(folder)):
@@ -90,24 +92,26 @@ def _write(folder: Path, result: dict[str, Any], texts: dict[str, list[dict[str,
     report.write([folder])
 
 
-def _answers(run: Run, model: models.Model, params: Any, alone: bool = False) -> tuple[list[dict[str, Any]], Any]:
-    """Returns a model's answers to the shown prompts, and values at each token.
+def _answers(
+    run: Run, model: models.Model, params: PyTree, alone: bool = False
+) -> tuple[list[Json], dict[str, np.ndarray]]:
+    """Returns a model's answers to the shown prompts, and the measures at each token of the answers.
 
-    Unless `alone` is true, the values compare the model with the teacher.
+    Unless `alone` is true, the measures compare the model with the teacher.
     """
     longest = max(len(example.prompt) for example in run.shown)
     room = max(1, min(run.config.sample_tokens, run.models.max_positions - longest))
     sampling = Sampling(max_new_tokens=room)
     sampler = rollouts.make_sampler(run.mesh, run.tokenizer, run.config.data.max_length, sampling)
-    teacher: Any = (None, None) if alone else (run.models.teacher, run.models.teacher_params)
+    teacher = None if alone else run.models.teacher
     return evaluate.assess(
-        sampler, (model, params, *teacher), run.shown, batch_size=run.config.data.eval_batch_size, seed=run.config.seed,
-        chunk=run.config.loss.chunk or None,
+        sampler, (model, params, teacher, None if alone else run.models.teacher_params), run.shown,
+        batch_size=run.config.data.eval_batch_size, seed=run.config.seed, chunk=run.config.loss.chunk or None,
     )[1:]  # fmt: skip
 
 
-def _first_batch(run: Run, params: Any) -> Any:
-    """Returns the student's values at each token of the first held-out rows, which are those that are shown."""
+def _first_batch(run: Run, params: PyTree) -> dict[str, np.ndarray]:
+    """Returns the student's measures at each token of the first held-out batch, whose prompts are `Run.shown`."""
     return evaluate.collect(
         run.models.student, params, run.models.teacher, run.models.teacher_params,
         itertools.islice(run.eval_batches(), 1), run.mesh, vocab_size=run.tokenizer.vocab_size,
@@ -115,14 +119,14 @@ def _first_batch(run: Run, params: Any) -> Any:
     )  # fmt: skip
 
 
-def _samples(rows: list[dict[str, Any]], who: list[str]) -> str:
+def _samples(rows: list[Json], authors: list[str]) -> str:
     blocks = []
     for i, row in enumerate(rows, start=1):
-        texts = {"reference": row["references"][0]} | {report.AUTHORS[name]: row[name]["response"] for name in who}
+        texts = {"reference": row["references"][0]} | {report.AUTHORS[name]: row[name]["response"] for name in authors}
         parts = "\n\n".join(f"**{name}**: {text}" for name, text in texts.items())
         blocks.append(f"### Row {i}\n\n~~~\n{row['prompt']}\n~~~\n\n{parts}\n")
     return "\n".join(blocks)
 
 
-def _numbers(line: dict[str, Any]) -> dict[str, float]:
+def _numbers(line: Json) -> dict[str, float]:
     return {name: value for name, value in line.items() if name not in ("step", "split")}

@@ -1,5 +1,6 @@
-"""Loads the rows of a config (dataset, second stream, teacher's responses), and makes the feed that serves them."""
+"""Loads the rows of a config (dataset, second stream, teacher's responses), and makes the feed of a run's batches."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,12 +12,16 @@ from kd_jax.data.options import dataset_options
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source, responses, rollouts
 from kd_jax.prefixes.feed import Author, Feed
-from kd_jax.run.cache import kept_rows
+from kd_jax.run.cache import AnyRows, kept_rows, unpacked
 from kd_jax.run.checks import check_room, check_sampling, check_term
 from kd_jax.run.models import Models, Writer
 from kd_jax.settings import Settings, name_of
 from kd_jax.storage import remote
+from kd_jax.storage.files import Json
 from kd_jax.teachers.cache_reading import Cache
+
+Counts = dict[str, int]  # the numbers of kept, truncated and dropped rows
+Texts = Sequence[dict[str, str]]  # the rows of a dataset, with prompt, context and response
 
 
 def make_source(config: Settings, terms: tuple[Term, ...]) -> Source:
@@ -28,7 +33,7 @@ def make_source(config: Settings, terms: tuple[Term, ...]) -> Source:
     try:
         make, keywords = resolve.look_up(config.prefixes, prefixes, positional=False)
         source = make(**keywords)
-        # a schedule that leaves its range is reported early
+        # A schedule with values out of range is reported early.
         for step in np.linspace(0, config.steps - 1, 50).astype(int):
             source.choose(source.init(), step=int(step), total=config.steps, uniform=0.0, stored=0)
     except ValueError as error:
@@ -36,14 +41,16 @@ def make_source(config: Settings, terms: tuple[Term, ...]) -> Source:
     for term in terms:
         check_term(config, source, term)
     if config.text.name and not any(term.rows == "text" for term in terms):
-        raise ValueError(f"text.name={config.text.name!r}, but no term has rows='text'.")
+        raise ValueError(
+            f"text.name={config.text.name!r}, but no term has rows='text'; add a term, or leave text.name empty."
+        )
     if source.authors or source.origins == ("teacher",):
         check_sampling(config, source)
     if "student" not in source.authors and (config.sampling.teacher_share or config.sampling.rollouts_per_prompt > 1):
         raise ValueError(
             f"sampling.teacher_share={config.sampling.teacher_share} and sampling.rollouts_per_prompt="
-            f"{config.sampling.rollouts_per_prompt} are about what the student writes, and with prefixes.name="
-            f"{name_of(config.prefixes)!r} it writes nothing; leave them at 0 and 1."
+            f"{config.sampling.rollouts_per_prompt} change the responses of the student, but with prefixes.name="
+            f"{name_of(config.prefixes)!r} the student writes nothing; set 0 and 1."
         )
     return source
 
@@ -58,17 +65,17 @@ def check_length(config: Settings, loaded: Models) -> None:
         if (window := model.config.sliding_window) is not None and window < config.data.max_length:
             who = "teacher" if model is loaded.teacher else "student"
             raise ValueError(
-                f"data.max_length={config.data.max_length} is longer than sliding_window={window} of the {who}, and a window "
-                f"that leaves tokens out is not supported; set data.max_length to {window} or less."
+                f"data.max_length={config.data.max_length} is longer than sliding_window={window} of the {who}. kd_jax attends to "
+                f"all tokens of a row, so set data.max_length to {window} or less."
             )
     if loaded.max_positions < config.data.max_length:
         raise ValueError(
-            f"data.max_length={config.data.max_length} is longer than the {loaded.max_positions} positions that the models "
-            f"have; lower it."
+            f"data.max_length={config.data.max_length} is longer than the {loaded.max_positions} positions of the models; set "
+            f"data.max_length to {loaded.max_positions} or less."
         )
 
 
-def load_rows(config: Settings, tokenizer: data.Tokenizer, split: str, limit: int = 0) -> tuple[Any, dict[str, int]]:
+def load_rows(config: Settings, tokenizer: data.Tokenizer, split: str, limit: int = 0) -> tuple[AnyRows, Counts]:
     """Loads the rows of a split for training or evaluation, with counts of the kept, truncated and dropped rows.
 
     Held-out rows are scored on their responses, regardless of `data.loss_on`, and are never packed.
@@ -79,7 +86,9 @@ def load_rows(config: Settings, tokenizer: data.Tokenizer, split: str, limit: in
         source = [source[i] for i in range(limit)]
     if options.name == "text":
         return data.pack(source, tokenizer, max_length=options.max_length)
-    return _training_rows(config, tokenizer, source) if training else _tokenize(config, tokenizer, source, "response")
+    if not training:
+        return _tokenize(config, tokenizer, source, "response")
+    return _packed(config, *_tokenize(config, tokenizer, source, options.loss_on))
 
 
 def _source(config: Settings, split: str) -> Any:
@@ -87,30 +96,24 @@ def _source(config: Settings, split: str) -> Any:
     return data.load(options.name, split=split, data_dir=options.data_dir or None, **dataset_options(config))
 
 
-def _training_rows(config: Settings, tokenizer: data.Tokenizer, source: Any) -> tuple[Any, dict[str, int]]:
-    return _packed(config, *_tokenize(config, tokenizer, source, config.data.loss_on))
-
-
-def _packed(config: Settings, tokenized: data.Rows, found: dict[str, int]) -> tuple[Any, dict[str, int]]:
+def _packed(config: Settings, rows: data.Rows, row_counts: Counts) -> tuple[AnyRows, Counts]:
     """Returns the rows as `data.packing` combines them."""
     options = config.data
     if options.packing == "none":
-        return tokenized, found
+        return rows, row_counts
     combine = data.pack_rows if options.packing == "rows" else data.join
-    packed = combine(tokenized, max_length=options.max_length)
-    return packed, found | {"packed into": len(packed)}
+    packed = combine(rows, max_length=options.max_length)
+    return packed, row_counts | {"packed into": len(packed)}
 
 
-def _tokenize(
-    config: Settings, tokenizer: data.Tokenizer, source: Any, loss_on: str
-) -> tuple[data.Rows, dict[str, int]]:
+def _tokenize(config: Settings, tokenizer: data.Tokenizer, source: Texts, loss_on: str) -> tuple[data.Rows, Counts]:
     options, template = config.data, data.Template.of(config.data)
-    rows, found = data.tokenize(
+    rows, row_counts = data.tokenize(
         source, tokenizer, template=template, max_length=options.max_length,
         max_prompt_length=options.max_prompt_length, long_prompts=options.long_prompts,
         long_responses=options.long_responses, loss_on=loss_on,
     )  # fmt: skip
-    return rows, counts.with_length(found, source, tokenizer, template)
+    return rows, counts.with_length(row_counts, source, tokenizer, template)
 
 
 def load_examples(config: Settings, tokenizer: data.Tokenizer) -> list[evaluate.Example]:
@@ -124,7 +127,7 @@ def load_examples(config: Settings, tokenizer: data.Tokenizer) -> list[evaluate.
         return []
     if options.name == "text":
         raise ValueError(
-            f"eval_prompts={config.eval_prompts}, but the rows of data.name='text' have no prompts; set it to 0."
+            f"eval_prompts={config.eval_prompts}, but the rows of data.name='text' have no prompts; set eval_prompts=0."
         )
     check_room(config)
     source = _source(config, options.eval_split)
@@ -146,27 +149,30 @@ def load_text(config: Settings, tokenizer: data.Tokenizer) -> data.Rows:
 
 
 def learns_from_text(config: Settings, source: Source, terms: tuple[Term, ...]) -> bool:
-    """Returns whether the student learns only from the teacher's text, so that the two may have different tokenizers."""
-    writes = isinstance(source, prefixes.teacher) and config.student.init != "layers"
-    return writes and not any(term.needs_teacher for term in terms)
+    """Returns True if the student learns only from the teacher's text, so that both may have different tokenizers."""
+    from_responses = isinstance(source, prefixes.teacher) and config.student.init != "layers"
+    return from_responses and not any(term.needs_teacher for term in terms)
 
 
 def load_responses(
     config: Settings, source: prefixes.teacher, loaded: Models, mesh: jax.sharding.Mesh
-) -> tuple[Any, dict[str, int]]:
-    """Returns the dataset's prompts with the teacher's responses, which are written first if not on disk.
+) -> tuple[AnyRows, Counts]:
+    """Returns the dataset's prompts with the teacher's responses. The responses are sampled first if not on disk.
 
     Rows have the ids that the teacher sampled. The text is encoded again only if the teacher has another tokenizer.
+
+    Raises:
+      ValueError: prompt and response are too long for the teacher, or no response ends.
     """
     options, tokenizer, template = config.data, loaded.tokenizer, data.Template.of(config.data)
-    writer = loaded.writer or Writer(loaded.teacher, loaded.teacher_params, tokenizer)
+    writer = loaded.writer or Writer(loaded.require_teacher(), loaded.teacher_params, tokenizer)
     split = _source(config, options.train_split)
     rows = [split[i] for i in range(min(source.num_rows or len(split), len(split)))]
     sampler = rollouts.make_sampler(mesh, writer.tokenizer, options.max_length, config.sampling)
     if options.max_prompt_length + sampler.max_new_tokens > writer.model.config.longest_sequence:
         raise ValueError(
-            f"data.max_prompt_length={options.max_prompt_length} and sampling.max_new_tokens={sampler.max_new_tokens} are more "
-            f"than the {writer.model.config.longest_sequence} tokens that the teacher takes; lower one of them."
+            f"data.max_prompt_length={options.max_prompt_length} plus sampling.max_new_tokens={sampler.max_new_tokens} is more "
+            f"than the {writer.model.config.longest_sequence} positions of the teacher; lower one of them."
         )
     prompts = data.encode_prompts(
         rows, tokenizer=writer.tokenizer, template=template, max_length=options.max_prompt_length,
@@ -178,27 +184,27 @@ def load_responses(
     settings |= {"seed": source.seed, "teacher": str(writer.model.config), "dtype": config.teacher.dtype}
     settings |= {"tokenizer": writer.tokenizer.fingerprint(), "ends": writer.tokenizer.end_ids}
     made_from = responses.fingerprint(writer.params, [responses.RESPONSES_VERSION, settings, prompts])
-    where = f"{options.data_dir or data.DEFAULT_DIR}/kd_jax_responses/{made_from}"
-    with remote.folder_beside(where, writes=jax.process_index() == 0) as folder:
+    address = f"{options.data_dir or data.DEFAULT_DIR}/kd_jax_responses/{made_from}"
+    with remote.folder_beside(address, writes=jax.process_index() == 0) as folder:
         responses.write_responses(
             folder, rows, prompts, sampler, writer.model, writer.params, batch_size=options.batch_size,
             seed=source.seed, settings=settings | {"path": config.teacher.path, "data": options.name, "rows": len(rows)},
-            progress=lambda it: metrics.tqdm(it, desc="the teacher writes", unit="batch"),
+            progress=lambda it: metrics.tqdm(it, desc="responses of the teacher", unit="batch"),
         )  # fmt: skip
-    sharding.barrier("the folder of the responses is here")  # all processes wait until the folder has been copied
-    path = remote.local_file(f"{where}/responses.jsonl")
+    sharding.barrier("the folder of the responses is copied")  # no process reads before the folder is copied
+    path = remote.local_file(f"{address}/responses.jsonl")
     written = responses.read_responses(path)
     metrics.tqdm.write(f"the teacher's responses: {path}, {len(written)} of {len(rows)} ended and are used")
     if loaded.writer:
-        tokenized, found = _tokenize(config, tokenizer, written, options.loss_on)
+        tokenized = _tokenize(config, tokenizer, written, options.loss_on)
     else:
         ids = [(row["prompt_ids"], row["response_ids"]) for row in written]
-        tokenized, found = data.from_ids(ids, tokenizer, max_length=options.max_length, loss_on=options.loss_on)
-    packed, found = _packed(config, tokenized, found)
-    return packed, {"prompts": len(rows)} | found
+        tokenized = data.from_ids(ids, tokenizer, max_length=options.max_length, loss_on=options.loss_on)
+    packed, row_counts = _packed(config, *tokenized)
+    return packed, {"prompts": len(rows)} | row_counts
 
 
-def batch_options(config: Settings, tokenizer: data.Tokenizer) -> dict[str, Any]:
+def batch_options(config: Settings, tokenizer: data.Tokenizer) -> Json:
     """Returns the keywords of `data.batches` that all batches of a run share."""
     return dict(
         max_length=config.data.max_length, seed=config.seed, pad_id=tokenizer.pad_id,
@@ -208,7 +214,7 @@ def batch_options(config: Settings, tokenizer: data.Tokenizer) -> dict[str, Any]
 
 def make_feed(
     config: Settings, source: Source, tokenizer: data.Tokenizer, loaded: Models, mesh: jax.sharding.Mesh,
-    rows: Any, text: data.Rows | None, cache: Cache | None = None,
+    rows: AnyRows, text: data.Rows | None, cache: Cache | None = None,
 ) -> Feed:  # fmt: skip
     """Returns the feed of a run's batches.
 
@@ -220,15 +226,15 @@ def make_feed(
       mesh: the mesh of the batches and the models.
       rows: the rows of `load_rows` or `load_responses`.
       text: the rows of `load_text`; None without a second stream.
-      cache: the cache in the teacher's place, or None.
+      cache: the cache that replaces the teacher, or None.
 
     Raises:
       ValueError: some rows have no prompt, but the source needs answers to prompts.
     """
-    if source.authors and np.any(rows.prompt_lengths == 0):
+    if source.authors and (empty := int(np.sum(unpacked(rows).prompt_lengths == 0))):
         raise ValueError(
-            f"{np.sum(rows.prompt_lengths == 0)} of the {len(rows)} rows of data.name={config.data.name!r} have an empty prompt, "
-            f"which prefixes.name={name_of(config.prefixes)!r} cannot have answered; take them out or choose another template."
+            f"{empty} of the {len(rows)} rows of data.name={config.data.name!r} have an empty prompt, to which "
+            f"prefixes.name={name_of(config.prefixes)!r} cannot sample responses; remove these rows, or choose another template."
         )
     options = batch_options(config, tokenizer)
     share, repeats = config.sampling.teacher_share, config.sampling.rollouts_per_prompt
@@ -237,10 +243,10 @@ def make_feed(
         absent = cache.absent() if cache else None
         text_batches = iter(data.batches(text, batch_size=config.text.batch_size, beside=absent, **options))
     beside = kept_rows(config, tokenizer, cache, "train", rows)
-    mixture = (loaded.teacher, loaded.teacher_params, share) if share else None
-    authors = {
-        "student": Author(loaded.student, None, mixture), "teacher": Author(loaded.teacher, loaded.teacher_params),
-    }  # fmt: skip
+    mixture = (loaded.require_teacher(), loaded.teacher_params, share) if share else None
+    authors = {"student": Author(loaded.student, None, mixture)}
+    if "teacher" in source.authors:
+        authors["teacher"] = Author(loaded.require_teacher(), loaded.teacher_params)
     return Feed(
         source, iter(data.batches(rows, batch_size=config.data.batch_size, beside=beside, **options)),
         text_batches=text_batches,
@@ -254,6 +260,6 @@ def make_feed(
 
 
 def show(sampler: rollouts.Sampler, step: int, rows: rollouts.Rows, count: int = 2) -> str:
-    """Returns some of the responses that were sampled for a step, for the log."""
-    some = sampler.text(rollouts.take(rows, np.arange(min(count, len(rows["lengths"])))))
-    return "\n".join(f"--- drawn for step {step}\n{prompt}\n>>> {response}" for prompt, response in some)
+    """Returns the first prompts and responses that were sampled for a step, for the log."""
+    texts = sampler.text(rollouts.take(rows, np.arange(min(count, len(rows["lengths"])))))
+    return "\n".join(f"--- sampled for step {step}\n{prompt}\n>>> {response}" for prompt, response in texts)

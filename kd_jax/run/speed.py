@@ -10,8 +10,7 @@ import jax
 from kd_jax.models import Model
 
 # The peak of dense bfloat16 products, in operations per second per device. The key is the start of
-# jax.Device.device_kind. The numbers are the makers' commonly quoted figures without sparsity. None was measured on a
-# device here.
+# jax.Device.device_kind. The numbers are the makers' commonly quoted figures without sparsity, and were not measured.
 PEAK = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
@@ -44,7 +43,7 @@ def forward_flops(model: Model, length: int) -> float:
 
 
 class Clock:
-    """Measures laps of the training loop. `restart` excludes time that is not training, such as an evaluation."""
+    """Measures the speed between two calls. `restart` excludes time that is not training, such as an evaluation."""
 
     def __init__(self, student: Model, teacher: Model | None, length: int):
         """Computes the operations per token of a step: three forward passes of the student and one of the teacher.

@@ -1,18 +1,19 @@
 """The lines that a run prints first: its method, models, data, devices and step."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from kd_jax.data.counts import sentence, warnings
 from kd_jax.run.build import Run
 from kd_jax.settings import Settings, Spec
+from kd_jax.storage.files import Json
 from kd_jax.train_step import TrainState
 
 
 def of(run: Run, state: TrainState) -> str:
-    """Returns a summary of a run: method, models, data, devices and step, each on a line of its own."""
+    """Returns the lines of a run's summary: method, models, data, devices and step."""
     config, options = run.config, run.config.data
     rows = "; ".join(sentence(split, counts) for split, counts in run.counts.items())
     devices, processes = len(jax.devices()), jax.process_count()
@@ -55,41 +56,37 @@ def spec_text(spec: Spec | float) -> str:
     return f"{spec['name']}({keywords})" if keywords else str(spec["name"])
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"({', '.join(map(_value, value))})"
     return spec_text(value) if isinstance(value, Mapping) and "name" in value else repr(value)
 
 
-def _term(term: Mapping[str, Any]) -> str:
+def _term(term: Json) -> str:
     assistant = f", assistant {spec_text(term['assistant'])}" if "assistant" in term["pair"] else ""
-    what = {
+    loss = {
         "divergence": f"{spec_text(term['divergence'])} of {' and '.join(term['pair'])}{assistant}",
         "hard_labels": "cross-entropy of the tokens",
         "policy_gradient": "policy gradient of KL(student || teacher)",
     }[term["kind"]]
     rows = "" if term["rows"] == "all" else f" on {term['rows']} rows"
-    return f"{what}{rows}, coefficient {spec_text(term['coefficient'])}"
+    return f"{loss}{rows}, coefficient {spec_text(term['coefficient'])}"
 
 
 def _teacher(run: Run) -> str:
     path = run.config.teacher.path
     if run.models.writer:
         count = _count(run.models.writer.model.abstract_params())
-        return (
-            f"teacher {path}, {count} parameters, of which only the text is used because its tokenizer is another one,"
-        )
+        return f"teacher {path}, {count} parameters (another tokenizer than the student's, so only the text is used)"
     return run.models.compared.described(path)
 
 
 def too_long(run: Run) -> list[str]:
     """Returns a warning, with advice, for each split in which many prompts or responses are too long."""
     options = run.config.data
-    other = {"drop": "cut, which truncates the prompts", "cut": "drop, which leaves such rows out"}[
-        options.long_prompts
-    ]
+    other = {"drop": "cut, which truncates long prompts", "cut": "drop, which omits their rows"}[options.long_prompts]
     advice = {
-        "prompts": f"Raise data.max_prompt_length={options.max_prompt_length}, and data.max_length={options.max_length} with it; "
+        "prompts": f"Raise data.max_prompt_length={options.max_prompt_length} and data.max_length={options.max_length}; "
         f"or set data.long_prompts to {other}.",
         "responses": f"Raise data.max_length={options.max_length}, or lower data.max_prompt_length="
         f"{options.max_prompt_length}.",
@@ -97,5 +94,5 @@ def too_long(run: Run) -> list[str]:
     return [line for split, counts in run.counts.items() for line in warnings(split, counts, **advice)]
 
 
-def _count(params: Any) -> str:
+def _count(params: PyTree) -> str:
     return f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.2f}M"

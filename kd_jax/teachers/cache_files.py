@@ -86,13 +86,13 @@ def counted(rows: data.Rows, index: int) -> int:
     return length - 1 - max(int(rows.first_counted[index]) - 1, 0)
 
 
-def differences(there: Any, here: Any, prefix: str = "") -> list[str]:
-    """Returns a line for each value that differs between two trees."""
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        keys = [*there, *(key for key in here if key not in there)]
-        lines = (differences(there.get(k), here.get(k), f"{prefix}.{k}" if prefix else k) for k in keys)
-        return [line for some in lines for line in some]
-    return [] if there == here else [f"{clip(prefix, 80)}: {shown(there)} there, {shown(here)} here"]
+def differences(written: object, wanted: object, prefix: str = "") -> list[str]:
+    """Returns a line for each value that differs between a cache's manifest and the values that are needed now."""
+    if isinstance(written, Mapping) and isinstance(wanted, Mapping):
+        keys = [*written, *(key for key in wanted if key not in written)]
+        lines = (differences(written.get(key), wanted.get(key), f"{prefix}.{key}" if prefix else key) for key in keys)
+        return [line for entry in lines for line in entry]
+    return [] if written == wanted else [f"{clip(prefix, 80)}: {shown(written)} in the cache, {shown(wanted)} now"]
 
 
 def foreign(folder: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from kd_jax import command, metrics
@@ -238,7 +239,7 @@ def _read(
             # The later steps have kept the state from before the non-finite step.
             nonfinite.stop(run, state, step, rows, values, workdir, place)
         tokens += values["tokens"]
-        values |= {"learning_rate": float(run.learning_rate(step - 1))}
+        values |= {"learning_rate": float(np.asarray(run.learning_rate(step - 1)))}
         if skipped:
             values = {name: value for name, value in values.items() if math.isfinite(value)} | {"skipped": skipped}
         writer.write(step, "train", values)

@@ -297,7 +297,7 @@ def test_a_stopped_call_goes_on_and_leaves_the_same_files(caches, data_dir, tmp_
     names = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
     assert names == sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     assert all((folder / name).read_bytes() == (whole / name).read_bytes() for name in names)
-    with pytest.raises(ValueError, match=r"another cache(.|\n)*kind: 'hidden' there, 'top_k' here"):
+    with pytest.raises(ValueError, match=r"another cache(.|\n)*kind: 'hidden' in the cache, 'top_k' now"):
         cache_teacher.write(config, str(folder), "top_k", K, part_rows=100, quiet=True)
 
 
@@ -339,17 +339,17 @@ def test_flipped_and_missing_bytes_are_found_and_named(caches, data_dir, tmp_pat
                 data__template="alpaca", data__max_prompt_length=128, data__max_length=160,
                 student__config__max_positions=256,
             ),
-            ("template: ", "data.template: 'plain' there, 'alpaca' here"),
+            ("template: ", "data.template: 'plain' in the cache, 'alpaca' now"),
         ),
-        (dict(data__max_length=40), ("held_out rows.hash", "data.max_length: 48 there, 40 here")),
-        (dict(data__loss_on="all"), ("train rows.tokens", "data.loss_on: 'response' there, 'all' here")),
-        (dict(data__eval_rows=5), ("held_out rows.rows: 8 there, 5 here", "data.eval_rows")),
+        (dict(data__max_length=40), ("held_out rows.hash", "data.max_length: 48 in the cache, 40 now")),
+        (dict(data__loss_on="all"), ("train rows.tokens", "data.loss_on: 'response' in the cache, 'all' now")),
+        (dict(data__eval_rows=5), ("held_out rows.rows: 8 in the cache, 5 now", "data.eval_rows")),
         (dict(data__options__packages=("flax",)), ("held_out rows.hash", "data.options.packages")),
-        (dict(student__init="layers", student__layers=(0,)), ("layers of the teacher's own",)),
+        (dict(student__init="layers", student__layers=(0,)), ("copies layers of the teacher's model",)),
         (dict(prefixes__name="student()", objective__terms__distil__rows="student"), ("needs the teacher itself",)),
         (dict(prefixes__name="teacher()"), ("needs the teacher itself",)),
         (dict(teacher__cache="/nowhere"), ("/nowhere has no manifest.json",)),
-        (dict(objective__temperature=2.0), ("objective.temperature: 1.0 there, 2.0 here",)),
+        (dict(objective__temperature=2.0), ("objective.temperature: 1.0 in the cache, 2.0 now",)),
         (dict(objective__terms__distil__weight="distillm2_skew(rows='all')"), ("distil",)),
     ],
 )  # fmt: skip
@@ -385,9 +385,9 @@ def test_draws_are_refused_for_what_they_are_no_good_for(changes, caches, data_d
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"kind": "samples"}))  # nothing else is read
     changes = {f"objective__terms__distil__{key}": value for key, value in changes.items()}
-    with pytest.raises(ValueError, match="kind 'samples', are good for forward_kl"):
+    with pytest.raises(ValueError, match="kind 'samples' gives unbiased values only for forward_kl"):
         train.build(cached(data_dir, folder, **changes))
-    with pytest.raises(ValueError, match="kind 'samples', are good for forward_kl"):
+    with pytest.raises(ValueError, match="kind 'samples' gives unbiased values only for forward_kl"):
         cache_teacher.write(cached(data_dir, **changes), "/nowhere", "samples", quiet=True)
 
 
@@ -401,8 +401,8 @@ def test_another_tokenizer_or_manifest_is_refused(caches, data_dir, tmp_path):
             train.build(cached(data_dir, tmp_path / "cache"))
         return str(error.value)
 
-    assert "tokenizer: '0123' there" in refused(tokenizer="0123")
-    assert "vocab_size: 5000 there, 4096 here" in refused(vocab_size=5000)
+    assert "tokenizer: '0123' in the cache" in refused(tokenizer="0123")
+    assert "vocab_size: 5000 in the cache, 4096 now" in refused(vocab_size=5000)
     assert "'k' is 'many' and not of type int" in refused(k="many")
     assert "out of range" in refused(k=10**12)
     assert "out of range" in refused(part_rows=0)
@@ -430,7 +430,7 @@ def test_packed_rows_use_the_cache_of_the_rows_and_streams_their_own(caches, dat
         (online, *_), _ = losses(cached(data_dir, **changes), steps=1)
         (from_cache, *_), _ = losses(cached(data_dir, cache, **changes), steps=1)
         assert from_cache["loss"] == pytest.approx(online["loss"], rel=1e-3)
-    with pytest.raises(ValueError, match=r"data.packing: 'none or rows' there, 'stream' here"):
+    with pytest.raises(ValueError, match=r"data.packing: 'none or rows' in the cache, 'stream' now"):
         train.build(cached(data_dir, caches("hidden"), data__packing="stream"))
 
 
@@ -450,7 +450,7 @@ def test_a_second_stream_may_have_hard_labels(caches, data_dir):
     assert of_top_k["labels/loss"] == pytest.approx(online["labels/loss"], rel=1e-5)
     made = config(caches("hidden"))
     made.objective.terms.labels.kind = "divergence"
-    with pytest.raises(ValueError, match=r"rows='text', and a cache knows the first stream"):
+    with pytest.raises(ValueError, match=r"rows='text', but a cache has values only for"):
         train.build(made)
 
 

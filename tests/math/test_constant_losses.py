@@ -60,9 +60,9 @@ def test_the_limits_that_are_named_are_those_of_the_values(weight):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (with_assistant(("teacher", "assistant"), 1.0), "weight is 1 for the whole run: the assistant is then the teacher"),
+        (with_assistant(("teacher", "assistant"), 1.0), "weight is 1 for the whole run. The assistant then equals the teacher"),
         (with_assistant(("assistant", "teacher"), ramp(1.0, 1.0)), "weight is 1 for the whole run"),
-        (with_assistant(("assistant", "student"), 0.0), "weight is 0 for the whole run: the assistant is then the student"),
+        (with_assistant(("assistant", "student"), 0.0), "weight is 0 for the whole run. The assistant then equals the student"),
         (with_assistant(("student", "assistant"), ramp(0.0, 1.0, 1000), steps=1), "weight is 0 for the whole run"),
         (dict(term=dict(coefficient=0.0)), "coefficient is 0 for the whole run of 10 steps"),
         (dict(term=dict(coefficient=ramp(0.0, 0.0))), "coefficient is 0 for the whole run"),
@@ -72,7 +72,7 @@ def test_the_limits_that_are_named_are_those_of_the_values(weight):
         (dict(method="minillm", objective__terms__text_labels__coefficient=0.0), "terms.text_labels.coefficient is 0"),
         (dict(term=dict(divergence={"name": f"{__name__}:of_the_teacher"})), "distil does not depend on the student"),
         (dict(term=dict(divergence={"name": "alpha_beta", "alpha": 200.0, "beta": 200.0})), "does not depend on the student"),
-        (dict(objective__temperature=1e30), "at objective.temperature=1e+30"),
+        (dict(objective__temperature=1e30), "objective.temperature=1e+30"),
         (dict(method="minillm", sampling__max_new_tokens=1), "terms.policy does not depend on the student"),
         (dict(method="minillm", objective__terms__policy__policy__reward_scale=1e30), "terms.policy does not depend"),
         (dict(method="minillm", objective__terms__policy__policy__reward_limit=1e-20), "terms.policy does not depend"),

@@ -205,6 +205,6 @@ def test_a_terminal_in_latin_1_shows_other_characters_replaced(tmp_path):
     done = command("kd_jax.main", *flags, f"--config.data.data_dir={tmp_path}", f"--workdir={workdir}", **latin)
     said = done.stdout.decode("latin-1")
     assert done.returncode == 0, done.stderr.decode("latin-1")
-    assert "--- drawn for step 1" in said and "What?s " in said and "it?s/report.html" in said
+    assert "--- sampled for step 1" in said and "What?s " in said and "it?s/report.html" in said
     done = command("kd_jax.report", str(workdir), PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and b"it?s/report.html" in done.stdout, done.stderr

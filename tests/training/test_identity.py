@@ -60,7 +60,7 @@ def test_a_run_whose_rows_were_replaced_is_refused_and_goes_on_with_the_old_ones
         patch.setattr(train, "build", None)  # the error comes before anything is built
         train.train(config, str(tmp_path / "run"), quiet=True)
     assert f"data.options.path={tmp_path / 'rows.jsonl'} has other content than when the run began" in str(error.value)
-    assert "Put the old content back, or choose another --workdir" in str(error.value)
+    assert "Restore the old contents, or choose another --workdir" in str(error.value)
     assert "teacher" not in str(error.value)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -88,7 +88,7 @@ def began(workdir, config, run=None):
 
 
 def refused(workdir, config, *words, run=None):
-    with pytest.raises(ValueError, match="Put the old content back") as error:
+    with pytest.raises(ValueError, match="Restore the old contents") as error:
         identity.check(str(workdir), Settings.read(config), run and run.written)
     lines = [line for line in str(error.value).splitlines() if "has other content" in line]
     assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True)), lines
@@ -248,7 +248,7 @@ def test_what_a_teacher_wrote_belongs_to_a_run(tmp_path, data_dir):
     began(tmp_path / "run", config, run)
     identity.check(str(tmp_path / "run"), Settings.read(config), run.written)
     run.written = data.Rows(one.tokens[::-1], one.offsets, one.first_counted, one.prompt_lengths)
-    refused(tmp_path / "run", config, "what the teacher wrote", run=run)
+    refused(tmp_path / "run", config, "the set of the teacher's responses", run=run)
 
 
 def test_a_directory_of_an_older_version_takes_the_contents_of_now(tmp_path, data_dir):

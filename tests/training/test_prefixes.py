@@ -342,7 +342,7 @@ def test_what_is_written_is_never_written_again(tmp_path, monkeypatch):
         ("opd", {"sampling__top_p": 0.9}, "sampling.top_p=0.9 and sampling.top_k=0 draw from a part of it"),
         ("minillm", {"sampling__teacher_share": 1.0}, "a share below 1"),
         ("gkd", {"sampling__teacher_share": 0.2, "sampling__temperature": 0.0}, "a share below 1"),
-        ("forward_kl", {"sampling__rollouts_per_prompt": 2}, "it writes nothing"),
+        ("forward_kl", {"sampling__rollouts_per_prompt": 2}, "the student writes nothing"),
         ("gkd", {"prefixes__fraction": 1.0, "objective__terms__distil__rows": "data"}, "rows='data' counts no row"),
         ("gkd", {"sampling__rollouts_per_prompt": 2, "sampling__temperature": 0.0}, "are all the same"),
         ("forward_kl", {"sampling__top_k": -1}, "sampling.top_k=-1 must be at least 0"),
