@@ -190,7 +190,7 @@ def test_jsonl_is_rebuilt_when_the_file_changes(tmp_path):
         ('{"prompt": "a"}', r"rows.jsonl:2: the field 'response' is missing; the row has prompt"),
         ('{"prompt": "a", "response": 3}', r"rows.jsonl:2: the field 'response' is 3, not a string"),
         ('{"prompt": ', r"rows.jsonl:2: not valid JSON"),
-        ("[1]", r"rows.jsonl:2: a JSON object is expected, not list"),
+        ("[1]", r"rows.jsonl:2: expected a JSON object, found list"),
     ],
 )
 def test_jsonl_errors_name_the_line_and_leave_nothing_behind(tmp_path, line, message):
