@@ -6,9 +6,9 @@ import inspect
 import itertools
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import tensorflow_datasets as tfds
 
@@ -17,31 +17,31 @@ from kd_jax.data import docstrings, dolly, gsm8k, instructions, jsonl, text
 from kd_jax.resolve import nearest
 from kd_jax.settings.value_types import EXPECTED
 from kd_jax.storage import remote, untrusted
+from kd_jax.storage.files import AnyPath, Json
 
 Row = Mapping[str, str]
 DEFAULT_DIR = str(tfds.core.constants.DATA_DIR)
 SIGN = "dataset_info.json"  # copied last, so that a copied dataset with this file is complete
 FIELDS = ("name", "prompt", "context", "response")
-# Each source is a function (**options) -> (fingerprint of the content, split -> () -> rows).
-SOURCES: dict[str, Callable[..., tuple[str, Mapping[str, Callable[[], Iterable[Row]]]]]] = {
+AnyRow = TypeVar("AnyRow", bound=Mapping[str, Any])
+Splits = Mapping[str, Callable[[], Iterable[AnyRow]]]  # split -> () -> rows
+Source = Callable[..., tuple[str, Splits[AnyRow]]]  # (**options) -> (fingerprint of the content, splits)
+SOURCES: dict[str, Source[Row]] = {
     "docstrings": docstrings.source,
     "dolly": dolly.source,
     "gsm8k": gsm8k.source,
     "jsonl": jsonl.source,
     "text": text.source,
 }
-# Sources of the same form that are only evaluated on. The rows have prompt, context and references. They are read
-# directly from their files and are not built.
-EVALUATION: dict[str, Callable[..., tuple[str, Mapping[str, Callable[[], Iterable[dict[str, Any]]]]]]] = {
-    name: partial(instructions.source, name) for name in instructions.FILES
-}
+# Sources for evaluation only, whose rows have prompt, context and references. The rows are read directly from a file.
+EVALUATION: dict[str, Source[Json]] = {name: partial(instructions.source, name) for name in instructions.FILES}
 
 
 @dataclasses.dataclass
 class RowsConfig(tfds.core.BuilderConfig):
-    """The configuration of a dataset. The name contains the fingerprint, so that changed content is built anew."""
+    """The configuration of a dataset. Its name contains the fingerprint, so that changed content is built again."""
 
-    splits: Mapping[str, Callable[[], Iterable[Row]]] = dataclasses.field(default_factory=dict, repr=False)
+    splits: Splits[Row] = dataclasses.field(default_factory=dict, repr=False)
 
 
 class KdJaxRows(tfds.core.GeneratorBasedBuilder):
@@ -53,19 +53,21 @@ class KdJaxRows(tfds.core.GeneratorBasedBuilder):
         features = tfds.features.FeaturesDict({field: tfds.features.Text() for field in FIELDS})
         return tfds.core.DatasetInfo(builder=self, features=features)
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
         generators = {}
         for split, rows in self.builder_config.splits.items():
-            ahead = iter(rows())
-            for first in ahead:  # tfds cannot write a split without rows: such a split is omitted
-                generators[split] = self._generate_examples(itertools.chain([first], ahead))
+            remaining = iter(rows())
+            for first in remaining:  # tfds cannot write a split without rows: such a split is omitted
+                generators[split] = self._generate_examples(itertools.chain([first], remaining))
                 break
         if not generators:
             raise ValueError(f"the dataset {self.builder_config.name} has no rows in any split: is its file empty?")
         return generators
 
-    def _create_builder_config(self, builder_config: Any, version: Any) -> Any:
-        return builder_config  # tfds would warn that the config is not in its fixed list
+    def _create_builder_config(self, builder_config: RowsConfig, version: object) -> RowsConfig:
+        return builder_config  # tfds would warn that its fixed list lacks the config
 
     def _generate_examples(self, rows: Iterable[Row]) -> Iterator[tuple[int, dict[str, str]]]:
         for index, row in enumerate(rows):
@@ -73,9 +75,9 @@ class KdJaxRows(tfds.core.GeneratorBasedBuilder):
 
 
 class _Decoded:
-    """A sequence of rows as dicts of str. The decoding is needed because tfds without TensorFlow returns bytes."""
+    """A sequence of rows as dicts of str, because tfds without TensorFlow returns bytes."""
 
-    def __init__(self, source: Any, folder: Any):
+    def __init__(self, source: Sequence[Mapping[str, bytes]], folder: AnyPath):
         self._source, self._folder = source, folder
 
     def __len__(self) -> int:
@@ -83,7 +85,7 @@ class _Decoded:
 
     def __getitem__(self, index: int) -> dict[str, str]:
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}.")
+            raise IndexError(f"there is no row {index}; the split has {len(self)} rows.")
         with _named(self._folder):
             return {field: value.decode() for field, value in self._source[index].items()}
 
@@ -92,17 +94,14 @@ class _Decoded:
 
 
 @contextlib.contextmanager
-def _named(folder: Any) -> Iterator[None]:
-    """Turns any error about a built dataset into a ValueError that names the dataset's folder.
-
-    The checksums of array_record find changed bytes.
-    """
+def _named(folder: AnyPath) -> Iterator[None]:
+    """Turns any error about a built dataset, such as a wrong checksum, into a ValueError that names the folder."""
     try:
         yield
     except Exception as error:
         raise ValueError(
             f"{folder}: the built dataset cannot be read back ({type(error).__name__}: {untrusted.clip(str(error))}); "
-            f"delete that folder, and the dataset is built anew."
+            f"delete that folder, and the dataset is built again."
         ) from error
 
 
@@ -118,8 +117,10 @@ def read_back(builder: tfds.core.DatasetBuilder, split: str) -> _Decoded:
     Args:
       builder: the builder of the dataset.
       split: the name of the split.
+
     Returns:
       A sequence of {"name", "prompt", "context", "response"}, each a str.
+
     Raises:
       ValueError: the split is empty, its files are damaged or outside the dataset's folder, or the number of rows
         differs from dataset_info.json.
@@ -145,8 +146,8 @@ def read_back(builder: tfds.core.DatasetBuilder, split: str) -> _Decoded:
 def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) -> _Decoded:
     """Returns the rows of a split, and builds the dataset first if it is not on disk.
 
-    The folder of a dataset appears only when the dataset is complete. The name of the folder contains the fingerprint
-    of the content. So no incomplete and no outdated dataset is read.
+    The folder of a dataset appears only when the dataset is complete, so no incomplete dataset is read. The name of the
+    folder contains the fingerprint of the content, so no outdated dataset is read.
 
     Args:
       name: the dataset: docstrings, dolly, gsm8k, jsonl or text.
@@ -202,12 +203,12 @@ def fingerprint(name: str, *, split: str, **options: Any) -> str:
     return _open(name, SOURCES, split, options)[0]
 
 
-def load_references(name: str, *, split: str, data_dir: str | None = None, **options: Any) -> list[dict[str, Any]]:
-    """Returns the rows of a split for evaluation, each with prompt, context and references.
+def load_references(name: str, *, split: str, data_dir: str | None = None, **options: Any) -> list[Json]:
+    """Returns the rows of a split for evaluation. Each row has prompt, context and references.
 
     Args:
       name: an evaluation dataset (dolly_eval, self_instruct, vicuna, super_natural, unnatural) or a dataset of `load`,
-        whose response is the only reference.
+        whose response is then the only reference.
       split, data_dir, **options: the arguments of `load`.
 
     Returns:
@@ -217,7 +218,7 @@ def load_references(name: str, *, split: str, data_dir: str | None = None, **opt
         return [
             row | {"references": [row["response"]]} for row in load(name, split=split, data_dir=data_dir, **options)
         ]
-    return list(_open(name, SOURCES | EVALUATION, split, options)[1][split]())
+    return [dict(row) for row in _open(name, SOURCES | EVALUATION, split, options)[1][split]()]
 
 
 def splits(name: str, **options: Any) -> tuple[str, ...]:
@@ -231,8 +232,8 @@ def splits(name: str, **options: Any) -> tuple[str, ...]:
 
 
 def _open(
-    name: str, sources: Mapping[str, Any], split: str | None, options: Mapping[str, Any]
-) -> tuple[str, Mapping[str, Any]]:
+    name: str, sources: Mapping[str, Source[AnyRow]], split: str | None, options: Mapping[str, Any]
+) -> tuple[str, Splits[AnyRow]]:
     """Checks a dataset's name, options and split, and returns the dataset's fingerprint and splits."""
     if name not in sources:
         raise ValueError(f"there is no dataset {name!r}{nearest(name, sources)}; known: {', '.join(sources)}.")
@@ -240,11 +241,11 @@ def _open(
     for option in options:
         if option not in known:
             raise ValueError(
-                f"the dataset {name} has no option {option!r}{nearest(option, known)}; it has {', '.join(known)}."
+                f"the dataset {name} has no option {option!r}{nearest(option, known)}; the options are {', '.join(known)}."
             )
     missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
     if missing:
-        raise ValueError(f"the dataset {name} needs data.options.{missing[0]}.")
+        raise ValueError(f"the dataset {name} needs data.options.{missing[0]}, which is not set.")
     for option, value in options.items():
         if not _fits(value, known[option].annotation):
             raise ValueError(
@@ -252,11 +253,11 @@ def _open(
             )
     fingerprint, splits = sources[name](**options)
     if split is not None and split not in splits:
-        raise ValueError(f"the dataset {name} has no split {split!r}; it has {', '.join(splits)}.")
+        raise ValueError(f"the dataset {name} has no split {split!r}; the splits are {', '.join(splits)}.")
     return fingerprint, splits
 
 
-def _fits(value: Any, annotation: Any) -> bool:
+def _fits(value: object, annotation: Any) -> bool:
     """Returns True if a value has the annotated type. Annotations are str, float, bool, tuples of str, and unions."""
     if isinstance(annotation, types.UnionType):
         return any(_fits(value, kind) for kind in typing.get_args(annotation))
@@ -268,6 +269,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _in_words(annotation: Any) -> str:
+    """Returns the annotated type in words, for a message."""
     if isinstance(annotation, types.UnionType):
         return " or ".join(map(_in_words, typing.get_args(annotation)))
     if typing.get_origin(annotation) is tuple:

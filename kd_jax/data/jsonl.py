@@ -6,12 +6,12 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from kd_jax.storage import checksum, remote, untrusted
 from kd_jax.storage.checksum import file_digest
+from kd_jax.storage.files import Json
 
 MAX_LINE = 16 * untrusted.MIB
 MAX_BLANK = 10_000
@@ -33,10 +33,9 @@ def source(
       prompt_field: the name of the prompt's field.
       response_field: the name of the response's field.
       context_field: the name of the context's field; empty if there is no context.
-      validation_path: a file of held-out rows. Empty: a part of `path` is held out.
-      validation_fraction: the share of `path` that is held out, in [0, 1), by a hash of the prompt. Above 0, both
-        splits have the rows of at least one prompt, provided that there are two different prompts. With 0 nothing is
-        held out.
+      validation_path: a file of held-out rows. If empty, a part of `path` is held out.
+      validation_fraction: the share of `path` that is held out, in [0, 1), chosen by a hash of the prompt. Above 0,
+        each split has at least one prompt, provided that there are two different prompts. With 0 nothing is held out.
 
     Raises:
       ValueError: a file does not exist, a line is not JSON, a row lacks a field, or the share is out of range.
@@ -59,7 +58,7 @@ def source(
     return fingerprint, {"train": lambda: rows(False), "validation": lambda: rows(True)}
 
 
-def check_share(validation_fraction: float, validation_path: Any) -> None:
+def check_share(validation_fraction: float, validation_path: str | tuple[str, ...]) -> None:
     """Checks that the share of held-out rows is in [0, 1). The share is not used if a file of held-out rows is named.
 
     Raises:
@@ -90,26 +89,26 @@ def divide(fractions: Iterable[float], shares: dict[str, float]) -> dict[str, tu
     """
     known = np.unique(np.fromiter(fractions, float))
     wanted = sorted((split for split, share in shares.items() if share > 0), key=lambda split: split != "validation")
-    kept = wanted[: max(len(known) - 1, 0)]
+    to_fill = wanted[: max(len(known) - 1, 0)]
     ranges, low, nominal = {}, 0.0, 0.0
     for split, share in shares.items():
         nominal, high = nominal + share, low
-        if split in kept:
-            kept.remove(split)
-            first, last = known[np.searchsorted(known, low)], known[len(known) - 1 - len(kept)]
+        if split in to_fill:
+            to_fill.remove(split)
+            first, last = known[np.searchsorted(known, low)], known[len(known) - 1 - len(to_fill)]
             high = min(max(nominal, math.nextafter(first, 1)), float(last))
         ranges[split] = (low, high)
         low = high
     return ranges | {"train": (low, 1.0)}
 
 
-def read(path: Path, fields: dict[str, str], several: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+def read(path: Path, fields: dict[str, str], several: tuple[str, ...] = ()) -> Iterator[Json]:
     """Yields the rows of a file.
 
     Args:
       path: the file.
-      fields: our name -> the name of the field in the file.
-      several: our names of the fields whose value may also be a non-empty list of strings.
+      fields: the name of a field in kd_jax -> the name of the field in the file.
+      several: the names in kd_jax of the fields whose value may also be a non-empty list of strings.
 
     Raises:
       ValueError: a row is not a JSON object, or a field is missing or has the wrong type; the message names the file
@@ -120,14 +119,14 @@ def read(path: Path, fields: dict[str, str], several: tuple[str, ...] = ()) -> I
         # NaN is allowed, because Python can write it and no field that is read here is a number.
         row = untrusted.parse_json(line, where, finite=False)
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: a JSON object is expected, not {type(row).__name__}.")
+            raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}.")
         for ours, field in fields.items():
             value = row.get(field)
             many = ours in several and isinstance(value, list) and value and all(isinstance(v, str) for v in value)
             if not isinstance(value, str) and not many:
-                what = f"is {untrusted.shown(row[field])}, not a string" if field in row else "is missing"
+                problem = f"is {untrusted.shown(row[field])}, not a string" if field in row else "is missing"
                 names = untrusted.clip(", ".join(row))
-                raise ValueError(f"{where}: the field {field!r} {what}; the row has {names}.")
+                raise ValueError(f"{where}: the field {field!r} {problem}; the row has {names}.")
             if not all(map(_is_text, value if many else [value])):
                 raise ValueError(f"{where}: the field {field!r} has half of a surrogate pair, which is no character.")
         yield {ours: row[theirs] for ours, theirs in fields.items()}
@@ -146,17 +145,19 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             while line := file.readline(MAX_LINE + 1):
                 untrusted.refuse_pointer(path, line)
                 number, total = number + 1, total + len(line)
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line  # Windows writes it before the text
+                line = (
+                    line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                )  # Windows writes this byte order mark
                 if len(line) > MAX_LINE:
                     raise ValueError(f"{path}:{number}: the line is longer than {MAX_LINE} bytes.")
                 if total > limit:
                     raise ValueError(
-                        f"{path}: it unpacks to more than {MAX_RATIO} times its size, which no text does. Unpack the file by "
-                        f"hand if you trust it."
+                        f"{path}: the file unpacks to more than {MAX_RATIO} times its size, and no text does that. If you trust "
+                        f"the file, unpack it by hand."
                     )
                 blank = 0 if line.strip() else blank + 1
                 if blank > MAX_BLANK:
-                    raise ValueError(f"{path}:{number}: here are more than {MAX_BLANK} blank lines in a row.")
+                    raise ValueError(f"{path}:{number}: more than {MAX_BLANK} blank lines in a row end here.")
                 if not blank:
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:
@@ -164,18 +165,19 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _is_text(value: str) -> bool:
+    """Returns True if a string can be encoded in UTF-8."""
     try:
         return value.isascii() or bool(value.encode())
     except UnicodeEncodeError:
         return False
 
 
-def read_references(path: Path, fields: dict[str, str]) -> Iterator[dict[str, Any]]:
+def read_references(path: Path, fields: dict[str, str]) -> Iterator[Json]:
     """Yields the rows of a file with context and references.
 
     Args:
       path: the file.
-      fields: our name -> the name of the field in the file. The field of the references is a text or a list of texts.
+      fields: the argument of `read`. The field of the references is a text or a list of texts.
     """
     for row in read(path, fields, several=("references",)):
         references = row["references"]

@@ -1,19 +1,18 @@
-"""Removal of a tokenizer's last added tokens, for two models whose tokenizers differ in a few of them.
+"""Removal of a tokenizer's last added tokens, for two models whose tokenizers differ in a few added tokens.
 
 Qwen2.5 has 151,665 ids. Qwen3 has the same ids and four more added tokens. A run with both models uses the common ids.
-The other tokens must not be found in texts: one of the models has never seen their ids, or has no embedding for them.
+Encoded texts must not contain the other tokens, because one model has never seen them or has no embedding for them.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from kd_jax.data.special_tokens import KINDS, model_tokens
+from kd_jax.data.special_tokens import KINDS, Token, model_tokens
 from kd_jax.storage import untrusted
+from kd_jax.storage.files import Json
 
 MOST = 1024  # the largest number of tokens that may be removed
-SHARE = 100  # ids kept per removed token: tokenizers that differ in over 1 % are too different
-
+SHARE = 100  # at most 1 token for 100 common ids may be removed: tokenizers that differ in over 1 % are too different
 SHOWN = 5  # the largest number of tokens that a message names
 
 TOKENIZER, ADDED = "tokenizer.json", "added_tokens.json"
@@ -43,6 +42,7 @@ def differing_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list
     Args:
       ours: the ids of the first vocabulary, by token.
       theirs: the ids of the second vocabulary, by token.
+
     Returns:
       (token, id in `ours`, id in `theirs`) for each such token; an id is None if the vocabulary lacks the token.
 
@@ -50,36 +50,37 @@ def differing_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list
       >>> differing_tokens({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 2, "d": 3})
       [('b', 1, 2), ('c', 2, None), ('d', None, 3)]
     """
-    found = [(token, number, theirs.get(token)) for token, number in ours.items() if theirs.get(token) != number]
-    found += [(token, None, number) for token, number in theirs.items() if token not in ours]
-    return sorted(found, key=lambda row: (row[2] if row[1] is None else row[1], row[0]))
+    differing = [(token, number, theirs.get(token)) for token, number in ours.items() if theirs.get(token) != number]
+    differing += [(token, None, number) for token, number in theirs.items() if token not in ours]
+    return sorted(differing, key=lambda row: (row[2] if row[1] is None else row[1], row[0]))
 
 
-def tokens_beyond(vocabulary: Mapping[str, int], fields: dict[str, Any], size: int) -> list[str]:
+def tokens_beyond(vocabulary: Mapping[str, int], fields: Json, size: int) -> list[str]:
     """Returns the tokens with an id of `size` or more, in the order of their ids.
 
     Args:
       vocabulary: the ids by token, added tokens included.
       fields: the fields of tokenizer.json.
-      size: the number of ids that are kept.
+      size: the number of ids that remain.
+
     Raises:
-      ValueError: one of these tokens is in the model's own vocabulary, or there are more than MOST of them, or more
-        than 1 % of `size`.
+      ValueError: one of these tokens is in the model's own vocabulary, or the number of these tokens is above MOST or
+        above 1 % of `size`.
     """
-    found = sorted((i, token) for token, i in vocabulary.items() if i >= size)
-    own = model_tokens(fields)
-    for number, token in found:
-        if token in own:
+    beyond = sorted((i, token) for token, i in vocabulary.items() if i >= size)
+    vocabulary_of_model = model_tokens(fields)
+    for number, token in beyond:
+        if token in vocabulary_of_model:
             raise ValueError(
-                f"{untrusted.shown(token)} with id {number} is in the model's vocabulary; only added tokens can be left out"
+                f"{untrusted.shown(token)} with id {number} is in the model's vocabulary; only added tokens can be removed"
             )
     most = min(MOST, size // SHARE)
-    if len(found) > most:
+    if len(beyond) > most:
         raise ValueError(
-            f"{len(found)} added tokens have an id of {size} or more; at most {most} can be left out, which is 1 % of {size} and "
-            f"at most {MOST}"
+            f"{len(beyond)} added tokens have an id of {size} or more; at most {most} can be removed, which is 1 % of {size} "
+            f"and at most {MOST}"
         )
-    return [token for _, token in found]
+    return [token for _, token in beyond]
 
 
 def without(files: dict[str, bytes], tokens: set[str]) -> dict[str, bytes]:
@@ -94,16 +95,20 @@ def without(files: dict[str, bytes], tokens: set[str]) -> dict[str, bytes]:
         if not name.endswith(".json"):
             continue
         fields = untrusted.parse_json(content, name)
-        left = _without_listed(fields, tokens) if name == TOKENIZER else _without_named(fields, tokens)
+        remaining = _without_listed(fields, tokens) if name == TOKENIZER else _without_named(fields, tokens)
         if name == ADDED:
-            left = {token: number for token, number in fields.items() if token not in tokens}
-        if left != fields:
-            changed[name] = json.dumps(left, ensure_ascii=False, indent=None if name == TOKENIZER else 2).encode()
+            remaining = {token: number for token, number in fields.items() if token not in tokens}
+        if remaining != fields:
+            changed[name] = json.dumps(remaining, ensure_ascii=False, indent=None if name == TOKENIZER else 2).encode()
     return changed
 
 
 def shown_difference(different: Sequence[tuple[str, int | None, int | None]], who: str) -> str:
-    """Returns the number of differing tokens, and the first five of them with their ids.
+    """Returns a phrase with the number of differing tokens, and with the first five tokens and the ids of each.
+
+    Args:
+      different: the tokens that differ, as `differing_tokens` returns them.
+      who: the other owner of a vocabulary besides the run, such as "teacher".
 
     Example:
       >>> shown_difference([("b", 1, None)], "teacher")
@@ -130,27 +135,31 @@ def shown_tokens(tokens: Sequence[str]) -> str:
     return f"{noun} {', '.join(map(untrusted.shown, tokens[:SHOWN]))}{more}"
 
 
-def _without_listed(fields: dict[str, Any], tokens: set[str]) -> dict[str, Any]:
-    left = fields | {"added_tokens": [t for t in fields.get("added_tokens") or () if t["content"] not in tokens]}
+def _without_listed(fields: Json, tokens: set[str]) -> Json:
+    """Removes the tokens from the added tokens and from the padding of tokenizer.json."""
+    remaining = fields | {"added_tokens": [t for t in fields.get("added_tokens") or () if t["content"] not in tokens]}
     padding = fields.get("padding")
     if isinstance(padding, dict) and padding.get("pad_token") in tokens:
-        left["padding"] = None
-    return left
+        remaining["padding"] = None
+    return remaining
 
 
-def _without_named(fields: dict[str, Any], tokens: set[str]) -> dict[str, Any]:
+def _without_named(fields: Json, tokens: set[str]) -> Json:
     """Removes the tokens wherever tokenizer_config.json or special_tokens_map.json names them."""
-    goes = lambda token: (token.get("content") if isinstance(token, dict) else token) in tokens
-    left: dict[str, Any] = {}
+
+    def is_removed(token: Token) -> bool:
+        return (token.get("content") if isinstance(token, dict) else token) in tokens
+
+    remaining: Json = {}
     for key, value in fields.items():
-        if key in KINDS and value is not None and goes(value):
-            left[key] = None  # a missing key would be filled with the default of the tokenizer's class
-        elif key.endswith("_token") and isinstance(value, str | dict) and goes(value):
+        if key in KINDS and value is not None and is_removed(value):
+            remaining[key] = None  # a missing key would be filled with the default of the tokenizer's class
+        elif key.endswith("_token") and isinstance(value, str | dict) and is_removed(value):
             continue
         elif key in ("additional_special_tokens", "extra_special_tokens") and isinstance(value, list):
-            left[key] = [token for token in value if not goes(token)]
+            remaining[key] = [token for token in value if not is_removed(token)]
         elif key in ("extra_special_tokens", "model_specific_special_tokens", "added_tokens_decoder"):
-            left[key] = {name: token for name, token in (value or {}).items() if not goes(token)}
+            remaining[key] = {name: token for name, token in (value or {}).items() if not is_removed(token)}
         else:
-            left[key] = value
-    return left
+            remaining[key] = value
+    return remaining

@@ -1,18 +1,20 @@
-"""Prompt templates: functions from a row's prompt and context to the text that a model is given."""
+"""Prompt templates: functions from a row's prompt and context to the text that a model continues."""
 
 import dataclasses
 import datetime
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from kd_jax.data import chat_template
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.resolve import nearest
 from kd_jax.settings import Data
+from kd_jax.storage.files import Json
 
 TEMPLATES = ("plain", "alpaca", "chat")
-DATE = "2026-01-01"  # the default date of strftime_now; fixed, so that a resumed run has the same rows
+DATE = "2026-01-01"  # the default date of strftime_now, which is fixed so that a resumed run has the same rows
 OURS = ("messages", "add_generation_prompt")  # variables of a chat template that are set for each row
 Render = Callable[[str, str], str]  # (prompt, context) -> text
 
@@ -28,8 +30,8 @@ class Template:
       system: the system message of a chat; "" for none.
 
     Raises:
-      ValueError: the name is unknown, an option is not a JSON value or is set for each row, or the date is invalid.
-        Only the template chat takes options and a system message.
+      ValueError: the name is unknown, an option is not a JSON value or is set for each row, the date is invalid, or
+        another template than chat has options or a system message.
     """
 
     name: str
@@ -52,21 +54,21 @@ class Template:
         for name in OURS:
             if name in self.options:
                 raise ValueError(
-                    f"data.template_options.{name}: each row's prompt decides this variable; take the option away."
+                    f"data.template_options.{name}: each row's prompt decides this variable; remove the option."
                 )
         _check_date(self.options.get("date", DATE))
 
     @classmethod
     def of(cls, options: Data | Mapping[str, Any]) -> "Template":
-        """Returns the template that the `data` part of a config names. A stored config may lack the newer keys."""
+        """Returns the template that the `data` part of a config names. A stored config may lack newer keys."""
         if isinstance(options, Data):
             return cls(options.template, options.template_options, options.system)
         return cls(options["template"], options.get("template_options", {}), options.get("system", ""))
 
-    def set_apart(self) -> dict[str, Any]:
-        """Returns the options and the system message as a dict, without empty ones.
+    def set_apart(self) -> Json:
+        """Returns the options and the system message as a dict. An empty value is omitted.
 
-        A fingerprint of this dict does not change if neither is used.
+        So a fingerprint of this dict is the fingerprint of an empty dict if neither is used.
 
         Example:
           >>> Template("chat", system="Be brief.").set_apart(), Template("chat").set_apart()
@@ -76,7 +78,7 @@ class Template:
 
 
 def as_template(template: str | Template) -> Template:
-    """Returns the template itself, or the template of that name without options and system message."""
+    """Returns a `Template` unchanged, and for a name the template without options and system message."""
     return Template(template) if isinstance(template, str) else template
 
 
@@ -85,9 +87,11 @@ def make_render(template: str | Template, tokenizer: Tokenizer) -> Render:
 
     Args:
       template: a `Template`, or the name of one: plain, alpaca or chat.
-      tokenizer: the tokenizer, whose chat template is used by chat. The other templates do not use it.
+      tokenizer: the tokenizer, which has the chat template. The templates plain and alpaca do not use the tokenizer.
+
     Returns:
       (prompt, context) -> the text whose continuation is the response.
+
     Raises:
       ValueError: the name is unknown. For chat: the tokenizer has no template, Jinja cannot read the template, or the
         template does not read an option or does not write the system message.
@@ -99,12 +103,15 @@ def make_render(template: str | Template, tokenizer: Tokenizer) -> Render:
 
 
 def adds_special_tokens(template: str | Template) -> bool:
-    """Returns True if special tokens, such as a bos, are added to a rendered prompt. A chat template writes its own."""
+    """Returns True if special tokens, such as a bos, are added to a rendered prompt.
+
+    A chat template writes the special tokens as part of the prompt.
+    """
     return as_template(template).name != "chat"
 
 
 def plain(prompt: str, context: str) -> str:
-    r"""Returns the prompt, then a blank line and the context if there is one, and ends the text with a newline.
+    r"""Returns the prompt, followed by a blank line and the context if there is one. The text ends with a newline.
 
     No newline is added to a text that already ends with one, or to an empty text.
 
@@ -123,28 +130,29 @@ def plain(prompt: str, context: str) -> str:
 
 
 def alpaca(prompt: str, context: str) -> str:
-    """Returns a prompt in the template of Stanford Alpaca, as MiniLLM, DistiLLM, ABKD and AMiD use it for Dolly.
+    """Returns a prompt in the template of Stanford Alpaca, which MiniLLM, DistiLLM, ABKD and AMiD use for Dolly.
 
     References:
       Taori et al., "Stanford Alpaca: an instruction-following LLaMA model", 2023,
       https://github.com/tatsu-lab/stanford_alpaca
       Gu et al., "MiniLLM: knowledge distillation of large language models", 2024, https://arxiv.org/abs/2306.08543
     """
-    paired = ", paired with an input that provides further context" if context else ""
-    given = f"### Input:\n{context}\n\n" if context else ""
+    pairing = ", paired with an input that provides further context" if context else ""
+    context_part = f"### Input:\n{context}\n\n" if context else ""
     return (
-        f"Below is an instruction that describes a task{paired}. "
+        f"Below is an instruction that describes a task{pairing}. "
         "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{prompt}\n\n{given}### Response:\n"
+        f"### Instruction:\n{prompt}\n\n{context_part}### Response:\n"
     )
 
 
 def with_template_end(tokenizer: Tokenizer, template: str | Template) -> Tokenizer:
-    """Returns the tokenizer with the template's end of a response as the trained end token.
+    """Returns the tokenizer with the template's end of a turn as the end token that the student learns.
 
     A chat template often ends a turn with another token than the tokenizer's end token: `<|im_end|>` in place of
-    `<|endoftext|>`. The first token after an answer is that end, if it is an added token. The tokenizer's own end token
-    still ends a response. The templates plain and alpaca write no end, and the tokenizer stays as it is.
+    `<|endoftext|>`. The first token that the template writes after an answer is the end of a turn if this token is an
+    added token. The tokenizer's own end token still ends a response. The templates plain and alpaca write no end of a
+    turn, and the tokenizer is returned unchanged.
 
     Args:
       tokenizer: the tokenizer as loaded.
@@ -165,32 +173,31 @@ def with_template_end(tokenizer: Tokenizer, template: str | Template) -> Tokeniz
 
 
 def _make_chat(template: Template, tokenizer: Tokenizer) -> Render:
-    """Returns the tokenizer's own template as a function, which writes one user message up to the start of the answer."""
+    """Returns the tokenizer's chat template as a function that writes one user message up to the start of the answer."""
+    folder = tokenizer.folder
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"the template chat needs a chat_template, and {tokenizer.folder} has none, neither in "
-            f"tokenizer_config.json nor as chat_template.jinja. Use a chat model's tokenizer, or the template plain or "
-            f"alpaca."
+            f"the template chat needs a chat_template, and {folder} has none, neither in tokenizer_config.json nor as "
+            f"chat_template.jinja. Use a chat model's tokenizer, or the template plain or alpaca."
         )
-    folder = tokenizer.folder
     try:
-        read = chat_template.names(tokenizer.chat_template)
+        variables = chat_template.names(tokenizer.chat_template)
     except ValueError as error:
         raise ValueError(f"the chat_template of {folder} {error}.") from error
-    _check_read(template, read, folder)
+    _check_options(template, variables, folder)
 
-    def written(system: str, prompt: str, context: str) -> str:
+    def write(system: str, prompt: str, context: str) -> str:
         content = "\n\n".join(part for part in (prompt, context) if part)
         messages = [{"role": "system", "content": system}] if system else []
         return _render_chat(template, tokenizer, [*messages, {"role": "user", "content": content}])
 
     def chat(prompt: str, context: str) -> str:
         try:
-            return written(template.system, prompt, context)
+            return write(template.system, prompt, context)
         except ValueError as error:
             raise ValueError(f"the chat_template of {folder} failed on the prompt {prompt[:60]!r}: {error}.") from error
 
-    if template.system and chat("Hello.", "") == written("", "Hello.", ""):
+    if template.system and chat("Hello.", "") == write("", "Hello.", ""):
         raise ValueError(
             f"the chat_template of {folder} does not write a system message, but data.system (--system) is set. Leave "
             f"data.system empty, and put the text into the prompts."
@@ -205,16 +212,16 @@ def _render_chat(
 
     As in transformers, tools and documents are None in a template, and only the special tokens that exist are defined.
     """
-    variables = tokenizer.special_tokens | {"tools": None, "documents": None} | dict(template.options)
+    variables: Json = tokenizer.special_tokens | {"tools": None, "documents": None} | dict(template.options)
     variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
     return chat_template.render(tokenizer.chat_template or "", variables, template.options.get("date", DATE))
 
 
-def _check_read(template: Template, read: list[str], folder: Any) -> None:
+def _check_options(template: Template, variables: list[str], folder: Path) -> None:
     """Refuses an option that the chat template never reads, because a misspelt option would have no effect."""
     for name in template.options:
-        if name not in read:
-            others = [other for other in read if other not in OURS]
+        if name not in variables:
+            others = [other for other in variables if other not in OURS]
             known = f"the variables that it reads are {', '.join(others)}" if others else "it reads no such variable"
             raise ValueError(
                 f"data.template_options.{name}: the chat_template of {folder} never reads {name!r}{nearest(name, others)}; "
@@ -222,30 +229,30 @@ def _check_read(template: Template, read: list[str], folder: Any) -> None:
             )
 
 
-def _check_date(date: Any) -> None:
+def _check_date(date: object) -> None:
     try:
-        datetime.datetime.fromisoformat(date)
-    except (TypeError, ValueError):
+        datetime.datetime.fromisoformat(date if isinstance(date, str) else "")
+    except ValueError:
         raise ValueError(f"data.template_options.date={date!r} must be a date such as {DATE!r}.") from None
 
 
-def _json_object(options: Any) -> dict[str, Any]:
+def _json_object(options: object) -> Json:
     """Returns the options as JSON values: a ConfigDict becomes an object, and a tuple becomes an array."""
 
-    def plain_value(value: Any) -> Any:
+    def plain_value(value: Any) -> Json:
         if hasattr(value, "to_dict"):
             return value.to_dict()
         raise TypeError(f"{value!r} is not a JSON value")
 
     try:
-        made = json.loads(json.dumps(options, default=plain_value, allow_nan=False))
+        json_options = json.loads(json.dumps(options, default=plain_value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"data.template_options={options!r}: {error}. A value may be a text, a finite number, true, false, null, a list or an "
             f"object."
         ) from error
-    if not isinstance(made, dict):
+    if not isinstance(json_options, dict):
         raise ValueError(
             f"data.template_options={options!r} must be an object of JSON, such as {{'enable_thinking': False}}."
         )
-    return made
+    return json_options

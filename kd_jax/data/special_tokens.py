@@ -7,8 +7,9 @@ Four files can name such tokens, and they can disagree. The order is that of `Pr
    Otherwise special_tokens_map.json overrides tokenizer_config.json, and added_tokens.json adds tokens.
 3. The defaults of the tokenizer's class fill the gaps.
 
-Each token that is found in this way becomes an added token. Its id is its id in the vocabulary, or else the next free
-id. Like the tokenizers library, transformers uses the ids in the files only to order the tokens.
+Each token that is found in this way becomes an added token. A token of the vocabulary keeps the id of the vocabulary;
+any other token has the next free id. Like the tokenizers library, transformers uses the ids in the files only to order
+the tokens.
 
 The flags `add_bos_token` and `add_eos_token` in tokenizer_config.json have no effect. If there is a tokenizer.json,
 transformers ignores these flags. Only the post-processor of tokenizer.json decides which tokens are put around a text.
@@ -16,9 +17,9 @@ transformers ignores these flags. Only the post-processor of tokenizer.json deci
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from kd_jax.storage import untrusted
+from kd_jax.storage.files import Json
 
 KINDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -32,8 +33,7 @@ DEFAULTS: dict[str, dict[str, str | None]] = {
 }
 CLASS_OF_MODEL = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 
-# A token is a text or, with flags of its own, an object of FLAGS and "content".
-Token = str | dict[str, Any]
+Token = str | Json  # a text, or an object with the text as "content" and with some of FLAGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Files:
     """
 
     folder: Path
-    tokenizer: dict[str, Any]
-    config: dict[str, Any]
-    special_tokens_map: dict[str, Any]
-    added_tokens: dict[str, Any]
-    model_type: Any
+    tokenizer: Json
+    config: Json
+    special_tokens_map: Json
+    added_tokens: Json
+    model_type: object
 
     def where(self, kind: str) -> str:
         """Returns the path of the file that names the token of this kind."""
@@ -62,22 +62,23 @@ class Files:
         return str(self.folder / ("special_tokens_map.json" if in_map else "tokenizer_config.json"))
 
 
-def resolve(files: Files) -> tuple[dict[str, str | None], list[dict[str, Any]]]:
+def resolve(files: Files) -> tuple[dict[str, str | None], list[Json]]:
     """Returns the named special tokens, and the tokens that transformers adds to those of tokenizer.json.
 
-    A default of the tokenizer's class counts only if the vocabulary has the token. transformers would add a missing one
-    with a new id, which the model has never seen.
+    A default of the tokenizer's class is used only if the vocabulary has the token. transformers would add a missing
+    token with a new id, which the model has never seen.
 
     Returns:
-      Two values. The first is a dict from "eos_token" and so on, and from the names of a model's own tokens such as
-        "image_token", to the token's text. The text is None if a file says that there is no such token. A kind that no
-        file names is missing. The second value is the list of tokens to append to `added_tokens` of tokenizer.json, in
-        order, without ids.
+      Two values. The first is a dict from a token's name, such as "eos_token" or a model's own "image_token", to the
+        token's text. The text is None if a file says that there is no such token. A name that no file has is missing.
+        The second value is the list of tokens to append to `added_tokens` of tokenizer.json, in order, without ids.
+
     Raises:
       ValueError: an entry has the wrong type; the message names the file and the key.
     """
     where = str(files.folder / "tokenizer_config.json")
-    named, specific, listed = dict(files.config), {}, _listed(files)
+    named, listed = dict(files.config), _listed(files)
+    specific: Json = {}
     if "additional_special_tokens" in named and not named.get("extra_special_tokens"):
         named["extra_special_tokens"] = named.pop("additional_special_tokens")
     _move_specific(named, specific)
@@ -102,18 +103,18 @@ def resolve(files: Files) -> tuple[dict[str, str | None], list[dict[str, Any]]]:
 
     decoder = [by_id[number] for number in sorted(by_id)]
     added = _in_order(decoder, list(listed.values()), [*map(kinds.get, KINDS), *others], extra)
-    own = dict(zip(specific, others, strict=True))
-    texts = {kind: None if token is None else _content(token) for kind, token in (kinds | own).items()}
+    own_tokens_of_model = dict(zip(specific, others, strict=True))
+    texts = {name: None if token is None else _content(token) for name, token in (kinds | own_tokens_of_model).items()}
     return texts, [token for token in added if token not in listed.values()]
 
 
-def own_tokens(tokenizer: dict[str, Any]) -> set[str]:
+def own_tokens(tokenizer: Json) -> set[str]:
     """Returns the tokens of a tokenizer.json: the vocabulary of its model, and its added tokens."""
     added = tokenizer.get("added_tokens")
     return model_tokens(tokenizer) | {_content(token) for token in (added if isinstance(added, list) else ())}
 
 
-def model_tokens(tokenizer: dict[str, Any]) -> set[str]:
+def model_tokens(tokenizer: Json) -> set[str]:
     """Returns the tokens that the model of a tokenizer.json has in its vocabulary."""
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -123,20 +124,20 @@ def model_tokens(tokenizer: dict[str, Any]) -> set[str]:
 
 
 def _in_order(
-    decoder: list[dict[str, Any]], listed: list[dict[str, Any]], named: list[Token | None], extra: list[Token | None]
-) -> list[dict[str, Any]]:
-    """Returns the tokens in the order in which transformers adds them; a named token becomes special."""
-    names, found = {_content(token) for token in named}, list(decoder)
-    encoder = {token["content"] for token in (*listed, *decoder)}
+    decoder: list[Json], listed: list[Json], named: list[Token | None], extra: list[Token | None]
+) -> list[Json]:
+    """Returns the tokens in the order in which transformers adds them. A named token becomes special."""
+    named_texts, added = {_content(token) for token in named}, list(decoder)
+    known_texts = {token["content"] for token in (*listed, *decoder)}
     for token in (*named, *extra):
-        if token is not None and _content(token) not in encoder:
-            whole = _whole({"content": token, "special": True} if isinstance(token, str) else token)
-            if whole not in found:
-                found.append(whole)
-    return [token | {"special": token["special"] or token["content"] in names} for token in found]
+        if token is not None and _content(token) not in known_texts:
+            flagged = _with_flags({"content": token, "special": True} if isinstance(token, str) else token)
+            if flagged not in added:
+                added.append(flagged)
+    return [token | {"special": token["special"] or token["content"] in named_texts} for token in added]
 
 
-def _move_specific(named: dict[str, Any], specific: dict[str, Any]) -> None:
+def _move_specific(named: Json, specific: Json) -> None:
     """Moves a model's own tokens from `named` to `specific`.
 
     These are tokens such as image_token, and extra special tokens that are given as an object.
@@ -154,7 +155,7 @@ def _move_specific(named: dict[str, Any], specific: dict[str, Any]) -> None:
             specific |= named.pop(key)
 
 
-def _override(named: dict[str, Any], special_tokens_map: dict[str, Any]) -> None:
+def _override(named: Json, special_tokens_map: Json) -> None:
     """Overrides the entries of tokenizer_config.json by those of special_tokens_map.json."""
     special = lambda token: token | {"special": True, "__type": "AddedToken"} if isinstance(token, dict) else token
     for key, value in special_tokens_map.items():
@@ -167,33 +168,35 @@ def _override(named: dict[str, Any], special_tokens_map: dict[str, Any]) -> None
         named["extra_special_tokens"] = named.pop("additional_special_tokens")
 
 
-def _listed(files: Files) -> dict[int, dict[str, Any]]:
+def _listed(files: Files) -> dict[int, Json]:
     """Returns id -> token for the added tokens that tokenizer.json lists."""
-    where, found = f"{files.folder / 'tokenizer.json'}: added_tokens", files.tokenizer.get("added_tokens")
-    if not isinstance(found, list | None):
-        raise ValueError(f"{where} is {untrusted.shown(found)}; expected a list of tokens.")
+    where, tokens = f"{files.folder / 'tokenizer.json'}: added_tokens", files.tokenizer.get("added_tokens")
+    if not isinstance(tokens, list | None):
+        raise ValueError(f"{where} is {untrusted.shown(tokens)}; expected a list of tokens.")
     by_id = {}
-    for token in found or ():
-        whole = _token(token, where)
-        by_id[_id(token.get("id"), f"{where}: {untrusted.shown(whole['content'])}")] = whole
+    for token in tokens or ():
+        flagged = _token(token, where)
+        by_id[_id(token.get("id"), f"{where}: {untrusted.shown(flagged['content'])}")] = flagged
     return by_id
 
 
-def _of_decoder(found: Any, where: str) -> dict[int, dict[str, Any]]:
-    if not isinstance(found, dict):
-        raise ValueError(f"{where} is {untrusted.shown(found)}; expected an object of id and token.")
+def _of_decoder(decoder: object, where: str) -> dict[int, Json]:
+    """Returns id -> token for `added_tokens_decoder` of tokenizer_config.json."""
+    if not isinstance(decoder, dict):
+        raise ValueError(f"{where} is {untrusted.shown(decoder)}; expected an object from ids to tokens.")
     by_id = {}
-    for number, token in found.items():
-        whole = _token(token, where)
+    for number, token in decoder.items():
+        flagged = _token(token, where)
         digits = number.isascii() and number.isdigit() and len(number) < 12
-        by_id[_id(int(number) if digits else number, f"{where}: {untrusted.shown(whole['content'])}")] = whole
+        by_id[_id(int(number) if digits else number, f"{where}: {untrusted.shown(flagged['content'])}")] = flagged
     return by_id
 
 
-def _of_encoder(found: dict[str, Any], special: set[str], where: str) -> dict[int, dict[str, Any]]:
+def _of_encoder(encoder: Json, special: set[str], where: str) -> dict[int, Json]:
+    """Returns id -> token for the content of added_tokens.json."""
     return {
-        _id(number, f"{where}: {untrusted.shown(content)}"): _whole({"content": content, "special": content in special})
-        for content, number in found.items()
+        _id(number, f"{where}: {untrusted.shown(text)}"): _with_flags({"content": text, "special": text in special})
+        for text, number in encoder.items()
     }
 
 
@@ -202,65 +205,68 @@ def _defaults(files: Files) -> dict[str, str | None]:
 
     If the class has no default padding token, the padding token of tokenizer.json is used.
     """
-    named, registered = files.config.get("tokenizer_class"), ""
+    named, model_type = files.config.get("tokenizer_class"), files.model_type
     named = named.removesuffix("Fast") if isinstance(named, str) else ""
-    if isinstance(files.model_type, str):
-        registered = CLASS_OF_MODEL.get(files.model_type, "")
-    chosen = registered if files.model_type == "qwen2" else named or registered
-    if files.model_type == "mistral" or (chosen == "LlamaTokenizer" and _has_byte_level(files.tokenizer)):
+    registered = CLASS_OF_MODEL.get(model_type, "") if isinstance(model_type, str) else ""
+    chosen = registered if model_type == "qwen2" else named or registered
+    if model_type == "mistral" or (chosen == "LlamaTokenizer" and _has_byte_level(files.tokenizer)):
         chosen = ""
     padding = files.tokenizer.get("padding")
     pad = padding.get("pad_token") if isinstance(padding, dict) else None
     return {"pad_token": pad if isinstance(pad, str) else None} | DEFAULTS.get(chosen, {})
 
 
-def _has_byte_level(tokenizer: dict[str, Any]) -> bool:
-    left = [tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")]
-    while left:
-        step = left.pop()
+def _has_byte_level(tokenizer: Json) -> bool:
+    """Returns True if the pre-tokenizer or the decoder of a tokenizer.json has a ByteLevel step."""
+    steps = [tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")]
+    while steps:
+        step = steps.pop()
         if isinstance(step, dict):
-            left += step.values()
+            steps += step.values()
         elif isinstance(step, list):
-            left += step
+            steps += step
         elif step == "ByteLevel":
             return True
     return False
 
 
-def _extra(named: dict[str, Any], where: str) -> list[Any]:
-    found = named.get("extra_special_tokens")
-    if not isinstance(found, list | None):
-        raise ValueError(f"{where}: extra_special_tokens is {untrusted.shown(found)}; expected a list of tokens.")
-    return found or []
+def _extra(named: Json, where: str) -> list[object]:
+    """Returns the list of extra special tokens, whose entries are not checked yet."""
+    tokens = named.get("extra_special_tokens")
+    if not isinstance(tokens, list | None):
+        raise ValueError(f"{where}: extra_special_tokens is {untrusted.shown(tokens)}; expected a list of tokens.")
+    return tokens or []
 
 
-def _content(token: Any) -> str:
-    found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else ""
+def _content(token: object) -> str:
+    """Returns the text of a token, or "" for a value that is no token."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else ""
 
 
-def _checked(token: Any, where: str) -> Token | None:
+def _checked(token: object, where: str) -> Token | None:
     """Returns a token as a file names it. An empty text means that there is no token."""
     return (token or None) if isinstance(token, str | None) else _token(token, where)
 
 
-def _token(token: Any, where: str) -> dict[str, Any]:
+def _token(token: object, where: str) -> Json:
+    """Checks a token that a file gives as an object, and returns the token with all its flags."""
     if not isinstance(token, dict) or not isinstance(token.get("content"), str):
         raise ValueError(f"{where} is {untrusted.shown(token)}; expected a text, or an object with a text as content.")
     for flag in FLAGS:
         if not isinstance(token.get(flag), bool | None):
             raise ValueError(f"{where}: {flag} is {untrusted.shown(token[flag])}; expected true or false.")
-    return _whole(token)
+    return _with_flags(token)
 
 
-def _whole(token: dict[str, Any]) -> dict[str, Any]:
-    """Returns the token with all its flags. A missing flag has the default of the tokenizers library."""
+def _with_flags(token: Json) -> Json:
+    """Returns the token with all flags. A missing flag has the default of the tokenizers library."""
     flags = dict.fromkeys(FLAGS, False) | {"normalized": not token.get("special")}
     flags |= {flag: token[flag] for flag in FLAGS if token.get(flag) is not None}
     return {"content": token["content"]} | flags
 
 
-def _id(number: Any, where: str) -> int:
+def _id(number: object, where: str) -> int:
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**32:
-        raise ValueError(f"{where} has the id {untrusted.shown(number)}; expected a whole number.")
+        raise ValueError(f"{where} has the id {untrusted.shown(number)}; expected a whole number below 2**32.")
     return number

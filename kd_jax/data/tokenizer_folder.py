@@ -3,13 +3,15 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+
+import tokenizers
 
 from kd_jax.data import special_tokens
 from kd_jax.data.tokenizer_json import added_tokens, check_ids, named_errors, read_backend, read_fields, with_added
 from kd_jax.storage import untrusted
+from kd_jax.storage.files import Json
 
-# The largest tokenizer.json in use, Gemma's, has 33 MB.
+# The files of a tokenizer and their largest sizes in bytes. The largest tokenizer.json in use, Gemma's, has 33 MB.
 FILES = {
     "tokenizer.json": 128 * untrusted.MIB,
     "tokenizer_config.json": 8 * untrusted.MIB,
@@ -27,14 +29,14 @@ class Folder:
 
     Attributes:
       path: the path, for messages.
-      files: the contents by name, for those `FILES` that the folder has.
+      files: the contents by name, for the files of `FILES` that the folder has.
       config, generation_config: the configuration files of the model in the same folder; empty if they are missing.
     """
 
     path: Path
     files: dict[str, bytes]
-    config: dict[str, Any]
-    generation_config: dict[str, Any]
+    config: Json
+    generation_config: Json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +70,12 @@ def read(path: Path) -> Folder:
     """
     untrusted.check_folder(path)
     if not (path / "tokenizer.json").exists():
-        raise ValueError(f"{path} has no tokenizer.json; save the tokenizer there in its fast form.")
+        raise ValueError(f"{path} has no tokenizer.json; save the tokenizer to this folder in the fast form.")
     files = {name: untrusted.read_bytes(path / name, limit) for name, limit in FILES.items() if (path / name).exists()}
     return Folder(path, files, _read(path / "config.json"), _read(path / "generation_config.json"))
 
 
-def resolve(folder: Folder) -> tuple[Any, Special]:
+def resolve(folder: Folder) -> tuple[tokenizers.Tokenizer, Special]:
     """Returns the tokenizer of the tokenizers library, and the special tokens.
 
     The special tokens are those that transformers finds (`special_tokens.resolve`). If no file of the tokenizer names a
@@ -100,10 +102,10 @@ def resolve(folder: Folder) -> tuple[Any, Special]:
         with named_errors(f"{files.where(f'{kind}_token')}: the {kind}_token"):
             number = backend.token_to_id(token) if token else None
         if f"{kind}_token" not in tokens or (kind == "eos" and not token):
-            # GPT-2's folder names its tokens only by id. A bos_token of null means that there is none.
+            # GPT-2's folder names special tokens only by id. A bos_token of null means that there is no such token.
             number = ids_of_model.get(f"{kind}_token_id")
         number = number[0] if isinstance(number, list) and number else number
-        if number == -1 and kind == "pad":  # the first Llama folders write -1 for no padding token
+        if number == -1 and kind == "pad":  # the first Llama folders write -1 if there is no padding token
             number = None
         check_ids(backend, () if number is None else (number,), f"{path}: {kind}_token_id")
         ids[kind] = number
@@ -113,47 +115,48 @@ def resolve(folder: Folder) -> tuple[Any, Special]:
             f"{path} names no end token: set eos_token in tokenizer_config.json or eos_token_id in config.json; "
             f"without one a response has no end."
         )
-    own = {"bos_token": bos_id, "eos_token": eos_id}
-    texts = {name: "" if number is None else backend.id_to_token(number) or "" for name, number in own.items()}
+    ids_by_name = {"bos_token": bos_id, "eos_token": eos_id}
+    texts = {name: "" if number is None else backend.id_to_token(number) or "" for name, number in ids_by_name.items()}
+    added_ids = (backend.token_to_id(token) for token in added_tokens(fields))
     return backend, Special(
         bos_id=bos_id,
         eos_id=eos_id,
         pad_id=eos_id if pad_id is None else pad_id,
         named={name: token for name, token in (tokens | texts).items() if token},
-        added=frozenset(backend.token_to_id(token) for token in added_tokens(fields)),
+        added=frozenset(number for number in added_ids if number is not None),
         ends=_as_ids(ids_of_model.get("eos_token_id")),
         chat_template=_chat_template(folder, named),
     )
 
 
-def _as_ids(found: Any) -> tuple[int, ...]:
+def _as_ids(field: object) -> tuple[int, ...]:
     """Returns a field that is an id, a list of ids, or None, as a tuple of ids."""
-    found = found if isinstance(found, list) else [found]
-    return tuple(number for number in found if isinstance(number, int) and not isinstance(number, bool))
+    numbers = field if isinstance(field, list) else [field]
+    return tuple(number for number in numbers if isinstance(number, int) and not isinstance(number, bool))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Json:
     return untrusted.read_json(path, FILES["tokenizer_config.json"]) if path.exists() else {}
 
 
-def _parsed(files: dict[str, bytes], folder: Path, name: str) -> dict[str, Any]:
-    found = untrusted.parse_json(files.get(name, b"{}"), str(folder / name))
-    if not isinstance(found, dict):
-        raise ValueError(f"{folder / name}: expected a JSON object, found {type(found).__name__}.")
-    return found
+def _parsed(files: dict[str, bytes], folder: Path, name: str) -> Json:
+    content = untrusted.parse_json(files.get(name, b"{}"), str(folder / name))
+    if not isinstance(content, dict):
+        raise ValueError(f"{folder / name}: expected a JSON object, found {type(content).__name__}.")
+    return content
 
 
 def _check_room(
-    backend: Any, files: special_tokens.Files, tokens: dict[str, str | None], model: dict[str, Any]
+    backend: tokenizers.Tokenizer, files: special_tokens.Files, tokens: dict[str, str | None], model: Json
 ) -> None:
     """Checks that the model in the same folder has an id for each special token that tokenizer.json lacks.
 
     Without a config.json there is no model to check. The code that loads a model compares the sizes.
     """
-    own, size = special_tokens.own_tokens(files.tokenizer), model.get("vocab_size")
+    known, size = special_tokens.own_tokens(files.tokenizer), model.get("vocab_size")
     for kind in ("bos_token", "eos_token", "pad_token"):
         token = tokens.get(kind)
-        if not model or token is None or token in own:
+        if not model or token is None or token in known:
             continue
         with named_errors(f"{files.where(kind)}: the {kind}"):
             number = backend.token_to_id(token)
@@ -164,7 +167,7 @@ def _check_room(
             )
 
 
-def _chat_template(folder: Folder, named: dict[str, Any]) -> str | None:
+def _chat_template(folder: Folder, named: Json) -> str | None:
     """Returns the template of chat_template.jinja, or else the template of tokenizer_config.json."""
     if CHAT_TEMPLATE in folder.files:
         return untrusted.decoded(folder.files[CHAT_TEMPLATE], folder.path / CHAT_TEMPLATE)

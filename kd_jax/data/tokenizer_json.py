@@ -1,9 +1,9 @@
 """Checks of tokenizer.json before and while the tokenizers library reads it.
 
-They cover panics of the library, ids out of range, and settings with which a text becomes extremely long or slow.
+The checks cover panics of the library, ids out of range, and settings with which a text becomes extremely long or slow.
 
-Not promised: the time that a regular expression needs. One of 30 characters can take hours for a sentence, and no check
-from outside can stop a call into the library. The code of the library itself is trusted.
+No check limits the time of a regular expression. A regular expression of 30 characters can take hours for a sentence,
+and a call into the library cannot be stopped. The code of the library is trusted.
 """
 
 import base64
@@ -11,11 +11,11 @@ import binascii
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from kd_jax.storage import untrusted
+from kd_jax.storage.files import Json
 
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 MAX_GROWTH = 10_000  # the growth factor of a text by all parts of a tokenizer; tokenizers in use have 2 or 3
@@ -41,11 +41,11 @@ def named_errors(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {untrusted.clip(str(error))}.") from error
 
 
-def read_fields(path: Path, content: bytes) -> dict[str, Any]:
+def read_fields(path: Path, content: bytes) -> Json:
     """Returns the fields of a tokenizer.json.
 
     Raises:
-      ValueError: the content is not a JSON object, or not that of a tokenizer.
+      ValueError: the content is not a JSON object, or has no field "model".
     """
     fields = untrusted.parse_json(content, str(path))
     if not isinstance(fields, dict):
@@ -55,24 +55,25 @@ def read_fields(path: Path, content: bytes) -> dict[str, Any]:
     return fields
 
 
-def with_added(fields: dict[str, Any], tokens: list[dict[str, Any]]) -> dict[str, Any]:
+def with_added(fields: Json, tokens: list[Json]) -> Json:
     """Returns the fields with more added tokens, after the existing ones.
 
-    The library reads added tokens in order, and gives a token that the vocabulary lacks the next free id. It ignores
-    the id in the file, but requires one.
+    The library reads added tokens in order, and gives a token that the vocabulary lacks the next free id. The file must
+    have an id for each token, but the library ignores this id.
     """
     return fields | {"added_tokens": [*(fields.get("added_tokens") or ()), *({"id": 0} | token for token in tokens)]}
 
 
-def read_backend(path: Path, content: bytes, fields: dict[str, Any]) -> Any:
+def read_backend(path: Path, content: bytes, fields: Json) -> tokenizers.Tokenizer:
     """Returns the library's tokenizer for a tokenizer.json, without padding and truncation.
 
     Args:
       path: the path, for messages.
       content: the content of the file, with the tokens of `with_added` if there are any.
       fields: the fields of the content, as `read_fields` returns them.
+
     Raises:
-      ValueError: the library cannot read the content, ids are far larger than the number of tokens, or a text could
+      ValueError: the library cannot read the content, an id is far larger than the number of tokens, or a text could
         become thousands of times as long or need far more time than usual.
     """
     _check_sizes(path, fields)
@@ -82,26 +83,28 @@ def read_backend(path: Path, content: bytes, fields: dict[str, Any]) -> Any:
         backend.no_truncation()
         ids = backend.get_vocab(with_added_tokens=True).values()
     if not ids:
-        raise ValueError(f"{path}: its vocabulary is empty.")
+        raise ValueError(f"{path}: the vocabulary is empty; expected at least one token.")
     if max(ids) >= len(ids) + HOLES:
-        raise ValueError(f"{path}: it has {len(ids)} tokens, and one of them has the id {max(ids)}.")
+        raise ValueError(
+            f"{path}: there are {len(ids)} tokens, and one of them has the id {max(ids)}; expected ids below "
+            f"{len(ids) + HOLES}."
+        )
     return backend
 
 
-def _check_sizes(path: Path, fields: dict[str, Any]) -> None:
+def _check_sizes(path: Path, fields: Json) -> None:
     """Checks the sizes on which the time and the memory of the tokenizers library depend."""
     model = fields["model"] if isinstance(fields["model"], dict) else {}
     tokens, added = _texts(model.get("vocab")), _texts(fields.get("added_tokens"))
     parts, times, word = list(_parts(fields)), growth(fields), model.get("max_input_chars_per_word")
     if times > MAX_GROWTH:
         raise ValueError(
-            f"{path}: its normalizer, pre_tokenizer, post_processor and decoder can make a text {times} times as long; "
+            f"{path}: normalizer, pre_tokenizer, post_processor and decoder can make a text {times} times as long; "
             f"at most {MAX_GROWTH} is accepted."
         )
     if (steps := sum("type" in part for part in parts)) > MAX_STEPS:
         raise ValueError(
-            f"{path}: its normalizer, pre_tokenizer, post_processor and decoder have {steps} steps; at most {MAX_STEPS} are "
-            f"accepted."
+            f"{path}: normalizer, pre_tokenizer, post_processor and decoder have {steps} steps; at most {MAX_STEPS} are accepted."
         )
     if isinstance(word, int) and word > MAX_WORD:
         raise ValueError(f"{path}: max_input_chars_per_word is {word}; at most {MAX_WORD} is accepted.")
@@ -119,22 +122,22 @@ def _check_sizes(path: Path, fields: dict[str, Any]) -> None:
         )
     if (length := times * sum(map(len, added))) > MAX_ADDED:
         raise ValueError(
-            f"{path}: its normalizer can make the added tokens {length} characters long; at most {MAX_ADDED} are accepted."
+            f"{path}: the normalizer can make the added tokens {length} characters long; at most {MAX_ADDED} are accepted."
         )
 
 
-def added_tokens(fields: dict[str, Any]) -> list[str]:
+def added_tokens(fields: Json) -> list[str]:
     """Returns the added tokens among the fields of a tokenizer.json."""
     return _texts(fields.get("added_tokens"))
 
 
-def _texts(found: Any) -> list[str]:
+def _texts(entries: object) -> list[str]:
     """Returns the texts of a vocabulary, in any of its forms, or of added tokens.
 
     Entries of other types are omitted, because the library refuses them.
     """
     texts = []
-    for entry in found if isinstance(found, dict | list) else ():
+    for entry in entries if isinstance(entries, dict | list) else ():
         if isinstance(entry, list) and entry:  # [token, score]
             entry = entry[0]
         elif isinstance(entry, dict):
@@ -144,8 +147,8 @@ def _texts(found: Any) -> list[str]:
     return texts
 
 
-def check_ids(backend: Any, ids: Iterable[Any], where: str) -> None:
-    """Checks that each id is a whole number below the largest id of the tokenizer plus one.
+def check_ids(backend: tokenizers.Tokenizer, ids: Iterable[object], where: str) -> None:
+    """Checks that each id is a whole number, at least 0 and at most the largest id of the tokenizer.
 
     Raises:
       ValueError: an id is invalid; the message begins with `where`.
@@ -156,7 +159,7 @@ def check_ids(backend: Any, ids: Iterable[Any], where: str) -> None:
             raise ValueError(f"{where} is {untrusted.shown(number)}; expected an id of tokenizer.json, below {size}.")
 
 
-def growth(fields: dict[str, Any]) -> int:
+def growth(fields: Json) -> int:
     """Returns an upper bound on the factor by which a text can grow.
 
     The bound is the product over all steps that write more than they read.
@@ -173,25 +176,26 @@ def growth(fields: dict[str, Any]) -> int:
     return product
 
 
-def _parts(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _parts(fields: Json) -> Iterator[Json]:
     """Yields all objects in the steps of a tokenizer.json."""
-    left = [fields.get(step) for step in STEPS]
-    while left:
-        found = left.pop()
-        if isinstance(found, dict):
-            yield found
-            left += found.values()
-        elif isinstance(found, list):
-            left += found
+    values = [fields.get(step) for step in STEPS]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            yield value
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
 
 
-def _factor(step: dict[str, Any]) -> int:
+def _factor(step: Json) -> int:
+    """Returns an upper bound on the factor by which one step can make a text longer."""
     kind = step.get("type")
     if kind in ("Replace", "Prepend"):
         content = step.get("content", step.get("prepend"))
         return max(1, len(content)) if isinstance(content, str) else 1
     if kind in ("ByteLevel", "Metaspace"):
-        return 2  # two bytes for a byte, or a blank before each word
+        return 2  # two bytes in place of one, or a blank before each word
     if kind == "BertNormalizer":
         return 3  # a blank before and after each Chinese character, at each call
     if kind == "Precompiled":
@@ -204,13 +208,13 @@ def _factor(step: dict[str, Any]) -> int:
     return 1
 
 
-def _longest(charsmap: Any) -> int:
+def _longest(charsmap: object) -> int:
     """Returns the length in bytes of the longest text that one character can become.
 
     The map is the length of a trie, the trie, and the texts, each followed by a zero byte.
     """
     try:
-        content = base64.b64decode(charsmap, validate=True)
-    except (binascii.Error, TypeError, ValueError):
-        return 1  # the library refuses it
+        content = base64.b64decode(charsmap if isinstance(charsmap, str) else "", validate=True)
+    except (binascii.Error, ValueError):
+        return 1  # the library refuses such a map
     return max(map(len, content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")), default=1) or 1

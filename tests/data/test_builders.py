@@ -190,7 +190,7 @@ def test_jsonl_is_rebuilt_when_the_file_changes(tmp_path):
         ('{"prompt": "a"}', r"rows.jsonl:2: the field 'response' is missing; the row has prompt"),
         ('{"prompt": "a", "response": 3}', r"rows.jsonl:2: the field 'response' is 3, not a string"),
         ('{"prompt": ', r"rows.jsonl:2: not valid JSON"),
-        ("[1]", r"rows.jsonl:2: a JSON object is expected, not list"),
+        ("[1]", r"rows.jsonl:2: expected a JSON object, found list"),
     ],
 )
 def test_jsonl_errors_name_the_line_and_leave_nothing_behind(tmp_path, line, message):
@@ -211,7 +211,7 @@ def test_errors_of_files_splits_and_names(tmp_path):
         load(path=str(empty))
     with pytest.raises(ValueError, match=r"there is no file .*nowhere\.jsonl"):
         load(path=str(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(ValueError, match="has no split 'test'; it has train, validation"):
+    with pytest.raises(ValueError, match="has no split 'test'; the splits are train, validation"):
         load(split="test", path=str(empty))
     with pytest.raises(
         ValueError, match=r"no dataset 'jsnol' \(did you mean 'jsonl'\?\); known: docstrings, dolly, gsm8k, jsonl, text"
@@ -358,11 +358,11 @@ def test_evaluation_sets_from_a_file_here(tmp_path, name):
     assert load(sha256=download.sha256_of(Path(path))) == load()
     assert data.make_render("plain", None)(TEMPLATED, "") == TEMPLATED
     for changes, message in (
-        ({"split": "train"}, f"{name} has no split 'train'; it has test"),
+        ({"split": "train"}, f"{name} has no split 'train'; the splits are test"),
         ({"path": str(tmp_path / "nowhere.jsonl")}, "there is no file .*nowhere"),
         ({"sha256": "12"}, "sha256='12' must be a SHA-256: 64 digits"),
         ({"sha256": "f" * 64}, f"valid.jsonl has the SHA-256 .*, not {'f' * 64}"),
-        ({"file": path}, "has no option 'file'; it has path, sha256"),
+        ({"file": path}, "has no option 'file'; the options are path, sha256"),
     ):
         with pytest.raises(ValueError, match=message):
             load(**changes)

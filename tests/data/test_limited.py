@@ -79,7 +79,7 @@ def test_conflicting_added_tokens_are_left_out_on_both_sides(tmp_path, capsys):
         (dict(words=[*WORDS, "w498"]), {}, r"1 token differs: 'w498' has id 500.* 'w498' with id 500 is in the model's"),
         ({}, dict(words=[*WORDS, "w498"]), r"1 token differs.*'w498' with id 500 is in the model's vocabulary"),
         (dict(words=[*WORDS[:-2], "w497", "w496"]), {}, r"2 tokens differ.*'w496' with id 498 is in the model's vocabulary"),
-        (dict(added=[f"<{i}>" for i in range(6)]), {}, r"6 added tokens have an id of 500 or more; at most 5 can be left out"),
+        (dict(added=[f"<{i}>" for i in range(6)]), {}, r"6 added tokens have an id of 500 or more; at most 5 can be removed"),
         (dict(added=["<end>"], eos_token="<end>"), {}, r"the eos_token '<end>' has the id 500; it must be below 500"),
         (dict(added=["<p>"], pad_token="<p>"), {}, r"the pad_token '<p>' has the id 500; it must be below 500"),
     ],
