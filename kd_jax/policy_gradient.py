@@ -1,17 +1,18 @@
 """The gradient of a sequence's KL(q || p) from samples: rewards, returns, advantages, and the clipped surrogate.
 
-The reward of a token that the student drew is log p - log q. All functions take arrays [B, L] of log-probabilities of
-drawn tokens. Distributions over the vocabulary are used only in `objectives`.
+The reward of a token that the student sampled is log p - log q. All functions take arrays [B, L] with the
+log-probabilities of sampled tokens. Distributions over the vocabulary are used only in `objectives`.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kd_jax.resolve import check_number
+from kd_jax.settings import Config
 
 
 class Scores(NamedTuple):
@@ -20,7 +21,7 @@ class Scores(NamedTuple):
     Attributes:
       log_p: the log-probabilities under the teacher.
       log_q: the log-probabilities under the current student.
-      drawn_log_q: the log-probabilities under the student that drew the tokens; `log_q` where no student drew them.
+      drawn_log_q: the log-probabilities under the student that sampled the tokens; `log_q` for text of other origin.
       counted: True where a target counts.
     """
 
@@ -33,7 +34,7 @@ class Scores(NamedTuple):
 def rewards(scores: Scores, scale: float = 1.0, limit: float = float("inf")) -> Float[Array, "B L"]:
     """Returns (log p - log q) / scale of each token, clipped to [-limit, limit].
 
-    Here q is the distribution of the student that drew the token.
+    Here q is the distribution of the student that sampled the token.
     """
     value = jnp.clip((scores.log_p - scores.drawn_log_q) / scale, -limit, limit)
     return jnp.where(scores.counted, value, 0)
@@ -53,12 +54,12 @@ def returns(
       rewards: the reward of each token, 0 where `counted` is False.
       counted: True where a token counts; each row has one run of True.
       discount: the factor for each later position, in [0, 1].
-      include_current: True if the sum begins at t, with the token's own reward. The exact expectation of this reward is
-        also part of a reverse KL.
+      include_current: True if the sum begins at t, with the token's own reward. A reverse KL already contains the exact
+        expectation of this reward.
       length_normalised: True to divide by the number of tokens. Without the division, long responses weigh more.
 
     Returns:
-      A value per token. It is 0 where the sum has no term, and where `counted` is False.
+      A value per token, 0 where the sum has no term, and where `counted` is False.
 
     References:
       Gu et al., "MiniLLM", https://arxiv.org/abs/2306.08543, 2024, section 2.2. The paper has discount 1 and
@@ -76,9 +77,9 @@ def returns(
 
 
 def whiten(values: Float[Array, "B L"], over: Bool[Array, "B L"]) -> Float[Array, "B L"]:
-    """Returns the values, shifted and scaled to mean 0 and variance 1 over the positions `over` of the whole batch.
+    """Returns the values, shifted and scaled to mean 0 and variance 1 over the positions `over` of the global batch.
 
-    The variance is the unbiased one.
+    The variance is the unbiased estimate.
     """
     count = jnp.maximum(over.sum(), 2)
     mean = jnp.where(over, values, 0).sum() / count
@@ -89,9 +90,9 @@ def whiten(values: Float[Array, "B L"], over: Bool[Array, "B L"]) -> Float[Array
 def importance(scores: Scores, teacher_share: float) -> Float[Array, "B L"]:
     """Returns q / ((1 - a) q + a p) of each token, in (0, 1 / (1 - a)].
 
-    The result is the importance weight of a token that was drawn from the mixture with the teacher's share a.
+    The result is the importance weight of a token that was sampled from the mixture with the teacher's share a.
     """
-    # With larger exponents the weight is 0 in float32.
+    # Exponents above 80 would overflow in float32, and their weight is 0 to within rounding.
     odds = jnp.exp(jnp.minimum(scores.log_p - scores.drawn_log_q, 80.0))
     return 1 / ((1 - teacher_share) + teacher_share * odds)
 
@@ -99,7 +100,7 @@ def importance(scores: Scores, teacher_share: float) -> Float[Array, "B L"]:
 def importance_now(scores: Scores, teacher_share: float) -> Float[Array, "B L"]:
     """Returns the importance weight of each token for the current student.
 
-    The current student may have been trained on these rows since they were drawn.
+    The current student may differ from the student that sampled the rows, because training has continued since then.
     """
     return jnp.exp(scores.log_q - scores.drawn_log_q) * importance(scores, teacher_share)
 
@@ -109,8 +110,8 @@ def response_slots(counted: Bool[Array, "B L"], most: int | None) -> Bool[Array,
 
     The positions begin at the first counted token of a row.
     """
-    place = jnp.cumsum(jnp.cumsum(counted, axis=1) > 0, axis=1)
-    return (place > 0) & (place <= (counted.shape[1] if most is None else most))
+    position = jnp.cumsum(jnp.cumsum(counted, axis=1) > 0, axis=1)  # from 1 at the first counted token
+    return (position > 0) & (position <= (counted.shape[1] if most is None else most))
 
 
 def clipped_surrogate(
@@ -122,11 +123,11 @@ def clipped_surrogate(
 ) -> Float[Array, "..."]:
     """Returns -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), the clipped surrogate.
 
-    The ratio is importance * q / (q at the time when the token was drawn).
+    The ratio is importance * q / (q at the time when the token was sampled).
 
     Args:
-      log_q: the drawn tokens' log-probabilities under the student, with gradient.
-      drawn_log_q: the drawn tokens' log-probabilities under the student that drew them, a constant.
+      log_q: the sampled tokens' log-probabilities under the student, with gradient.
+      drawn_log_q: the sampled tokens' log-probabilities under the student that sampled them, a constant.
       advantage: the advantage A of each token, a constant.
       importance: the importance weight of each token, a constant.
       clip: the largest distance of the ratio from 1 before it is clipped; 0 for no clipping.
@@ -144,21 +145,20 @@ def clipped_surrogate(
 
 
 def make_signals(
-    options: Mapping[str, Any], teacher_share: float, max_new_tokens: int | None
+    options: Config, teacher_share: float, max_new_tokens: int | None
 ) -> Callable[[Scores], tuple[Array, Array, Array]]:
-    """Returns the function from scores to the three arrays that the surrogate needs of each token.
+    """Returns the function from scores to the three arrays that the surrogate takes.
 
-    The arrays are the advantage, log q at the time when the token was drawn, and the importance weight.
+    The arrays are each token's advantage, log q at the time when the token was sampled, and importance weight.
 
     Args:
-      options: the options that `configs.base.policy` declares.
-      teacher_share: the teacher's share of the mixture that the tokens were drawn from.
-      max_new_tokens: the largest number of tokens in a response; None for the room that a row has.
+      options: the options that `kd_jax.settings.Policy` declares.
+      teacher_share: the teacher's share of the mixture from which the tokens were sampled.
+      max_new_tokens: the largest number of tokens in a response; None for all positions of a row.
 
     Raises:
       ValueError: an option is out of range, or the baseline is not the mean of the rewards.
     """
-    options = dict(options)
     number = lambda name, low, high=float("inf"): check_number(f"policy.{name}", options[name], low, high)
     discount, limit = number("discount", 0, 1), number("reward_limit", 0) or float("inf")
     scale = number("reward_scale", 1e-6)
@@ -166,11 +166,11 @@ def make_signals(
     for name, known in (("baseline", ("none", "kl")), ("whiten", ("none", "counted", "all"))):
         if options[name] not in known:
             raise ValueError(f"policy.{name}={options[name]!r} is not one of {', '.join(known)}.")
-    alone = discount == 0 and options["include_current"] and not options["length_normalised"]
-    if options["baseline"] == "kl" and not (alone and limit == float("inf") and options["whiten"] == "none"):
+    own_reward_only = discount == 0 and options["include_current"] and not options["length_normalised"]
+    if options["baseline"] == "kl" and not (own_reward_only and limit == float("inf") and options["whiten"] == "none"):
         raise ValueError(
-            "policy.baseline='kl' is the mean of a token's own reward: it goes with discount=0, include_current=True, "
-            "length_normalised=False, reward_limit=0 and whiten='none'."
+            "policy.baseline='kl' is the mean of a token's own reward, so this baseline needs discount=0, "
+            "include_current=True, length_normalised=False, reward_limit=0 and whiten='none'."
         )
 
     def signals(scores: Scores) -> tuple[Array, Array, Array]:

@@ -5,11 +5,12 @@ A *section* is a dataclass of keys. A key that is *open* takes a mapping with ke
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from kd_jax.settings.value_types import EXPECTED, fits
 
 
+@runtime_checkable
 class Config(Protocol):
     """A mapping with the keys of a config: an `ml_collections.ConfigDict` or a dict."""
 
