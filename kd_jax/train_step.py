@@ -31,7 +31,8 @@ class TrainState:
       params: the student's parameters.
       opt_state: the optimiser's state.
       schedules: the states of the schedules of each term.
-      key: the source of all randomness; step i uses fold_in(key, i).
+      key: a random key for steps of one's own, such as fold_in(key, step). The step of `make_train_step` draws nothing, and
+        returns the key unchanged.
       skipped: the number of consecutive steps, up to the last one, whose loss or gradient was not finite.
     """
 
@@ -44,7 +45,7 @@ class TrainState:
 
 
 def init_state(params: PyTree, tx: optax.GradientTransformation, terms: Sequence[Term], key: Array) -> TrainState:
-    """Returns the state before the first step."""
+    """Returns the state before the first step. `key` becomes `TrainState.key`."""
     schedules = _as_real(tuple(tuple(schedule.init() for schedule in term.schedules) for term in terms), params)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), schedules, key, jnp.zeros((), jnp.int32))
 
