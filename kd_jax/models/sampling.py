@@ -25,19 +25,27 @@ def draw(uniform: Float[Array, " B"], probs: Float[Array, "B V"]) -> Int[Array, 
     sums = blocks.sum(axis=-1)
     ends = jnp.cumsum(sums, axis=-1)
     target = uniform * ends[:, -1]
-    chosen = _first_above(ends, sums, target)
+    chosen = first_above(sums, ends, target)
     before = jnp.where(chosen == 0, 0, jnp.take_along_axis(ends, jnp.maximum(chosen - 1, 0)[:, None], axis=-1)[:, 0])
     block = jnp.take_along_axis(blocks, chosen[:, None, None], axis=1)[:, 0]
-    return chosen * BLOCK + _first_above(jnp.cumsum(block, axis=-1), block, target - before)
+    return chosen * BLOCK + first_above(block, jnp.cumsum(block, axis=-1), target - before)
 
 
-def _first_above(ends: Float[Array, "B N"], parts: Float[Array, "B N"], target: Float[Array, " B"]) -> Int[Array, " B"]:
-    """Returns the index of the first part that ends above the target.
+def first_above(
+    parts: Float[Array, "*#B N"], ends: Float[Array, "*#B N"], target: Float[Array, "*#B"]
+) -> Int[Array, "*B"]:
+    """Returns the index of the first part whose running sum is above the target: the inverse of a cumulative sum.
 
-    If no part ends above the target because of rounding, the result is the index of the last part that is not empty.
+    A part that is 0 is never chosen. If no running sum is above the target because of rounding, the result is the last
+    part that is not 0.
+
+    Args:
+      parts: numbers that are not negative.
+      ends: their running sums.
+      target: numbers from 0 to the last running sum.
     """
-    last = ends.shape[-1] - 1 - jnp.argmax(parts[:, ::-1] > 0, axis=-1)
-    return jnp.argmax((ends > target[:, None]) & (parts > 0) | (jnp.arange(ends.shape[-1]) == last[:, None]), axis=-1)
+    last = ends.shape[-1] - 1 - jnp.argmax(parts[..., ::-1] > 0, axis=-1, keepdims=True)
+    return jnp.argmax((ends > target[..., None]) & (parts > 0) | (jnp.arange(ends.shape[-1]) == last), axis=-1)
 
 
 def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:

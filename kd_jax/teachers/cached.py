@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kd_jax.models import sampling
 from kd_jax.objectives import Term
 from kd_jax.storage.untrusted import clip
 from kd_jax.teachers.protocol import NoTeacher, Outputs, Teacher, distances
@@ -178,7 +179,7 @@ def draw(log_p: Array, uniform: Array, power: float = 1.0) -> dict[str, Array]:
 
     Args:
       log_p: the log-probabilities [..., V], normalised.
-      uniform: uniform random numbers [..., k, 2] in (0, 1].
+      uniform: uniform random numbers [..., k, 2] in [0, 1].
       power: the power of the probabilities.
 
     Returns:
@@ -188,9 +189,9 @@ def draw(log_p: Array, uniform: Array, power: float = 1.0) -> dict[str, Array]:
     width = min(BLOCK, log_p.shape[-1])
     more = [(0, 0)] * (log_p.ndim - 1) + [(0, -log_p.shape[-1] % width)]
     blocks = jnp.pad(jnp.exp(log_t), more).reshape(*log_p.shape[:-1], -1, width)
-    block = _first_reaching(jnp.cumsum(blocks.sum(axis=-1), axis=-1)[..., None, :], uniform[..., 0])
+    block = _at_share(blocks.sum(axis=-1)[..., None, :], uniform[..., 0])
     inside = jnp.take_along_axis(blocks, block[..., None], axis=-2)
-    ids = block * width + _first_reaching(jnp.cumsum(inside, axis=-1), uniform[..., 1])
+    ids = block * width + _at_share(inside, uniform[..., 1])
     ids = jnp.minimum(ids, log_p.shape[-1] - 1)
     ratio = jnp.take_along_axis(log_p, ids, axis=-1) - jnp.take_along_axis(log_t, ids, axis=-1)
     weights = jnp.where(ratio == ratio, jnp.exp(ratio), 0) / uniform.shape[-2]
@@ -198,12 +199,10 @@ def draw(log_p: Array, uniform: Array, power: float = 1.0) -> dict[str, Array]:
     return {"teacher_ids": ids, "teacher_weights": weights, "teacher_entropy": entropy}
 
 
-def _first_reaching(sums: Array, uniform: Array) -> Array:
-    """Returns the first place whose running sum is at least the share `uniform` of the last one.
-
-    The shares are above 0, so a place without mass is never returned.
-    """
-    return jnp.sum(sums < uniform[..., None] * sums[..., -1:], axis=-1)
+def _at_share(parts: Array, share: Array) -> Array:
+    """Returns the index of the part in which the running sum passes a share of the whole sum."""
+    ends = jnp.cumsum(parts, axis=-1)
+    return sampling.first_above(parts, ends, share * ends[..., -1])
 
 
 def merged(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
