@@ -8,11 +8,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 from tests.helpers import checker  # noqa: F401  # the import hook looks this module up by name
+from tests.helpers.commands import xla_flags
 
-# Compilation takes most of a test's time. Without LLVM's optimisations it takes half of that time.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(devices=8)}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Background jobs of a shell ignore Ctrl-C, and their children inherit this. Some tests send Ctrl-C to a child.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

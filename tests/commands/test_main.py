@@ -18,6 +18,7 @@ from kd_jax.evaluate import arguments as evaluate_arguments
 from kd_jax.report import __main__ as report_command
 from kd_jax.settings.value_types import whole_number
 from kd_jax.storage import directory
+from tests.helpers.commands import environment
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import METHODS, smoke
 
@@ -38,9 +39,8 @@ from tests.helpers.runs import METHODS, smoke
     ],
 )
 def test_a_wrong_flag_is_one_paragraph(flags, words, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, "-m", "kd_jax.main", *flags, f"--workdir={tmp_path / 'run'}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert words in done.stderr + done.stdout

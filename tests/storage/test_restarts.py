@@ -27,6 +27,7 @@ from kd_jax.settings import Settings
 from kd_jax.storage import checkpoint, directory, remote
 from kd_jax.train import loop
 from tests.helpers import broken
+from tests.helpers.commands import xla_flags
 from tests.helpers.runs import (
     METHODS,
     ON_POLICY,
@@ -502,7 +503,7 @@ def test_a_run_that_goes_on_with_less_max_skipped_stops_at_no_finite_step(whole,
 
 def _train(method, data_dir, workdir, changes):
     """Trains in a child process without output."""
-    os.environ.pop("XLA_FLAGS", None)
+    os.environ["XLA_FLAGS"] = xla_flags(devices=1)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     train.train(smoke(method, data_dir, **changes), str(workdir), quiet=True)
 

@@ -1,7 +1,6 @@
 """With JAX_ENABLE_X64=1 a float32 run has the same types, draws and checkpoints, and equal numbers up to rounding."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 
 from kd_jax import metrics, models, train_step
 from kd_jax.objectives import make_terms
+from tests.helpers.commands import environment
 from tests.helpers.runs import last_state, smoke
 
 RUN = """
@@ -32,11 +32,10 @@ if resumed:
 
 
 def run(workdir, data_dir, x64):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     kind = "resumed" if x64 else "whole"
     subprocess.run(
         [sys.executable, "-c", RUN, str(workdir), str(data_dir), kind], check=True, timeout=600,
-        env=environment | {"JAX_ENABLE_X64": str(int(x64))},
+        env=environment(1) | {"JAX_ENABLE_X64": str(int(x64))},
     )  # fmt: skip
     return {(line["split"], line["step"]): line for line in metrics.read(workdir) if line["split"] != "speed"}
 
