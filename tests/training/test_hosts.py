@@ -259,7 +259,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_both(data_d
             steps, ("Exception: Encountered error", "another process cannot read it"), strict=True
         ):
             assert f"checkpoint {step} in {folder} is damaged: {problem}" in said[process], said[process]
-        assert "goes on from step 2." in said[process]
+        assert "resumes from step 2." in said[process]
     assert sorted(path.name for path in folder.glob("damaged-*")) == ["damaged-4", "damaged-6"]
     assert (folder / "6").is_dir()
 
