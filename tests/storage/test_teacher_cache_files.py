@@ -77,7 +77,7 @@ def test_records_are_of_one_tokenizer_template_and_way_to_draw(changes, made, tm
     ("changes", "words"),
     [
         (dict(train__rows=10**18, part_rows=1), "'train' has 1000000000000000000 rows in parts of 1, but there"),
-        (dict(held_out__rows=2**18 + 1), "'held_out' has 262145 rows, in parts of 4"),
+        (dict(held_out__rows=2**18 + 1), "'held_out' has 262145 rows in parts of 4"),
         (dict(held_out__rows=True), "'held_out' has True rows"),
         (dict(other__rows=1), r"the splits are \['train', 'held_out', 'other'\]"),
         (dict(kind="top_k", vocab_size=2**20, k=2**17), "k=131072 is out of range, 1 to 65536"),
@@ -139,7 +139,7 @@ def test_the_output_matrix_is_the_one_that_was_written(cache):
         head_of(cache)
     (cache / files.HEAD).unlink()
     os.mkfifo(cache / files.HEAD)
-    with pytest.raises(ValueError, match="head.safetensors: this is not"):
+    with pytest.raises(ValueError, match="head.safetensors is missing, or has"):
         head_of(cache)
 
 
