@@ -417,7 +417,7 @@ def test_another_tokenizer_or_manifest_is_refused(caches, data_dir, tmp_path):
             cache_teacher.write(cached(data_dir), str(tmp_path / "new"), "top_k", number, quiet=True)
     assert not (tmp_path / "new").exists()
     (tmp_path / "thesis" / "tokenizer of mine").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"something else in it \(tokenizer of mine\)"):
+    with pytest.raises(ValueError, match=r"a file that is not of a cache, tokenizer of mine;"):
         cache_teacher.write(cached(data_dir), str(tmp_path / "thesis"), "top_k", K, quiet=True)
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["tokenizer of mine"]
 
@@ -509,7 +509,7 @@ def by_two(data_dir, folder, *flags, its=((), ())):
 def test_two_processes_write_together_what_one_writes(mesh, caches, data_dir, tmp_path):
     codes, texts = by_two(data_dir, tmp_path / "cache", f"--config.mesh.{mesh}=2")
     assert codes == [0, 0], texts
-    assert "bytes a token" in texts[0]
+    assert "bytes per token" in texts[0]
     assert_same_numbers(caches("top_k"), tmp_path / "cache", data_dir)
 
 

@@ -112,7 +112,7 @@ def test_an_interrupted_cache_says_how_much_of_it_is_there(tmp_path, data_dir, m
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended, main.ends_well(cache_teacher.kept):
         interrupt(patch, cache_teacher.files, "write_part", at=3)
         cache_teacher.write(config, folder, "samples", k=2, part_rows=8, quiet=True)
-    assert ended.value.code == 130 and "2 complete files are kept" in capsys.readouterr().err
+    assert ended.value.code == 130 and "2 complete files remain" in capsys.readouterr().err
     assert not list((tmp_path / "cache").rglob("*.partial-*"))
 
 
