@@ -1,8 +1,9 @@
 """python -m kd_jax.ablate --config=configs/ablations/NAME.py --workdir=DIR [--shard=I/N | --table] [--config.KEY=VALUE ...]
 
 Runs every point of a grid with every seed, except for runs that are already done. DIR receives a folder for each run,
-results.jsonl, table.md and plots. A run that fails leaves its error and does not stop the others; the next call tries
-the run again. With --table nothing is run, and the table and the plots show the runs that are done so far.
+results.jsonl, table.md and plots. The error of a run that fails is written to the folder of the run, and the other runs
+continue; the next call tries the run again. With --table nothing is run, and the table and the plots show the runs
+that are done so far.
 """
 
 import copy
@@ -12,11 +13,10 @@ import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 from kd_jax import command_help
 
-if __name__ == "__main__":  # before the imports below, which take seconds
+if __name__ == "__main__":  # the help is printed before the imports below, which take seconds
     command_help.answer("ablate", sys.argv)
 
 from absl import app, flags, logging
@@ -27,12 +27,13 @@ from kd_jax.report import comparison, plots
 from kd_jax.run import identity
 from kd_jax.settings import Settings
 from kd_jax.storage import directory, remote
+from kd_jax.storage.files import Json
 
-Point = dict[str, Any]  # an axis's label -> its value
+Point = Json  # the label of an axis -> a value of the axis
 _SHARD = flags.DEFINE_string(
-    "shard", "0/1", "I/N: of all runs every N-th from the I-th on, for N processes beside each other."
+    "shard", "0/1", "I/N: every N-th run, from the I-th on, for N processes that share the runs."
 )
-_TABLE = flags.DEFINE_bool("table", False, "Runs nothing: the table and the plots of what is done.")
+_TABLE = flags.DEFINE_bool("table", False, "Runs nothing, and makes the table and the plots of the runs that are done.")
 
 
 def run(config: ConfigDict, workdir: str, shard: tuple[int, int] | None = (0, 1)) -> str:
@@ -45,8 +46,8 @@ def run(config: ConfigDict, workdir: str, shard: tuple[int, int] | None = (0, 1)
 
     Raises:
       ValueError: an axis has a key that the base does not have; the shard is out of range; the directory belongs to
-        another ablation, or to runs with other contents of the files that their config names; or the directory has no
-        ablation and there is no shard.
+        another ablation, or to runs with other contents of the files that their config names; or `shard` is None and
+        the directory has no ablation.
     """
     part, parts = shard or (0, 1)
     axes = comparison.axes_of(config)
@@ -54,28 +55,30 @@ def run(config: ConfigDict, workdir: str, shard: tuple[int, int] | None = (0, 1)
         raise ValueError(f"--shard={part}/{parts} must be I/N with 0 <= I < N.")
     for label, values in axes.items():
         if not values:
-            raise ValueError(f"the axis {label!r} has no values.")
-    # Seed by seed, so that all points can be compared before the first is repeated.
+            raise ValueError(f"the axis {label!r} has no values; give it at least one.")
     if odd := [seed for seed in config.seeds if not isinstance(seed, int) or isinstance(seed, bool)]:
         raise ValueError(
             f"seeds={tuple(config.seeds)} must be a tuple of whole numbers such as (0, 1, 2); {odd[0]!r} is none."
         )
+    # All points are run with the first seed before any point is run with the second seed.
     jobs = [(point, seed) for seed in config.seeds for point in points(config)]
-    configs = [configured(config, point, seed) for point, seed in jobs]  # whatever is wrong with a key is told now
+    configs = [configured(config, point, seed) for point, seed in jobs]  # errors in any key are reported before any run
     folders = [Path(workdir) / name_of(point, seed) for point, seed in jobs]
     if twice := [folder.name for folder in folders if folders.count(folder) > 1]:
-        raise ValueError(f"two runs would have the folder {twice[0]!r}: a value or a seed is there twice, or nearly.")
+        raise ValueError(
+            f"two runs would have the folder {twice[0]!r}, because two values or seeds are equal or similar; remove one of them."
+        )
     resolved = config.to_dict()
     if shard is None and directory.config_difference(workdir, resolved) is None:
-        raise ValueError(f"there is no ablation in the work directory {workdir} to make a table of.")
+        raise ValueError(f"the work directory {workdir} has no ablation, so --table has no runs to show.")
     directory.check(workdir, resolved)
     directory.write_config(workdir, resolved)
-    for folder, its_config in zip(folders, configs, strict=True):
-        if shard:  # or the table would compare runs of different contents
-            identity.check(str(folder / "run"), Settings.read(its_config))
-    mine = list(zip(folders, configs, strict=True))[part::parts] if shard else []
-    for place, (folder, its_config) in enumerate(mine, start=1):
-        run_one(its_config, folder, f"{place} of {len(mine)}")
+    for folder, run_config in zip(folders, configs, strict=True):
+        if shard:  # otherwise the table would compare runs of different contents
+            identity.check(str(folder / "run"), Settings.read(run_config))
+    own_runs = list(zip(folders, configs, strict=True))[part::parts] if shard else []
+    for place, (folder, run_config) in enumerate(own_runs, start=1):
+        run_one(run_config, folder, f"{place} of {len(own_runs)}")
     done = [
         {"point": point, "seed": seed, "folder": folder.name}
         | json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -92,10 +95,14 @@ def points(config: ConfigDict) -> list[Point]:
     return [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
 
 
-def configured(config: ConfigDict, point: Point, seed: int) -> Any:
-    """Returns the base config with the overrides of a point and a seed."""
+def configured(config: ConfigDict, point: Point, seed: int) -> ConfigDict:
+    """Returns the base config with the overrides of a point and a seed.
+
+    Raises:
+      ValueError: a key or a value of the point does not fit the base.
+    """
     bases = [point[label] for label, key, _ in config.axes if not key]
-    its_own = copy.deepcopy(config.base[bases[0]] if bases else config.base)
+    run_config = copy.deepcopy(config.base[bases[0]] if bases else config.base)
     for label, key, _ in config.axes:
         if not key:
             continue
@@ -104,13 +111,13 @@ def configured(config: ConfigDict, point: Point, seed: int) -> Any:
             raise ValueError(f"the axis {label!r}: {value!r} must have a value for each of {', '.join(key)}.")
         changes = {key: value} if isinstance(key, str) else dict(zip(key, value, strict=True))
         try:
-            its_own.update_from_flattened_dict(changes)
+            run_config.update_from_flattened_dict(changes)
         except (KeyError, AttributeError, TypeError) as error:
-            text = ", ".join(f"{name}={its!r}" for name, its in changes.items())
+            text = ", ".join(f"{name}={changed!r}" for name, changed in changes.items())
             raise ValueError(f"the axis {label!r}: {text} does not fit the base ({error}).") from error
-    its_own.seed = seed
-    Settings.read(its_own)
-    return its_own
+    run_config.seed = seed
+    Settings.read(run_config)
+    return run_config
 
 
 def name_of(point: Point, seed: int) -> str:
@@ -120,14 +127,14 @@ def name_of(point: Point, seed: int) -> str:
 
 
 def run_one(config: ConfigDict, folder: Path, place: str) -> None:
-    """Runs one point, unless its result exists; an error is written to the folder."""
+    """Runs one point, unless the result of the run exists. An error is written to the folder."""
     if (folder / "result.json").exists():
         return
     metrics.tqdm.write(f"=== {place}: {folder.name}")
     error = folder / "error.txt"
     try:
         result = train.train(config, str(folder / "run"), quiet=True)
-    except Exception:  # whatever it is, the others go on
+    except Exception:  # after any error, the other runs continue
         storage.write_whole(error, traceback.format_exc())
         metrics.tqdm.write(f"failed: {traceback.format_exc(limit=0).strip()}")
         return
@@ -135,12 +142,12 @@ def run_one(config: ConfigDict, folder: Path, place: str) -> None:
     storage.write_whole(folder / "result.json", json.dumps(result))
 
 
-def write(config: ConfigDict, done: list[dict[str, Any]], failed: list[str], folder: Path) -> str:
+def write(config: ConfigDict, done: list[Json], failed: list[str], folder: Path) -> str:
     """Writes results.jsonl, table.md and the charts of the runs that are done, and returns the table."""
     storage.write_json_lines(folder / "results.jsonl", done)
     text = comparison.table(done, config.metrics)
     if failed:
-        text += "\n\nFailed, with the reason in error.txt of their folders: " + "; ".join(failed)
+        text += "\n\nFailed runs, each with the reason in error.txt of the run's folder: " + "; ".join(failed)
     storage.write_whole(folder / "table.md", text + "\n")
     workdirs = [folder / line["folder"] / "run" for line in done]
     for chart in comparison.charts(comparison.axes_of(config), config.metrics, done, workdirs):
@@ -154,8 +161,8 @@ def kept() -> str:
     """Returns a clause that names what remains of an ablation after Ctrl-C."""
     done = len(list(Path(str(main.WORKDIR.value)).glob("*/result.json")))
     return (
-        f"{done} runs are done in {main.WORKDIR.value}, what was saved of the one that was interrupted is kept, and the same "
-        f"command goes on"
+        f"{done} runs are done in {main.WORKDIR.value}, the checkpoints of the interrupted run remain, and the same command "
+        f"resumes the ablation"
     )
 
 
@@ -165,16 +172,18 @@ def _main(argv: list[str]) -> None:
     main.use_cache()
     with command.ends_well("kd_jax.ablate", kept):
         if main.PROCESSES.value:
-            raise ValueError("--processes is for one run on several hosts; an ablation is divided by --shard.")
+            raise ValueError(
+                f"--processes={main.PROCESSES.value!r} is for one run on several hosts; use --shard to divide an ablation."
+            )
         if len(argv) > 1:
-            raise ValueError(f"{argv[1]!r} is no flag; options look like --config.base.steps=100.")
+            raise ValueError(f"{argv[1]!r} is no flag; flags look like --config.base.steps=100.")
         part, _, parts = _SHARD.value.partition("/")
         if not (part.isdigit() and parts.isdigit()):
             raise ValueError(f"--shard={_SHARD.value!r} must be I/N, such as 0/2.")
         workdir = str(main.WORKDIR.value)
         if remote.is_remote(workdir) and int(parts) > 1:
             raise ValueError(
-                f"--shard={_SHARD.value}: processes beside each other need one folder for all, not {workdir}."
+                f"--shard={_SHARD.value}: the processes need one local folder that they share, and not the address {workdir}."
             )
         with storage.room(workdir), remote.work_directory(workdir) as (folder, _):
             print(run(main.CONFIG.value, folder, None if _TABLE.value else (int(part), int(parts))))

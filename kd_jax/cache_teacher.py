@@ -1,8 +1,8 @@
 """python -m kd_jax.cache_teacher --config=configs/METHOD.py[:SETTING] --out=FOLDER --kind=hidden|top_k|samples [--k=N] ...
 
 Runs the config's teacher once over the rows for training and evaluation, and writes the teacher's values at each
-counted token. A run with --config.teacher.cache=FOLDER then needs no teacher. A call that was stopped can be repeated
-and resumes.
+counted token. A run with --config.teacher.cache=FOLDER then needs no teacher. If the command is stopped, the same
+command writes the missing files.
 """
 
 import contextlib
@@ -10,11 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from kd_jax import command_help
 
-if __name__ == "__main__":  # before the imports below, which take seconds
+if __name__ == "__main__":  # the help is printed before the imports below, which take seconds
     command_help.answer("cache_teacher", sys.argv)
 
 import jax
@@ -22,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
-from kd_jax import command, data, main, metrics, sharding, storage
+from kd_jax import command, data, main, metrics, models, sharding, storage
 from kd_jax.prefixes import responses
 from kd_jax.run.build import make_mesh, make_objective
-from kd_jax.run.cache import check_use, made_from
+from kd_jax.run.cache import check_use, made_from, unpacked
 from kd_jax.run.models import load_models, load_tokenizer
 from kd_jax.run.rows import check_length, load_rows
 from kd_jax.settings import Config, Settings
@@ -40,53 +39,59 @@ from kd_jax.teachers.cached import KINDS, coarsen, draw, merged
 
 flags.DEFINE_alias("out", "workdir")
 KIND = flags.DEFINE_enum(
-    "kind", "hidden", list(KINDS), "hidden: exact; top_k: k tokens and the rest; samples: k draws."
-)
-K = flags.DEFINE(WholeNumberParser(), "k", 64, "Tokens kept, or drawn, at each token, with kind top_k or samples.")
-POWER = flags.DEFINE_float("power", 1.0, "With samples: the teacher's probabilities are drawn from to this power.")
-PART_ROWS = flags.DEFINE(WholeNumberParser(), "part_rows", 512, "Rows of a file.")
+    "kind", "hidden", list(KINDS),
+    "hidden: hidden states, which give the exact distributions; top_k: the k likeliest tokens and the mass of all other "
+    "tokens; samples: k sampled tokens.",
+)  # fmt: skip
+K = flags.DEFINE(WholeNumberParser(), "k", 64, "With top_k or samples: the number of tokens stored at each position.")
+POWER = flags.DEFINE_float("power", 1.0, "With samples: the power of the teacher's probabilities to sample from.")
+PART_ROWS = flags.DEFINE(WholeNumberParser(), "part_rows", 512, "The number of rows in a file.")
 
-CHUNK_BYTES = 2**28  # of logits that a device holds at a time
+CHUNK_BYTES = 2**28  # the number of bytes of logits that a device holds at a time
+# (params, batch, split) -> the values to store at each position, [B, L, ...] each
+Read = Callable[[PyTree, dict[str, Array], str], dict[str, Array]]
 
 
 def write(
     config: Config, folder: str, kind: str, k: int = 64, power: float = 1.0, part_rows: int = 512, quiet: bool = False
-) -> dict[str, Any]:
+) -> files.Manifest:
     """Writes the missing parts of a cache.
 
     Args:
       config: a config of the runs that will use the cache. The cache depends on the training rows and the teacher, and,
         except for hidden states, on the temperature.
-      folder: the cache's folder; made if it does not exist.
+      folder: the cache's folder; created if the folder does not exist.
       kind: one of `teachers.cached.KINDS`.
-      k: the number of tokens kept or sampled at each position.
+      k: the number of tokens stored at each position, with top_k or samples.
       power: the power of the probabilities from which samples are taken.
-      part_rows: the number of rows in a file; a file is written completely or not at all.
+      part_rows: the number of rows in a file. A file is written completely or not at all.
       quiet: whether to omit the progress bar.
 
     Returns:
       The manifest.
 
     Raises:
-      ValueError: the config is wrong or cannot use such a cache, or the folder has another cache.
+      ValueError: the config is wrong or cannot use a cache of this kind, or the folder has another cache.
     """
     settings = Settings.parse(config)
     terms, source = make_objective(settings)
     check_use(settings, terms, source, kind)
     if settings.teacher.cache or not settings.teacher.path:
-        raise ValueError("a cache is made with the teacher itself: set teacher.path, and leave teacher.cache empty.")
+        raise ValueError(
+            f"teacher.path={settings.teacher.path!r} and teacher.cache={settings.teacher.cache!r}, but the teacher's model is "
+            f"needed to write a cache; set teacher.path, and leave teacher.cache empty."
+        )
     mesh = make_mesh(settings)
     loaded = load_models(settings, load_tokenizer(settings), mesh, True)
     tokenizer, teacher = loaded.tokenizer, loaded.require_teacher()
     _check_numbers(kind, k, power, part_rows, tokenizer.vocab_size)
     check_length(settings, loaded)
     rows = {
-        "train": load_rows(settings, tokenizer, settings.data.train_split)[0],
-        "held_out": load_rows(settings, tokenizer, settings.data.eval_split, settings.data.eval_rows)[0],
+        "train": unpacked(load_rows(settings, tokenizer, settings.data.train_split)[0]),
+        "held_out": unpacked(load_rows(settings, tokenizer, settings.data.eval_split, settings.data.eval_rows)[0]),
     }
-    rows = {split: its.rows if isinstance(its, data.Packed) else its for split, its in rows.items()}
-    temperatures = {"train": settings.objective.temperature, "held_out": 1.0}  # which evaluations are at
-    where = remote.local_folder(folder)
+    temperatures = {"train": settings.objective.temperature, "held_out": 1.0}  # evaluations have temperature 1
+    cache_folder = remote.local_folder(folder)
     manifest: files.Manifest = {
         "version": files.VERSION,
         "kind": kind,
@@ -101,12 +106,12 @@ def write(
             "fingerprint": responses.fingerprint(loaded.teacher_params, str(teacher.config)),
         },
         "splits": {
-            split: files.about_rows(its) | {"temperature": temperatures[split]} for split, its in rows.items()
+            split: files.about_rows(of_split) | {"temperature": temperatures[split]} for split, of_split in rows.items()
         },
         "part_rows": part_rows,
         "head_hash": "",
     } | made_from(settings, tokenizer)  # fmt: skip
-    check_manifest(where / files.MANIFEST, manifest)  # what is written can be read
+    check_manifest(cache_folder / files.MANIFEST, manifest)  # a cache that could not be read is not written
     read = _make_read(teacher, manifest, mesh)
     batch_size, first = settings.data.eval_batch_size, jax.process_index() == 0
     head = None
@@ -114,11 +119,11 @@ def write(
         head = sharding.fetch_whole(teacher.stored_head(loaded.teacher_params)[0])
     with contextlib.ExitStack() as stack:
         if first:
-            _check_folder(where, manifest)
-            stack.enter_context(directory.alone(str(where)))
-            _begin(where, manifest, tokenizer, head)
-        sharding.barrier("the cache is begun")
-        jobs = _share(where, manifest)
+            _check_folder(cache_folder, manifest)
+            stack.enter_context(directory.alone(str(cache_folder)))
+            _begin(cache_folder, manifest, tokenizer, head)
+        sharding.barrier("the cache has a manifest")
+        jobs = _share(cache_folder, manifest)
         total = sum(-(-max(sizes) * jax.process_count() // batch_size) for *_, sizes in jobs)
         bar = stack.enter_context(metrics.tqdm(total=total, desc="the teacher reads", unit="batch", disable=quiet))
         for split, part, sizes in jobs:
@@ -126,15 +131,15 @@ def write(
                 manifest, rows[split], split, part, max(sizes), partial(read, loaded.teacher_params),
                 batch_size, settings.data.max_length, tokenizer.pad_id, mesh, bar.update,
             )  # fmt: skip
-            if part is None:  # the others' parts need all processes to compute
+            if part is None:  # this process has no part, but all processes compute the parts of the other processes
                 list(records)
             else:
-                files.write_part(files.part_path(where, split, part), records, kind)
+                files.write_part(files.part_path(cache_folder, split, part), records, kind)
         sharding.barrier("all parts are written")
     if not quiet and first:
         tokens = {split: about["tokens"] for split, about in manifest["splits"].items()}
-        size = sum(file.stat().st_size for file in where.rglob("*.array_record"))
-        metrics.tqdm.write(f"{folder}: {tokens} tokens, {size / sum(tokens.values()):.1f} bytes a token.")
+        size = sum(file.stat().st_size for file in cache_folder.rglob("*.array_record"))
+        metrics.tqdm.write(f"{folder}: {tokens} tokens, {size / sum(tokens.values()):.1f} bytes per token.")
     return manifest
 
 
@@ -144,27 +149,33 @@ def _check_numbers(kind: str, k: int, power: float, part_rows: int, vocab_size: 
     if kind != "hidden" and not 1 <= k < vocab_size:
         raise ValueError(f"k={k} must be at least 1 and less than the vocabulary's {vocab_size} ids.")
     if not 0 < power <= 4:
-        raise ValueError(f"power={power} must be above 0 and at most 4.")
+        raise ValueError(f"power={power} must be above 0, and at most 4.")
     if part_rows < 1:
         raise ValueError(f"part_rows={part_rows} must be at least 1.")
 
 
 def _check_folder(folder: Path, manifest: files.Manifest) -> None:
-    """Checks that the folder belongs to this cache, begun or not. Folders of other contents are not touched."""
+    """Checks that a folder has this cache, is empty, or does not exist.
+
+    Raises:
+      ValueError: the folder has another cache, or a file of another program.
+    """
     if (folder / files.MANIFEST).exists():
-        there = read_json(folder / files.MANIFEST)
-        lines = files.differences(there, manifest | {"head_hash": there.get("head_hash")})
+        written = read_json(folder / files.MANIFEST)
+        lines = files.differences(written, manifest | {"head_hash": written.get("head_hash")})
         if lines := [line for line in lines if not line.startswith("teacher.path: ")]:
             raise ValueError(
-                f"{folder} has another cache. Choose another folder, or take these back:\n  "
+                f"{folder} has another cache. Choose another folder, or undo these changes:\n  "
                 + "\n  ".join(lines[: files.SHOWN])
             )
     elif foreign := files.foreign(folder):
-        raise ValueError(f"{folder} has something else in it ({clip(foreign)}); choose an empty or a new folder.")
+        raise ValueError(
+            f"{folder} has a file that is not of a cache, {clip(foreign)}; choose an empty folder, or one that does not exist."
+        )
 
 
 def _begin(folder: Path, manifest: files.Manifest, tokenizer: data.Tokenizer, head: np.ndarray | None) -> None:
-    """Clears away what a call that was killed has left, and writes what lies beside the parts, the manifest last."""
+    """Deletes partial files of killed calls, and writes the output matrix, the tokenizer and, last, the manifest."""
     for path in files.partials(folder):
         path.unlink()
     if not (folder / files.MANIFEST).exists():
@@ -175,61 +186,77 @@ def _begin(folder: Path, manifest: files.Manifest, tokenizer: data.Tokenizer, he
 
 
 def _share(folder: Path, manifest: files.Manifest) -> list[tuple[str, int | None, list[int]]]:
-    """This process's parts, one in each round that all processes work through together, and the sizes of all of the round's."""
-    every, missing = files.all_parts(manifest), set(files.missing_parts(folder, manifest))
-    wanted = np.array([part in missing for part in every])
-    if jax.process_count() > 1:  # what the first process sees holds for all
-        wanted = np.asarray(multihost_utils.broadcast_one_to_all(wanted))
-    missing = [part for part, is_wanted in zip(every, wanted, strict=True) if is_wanted]
-    count, index, jobs = jax.process_count(), jax.process_index(), []
+    """Returns the rounds in which the missing parts are written. In each round, each process writes at most one part.
+
+    Returns:
+      For each round: the split, this process's part or None, and the numbers of rows of all parts of the round.
+    """
+    all_parts, missing = files.all_parts(manifest), set(files.missing_parts(folder, manifest))
+    is_missing = np.array([part in missing for part in all_parts])
+    if jax.process_count() > 1:  # all processes use the list of the first process
+        is_missing = np.asarray(multihost_utils.broadcast_one_to_all(is_missing))
+    count, index, rounds = jax.process_count(), jax.process_index(), []
     for split, about in manifest["splits"].items():
         sizes = files.part_sizes(about["rows"], manifest["part_rows"])
-        parts = [part for its, part in missing if its == split]
+        parts = [part for (name, part), wanted in zip(all_parts, is_missing, strict=True) if wanted and name == split]
         for start in range(0, len(parts), count):
-            some = parts[start : start + count]
-            mine = some[index] if index < len(some) else None
-            jobs.append((split, mine, [sizes[part] for part in some]))
-    return jobs
+            of_round = parts[start : start + count]
+            own = of_round[index] if index < len(of_round) else None
+            rounds.append((split, own, [sizes[part] for part in of_round]))
+    return rounds
 
 
 def _records(
-    manifest: files.Manifest, rows: data.Rows, split: str, part: int | None, most: int, read: Callable[..., Any],
-    batch_size: int, max_length: int, pad_id: int, mesh: jax.sharding.Mesh, done: Callable[[], Any],
+    manifest: files.Manifest, rows: data.Rows, split: str, part: int | None, most_rows: int,
+    read: Callable[[dict[str, Array], str], dict[str, Array]], batch_size: int, max_length: int, pad_id: int,
+    mesh: jax.sharding.Mesh, done: Callable[[], object],
 ) -> Iterator[bytes]:  # fmt: skip
-    """The records of a part. All processes compute together as many batches as the largest of their parts needs."""
+    """Yields the records of a part. All processes compute together as many batches as the largest part needs.
+
+    Args:
+      manifest: the manifest of the cache.
+      rows: the rows of the split.
+      split: 'train' or 'held_out'.
+      part: the part of this process; None if the process has none in this round.
+      most_rows: the number of rows of the largest part of the round.
+      read: the function of `_make_read`, with the teacher's parameters.
+      batch_size, max_length, pad_id, mesh: the settings of the batches.
+      done: a function that is called after each batch.
+    """
     share = batch_size // jax.process_count()
     first = 0 if part is None else part * manifest["part_rows"]
-    mine = [] if part is None else range(first, min(first + manifest["part_rows"], len(rows)))
-    for start in range(0, most, share):
-        some = list(mine[start : start + share])
-        batch = data.pad(rows, [(index,) for index in some], share, max_length, pad_id)
-        placed = {name: batch[name] for name in ("tokens", "mask")}
-        placed["index"] = np.array(some + [0] * (share - len(some)), np.int32)
-        values = read(sharding.put_batch(mesh, placed | {"mask": batch["mask"] > 0}), split)
-        values = {name: _own(array, share) for name, array in values.items()}
+    indices = [] if part is None else range(first, min(first + manifest["part_rows"], len(rows)))
+    for start in range(0, most_rows, share):
+        of_batch = list(indices[start : start + share])
+        batch = data.pad(rows, [(index,) for index in of_batch], share, max_length, pad_id)
+        arrays = {"tokens": batch["tokens"], "mask": batch["mask"] > 0}
+        arrays["index"] = np.array(of_batch + [0] * (share - len(of_batch)), np.int32)
+        read_values = read(sharding.put_batch(mesh, arrays), split)
+        values = {name: _own_rows(array, share) for name, array in read_values.items()}
         done()
-        for place, index in enumerate(some):
+        for place, index in enumerate(of_batch):
             counted = batch["loss_mask"][place]
-            its = {name: array[place][counted] for name, array in values.items()}
-            its = merged(its) if manifest["kind"] == "samples" else its
-            yield files.record(manifest, split, rows, index, its)
+            of_row = {name: array[place][counted] for name, array in values.items()}
+            yield files.record(
+                manifest, split, rows, index, merged(of_row) if manifest["kind"] == "samples" else of_row
+            )
 
 
-def _own(array: jax.Array, share: int) -> np.ndarray:
-    """Returns this process's rows of a batch's array, the reverse of `sharding.put_batch`."""
+def _own_rows(array: jax.Array, share: int) -> np.ndarray:
+    """Returns this process's rows of a batch's array. This reverses `sharding.put_batch`."""
     shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
     rows = np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
     if len(rows) == share:
         return rows
-    # Its devices have rows of others, since `tensor` is wider than what it has.
+    # `tensor` is wider than this process's devices, so the devices have rows of other processes.
     return sharding.fetch_whole(array)[jax.process_index() * share : (jax.process_index() + 1) * share]
 
 
-def _make_read(teacher: Any, manifest: files.Manifest, mesh: jax.sharding.Mesh) -> Callable[..., dict[str, jax.Array]]:
-    """(params, batch, split) -> what is kept of each position, [B, L, ...]."""
+def _make_read(teacher: models.Model, manifest: files.Manifest, mesh: jax.sharding.Mesh) -> Read:
+    """Returns the jitted function that computes the values to store."""
     kind, k, vocab_size = manifest["kind"], manifest["k"], manifest["vocab_size"]
 
-    def read(params: Any, batch: dict[str, Array], split: str) -> dict[str, Array]:
+    def read(params: PyTree, batch: dict[str, Array], split: str) -> dict[str, Array]:
         hidden = teacher.hidden(sharding.for_lookup(mesh, params), batch["tokens"], batch["mask"])
         if kind == "hidden":
             return {"teacher_hidden": jax.lax.bitcast_convert_type(hidden.astype(jnp.bfloat16), jnp.uint16)}
@@ -243,20 +270,20 @@ def _make_read(teacher: Any, manifest: files.Manifest, mesh: jax.sharding.Mesh) 
             if kind == "top_k":
                 ids = jax.lax.top_k(log_p, k)[1]
                 return {"teacher_ids": ids, "teacher_log_probs": coarsen(log_p, ids)}
-            at = lambda key: jax.vmap(partial(jax.random.fold_in, key))(start + jnp.arange(hidden.shape[1]))
-            # The draws of a token are the same wherever its row is computed.
-            uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (k, 2), jnp.float32)))(jax.vmap(at)(keys))
-            return draw(log_p, 1 - uniform, manifest["power"])
+            # The key of a token depends on the row and the position only, and not on the batch of the row.
+            position_keys = lambda key: jax.vmap(partial(jax.random.fold_in, key))(start + jnp.arange(hidden.shape[1]))
+            uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (k, 2), jnp.float32)))
+            return draw(log_p, 1 - uniform(jax.vmap(position_keys)(keys)), manifest["power"])
 
-        # A piece is some positions of every row, so that no row leaves its device.
+        # A piece has some positions of every row, so that no row leaves its device.
         rows, length = hidden.shape[0] // (mesh.shape["data"] * mesh.shape["fsdp"]), hidden.shape[1]
         size = max(1, min(length, CHUNK_BYTES // (4 * max(rows, 1) * vocab_size)))
         pieces = -(-length // size)
         padded = jnp.pad(hidden, ((0, 0), (0, pieces * size - length), (0, 0)))
-        split_up = padded.reshape(hidden.shape[0], pieces, size, -1).swapaxes(0, 1)
-        found = jax.lax.map(lambda args: piece(*args), (jnp.arange(pieces) * size, split_up))
-        whole = lambda array: array.swapaxes(0, 1).reshape(hidden.shape[0], pieces * size, *array.shape[3:])[:, :length]
-        return jax.tree.map(whole, found)
+        divided = padded.reshape(hidden.shape[0], pieces, size, -1).swapaxes(0, 1)
+        values = jax.lax.map(lambda args: piece(*args), (jnp.arange(pieces) * size, divided))
+        joined = lambda array: array.swapaxes(0, 1).reshape(hidden.shape[0], pieces * size, *array.shape[3:])
+        return jax.tree.map(lambda array: joined(array)[:, :length], values)
 
     return jax.jit(read, static_argnames="split", out_shardings=sharding.batch_sharding(mesh))
 
@@ -264,21 +291,21 @@ def _make_read(teacher: Any, manifest: files.Manifest, mesh: jax.sharding.Mesh) 
 def kept() -> str:
     """Returns a clause that names what remains of the cache after Ctrl-C."""
     count = len(list(remote.local_folder(str(main.WORKDIR.value)).glob("*/*.array_record")))
-    return f"{count} complete files are kept in {main.WORKDIR.value}, and the same command goes on"
+    return f"{count} complete files remain in {main.WORKDIR.value}, and the same command writes the missing files"
 
 
 def run(argv: list[str]) -> None:
     command.start()
     logging.set_verbosity(logging.ERROR)
     if len(argv) > 1:
-        sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --kind=top_k.")
+        sys.exit(f"kd_jax: {argv[1]!r} is no flag; flags look like --kind=top_k.")
     main.use_cache()
-    told = str(main.WORKDIR.value), KIND.value, K.value, POWER.value, PART_ROWS.value
+    arguments = str(main.WORKDIR.value), KIND.value, K.value, POWER.value, PART_ROWS.value
     with main.ends_well(kept):
         main.join(main.PROCESSES.value)
-        main.check_same(main.CONFIG.value.to_dict(), *told)
-        with storage.room(told[0]):
-            write(main.CONFIG.value, *told)
+        main.check_same(main.CONFIG.value.to_dict(), *arguments)
+        with storage.room(arguments[0]):
+            write(main.CONFIG.value, *arguments)
 
 
 if __name__ == "__main__":

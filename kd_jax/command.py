@@ -1,4 +1,8 @@
-"""Shared behaviour of all commands: errors end in one paragraph without a traceback, and Ctrl-C says what is kept."""
+"""Shared behaviour of all commands.
+
+An error ends a command with one paragraph and without a traceback. After Ctrl-C the command names the results that
+remain.
+"""
 
 import contextlib
 import copy
@@ -23,8 +27,8 @@ _watched = threading.Event()  # set while a thread waits for the second Ctrl-C
 def start() -> None:
     """Prepares the terminal: characters that its encoding lacks are replaced, and a full disk is reported only once.
 
-    A full disk can stop several threads. Only the thread that was asked to write reports the error, in a paragraph. A
-    notebook does not call this function, so nothing changes there.
+    A full disk can stop several threads. Only the thread whose caller asked for the write reports the error, in a
+    paragraph. A notebook does not call this function, so a notebook is not changed.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -40,8 +44,7 @@ def parse(
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     """Returns the values of a command's flags by name, and the positional arguments.
 
-    With --help the help is printed, and the process exits with 0. An error in the flags ends the process with one
-    paragraph.
+    With --help the function prints the help and exits with 0. An error in the flags ends the process with one paragraph.
 
     Args:
       name: the name of the command, such as evaluate.
@@ -49,11 +52,11 @@ def parse(
       argv: the command line, without the name of the program.
       about: the usage and the purpose of the command, for the help.
       required: the flags that must be given.
-      positional: the name of the positional arguments, of which at least one must be given. Empty: there are none.
+      positional: the name of the positional arguments, of which at least one must be given; "" if there are none.
       defaults: descriptions of defaults that the declaration does not have, by flag.
     """
     if command_help.ASKED & set(argv):
-        print(command_help.of_flags(name, about, declared, defaults or {}))
+        print(command_help.of_flags(name, about, _meanings(declared, defaults or {})))
         sys.exit(0)
     values = copy.deepcopy(declared)
     values.set_gnu_getopt(True)  # flags may follow positional arguments
@@ -66,11 +69,23 @@ def parse(
         needed = " and ".join(missing) if missing else f"at least one {positional}"
         sys.exit(
             f"kd_jax.{name}: {needed} {'are' if len(missing) > 1 else 'is'} needed. For example: python -m kd_jax.{name} "
-            f"{command_help.EXAMPLES[name][0]}. With --help all flags are listed."
+            f"{command_help.EXAMPLES[name][0]}. --help lists all flags."
         )
     if rest and not positional:
         sys.exit(f"kd_jax.{name}: {rest[0]!r} is no flag; flags look like --{next(iter(declared))}=VALUE.")
     return {flag: values[flag].value for flag in values}, rest
+
+
+def _meanings(declared: flags.FlagValues, defaults: Mapping[str, str]) -> dict[str, str]:
+    """Returns the help texts of flags, each with the choices and the default value."""
+    meanings = {}
+    for name in declared:
+        flag = declared[name]
+        default = defaults.get(name) or ("" if flag.default in (None, "") else repr(flag.default))
+        choices = getattr(flag.parser, "enum_values", ())
+        meaning = f"{flag.help.partition('>: ')[2]} One of {', '.join(choices)}." if choices else flag.help
+        meanings[name] = f"{meaning} [{default}]" if default else meaning
+    return meanings
 
 
 @contextlib.contextmanager
@@ -79,7 +94,7 @@ def ends_well(name: str, kept: Callable[[], str]) -> Iterator[None]:
 
     Args:
       name: the name of the command, which begins the paragraph.
-      kept: a function that returns a clause on the results that are kept if Ctrl-C ends the command.
+      kept: a function that returns a clause on the results that remain after Ctrl-C.
     """
     with second_interrupt(name, kept):
         try:
@@ -95,9 +110,8 @@ def ends_well(name: str, kept: Callable[[], str]) -> Iterator[None]:
 def second_interrupt(name: str, kept: Callable[[], str]) -> Iterator[None]:
     """Ends the process at once at the second Ctrl-C, even while the main thread is in a compiler or waits for a disk.
 
-    Python calls a signal handler only between two Python instructions, and only once for two signals that arrive
-    meanwhile. The part of the handler that runs in the operating system writes a byte for each signal. A thread reads
-    these bytes.
+    Python calls a signal handler only between two Python instructions, and only once for several signals. But for each
+    signal the interpreter's C handler writes a byte to a socket at once. A thread reads these bytes.
 
     Args:
       name: the name of the command.
@@ -106,18 +120,18 @@ def second_interrupt(name: str, kept: Callable[[], str]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    here, there = socket.socketpair()
-    there.setblocking(False)
-    before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
 
     def watch() -> None:
         count = 0
-        while signals := here.recv(64):
+        while signals := reader.recv(64):
             count += signals.count(signal.SIGINT)
             if count > 1:
                 line = f"\n{name}: interrupted twice, and stopped at once; {kept()}.\n"
                 os.write(2, line.encode(sys.stderr.encoding or "utf-8", errors="replace"))
-                os._exit(INTERRUPTED)  # nothing is closed: complete files already have their final names
+                os._exit(INTERRUPTED)  # no file has to be closed, because complete files already have their final names
 
     thread = threading.Thread(target=watch, name="kd_jax.command", daemon=True)
     thread.start()
@@ -127,11 +141,11 @@ def second_interrupt(name: str, kept: Callable[[], str]) -> Iterator[None]:
     finally:
         _watched.clear()
         signal.set_wakeup_fd(before)
-        there.close()
+        writer.close()
         thread.join()
-        here.close()
+        reader.close()
 
 
 def watched() -> bool:
-    """Returns True if `second_interrupt` ends the process at the second Ctrl-C, so that no other handler has to."""
+    """Returns True if `second_interrupt` ends the process at the second Ctrl-C, so that no other handler is needed."""
     return _watched.is_set()

@@ -1,15 +1,14 @@
 """The text of --help: usage, methods, settings and keys, read from the files that declare them.
 
-This module does not import JAX. So the help appears before the imports of the command, which take seconds.
+This module does not import JAX, so the help appears before the imports of the command, which take seconds.
 """
 
 import ast
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from kd_jax.settings import Settings, Term, is_section, keys_of
 
@@ -74,8 +73,8 @@ def missing(command: str) -> str:
     folder = "out" if command == "cache_teacher" else "workdir"
     command = command if command in CONFIGURED else "main"
     return (
-        f"--config and --{folder} are needed: which config is run, and where the results go. For example: python -m "
-        f"kd_jax.{command} {EXAMPLES[command][0]}. With --help the methods, the settings and all keys are listed."
+        f"--config and --{folder} are needed: the config file, and the folder of the results. For example: python -m "
+        f"kd_jax.{command} {EXAMPLES[command][0]}. --help lists the methods, the settings and all keys."
     )
 
 
@@ -89,40 +88,33 @@ def text(command: str) -> str:
         else dict(own_flags(path.with_name("main.py"))) | dict(own_flags(path))
     )
     if command == "cache_teacher":
-        flags = {("out" if name == "workdir" else name): its for name, its in flags.items()}
-        flags["out"] = "The folder of the cache; it is made if it does not exist."
+        flags = {("out" if name == "workdir" else name): meaning for name, meaning in flags.items()}
+        flags["out"] = "The folder of the cache, which is created if it does not exist."
     parts = [f"usage: {usage.strip()}", about.strip(), _section("Flags", flags, "--")]
     if command == "ablate":
         parts.append(_section("Ablations: --config=configs/ablations/NAME.py", first_sentences(CONFIGS / "ablations")))
         parts.append(
-            "--config.base.KEY=VALUE changes a key of every run, --config.seeds and --config.metrics those of the table."
+            "--config.base.KEY=VALUE changes a key of every run. --config.seeds and --config.metrics change the seeds and "
+            "the metrics of the table."
         )
     else:
         parts.append(_section("Methods: --config=configs/NAME.py", first_sentences(CONFIGS)))
         parts.append(_section("Settings: --config=configs/METHOD.py:NAME", dict(settings())))
     if command == "main":
-        parts += [_section(title, its, "--config.") for title, its in keys()]
+        parts += [_section(title, entries, "--config.") for title, entries in keys()]
     else:
         parts.append(KEYS_ELSEWHERE)
     return "\n\n".join(part for part in [*parts, _examples(command)] if part)
 
 
-def of_flags(command: str, about: str, declared: Any, defaults: Mapping[str, str]) -> str:
+def of_flags(command: str, about: str, meanings: dict[str, str]) -> str:
     """Returns the help of a command without a config.
 
     Args:
       command: the command: evaluate, report or replay.
       about: the usage, and the purpose of the command.
-      declared: the flags of absl, by name.
-      defaults: descriptions of defaults that the declaration does not have, by flag.
+      meanings: the help texts of the flags, by name.
     """
-    meanings = {}
-    for name in declared:
-        flag = declared[name]
-        default = defaults.get(name) or ("" if flag.default in (None, "") else repr(flag.default))
-        choices = getattr(flag.parser, "enum_values", ())
-        meaning = f"{flag.help.partition('>: ')[2]} One of {', '.join(choices)}." if choices else flag.help
-        meanings[name] = f"{meaning} [{default}]" if default else meaning
     return "\n\n".join([about, _section("Flags", meanings, "--"), _examples(command)])
 
 
@@ -131,7 +123,7 @@ def _examples(command: str) -> str:
 
 
 def first_sentences(folder: Path) -> dict[str, str]:
-    """Returns the config files of a folder, each with the first sentence of its docstring."""
+    """Returns the first sentence of the docstring of each config file in a folder, by the name of the file."""
     files = sorted(path for path in folder.glob("*.py") if path.stem not in NO_METHODS)
     return {path.stem: first_sentence(_docstring(path) or "") for path in files}
 
@@ -184,8 +176,8 @@ def _docstring(path: Path) -> str | None:
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
-def _with_default(value: Any, meaning: str) -> str:
-    """Returns a meaning with the default value behind it. A spec has the form in which a flag can give it."""
+def _with_default(value: object, meaning: str) -> str:
+    """Returns a meaning followed by the default value. A spec has the form in which a flag can give the spec."""
     if isinstance(value, dict) and "name" in value:
         others = ", ".join(f"{key}={value[key]!r}" for key in sorted(value) if key != "name")
         return f"{meaning} [{value['name']}({others})]"

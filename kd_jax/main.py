@@ -10,11 +10,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from kd_jax import command_help
 
-if __name__ == "__main__":  # answered before the slow imports below, which take seconds
+if __name__ == "__main__":  # the help is printed before the imports below, which take seconds
     command_help.answer("main", sys.argv)
 
 import jax
@@ -38,21 +38,21 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where metrics, checkpoints, plot
 PROCESSES = flags.DEFINE_string(
     "processes",
     "",
-    "The same command runs on several hosts: ADDRESS:PORT,COUNT,INDEX. A TPU pod and SLURM's tasks need no flag: they meet by "
-    "themselves, unless it is alone; auto insists on it, and tries Open MPI and Kubernetes too.",
+    "For one run on several hosts: ADDRESS:PORT,COUNT,INDEX. Without the flag, the hosts of a TPU pod and the tasks of SLURM "
+    "connect by themselves. auto requires such a cluster, also of Open MPI or Kubernetes; alone connects to no other process.",
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
 ARRIVE = 300  # seconds within which all processes of a run must connect
 HEARTBEAT = 60  # seconds without a heartbeat after which a process counts as dead and the others stop
-TPU = "the TPU's hosts"
+TPU = "the hosts of the TPU"
 
 
 def main(argv: list[str]) -> None:
     command.start()
     logging.set_verbosity(logging.ERROR)  # otherwise the logs of orbax and tfds would hide the progress bar
     if len(argv) > 1:
-        sys.exit(f"kd_jax: {argv[1]!r} is no flag; options look like --config.steps=100.")
+        sys.exit(f"kd_jax: {argv[1]!r} is no flag; flags look like --config.steps=100.")
     use_cache()
     with ends_well(kept):
         join(PROCESSES.value)
@@ -64,11 +64,11 @@ def kept() -> str:
     """Returns a clause that names what remains of the run in the work directory after Ctrl-C."""
     workdir = str(WORKDIR.value)
     if remote.is_remote(workdir):
-        return f"what is stored in {workdir} is kept, and the same command goes on"
+        return f"the files in {workdir} remain, and the same command resumes the run"
     step = checkpoint.last_step(workdir)
     if step is None:
         return f"no step is saved in {workdir}, and the same command begins again"
-    return f"step {step} is saved in {workdir}, and the same command goes on"
+    return f"step {step} is saved in {workdir}, and the same command resumes the run"
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def ends_well(kept: Callable[[], str], name: str = "kd_jax") -> Iterator[None]:
     """Turns any error into a one-paragraph message, and makes sure that no process waits for one that has stopped.
 
     Args:
-      kept: returns a clause that names what Ctrl-C leaves.
+      kept: a function that returns a clause on the results that remain after Ctrl-C.
       name: the name of the command.
     """
     with command.second_interrupt(name, kept):
@@ -86,13 +86,15 @@ def ends_well(kept: Callable[[], str], name: str = "kd_jax") -> Iterator[None]:
             leave(str(error))
         except loop.Stopped as stopped:
             saved = "" if stopped.step is None else f" step {stopped.step} is saved, and"
-            print(f"kd_jax: told to stop;{saved} the same command goes on.", file=sys.stderr)
+            print(f"kd_jax: asked to stop;{saved} the same command resumes the run.", file=sys.stderr)
             raise
         except KeyboardInterrupt as interrupted:
             step = getattr(interrupted, "step", None)
             if step is None:
                 leave(f"interrupted; {kept()}.", command.INTERRUPTED)
-            print(f"\nkd_jax: interrupted; step {step} is saved, and the same command goes on.", file=sys.stderr)
+            print(
+                f"\nkd_jax: interrupted; step {step} is saved, and the same command resumes the run.", file=sys.stderr
+            )
             sys.exit(command.INTERRUPTED)  # the other processes also have saved the step, and end by themselves
         except Exception as error:
             if not jax.distributed.is_initialized():
@@ -120,14 +122,14 @@ def join(processes: str) -> None:
     Raises:
       ValueError: `processes` has none of these forms, or the connection fails.
     """
-    address = count = index = None  # JAX finds them
+    address = count = index = None  # with None, JAX finds the values
     parts = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", processes)
     if parts and int(parts[3]) < int(parts[2]):
         address, count, index = parts[1], int(parts[2]), int(parts[3])
-        where = address
+        meeting_place = address
     elif processes in ("", "auto"):
-        where = _cluster()
-        if not processes and not where:
+        meeting_place = _cluster()
+        if not processes and not meeting_place:
             return
     elif processes == "alone":
         return
@@ -136,53 +138,53 @@ def join(processes: str) -> None:
             f"--processes={processes!r} must be auto, alone, or ADDRESS:PORT,COUNT,INDEX with INDEX below COUNT."
         )
     # JAX ends a process that waits too long without naming the address.
-    late = threading.Timer(ARRIVE, _give_up, (where or processes,))
-    late.daemon = True
-    late.start()
+    timer = threading.Timer(ARRIVE, _give_up, (meeting_place or processes,))
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             address, count, index, initialization_timeout=ARRIVE + 30, heartbeat_timeout_seconds=HEARTBEAT
         )
     except (ValueError, OSError) as error:
         # JAX finds no cluster here, or a TPU has no service that knows the pod.
-        if processes or where != TPU:
+        if processes or meeting_place != TPU:
             raise ValueError(f"--processes={processes}: {error} Give ADDRESS:PORT,COUNT,INDEX.") from error
         return
     finally:
-        late.cancel()
+        timer.cancel()
     if jax.process_count() > 1:
         # JAX calls abort() after a message that another process died. Without this line absl would print the stacks of
         # all threads.
         signal.signal(signal.SIGABRT, signal.SIG_DFL)
         print(
-            f"kd_jax: process {jax.process_index()} of {jax.process_count()}, through {where or processes}; if one dies, all "
-            f"stop within {HEARTBEAT} s.", file=sys.stderr, flush=True,
+            f"kd_jax: process {jax.process_index()} of {jax.process_count()}, connected through {meeting_place or processes}; if "
+            f"one process dies, all stop within {HEARTBEAT} s.", file=sys.stderr, flush=True,
         )  # fmt: skip
 
 
-def check_same(*what: Any) -> None:
-    """Checks that all processes have the same values. Tasks of SLURM may be meant as separate runs.
+def check_same(*values: object) -> None:
+    """Checks that all processes have the same values, because tasks of SLURM may be meant as separate runs.
 
     Raises:
       ValueError: the values differ between processes.
     """
-    number = int(digest(what)[:7], 16)
+    number = int(digest(values)[:7], 16)
     if sharding.least_of_processes(number) != -sharding.least_of_processes(-number):
         raise ValueError(
-            f"the {jax.process_count()} processes have different configs or work directories; give all the same flags, or "
-            "each --processes=alone for runs of their own."
+            f"the {jax.process_count()} processes have different configs or work directories; give all processes the same "
+            "flags, or give each --processes=alone for separate runs."
         )
 
 
 def leave(problem: str, code: int = 1) -> NoReturn:
-    """Ends this process with a message. With several processes, it does not wait for the others, which notice and stop."""
+    """Ends this process with a message, without waiting for other processes, which notice the end and stop too."""
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         if code == 1:
             sys.exit(f"kd_jax: {problem}")
         print(f"\nkd_jax: {problem}", file=sys.stderr)
         sys.exit(code)
     if "Gloo" in problem or "NCCL" in problem:  # a connection to another process broke
-        problem = f"another process is gone, and its own output should say why. ({' '.join(problem.split())[:300]})"
+        problem = f"another process has stopped; read that process's output. ({' '.join(problem.split())[:300]})"
     index = jax.process_index()
     print(f"kd_jax: process {index} of {jax.process_count()} stops: {problem}", file=sys.stderr, flush=True)
     sys.stdout.flush()
@@ -192,18 +194,17 @@ def leave(problem: str, code: int = 1) -> NoReturn:
 
 
 def _cluster() -> str:
-    """Returns the name of the system that started this process together with others, or ""."""
+    """Returns the name of the system that started this process together with other processes; "" if there is none."""
     if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         return "SLURM"
-    return (
-        TPU if (jax.config.values["jax_platforms"] or "").startswith("tpu") else ""
-    )  # JAX sets this value if it finds TPU chips
+    # JAX sets jax_platforms if JAX finds TPU chips.
+    return TPU if (jax.config.values["jax_platforms"] or "").startswith("tpu") else ""
 
 
-def _give_up(where: str) -> None:
+def _give_up(meeting_place: str) -> None:
     print(
-        f"kd_jax: not all processes met at {where} within {ARRIVE} s. Each needs the same address, which is that of process "
-        "0 and open to the others, the same count, and an index of its own; --processes=alone runs without others.",
+        f"kd_jax: not all processes met at {meeting_place} within {ARRIVE} s. Each process needs the address of process 0, to "
+        "which it can connect, the same count, and a different index. --processes=alone connects to no other process.",
         file=sys.stderr, flush=True,
     )  # fmt: skip
     os._exit(1)
@@ -221,39 +222,39 @@ def parse(argv: list[str]) -> list[str]:
         if "must have a value other than None" in str(error):
             sys.exit(f"kd_jax: {command_help.missing(Path(argv[0]).stem)}")
         takes = f"the key takes {EXPECTED[ConfigDict]}."
-        said = re.sub(r"Failed to parse .* as a ConfigDict: .*", lambda _: takes, str(error), flags=re.DOTALL)
-        sys.exit(f"kd_jax: {said.removeprefix('flag ')}")
+        message = re.sub(r"Failed to parse .* as a ConfigDict: .*", lambda _: takes, str(error), flags=re.DOTALL)
+        sys.exit(f"kd_jax: {message.removeprefix('flag ')}")
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         sys.exit(f"kd_jax: {_unknown_section(argv) or _of_config(error)}")
 
 
 def _unknown_section(argv: list[str]) -> str:
-    """Returns what is wrong with the first flag whose key is in a section that the config lacks; "" where no flag is.
+    """Returns the message for the first flag whose key is in a section that the config lacks; "" if there is none.
 
-    ml_collections names such a section by a bare KeyError, without the flag and without the sections that there are.
+    The KeyError of ml_collections names only the missing section, without the flag and without the existing sections.
     """
-    named = [flag.partition("=")[2] for flag in argv if re.match("--?config=", flag)]
-    if not named:
+    paths = [flag.partition("=")[2] for flag in argv if re.match("--?config=", flag)]
+    if not paths:
         return ""
     try:
-        config: Any = flags.FLAGS["config"].parser.parse(
-            named[-1]
-        )  # without the flags: the flag's own value is not there yet
-    except Exception:  # which the caller has in hand
+        # The file is read again, because the value of the flag does not exist yet.
+        config = flags.FLAGS["config"].parser.parse(paths[-1])
+    except Exception:  # the caller reports the error of the file
         return ""
     for flag in argv:
         if not (match := re.match(r"--?(config\.([\w.]+))\.\w+(=|$)", flag)):
             continue
-        node: Any = config
+        node: object = config
         place = "config"
         for part in match[2].split("."):
             known = list(node) if isinstance(node, ConfigDict) else []
+            if not isinstance(node, ConfigDict) or not known:
+                return f"{flag}: {place} has no keys."
             if part not in known:
-                has = f"it has {', '.join(known)}" if known else "it has no keys of its own"
-                return f"{flag}: {place} has no key {part!r}{nearest(part, known)}; {has}."
+                return f"{flag}: {place} has no key {part!r}{nearest(part, known)}; the keys are {', '.join(known)}."
             node, place = node[part], f"{place}.{part}"
         if not isinstance(node, ConfigDict):
-            return f"{flag}: {place} is {node!r} and has no keys of its own."
+            return f"{flag}: {place} is {node!r} and has no keys."
     return ""
 
 
@@ -264,22 +265,22 @@ def _of_config(error: BaseException) -> str:
     if missing := re.search(r"No such file or directory: '(.*\.py)", str(error)):
         path = Path(missing[1])
         return f"there is no config file {path}{nearest(path.stem, [file.stem for file in path.parent.glob('*.py')])}."
-    # The message of a locked ConfigDict lists all fields before the likely one.
+    # The message of a locked ConfigDict lists all fields before the most similar field.
     others = r"Other fields present:.*(?=Did you mean)|Other fields present:.*"
-    said = re.sub(others, "", str(error), flags=re.DOTALL).strip("'\" ")
-    if key := re.search(r'Key "(\w+)" does not exist', said):  # the key may exist in another section
+    message = re.sub(others, "", str(error), flags=re.DOTALL).strip("'\" ")
+    if key := re.search(r'Key "(\w+)" does not exist', message):  # the key may exist in another section
         config = flags.FLAGS["config"].value
         names = directory.flat(config.to_dict()) if config else {}
         if places := [name for name in names if name.rpartition(".")[2] == key[1]]:
-            return f"there is no key {key[1]!r} there; there is {', '.join(places)}."
+            return f"the section has no key {key[1]!r}; the config has {', '.join(places)}."
     types = r"override field '(\w+)'.*?\)\. (.*) is of original type <class '(\w+)'>.*<class '(\w+)'>"
-    if wrong := re.search(types, said, re.DOTALL):
+    if wrong := re.search(types, message, re.DOTALL):
         key, value, kind, wanted = wrong.groups()
         expected = {known.__name__: text for known, text in EXPECTED.items()}.get(wanted, wanted)
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "get_config"]
-        where = f" ({frames[0].filename}, line {frames[0].lineno})" if frames else ""
-        return f"the key {key!r} takes {expected}, and not {value!r}, which is of type {kind}{where}."
-    return said
+        place = f" ({frames[0].filename}, line {frames[0].lineno})" if frames else ""
+        return f"the key {key!r} takes {expected}, and not {value!r}, which is of type {kind}{place}."
+    return message
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, SupportsFloat
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
@@ -13,12 +13,13 @@ from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from kd_jax import storage
+from kd_jax.storage.files import Json
 
 SECONDS_BETWEEN_FLUSHES = 10.0
-proto: Any = event_pb2  # protobuf makes its classes while it is imported
+proto: Any = event_pb2  # protobuf makes the classes at import time, so a type checker does not see them
 
 
-def averages(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+def averages(sums: Mapping[str, tuple[SupportsFloat, SupportsFloat]]) -> dict[str, float]:
     """Returns {name: sum / count} as Python numbers. A mean with count 0 is omitted."""
     return {name: float(total) / float(count) for name, (total, count) in sums.items() if float(count)}
 
@@ -53,7 +54,7 @@ class Writer:
         board = folder / "tensorboard"
         board.mkdir(exist_ok=True)
         # tensorboardX's SummaryWriter writes in a thread. When the disk is full, the thread stops, and the run then waits
-        # forever at a full queue. This class of the same library writes at once.
+        # forever at a full queue. EventsWriter of the same library writes at once.
         self._board = EventsWriter(str(board / "events"))
         self._board_path = self._board._file_name
         self._next_flush = 0.0
@@ -61,6 +62,7 @@ class Writer:
         self._board.write_event(dropped)  # TensorBoard hides the steps from here on that an earlier file has
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Writes the values of a step to both files."""
         if self._silent:
             return
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
@@ -76,7 +78,7 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: Any, *error: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._silent:
             return
         # On a full disk the last bytes also fail, and this second error adds nothing to the first.
@@ -84,7 +86,7 @@ class Writer:
             self._board.close()
 
 
-def read(workdir: str) -> list[dict[str, Any]]:
+def read(workdir: str) -> list[Json]:
     """Returns the lines of a work directory's metrics.jsonl. An incomplete last line, from a killed run, is ignored."""
     path = Path(workdir) / "metrics.jsonl"
     if not path.exists():
@@ -100,7 +102,7 @@ def progress(total: int, initial: int, quiet: bool = False) -> tqdm:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Returns an aligned Markdown table with the first row as its head.
+    """Returns an aligned Markdown table whose head is the first row.
 
     All columns but the first are aligned to the right.
     """

@@ -2,11 +2,10 @@
 
 import fnmatch
 import inspect
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
+from jaxtyping import PyTree
 
 from kd_jax import resolve
 
@@ -14,7 +13,9 @@ from kd_jax import resolve
 MASKS = ("mask", "weight_decay_mask")
 
 
-def make_optimizer(spec: resolve.Spec, learning_rate: Callable[[Any], Any], clip_norm: float = 0.0) -> Any:
+def make_optimizer(
+    spec: resolve.Spec, learning_rate: optax.Schedule, clip_norm: float = 0.0
+) -> optax.GradientTransformation:
     """Builds the gradient transformation that `config.optimizer` and `config.clip_norm` describe.
 
     Args:
@@ -45,8 +46,8 @@ def make_optimizer(spec: resolve.Spec, learning_rate: Callable[[Any], Any], clip
         masks = [name for name in MASKS if name in inspect.signature(function).parameters]
         if not masks:
             raise ValueError(
-                f"optimizer.no_decay={tuple(patterns)} needs an optimiser that takes a mask of what decays, and {function.__name__} "
-                f"takes none. Those of optax are {', '.join(_with_masks())}."
+                f"optimizer.no_decay={tuple(patterns)} needs an optimiser with a mask for weight decay, which {function.__name__} "
+                f"lacks. The optimisers of optax with a mask are {', '.join(_with_masks())}."
             )
         keywords[masks[0]] = lambda params: decays(params, tuple(patterns))
     tx = function(**resolve.build_nested(keywords, optax))
@@ -55,13 +56,13 @@ def make_optimizer(spec: resolve.Spec, learning_rate: Callable[[Any], Any], clip
     return tx
 
 
-def decays(params: Any, patterns: tuple[str, ...]) -> Any:
-    """Returns the parameters' tree with True for each parameter that weight decay changes, as optax's masks require.
+def decays(params: PyTree, patterns: tuple[str, ...]) -> PyTree:
+    """Returns a tree like `params` with True for each parameter that weight decay changes, as optax's masks require.
 
     Args:
       params: a tree of parameters.
       patterns: patterns of the paths of parameters without decay. A path is for example layers/3/attention_norm/scale.
-        In a pattern * stands for any characters, ? for one character, and [abc] for one of these, as in `fnmatch`.
+        As in `fnmatch`, * stands for any characters, ? for one character, and [abc] for one of the characters a, b, c.
 
     Raises:
       ValueError: a pattern matches no parameter. The message lists the paths.
@@ -71,24 +72,24 @@ def decays(params: Any, patterns: tuple[str, ...]) -> Any:
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in paths):
             raise ValueError(
-                f"optimizer.no_decay={pattern!r} matches no parameter. There are {', '.join(_short(paths))}."
+                f"optimizer.no_decay={pattern!r} matches no parameter. The parameters are {', '.join(_first_layer(paths))}."
             )
-    spared = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    return jax.tree_util.tree_map_with_path(lambda keys, _: not spared(path(keys)), params)
+    excluded = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return jax.tree_util.tree_map_with_path(lambda keys, _: not excluded(path(keys)), params)
 
 
-def _short(paths: list[str]) -> list[str]:
-    """Returns the paths of one layer in place of the paths of all layers, and all other paths."""
+def _first_layer(paths: list[str]) -> list[str]:
+    """Returns the paths of the first layer, and the paths outside the layers."""
     return [name for name in paths if not name.startswith("layers/") or name.startswith("layers/0/")]
 
 
 def _with_masks() -> list[str]:
     """Returns the names of optax's optimisers that can exclude parameters from weight decay."""
-    found = []
-    # Deprecated names are not in vars(optax); reading one would cause a warning.
+    names = []
+    # Deprecated names are not in vars(optax); reading a deprecated name would cause a warning.
     for name, function in vars(optax).items():
         if inspect.isfunction(function):
             parameters = inspect.signature(function).parameters
             if "learning_rate" in parameters and any(mask in parameters for mask in MASKS):
-                found.append(name)
-    return found
+                names.append(name)
+    return names

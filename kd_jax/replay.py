@@ -1,7 +1,7 @@
 """python -m kd_jax.replay --workdir=DIR [--step=N]
 
-Repeats a step whose loss or gradient was not finite: the run's own step, on the saved batch and from the saved state.
-If JAX_DEBUG_NANS=1 JAX_DISABLE_JIT=1 is in the environment, JAX stops at the line that made the first NaN.
+Repeats a step whose loss or gradient was not finite, from the saved state and on the saved batch. With
+JAX_DEBUG_NANS=1 JAX_DISABLE_JIT=1 in the environment, JAX stops at the line that made the first NaN.
 """
 
 import json
@@ -18,10 +18,10 @@ from kd_jax.run import nonfinite
 from kd_jax.settings.value_types import WholeNumberParser
 from kd_jax.storage import directory, remote
 
-FLAGS = flags.FlagValues()  # flags of this command only: other commands have flags of the same names
+FLAGS = flags.FlagValues()  # the flags of this command only, because other commands have flags of the same names
 flags.DEFINE_string("workdir", None, "The work directory of the run that stopped. Required.", flag_values=FLAGS)
 flags.DEFINE(
-    WholeNumberParser(), "step", None, "The saved step that is repeated. Without this flag it is the last one.",
+    WholeNumberParser(), "step", None, "The saved step to repeat. Without this flag the last saved step is repeated.",
     flag_values=FLAGS,
 )  # fmt: skip
 
@@ -31,24 +31,28 @@ def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
 
     Args:
       workdir: the work directory of the run.
-      step: a saved step; None: the last saved one.
+      step: a saved step; None for the last saved step.
 
     Raises:
-      ValueError: the directory has no run, or no such step is saved.
+      ValueError: the directory has no run, or the step is not saved.
     """
     if not (Path(workdir) / directory.CONFIG).is_file():
-        raise ValueError(f"there is no run in the work directory {workdir}.")
+        raise ValueError(f"the work directory {workdir} has no run: there is no {directory.CONFIG}.")
     steps = nonfinite.saved_steps(workdir)
     if not steps or (step is not None and step not in steps):
         raise ValueError(
             f"there is no step {'' if step is None else f'{step} '}to replay in {Path(workdir) / nonfinite.FOLDER}; "
-            f"{f'there are {steps}' if steps else 'a run leaves one when its loss or gradient is not finite'}."
+            f"{f'the saved steps are {steps}' if steps else 'a run saves a step whose loss or gradient is not finite'}."
         )
     step = steps[-1] if step is None else step
     config = ConfigDict(json.loads((Path(workdir) / directory.CONFIG).read_text(encoding="utf-8")))
-    config.max_skipped = 0  # regardless of the present value: no step may change the saved state
+    config.max_skipped = 0  # no step may change the saved state
     if config.mesh.to_dict() != {"data": -1, "fsdp": 1, "tensor": 1} and jax.device_count() == 1:
-        config.mesh = {"data": 1, "fsdp": 1, "tensor": 1}  # the run of a pod can then be repeated on a laptop
+        config.mesh = {
+            "data": 1,
+            "fsdp": 1,
+            "tensor": 1,
+        }  # a step of a large machine can then be repeated on one device
     run = train.build(config)
     state, batch = nonfinite.load(workdir, step, run.abstract_state)
     state, sums = run.train_step(state, run.models.teacher_params, run.put(batch))
@@ -56,7 +60,7 @@ def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
     values = metrics.averages(jax.device_get(sums))
     print(metrics.table([["", "value"], *([k, f"{v:g}"] for k, v in values.items() if k != "skipped")]))
     if math.isfinite(values["loss"] + values["gradient_norm"]):
-        print("Here and now loss and gradient are finite: other code, other models, or another machine.")
+        print("Now the loss and the gradient are finite, so the code, the models or the machine have changed.")
         return []
     found = nonfinite.diagnose(run, state, batch)
     print(nonfinite.said(found, len(batch["tokens"])))
@@ -72,7 +76,7 @@ def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
 def main() -> None:
     command.start()
     values, _ = command.parse("replay", FLAGS, sys.argv[1:], about=f"usage: {__doc__.strip()}", required=("workdir",))
-    with command.ends_well("kd_jax.replay", lambda: "the run is as it was"):
+    with command.ends_well("kd_jax.replay", lambda: "the run is unchanged"):
         unread = tuple(name for name in remote.HEAVY if name != nonfinite.FOLDER)
         with remote.work_directory(values["workdir"], writes=False, unread=unread) as (workdir, _):
             replay(workdir, values["step"])

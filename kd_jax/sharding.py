@@ -2,13 +2,15 @@
 
 import math
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 AXES = ("data", "fsdp", "tensor")
 # The rows of a batch are divided over both of these axes. Parameters are divided over fsdp and tensor.
@@ -27,13 +29,13 @@ RULES = (
     (r"(output|down)/bias$", P()),
     (r"norm/(scale|bias)$", P()),
 )
-# Replacements for the axes in RULES, by layout. A teacher has no gradient and no optimiser state, so there may be room
-# for another layout than the student's.
+# Replacements for the axes in RULES, by layout. A teacher has no gradient and no optimiser state, so it may fit into
+# memory in another layout than the student's.
 # student: sharded like the student.
 # spread: also sharded over `data`, whose devices each hold a copy of the student. This layout needs the least memory.
 # tensor: sharded over `tensor` only.
 # whole: replicated. This layout saves gathering the teacher in every step.
-LAYOUTS: dict[str, dict[str, Any]] = {
+LAYOUTS: dict[str, dict[str, tuple[str, ...] | None]] = {
     "student": {},
     "spread": {"fsdp": ("data", "fsdp")},
     "tensor": {"fsdp": None},
@@ -41,13 +43,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh for `data` copies of the model.
 
     Each copy is divided `fsdp` ways by parameter and `tensor` ways by matrix.
 
     Args:
-      data: the size of the axis over which only the batch is divided; -1 for all devices that the other axes leave.
+      data: the size of the axis over which only the batch is divided; -1 for the number of devices divided by the sizes
+        of the other axes. One of the three sizes may be -1.
       fsdp: the size of the axis over which both the batch and the parameters are divided.
       tensor: the size of the axis over which matrices are divided and rows are not.
       devices: the devices of the mesh; by default all devices of JAX.
@@ -60,23 +63,24 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     known = math.prod(size for size in sizes if size != -1)
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise ValueError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} needs sizes of at least 1, and at most one -1 for 'the rest'."
+            f"mesh {dict(zip(AXES, sizes, strict=True))} needs sizes of at least 1, and at most one -1 for the size that is "
+            f"computed from the number of devices."
         )
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise ValueError(
             f"mesh {dict(zip(AXES, (data, fsdp, tensor), strict=True))} does not fit {len(devices)} devices: "
-            f"the sizes must multiply to {len(devices)}; -1 for one of them stands for whatever the others leave."
+            f"the product of the sizes must be {len(devices)}; a size of -1 is computed from the other sizes."
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def tree_shardings(mesh: Mesh, tree: Any, layout: str = "student") -> Any:
+def tree_shardings(mesh: Mesh, tree: PyTree, layout: str = "student") -> PyTree:
     """Returns the sharding of every array of a tree of parameters, of an optimiser's state, or of both.
 
-    A mesh axis whose size does not divide an array's dimension is not used for that dimension. The dimension is then
-    replicated over that axis. An odd vocabulary therefore costs memory, but is no error.
+    If the size of a mesh axis does not divide a dimension of an array, the dimension is replicated over that axis. An
+    odd vocabulary therefore costs memory, but is no error.
 
     Args:
       mesh: the mesh from `make_mesh`.
@@ -91,7 +95,7 @@ def tree_shardings(mesh: Mesh, tree: Any, layout: str = "student") -> Any:
     """
     axes = LAYOUTS[layout]
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
+    def place(path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         name = re.sub("/kernel/(qvalue|scale)$", "/kernel", path_name(path))
         if leaf.ndim == 0:
             return NamedSharding(mesh, P())
@@ -103,21 +107,20 @@ def tree_shardings(mesh: Mesh, tree: Any, layout: str = "student") -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def for_lookup(mesh: Mesh | None, params: Any) -> Any:
+def for_lookup(mesh: Mesh | None, params: PyTree) -> PyTree:
     """Returns the parameters with an embedding that is not divided over `fsdp`.
 
-    Every other matrix is also gathered over `fsdp` where it is used.
-
-    Otherwise XLA would look up the divided vectors and then gather the vectors of the whole batch. Parameters without
-    an embedding, such as those of a cached teacher, and None are returned as they are.
+    With a divided embedding, XLA would look up the divided vectors and then gather the vectors of the whole batch. Every
+    other matrix is gathered over `fsdp` where the matrix is used. Parameters without an embedding, such as those of a
+    cached teacher, and None are returned unchanged.
     """
     if mesh is None or mesh.size == 1 or not params or "embed" not in params:
         return params
-    whole = NamedSharding(mesh, _fit(mesh, P("tensor", None), params["embed"]["embedding"].shape))
-    return params | {"embed": {"embedding": jax.lax.with_sharding_constraint(params["embed"]["embedding"], whole)}}
+    gathered = NamedSharding(mesh, _fit(mesh, P("tensor", None), params["embed"]["embedding"].shape))
+    return params | {"embed": {"embedding": jax.lax.with_sharding_constraint(params["embed"]["embedding"], gathered)}}
 
 
-def with_shardings(tree: Any, shardings: Any) -> Any:
+def with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
     """Returns ShapeDtypeStructs of the arrays in a tree, with their shardings."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
@@ -127,22 +130,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Returns one global array for each of a batch's arrays, assembled from the rows of each process.
 
-    If `tensor` is wider than a process's own devices, these devices need rows of other processes. Then all rows are
+    If `tensor` is wider than the devices of a process, these devices need rows of other processes. Then all rows are
     sent to all processes.
     """
     sharding, ways = batch_sharding(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
     parts = set(map(str, sharding.addressable_devices_indices_map((ways,)).values()))
     if len(parts) * jax.process_count() == ways:
         return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
-    whole = {name: np.concatenate(multihost_utils.process_allgather(array)) for name, array in batch.items()}
-    return {name: put_whole(mesh, array) for name, array in whole.items()}
+    gathered = {name: np.concatenate(multihost_utils.process_allgather(array)) for name, array in batch.items()}
+    return {name: put_whole(mesh, array) for name, array in gathered.items()}
 
 
-def put_whole(mesh: Mesh, array: Any) -> jax.Array:
-    """Returns a global array, with rows divided like a batch's, from the whole array that every process has."""
+def put_whole(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """Returns a global array, with rows divided like the rows of a batch, from the complete array on every process."""
     return jax.make_array_from_callback(array.shape, batch_sharding(mesh), lambda index: array[index])
 
 
@@ -154,10 +157,10 @@ def fetch_whole(array: jax.Array) -> np.ndarray:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process is here.
+    """Waits until every process has called this function.
 
     Args:
-      name: what has been done before; it must be the same on every process.
+      name: a description of the state before the call; the same on every process.
     """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
@@ -178,17 +181,18 @@ def text_from_first_process(text: str) -> str:
     if jax.process_count() == 1:
         return text
     content = np.frombuffer(text.encode(), np.uint8)
-    whole = np.zeros(from_first_process(len(content)), np.uint8)  # on every process as long as the text of process 0
-    whole[: len(content)] = content[: len(whole)]
-    return np.asarray(multihost_utils.broadcast_one_to_all(whole)).tobytes().decode()
+    padded = np.zeros(from_first_process(len(content)), np.uint8)  # on every process as long as the text of process 0
+    padded[: len(content)] = content[: len(padded)]
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()
 
 
-def path_name(path: Any) -> str:
+def path_name(path: KeyPath) -> str:
     """Returns the path of a leaf as a text, such as 'layers/0/mlp/up/kernel'."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _fit(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> P:
+    """Returns the spec without the axes whose sizes do not divide the dimensions of a shape."""
     if len(spec) > len(shape):
         return P()  # a factored state of an optimiser such as adafactor, small enough to replicate
     ways = [math.prod(mesh.shape[axis] for axis in ((name,) if isinstance(name, str) else name or ())) for name in spec]

@@ -1,18 +1,19 @@
 """The batch of each step, as the source of the run decides, with a state from which a resumed run continues exactly."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from kd_jax import data, models
 from kd_jax.objectives import ORIGINS
 from kd_jax.prefixes import Plan, Source, rollouts
 from kd_jax.prefixes.pool import Pool
 from kd_jax.prefixes.replay_buffer import ReplayBuffer
-from kd_jax.prefixes.rollouts import Rows, Sampler
+from kd_jax.prefixes.rollouts import Mixture, Progress, Rows, Sampler
+from kd_jax.storage.files import Json
 
 Batch = dict[str, np.ndarray]
 REPLAY = 1  # the purpose of the random numbers that choose rows of the replay buffer
@@ -24,20 +25,30 @@ class Author:
 
     Attributes:
       model: the model.
-      params: the parameters of the model; None for the parameters that each step is given.
+      params: the parameters of the model; None for the `params` of `Feed.next`.
       mixture: the mixture with another model, as in `models.generate`.
     """
 
     model: models.Model
-    params: Any = None
-    mixture: tuple[models.Model, Any, float] | None = None
+    params: PyTree = None
+    mixture: Mixture | None = None
+
+
+class Batches(Protocol):
+    """An iterator over this process's rows of each batch, with a position that JSON can hold."""
+
+    def __next__(self) -> Batch: ...
+
+    def get_state(self) -> Json: ...
+
+    def set_state(self, state: Json) -> None: ...
 
 
 class Feed:
     """Makes one batch per step from a dataset and from responses that are sampled for its prompts.
 
-    `get_state` returns the positions in the datasets, the state of the source, and the kept rows. A feed with this state
-    makes the same batches as the first feed would have made.
+    `get_state` returns the positions in the datasets, the state of the source, and the stored rows. Another feed with
+    this state makes the same batches.
 
     Attributes:
       source: the source of the rows.
@@ -46,16 +57,16 @@ class Feed:
     """
 
     def __init__(
-        self, source: Source, batches: Any, *, text_batches: Any = None, sampler: Sampler | None = None,
+        self, source: Source, batches: Batches, *, text_batches: Batches | None = None, sampler: Sampler | None = None,
         authors: dict[str, Author] | None = None, total_steps: int, batch_size: int, epoch_batches: int, seed: int,
-        rollouts_per_prompt: int = 1, progress: Callable[..., Any] = iter,
+        rollouts_per_prompt: int = 1, progress: Progress = iter,
     ):  # fmt: skip
         """Assembles the feed without reading any row.
 
         Args:
           source: a source of `kd_jax.prefixes`.
-          batches: an iterator over this process's rows of each batch, with `get_state` and `set_state`.
-          text_batches: the same for the second stream of text, or None.
+          batches: the batches of the dataset.
+          text_batches: the batches of the second stream of text, or None.
           sampler: the sampler of responses; None if the source samples none.
           authors: the authors that the source names, by origin.
           total_steps: the number of steps of the run.
@@ -76,33 +87,36 @@ class Feed:
         self.report: dict[str, float] = {}
         self.fresh: Rows | None = None
 
-    def next(self, step: int, params: Any) -> Batch:
+    def next(self, step: int, params: PyTree) -> Batch:
         """Returns this process's rows of the batch of update `step`. Steps are counted from 0.
 
         Args:
           step: the number of updates so far.
-          params: the student's present parameters.
+          params: the student's current parameters.
         """
         self.fresh, self.report = None, {}
         uniform = float(self._random(step, 0).random())
         plan = self.source.choose(self._state, step=step, total=self._total, uniform=uniform, stored=len(self._buffer))
-        batch = self._mark(next(self._batches)) if plan == Plan.DATA else self._own_part(self._rows(plan, step, params))
+        if plan == Plan.DATA:
+            batch = self._with_origin(next(self._batches))
+        else:
+            batch = self._own_part(self._rows(plan, step, params))
         if self._authors:
-            of_student = float((batch["origin"] == ORIGINS.index("student")).mean())
-            self.report |= {"student_rows": of_student} | {k: v for k, v in self._state.items() if v is not None}
+            student_rows = float((batch["origin"] == ORIGINS.index("student")).mean())
+            self.report |= {"student_rows": student_rows} | {k: v for k, v in self._state.items() if v is not None}
         if self._text is None:
             return batch
-        text = self._mark(next(self._text), "text")
+        text = self._with_origin(next(self._text), "text")
         return {name: np.concatenate([array, text[name]]) for name, array in batch.items()}
 
     def observe(self, loss: float) -> None:
         """Gives the source the held-out cross-entropy of an evaluation."""
         self._state = self.source.observe(self._state, loss)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> Json:
         """Returns the state that decides all later batches, in a form that JSON can hold.
 
-        The entry store has the rows of the pool or of the replay buffer. A source uses only one of the two.
+        The entry "store" has the rows of the pool or of the replay buffer. A source uses only one of both.
         """
         return {
             "data": self._batches.get_state(),
@@ -113,24 +127,24 @@ class Feed:
             "waiting": self._waiting,
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: Json) -> None:
         """Continues from a state of `get_state`."""
         self._batches.set_state(state["data"])
         if self._text is not None:
             self._text.set_state(state["text"])
         self._state, self._waiting = state["source"], state["waiting"]
-        store, start = state["store"], state["pool_start"]  # a state with a start has the rows of a pool
+        store, start = state["store"], state["pool_start"]  # if `start` is not None, `store` has the rows of a pool
         self._pool.set_state(None if start is None else store, start)
         self._buffer.set_state(store if start is None else None)
 
-    def _rows(self, plan: Plan, step: int, params: Any) -> Rows:
+    def _rows(self, plan: Plan, step: int, params: PyTree) -> Rows:
         """Returns the rows of the global batch for a plan with sampled rows."""
         if plan == Plan.POOL:
             if self._pool.rows is None:
-                self._pool.fill(self._draw(self._batches_of_a_pool(step), params, step), step)
+                self._pool.fill(self._sample(self._batches_of_a_pool(step), params, step), step)
             return self._pool.take(step)
         if plan in (Plan.FRESH, Plan.FRESH_THEN_REPLAY):
-            rows = self._draw(1, params, step)
+            rows = self._sample(1, params, step)
             self._buffer.add(rows)
             if plan == Plan.FRESH:
                 return rows
@@ -139,37 +153,37 @@ class Feed:
     def _batches_of_a_pool(self, step: int) -> int:
         """Returns the number of batches of prompts for a pool, at most those that the rest of the run uses."""
         every = self.source.every or self._epoch_batches
-        left = -(-(self._total - step) // len(self.source.authors))
-        return min(every, max(1, left))
+        remaining = -(-(self._total - step) // len(self.source.authors))
+        return min(every, max(1, remaining))
 
-    def _draw(self, batches: int, params: Any, step: int) -> Rows:
+    def _sample(self, batches: int, params: PyTree, step: int) -> Rows:
         """Returns the response of each author to each prompt of some batches. Responses to one prompt are neighbours."""
         if self._sampler is None:
             raise ValueError(f"{type(self.source).__name__} samples responses, but the feed has no sampler.")
         parts = []
         for index in self._progress(range(batches)) if batches > 1 else range(batches):
-            prompts, drawn = self._take_prompts(), []
+            prompts, by_author = self._take_prompts(), []
             for i, (name, author) in enumerate(self._authors.items()):
-                own_params = params if author.params is None else author.params
+                author_params = params if author.params is None else author.params
                 key = rollouts.draw_key(self._seed, step, index, i)
-                drawn.append(self._sampler.rows(author.model, own_params, prompts, key, name, author.mixture))
-            rows = rollouts.concatenate(drawn)
-            parts.append(rollouts.take(rows, np.arange(len(rows["lengths"])).reshape(len(drawn), -1).T.ravel()))
+                by_author.append(self._sampler.rows(author.model, author_params, prompts, key, name, author.mixture))
+            rows = rollouts.concatenate(by_author)
+            parts.append(rollouts.take(rows, np.arange(len(rows["lengths"])).reshape(len(by_author), -1).T.ravel()))
         rows = rollouts.concatenate(parts)
         self.fresh = rollouts.take(rows, np.flatnonzero(rows["origin"] == ORIGINS.index("student")))
         self.report = self._sampler.report(self.fresh)
         return rows
 
     def _take_prompts(self) -> list[list[int]]:
-        """Returns the prompts for a batch of rows of an author, each repeated as often as it is answered.
+        """Returns the prompts for a batch of rows of an author. Each prompt is repeated `rollouts_per_prompt` times.
 
-        Prompts beyond the batch wait for the next call.
+        Prompts beyond the batch are stored for the next call.
         """
         count = self._batch_size // self._repeats
         while len(self._waiting) < count:
             self._waiting = self._waiting + _prompts(next(self._batches))
-        some, self._waiting = self._waiting[:count], self._waiting[count:]
-        return [prompt for prompt in some for _ in range(self._repeats)]
+        prompts, self._waiting = self._waiting[:count], self._waiting[count:]
+        return [prompt for prompt in prompts for _ in range(self._repeats)]
 
     def _own_part(self, rows: Rows) -> Batch:
         """Returns this process's part of the rows as a batch."""
@@ -178,7 +192,7 @@ class Feed:
             rollouts.take(rows, slice(jax.process_index() * size, (jax.process_index() + 1) * size))
         )
 
-    def _mark(self, batch: Batch, origin: str = "") -> Batch:
+    def _with_origin(self, batch: Batch, origin: str = "") -> Batch:
         """Returns a batch of the dataset with the origin of its rows."""
         name = origin or (self.source.origins[0] if not self._authors else "data")
         if not self._authors and self._text is None and name == "data":

@@ -1,15 +1,14 @@
-"""A pool: rows that are sampled together for several steps. It is part of a checkpoint.
+"""A pool: rows that are sampled together for several steps. The rows are part of a checkpoint.
 
 `Pool.get_state` makes the saved form of the rows. `Feed.get_state` saves this form in the entry "store" of its own
 state, and the step at which the rows were sampled in the entry "pool_start".
 """
 
-from typing import Any
-
 import numpy as np
 
 from kd_jax.prefixes import rollouts
 from kd_jax.prefixes.rollouts import Rows
+from kd_jax.storage.files import Json
 
 
 class Pool:
@@ -26,7 +25,7 @@ class Pool:
         Args:
           seed: the seed of the order.
           batch_size: the number of rows of a step.
-          group: the number of rows for each prompt. They stay beside each other.
+          group: the number of rows for each prompt. The rows of a prompt stay next to each other.
           epochs: the number of passes over the rows.
         """
         self._seed, self._batch_size, self._group, self._epochs = seed, batch_size, group, epochs
@@ -40,7 +39,7 @@ class Pool:
     def take(self, step: int) -> Rows:
         """Returns the rows of a step, and empties the pool after the last step of its last epoch."""
         if self.rows is None or self.start is None:
-            raise ValueError("the pool is empty.")
+            raise ValueError("the pool is empty: a step takes rows before any row was sampled.")
         count = len(self.rows["lengths"])
         batches = count // self._batch_size
         epoch, place = divmod(step - self.start, batches)
@@ -52,10 +51,10 @@ class Pool:
             self.rows = self.start = None  # a checkpoint does not save rows that no step will use
         return rows
 
-    def get_state(self) -> dict[str, Any] | None:
+    def get_state(self) -> Json | None:
         """Returns the rows in a form that JSON can hold; None for an empty pool."""
         return None if self.rows is None else rollouts.encode(self.rows)
 
-    def set_state(self, state: dict[str, Any] | None, start: int | None) -> None:
+    def set_state(self, state: Json | None, start: int | None) -> None:
         """Continues from the rows of `get_state`, which were sampled at the step `start`. None empties the pool."""
         self.rows, self.start = None if state is None else rollouts.decode(state), start

@@ -1,15 +1,14 @@
-"""The replay buffer: the newest sampled rows, which later steps use again. It is part of a checkpoint.
+"""The replay buffer: the newest sampled rows, which later steps use again. The rows are part of a checkpoint.
 
 `ReplayBuffer.get_state` makes the saved form of the buffer, and `ReplayBuffer.set_state` restores it. `Feed.get_state`
 puts the saved form into the entry "store" of its own state, which `storage.checkpoint` writes with each checkpoint.
 """
 
-from typing import Any
-
 import numpy as np
 
 from kd_jax.prefixes import rollouts
 from kd_jax.prefixes.rollouts import Rows
+from kd_jax.storage.files import Json
 
 
 class ReplayBuffer:
@@ -34,8 +33,8 @@ class ReplayBuffer:
     def add(self, rows: Rows) -> None:
         """Adds rows, and drops the oldest rows beyond the capacity."""
         if self._capacity:
-            both = rows if self.rows is None else rollouts.concatenate([self.rows, rows])
-            self.rows = rollouts.take(both, slice(-self._capacity, None))
+            all_rows = rows if self.rows is None else rollouts.concatenate([self.rows, rows])
+            self.rows = rollouts.take(all_rows, slice(-self._capacity, None))
 
     def draw(self, count: int, random: np.random.Generator) -> Rows:
         """Returns `count` random rows, with repetitions only if the buffer has fewer rows.
@@ -47,10 +46,10 @@ class ReplayBuffer:
             raise ValueError("the replay buffer is empty: a step replays rows before any row was sampled.")
         return rollouts.take(self.rows, random.choice(len(self), count, replace=len(self) < count))
 
-    def get_state(self) -> dict[str, Any] | None:
+    def get_state(self) -> Json | None:
         """Returns the rows in a form that JSON can hold; None for an empty buffer."""
         return None if self.rows is None else rollouts.encode(self.rows)
 
-    def set_state(self, state: dict[str, Any] | None) -> None:
+    def set_state(self, state: Json | None) -> None:
         """Continues from a state of `get_state`."""
         self.rows = None if state is None else rollouts.decode(state)

@@ -3,25 +3,27 @@
 import base64
 import dataclasses
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 
 from kd_jax import data, models, sharding
 from kd_jax.objectives import ORIGINS
 from kd_jax.settings import Sampling
+from kd_jax.storage.files import Json
 
 # M rows as arrays by name: tokens [M, L + 1], lengths, prompt_lengths and origin [M], log_probs [M, L].
 Rows = dict[str, np.ndarray]
+Mixture = tuple[models.Model, PyTree, float]  # model, parameters and share, as in `models.generate`
+Progress = Callable[[Iterable[int]], Iterable[int]]  # returns the same numbers, with a progress bar
 DRAWS = 2**31 - 1  # the first number that a key of a draw folds in; the other keys of a run fold in a step
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Samples responses to prompts, and makes rows of them.
+    """Samples responses to prompts, and makes rows of prompts and responses.
 
     Attributes:
       mesh: the mesh of the models' parameters.
@@ -41,15 +43,15 @@ class Sampler:
     no_repeat_ngram_size: int = 0
 
     def rows(
-        self, model: models.Model, params: Any, prompts: Sequence[Sequence[int]], key: jax.Array, origin: str,
-        mixture: tuple[models.Model, Any, float] | None = None,
+        self, model: models.Model, params: PyTree, prompts: Sequence[Sequence[int]], key: jax.Array, origin: str,
+        mixture: Mixture | None = None,
     ) -> Rows:  # fmt: skip
-        """Returns rows with each prompt and one response to it. Every process gets the same rows.
+        """Returns a row for each prompt, with one response. Every process gets the same rows.
 
         Args:
           model: the model that writes.
           params: the parameters of the model.
-          prompts: the ids of all prompts of the global batch.
+          prompts: the ids of all prompts of the batch, of all processes.
           key: the random key.
           origin: the origin of the rows, from `objectives.ORIGINS`.
           mixture: as in `models.generate`.
@@ -83,8 +85,8 @@ class Sampler:
 
     def responses(self, rows: Rows) -> list[list[int]]:
         """Returns the ids of the response of each row, including the end token."""
-        ends = zip(rows["tokens"], rows["prompt_lengths"], rows["lengths"], strict=True)
-        return [row[begin:end].tolist() for row, begin, end in ends]
+        parts = zip(rows["tokens"], rows["prompt_lengths"], rows["lengths"], strict=True)
+        return [row[begin:end].tolist() for row, begin, end in parts]
 
     def text(self, rows: Rows) -> list[tuple[str, str]]:
         """Returns the texts of the prompt and the response of each row. The response has no end token."""
@@ -118,9 +120,9 @@ class Sampler:
 def make_sampler(
     mesh: jax.sharding.Mesh, tokenizer: data.Tokenizer, max_length: int, sampling: Sampling, no_repeat_ngram_size: int = 0
 ) -> Sampler:  # fmt: skip
-    """Returns a sampler with the settings of `sampling`. The commands and runs of the package make all samplers here.
+    """Returns a sampler with the settings of `sampling`. All commands and runs of kd_jax call this function.
 
-    An evaluation gives `Sampling(max_new_tokens=...)`. The temperature is then 1, and not the temperature of training,
+    An evaluation gives `Sampling(max_new_tokens=...)`. The temperature is then 1 and not the temperature of training,
     so that runs can be compared.
 
     Args:
@@ -135,16 +137,16 @@ def make_sampler(
 
 def draw_key(seed: int, *numbers: int) -> jax.Array:
     """Returns the random key for a draw that the numbers identify."""
-    made = jax.random.fold_in(jax.random.key(seed), DRAWS)
+    key = jax.random.fold_in(jax.random.key(seed), DRAWS)
     for number in numbers:
-        made = jax.random.fold_in(made, number)
-    return made
+        key = jax.random.fold_in(key, number)
+    return key
 
 
 def as_batch(rows: Rows) -> dict[str, np.ndarray]:
     """Returns the rows as a batch like those of `data.batches`, with the origins and the sampled log-probabilities.
 
-    The counted tokens are those of the response, from the first token to the end token.
+    The tokens of the response, including the end token, are counted.
     """
     place = np.arange(rows["tokens"].shape[1] - 1)
     length, prompt = (rows[name][:, None] for name in ("lengths", "prompt_lengths"))
@@ -168,7 +170,7 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def encode(rows: Rows) -> dict[str, Any]:
+def encode(rows: Rows) -> Json:
     """Returns rows in a form that JSON can hold: the type, shape and compressed content of each array."""
     return {
         name: {
@@ -180,8 +182,8 @@ def encode(rows: Rows) -> dict[str, Any]:
     }
 
 
-def decode(saved: dict[str, Any]) -> Rows:
-    """Returns the rows of which `encode` made the saved form."""
+def decode(saved: Json) -> Rows:
+    """Returns the rows from the saved form of `encode`."""
     rows = {}
     for name, array in saved.items():
         content = zlib.decompress(base64.b64decode(array["zlib"]))

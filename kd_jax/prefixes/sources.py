@@ -1,21 +1,22 @@
 """The sources of the text on which the two models are compared. A source decides step by step where the rows come from.
 
 A source holds no rows. `kd_jax.prefixes.feed` asks the source for a plan, and saves the state of the source with each
-checkpoint, so the state consists of what JSON can hold. Random decisions depend only on the seed and the step, so all
+checkpoint, so JSON must be able to hold the state. Random decisions depend only on the seed and the step, so all
 processes decide alike.
 """
 
 import enum
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax.numpy as jnp
 
 from kd_jax import schedules
-from kd_jax.resolve import build, check_fraction, check_number
+from kd_jax.resolve import Spec, build, check_fraction, check_number
+from kd_jax.storage.files import Json
 
 __all__ = ["adaptive", "data", "mixture", "paired", "student", "teacher"]
 
-State = dict[str, Any]
+State = Json
 
 
 class Plan(enum.StrEnum):
@@ -25,7 +26,7 @@ class Plan(enum.StrEnum):
       DATA: a batch of the dataset.
       FRESH: responses that are sampled now.
       REPLAY: rows of the replay buffer.
-      FRESH_THEN_REPLAY: rows of the replay buffer, to which responses that are sampled now are added first.
+      FRESH_THEN_REPLAY: rows of the replay buffer, after responses that are sampled now have been added.
       POOL: rows of a pool, which are sampled together for several steps.
     """
 
@@ -43,7 +44,7 @@ class Source(Protocol):
       origins: the possible origins of the rows, from `objectives.ORIGINS`.
       authors: the models that answer a prompt when rows are sampled; () if no rows are sampled.
       capacity: the number of sampled rows in the replay buffer; 0 for no buffer.
-      every: for `Plan.POOL`, the number of batches of prompts that are answered at a time; 0 for those of an epoch.
+      every: for `Plan.POOL`, the number of batches of prompts that are answered at a time; 0 for one epoch.
       epochs: for `Plan.POOL`, the number of passes over the rows of a pool.
     """
 
@@ -103,8 +104,9 @@ class data(_Plain):
 class teacher(_Plain):
     """The teacher's responses to the prompts of the dataset, written once before training: sequence-level distillation.
 
-    The responses are stored as a dataset, whose name identifies everything that they depend on. Later runs use them
-    again. Responses that do not end within `sampling.max_new_tokens` are omitted.
+    The responses are stored as a dataset. The name of the dataset identifies the model and the settings of the
+    responses, so later runs use the dataset again. Responses that do not end within `sampling.max_new_tokens` are
+    omitted.
 
     Args:
       num_rows: the number of prompts that are answered, from the first on; 0 for all.
@@ -149,8 +151,8 @@ class paired(_Plain):
     """A response of the teacher and a response of the student to each prompt, beside each other in a batch.
 
     Args:
-      every: the number of batches of prompts that are answered at a time; 0 for those of an epoch. Each batch of
-        prompts gives two batches of rows.
+      every: the number of batches of prompts that are answered at a time; 0 for one epoch. Each batch of prompts gives
+        two batches of rows.
       epochs: the number of passes over these rows before new rows are sampled.
 
     References:
@@ -184,18 +186,20 @@ class mixture(_Plain):
     origins = ("data", "student")
     authors = ("student",)
 
-    def __init__(self, fraction: Any = 0.5):
+    def __init__(self, fraction: float | Spec = 0.5):
         if isinstance(fraction, int | float):
             check_fraction("fraction", fraction)
             if fraction == 1:
                 self.origins = ("student",)
             if fraction == 0:
                 self.origins, self.authors = ("data",), ()
-        else:
-            fraction = build(fraction, schedules)
-        self.fraction: Any = schedules.as_stateful(fraction)
+        self.fraction = schedules.as_stateful(
+            fraction if isinstance(fraction, int | float) else build(fraction, schedules)
+        )
         if self.fraction.init() != ():
-            raise ValueError("fraction needs a schedule of the step alone.")
+            raise ValueError(
+                f"fraction={fraction!r} follows the loss, but a fraction needs a schedule of the step alone."
+            )
 
     def choose(self, state: State, *, step: int, total: int, uniform: float, stored: int) -> Plan:
         fraction = check_number("fraction", float(jnp.float32(self.fraction((), step=jnp.asarray(step)))), 0.0, 1.0)

@@ -15,6 +15,7 @@ from kd_jax import sharding, storage
 from kd_jax.storage import remote
 from kd_jax.storage.checksum import checksums, digest
 
+Manager = ocp.CheckpointManager
 DAMAGED = "damaged"
 # The verdicts of a process on a checkpoint. The smallest verdict of all processes decides.
 UNKNOWN, BAD, GOOD = range(3)

@@ -1,4 +1,4 @@
-"""The teachers: one protocol for a model that runs beside the student and for a cache that was written before.
+"""The teachers: one protocol for a model that runs with the student, and for a cache that was written before the run.
 
 Code outside this package uses `as_teacher`, `for_terms` and `compare`, and never asks which kind of teacher it has. The
 kinds are `Online` (a model), `CachedHidden`, `CachedTopK` and `CachedSamples` (the three kinds of a cache), and

@@ -1,4 +1,4 @@
-"""Writes a teacher's cache: the manifest, the output matrix, and a record of each row's counted tokens."""
+"""Writes a teacher's cache: the manifest, the output matrix, and a record with the values of each row."""
 
 import errno
 import hashlib
@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -16,6 +15,7 @@ from kd_jax import data
 from kd_jax.storage import is_partial, storing, write_whole, writing_whole
 from kd_jax.storage.checksum import digest, file_digest
 from kd_jax.storage.directory import LOCK
+from kd_jax.storage.files import Json
 from kd_jax.storage.untrusted import clip, shown
 
 MANIFEST, HEAD, TOKENIZER = "manifest.json", "head.safetensors", "tokenizer"
@@ -23,25 +23,26 @@ TIED, UNTIED = "embed.embedding", "head.kernel"  # names of the output matrix, a
 VERSION = 2  # in version 1 the hash of a record did not depend on the teacher, and the output matrix had no hash
 # The header of a record: the row's index, the row's key, and the number of counted tokens.
 HEADER = np.dtype([("row", "<u8"), ("key", "u1", 16), ("count", "<u8")])
-# The largest values that a manifest may have.
+# The largest allowed values in a manifest.
 LARGEST = {"k": 2**16, "vocab_size": 2**24, "hidden_size": 2**20, "part_rows": 2**32}
-MAX_PARTS = 2**16  # the largest number of parts of a split, each of which is looked up on disk
-SHOWN = 20  # largest number of differences that a message lists
-Manifest = dict[str, Any]
+MAX_PARTS = 2**16  # the largest number of parts of a split; a reader checks that the file of each part exists
+SHOWN = 20  # the largest number of differences that a message lists
+Manifest = Json
+Fields = dict[str, tuple[np.dtype, tuple[int, ...]]]  # name of an array -> type and shape for one token
 
 
-def fields(manifest: Manifest) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+def fields(manifest: Manifest) -> Fields:
     """Returns the type and shape of each array for one token, by the name in a batch and in the order of a record."""
     k, ids = manifest["k"], np.dtype("<u2" if manifest["vocab_size"] <= 2**16 else "<u4")
     number = np.dtype("<f4")
-    known: dict[str, dict[str, Any]] = {
+    by_kind: dict[str, Fields] = {
         "hidden": {"teacher_hidden": (np.dtype("<u2"), (manifest["hidden_size"],))},  # the bits of bfloat16
         "top_k": {"teacher_ids": (ids, (k,)), "teacher_log_probs": (number, (k + 1,))},
         "samples": {
             "teacher_ids": (ids, (k,)), "teacher_weights": (number, (k,)), "teacher_entropy": (number, ()),
         },
     }  # fmt: skip
-    return known[manifest["kind"]]
+    return by_kind[manifest["kind"]]
 
 
 def fills(manifest: Manifest) -> dict[str, np.ndarray]:
@@ -49,31 +50,31 @@ def fills(manifest: Manifest) -> dict[str, np.ndarray]:
 
     The values are finite, because a loss may be computed over them. For top_k they are a distribution.
     """
-    found = {}
+    values = {}
     for name, (dtype, shape) in fields(manifest).items():
-        found[name] = np.zeros(shape, np.int32 if name == "teacher_ids" else dtype)
+        values[name] = np.zeros(shape, np.int32 if name == "teacher_ids" else dtype)
     if manifest["kind"] == "top_k":
-        found["teacher_ids"] += np.arange(manifest["k"], dtype=np.int32)
-        found["teacher_log_probs"] -= np.log(np.float32(manifest["k"] + 1))
-    return found
+        values["teacher_ids"] += np.arange(manifest["k"], dtype=np.int32)
+        values["teacher_log_probs"] -= np.log(np.float32(manifest["k"] + 1))
+    return values
 
 
 def identity(manifest: Manifest, split: str) -> bytes:
-    """Returns a hash of everything that decides a record's values: the teacher without its path, the tokenizer, and so on."""
-    beside = ("splits", "settings", "part_rows", "head_hash")  # these keys decide the rows and their files
-    what = {name: value for name, value in manifest.items() if name not in beside}
-    what["teacher"] = {name: value for name, value in manifest["teacher"].items() if name != "path"}
-    what["split"] = [split, float(manifest["splits"][split]["temperature"])]
-    return hashlib.blake2b(json.dumps(what, sort_keys=True).encode()).digest()
+    """Returns a hash of the teacher without the path, the tokenizer, and all else that decides a record's values."""
+    excluded = ("splits", "settings", "part_rows", "head_hash")  # these keys decide the rows and the files of the rows
+    content = {name: value for name, value in manifest.items() if name not in excluded}
+    content["teacher"] = {name: value for name, value in manifest["teacher"].items() if name != "path"}
+    content["split"] = [split, float(manifest["splits"][split]["temperature"])]
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode()).digest()
 
 
 def row_key(identity: bytes, row: np.ndarray, first_counted: int) -> bytes:
-    """Returns the hash of a row's tokens, the position of the first counted one, and the identity of the teacher."""
-    what = np.array([first_counted], "<i8").tobytes() + row.astype("<i4").tobytes() + identity
-    return hashlib.blake2b(what, digest_size=HEADER["key"].shape[0]).digest()
+    """Returns the hash of a row's tokens, the position of the first counted token, and the identity of the teacher."""
+    content = np.array([first_counted], "<i8").tobytes() + row.astype("<i4").tobytes() + identity
+    return hashlib.blake2b(content, digest_size=HEADER["key"].shape[0]).digest()
 
 
-def about_rows(rows: data.Rows) -> dict[str, Any]:
+def about_rows(rows: data.Rows) -> Json:
     """Returns the number of rows, the number of counted tokens, and a hash of all rows."""
     arrays = (array.astype("<i8").tobytes() for array in (rows.tokens, rows.offsets, rows.first_counted))
     tokens = sum(counted(rows, index) for index in range(len(rows)))
@@ -96,16 +97,16 @@ def differences(written: object, wanted: object, prefix: str = "") -> list[str]:
 
 
 def foreign(folder: Path) -> str:
-    """Returns a name in a folder without a manifest that no call of kd_jax can have written; '' if there is none."""
+    """Returns a name in a folder without a manifest that no call of kd_jax can have written; "" if there is none."""
     ours = rf"{re.escape(HEAD)}(\.partial-\d+)?|{re.escape(MANIFEST)}\.partial-\d+|{TOKENIZER}|{LOCK}"
-    there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    return next((name for name in there if not re.fullmatch(ours, name)), "")
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    return next((name for name in names if not re.fullmatch(ours, name)), "")
 
 
 def partials(folder: Path) -> list[Path]:
     """Returns the partial files of calls that were killed."""
-    found = [*folder.glob("*.partial-*"), *folder.glob("*/*.array_record.partial-*")]
-    return [path for path in found if is_partial(path)]
+    paths = [*folder.glob("*.partial-*"), *folder.glob("*/*.array_record.partial-*")]
+    return [path for path in paths if is_partial(path)]
 
 
 def part_sizes(count: int, part_rows: int) -> list[int]:
@@ -146,7 +147,7 @@ def write_part(path: Path, records: Iterable[bytes], kind: str) -> None:
         with storing(path):
             writer.close()
             if ArrayRecordReader(str(partial)).num_records() != count:
-                raise OSError(errno.ENOSPC, f"of {count} records not all are on the disk; is it full?")
+                raise OSError(errno.ENOSPC, f"fewer than the {count} records were written; the disk may be full")
 
 
 def record(
@@ -169,14 +170,14 @@ def record(
     for name, (dtype, shape) in fields(manifest).items():
         if values[name].shape != (header["count"], *shape):
             raise ValueError(
-                f"row {index}: {name} has the shape {values[name].shape}, not {(header['count'], *shape)}."
+                f"row {index}: {name} has the shape {values[name].shape}, but must have {(header['count'], *shape)}."
             )
         arrays.append(values[name].astype(dtype).tobytes())
     return header.tobytes() + b"".join(arrays)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest, whole or not at all."""
+    """Writes the manifest, completely or not at all."""
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
@@ -188,7 +189,7 @@ def write_head(folder: Path, name: str, matrix: np.ndarray) -> str:
 
 
 def write_tokenizer(folder: Path, tokenizer: data.Tokenizer) -> None:
-    """Writes the tokenizer, and its special ids, some of which only the model's configuration names."""
+    """Writes the tokenizer and the ids of the special tokens. Only the model's configuration names some of these ids."""
     tokenizer.save(folder / TOKENIZER)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_ids, "pad_token_id": tokenizer.pad_id}
     (folder / TOKENIZER / "generation_config.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Reads a teacher's cache: checks that the cache is complete, and reads a row's record when the row is needed."""
+"""Reads a teacher's cache: checks that the cache is complete, and reads the record of a row when the row is needed."""
 
 import dataclasses
 import functools
@@ -39,42 +39,45 @@ from kd_jax.teachers.cache_files import (
 from kd_jax.teachers.cached import CACHED, KINDS, Cached
 
 SPLITS = ("train", "held_out")
-OPEN_PARTS = 128  # number of files that are kept open for random reads
+OPEN_PARTS = 128  # the number of files that are kept open for random reads
+AGAIN = "write the cache again."  # the end of a message about a manifest that this version cannot read
 
 
 def check_manifest(path: Path, manifest: Manifest) -> None:
-    """Checks that a manifest has all keys that are read later, with the right types and ranges."""
+    """Checks that a manifest has all keys that are read later, with values of the right types and ranges.
+
+    Raises:
+      ValueError: a key is missing, or a value is wrong; the message has the path, the key and the value.
+    """
     kinds = {"head": str, "head_hash": str, "tokenizer": str, "template": str, "settings": dict, "splits": dict}
     for key, kind in (kinds | {"teacher": dict} | dict.fromkeys(LARGEST, int)).items():
         if type(value := manifest.get(key)) is not kind:
-            raise ValueError(
-                f"{path}: {key!r} is {shown(value)} and not of type {kind.__name__}; write the cache again."
-            )
+            raise ValueError(f"{path}: {key!r} is {shown(value)} and not of type {kind.__name__}; {AGAIN}")
     least = {"k": 0 if manifest["kind"] == "hidden" else 1}
     for key, largest in (LARGEST | {"k": min(LARGEST["k"], manifest["vocab_size"] - 1)}).items():
         if not (low := least.get(key, 1)) <= manifest[key] <= largest:
-            raise ValueError(
-                f"{path}: {key}={shown(manifest[key])} is out of range, {low} to {largest}; write the cache again."
-            )
+            raise ValueError(f"{path}: {key}={shown(manifest[key])} is out of range, {low} to {largest}; {AGAIN}")
     if manifest["head"] not in (TIED, UNTIED):
-        raise ValueError(f"{path}: there is no output matrix {shown(manifest['head'])}; write the cache again.")
+        raise ValueError(f"{path}: head={shown(manifest['head'])} is not {TIED!r} or {UNTIED!r}; {AGAIN}")
     if not isinstance(manifest["teacher"].get("path"), str):
-        raise ValueError(f"{path}: the teacher has no path; write the cache again.")
+        raise ValueError(f"{path}: the key 'teacher' has no text 'path'; {AGAIN}")
     if set(manifest["splits"]) - set(SPLITS):
-        raise ValueError(
-            f"{path}: it has the splits {shown(list(manifest['splits']))}, not {SPLITS}; write the cache again."
-        )
+        raise ValueError(f"{path}: the splits are {shown(list(manifest['splits']))} and not {SPLITS}; {AGAIN}")
     for split in SPLITS:
         about = manifest["splits"].get(split)
-        if not isinstance(about, dict) or {"rows", "tokens", "hash", "temperature"} - about.keys():
-            raise ValueError(f"{path}: the split {split!r} is not described; write the cache again.")
+        if not isinstance(about, dict) or (missing := {"rows", "tokens", "hash", "temperature"} - about.keys()):
+            keys = "" if not isinstance(about, dict) else f", which lacks {', '.join(sorted(missing))}"
+            raise ValueError(f"{path}: the split {split!r} is {shown(about)}{keys}; {AGAIN}")
         if type(about["rows"]) is not int or not 1 <= about["rows"] <= MAX_PARTS * manifest["part_rows"]:
             raise ValueError(
-                f"{path}: the split {split!r} has {shown(about['rows'])} rows, in parts of {manifest['part_rows']}; at most "
-                f"{MAX_PARTS} parts are read; choose another --part_rows."
+                f"{path}: the split {split!r} has {shown(about['rows'])} rows in parts of {manifest['part_rows']}, but there may "
+                f"be from 1 to {MAX_PARTS} parts; choose another --part_rows."
             )
         if not isinstance(temperature := about["temperature"], int | float) or not 0 < temperature < 1e9:
-            raise ValueError(f"{path}: the split {split!r} has the temperature {shown(temperature)}.")
+            raise ValueError(
+                f"{path}: the split {split!r} has the temperature {shown(temperature)}, but a temperature is above 0 and below "
+                f"1e9; {AGAIN}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Cache:
 
     Attributes:
       folder: the folder of the cache.
-      manifest: the manifest: the inputs from which the cache was made.
+      manifest: the inputs from which the cache was made.
     """
 
     folder: Path
@@ -98,19 +101,19 @@ class Cache:
         """
         if not (folder / MANIFEST).exists():
             raise ValueError(
-                f"{folder} has no {MANIFEST}: it is no cache that python -m kd_jax.cache_teacher has written."
+                f"{folder} has no {MANIFEST}, so it is no cache that python -m kd_jax.cache_teacher has written."
             )
         manifest = read_json(folder / MANIFEST)
         if manifest.get("version") != VERSION or manifest.get("kind") not in KINDS:
             raise ValueError(
-                f"{folder / MANIFEST} has version {shown(manifest.get('version'))} and kind {shown(manifest.get('kind'))}; this "
-                f"kd_jax reads version {VERSION} of {', '.join(KINDS)}. Write the cache again."
+                f"{folder / MANIFEST} has version {shown(manifest.get('version'))} and kind {shown(manifest.get('kind'))}, but this "
+                f"kd_jax reads version {VERSION} of the kinds {', '.join(KINDS)}; {AGAIN}"
             )
         check_manifest(folder / MANIFEST, manifest)
         if missing := missing_parts(folder, manifest):
             raise ValueError(
-                f"{folder} is not complete: {len(missing)} of its parts are missing, the first one "
-                f"{part_path(folder, *missing[0])}. The command that began it goes on where it was stopped."
+                f"{folder} is not complete: {len(missing)} parts are missing, the first is {part_path(folder, *missing[0])}. "
+                f"Repeat the command that began the cache; it writes only the missing parts."
             )
         return cls(folder, manifest)
 
@@ -125,7 +128,9 @@ class Cache:
         return CACHED[self.kind](self.manifest["head"] == TIED, self.manifest["teacher"]["path"])
 
     def load_params(self, mesh: jax.sharding.Mesh, layout: str) -> dict[str, dict[str, jax.Array]]:
-        """Returns the output matrix on the mesh, in a tree like a model's; {} if the cache has no hidden states.
+        """Returns a tree with the output matrix, placed on the mesh; {} if the cache has no hidden states.
+
+        The tree has the structure of a model's parameters.
 
         Args:
           mesh: the mesh of the run.
@@ -137,7 +142,7 @@ class Cache:
         group, leaf = name.split(".")
         try:
             if not path.is_file() or file_digest(path) != self.manifest["head_hash"]:
-                raise ValueError(f"{path}: this is not the output matrix that was written; write the cache again.")
+                raise ValueError(f"{path} is missing, or has other content than was written; {AGAIN}")
             check_header(path)
             with safe_open(path, framework="numpy") as file:
                 matrix = file.get_slice(name)
@@ -145,24 +150,25 @@ class Cache:
                 width, vocabulary = shape[::-1] if name == TIED else shape
                 if width != self.manifest["hidden_size"] or vocabulary < self.manifest["vocab_size"]:
                     raise ValueError(
-                        f"{path}: the output matrix has the shape {shape}, which fits no hidden state here."
+                        f"{path}: the output matrix has the shape {shape}, which does not fit hidden_size="
+                        f"{self.manifest['hidden_size']} and vocab_size={self.manifest['vocab_size']}; {AGAIN}"
                     )
                 tree = {group: {leaf: jax.ShapeDtypeStruct(shape, jnp.float32)}}
                 placed = sharding.tree_shardings(mesh, tree, layout)
                 array = jax.make_array_from_callback(shape, placed[group][leaf], lambda index: matrix[index])
                 return {group: {leaf: array}}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: the output matrix {name!r} cannot be read ({error}); write it again.") from error
+            raise ValueError(f"{path}: the output matrix {name!r} cannot be read ({error}); {AGAIN}") from error
 
     def absent(self) -> "Absent":
-        """Returns the values beside rows that no cache has."""
+        """Returns the `data.Beside` of rows for which the cache has no values."""
         return Absent(fills(self.manifest))
 
     def refusal(self, lines: list[str]) -> str:
         """Returns the error message for a cache that does not fit the run."""
         return (
-            f"the cache teacher.cache={str(self.folder)!r} does not fit this run. Write another one with python -m "
-            f"kd_jax.cache_teacher, or take these back:\n  " + "\n  ".join(lines[:SHOWN])
+            f"the cache teacher.cache={str(self.folder)!r} does not fit this run. Write another cache with python -m "
+            f"kd_jax.cache_teacher, or undo these changes:\n  " + "\n  ".join(lines[:SHOWN])
         )
 
 
@@ -178,7 +184,7 @@ class Absent:
 
 
 class Kept:
-    """A `data.Beside` of a cache, which reads the record of a row when needed and checks that it belongs to that row."""
+    """A `data.Beside` of a cache. It reads the record of a row when needed, and checks that the record is of that row."""
 
     def __init__(self, cache: Cache, split: str, rows: data.Rows):
         self.fills = fills(cache.manifest)
@@ -198,8 +204,8 @@ class Kept:
             return self._decode(self._open(part).read([place])[0], index)
         except (RuntimeError, IndexError, ValueError) as error:
             raise ValueError(
-                f"{path}: the record of row {index} is damaged ({error}). Delete this file, and python -m kd_jax.cache_teacher "
-                f"with the options of before writes it again."
+                f"{path}: the record of row {index} is damaged ({error}). Delete this file, and repeat the command that wrote "
+                f"the cache."
             ) from error
 
     def _open_part(self, part: int) -> ArrayRecordReader:
@@ -209,24 +215,25 @@ class Kept:
         )
         sizes = part_sizes(self._cache.manifest["splits"][self._split]["rows"], self._cache.manifest["part_rows"])
         if reader.num_records() != sizes[part]:
-            raise ValueError(f"the file has {reader.num_records()} records in place of {sizes[part]}")
+            raise ValueError(f"the file has {reader.num_records()} records instead of {sizes[part]}")
         return reader
 
     def _decode(self, content: bytes, index: int) -> dict[str, np.ndarray]:
         rows, count = self._rows, counted(self._rows, index)
         if len(content) < HEADER.itemsize:
-            raise ValueError(f"it has {len(content)} bytes")
-        header, start, found = np.frombuffer(content, HEADER, 1)[0], HEADER.itemsize, {}
+            raise ValueError(f"the record has {len(content)} bytes, fewer than a header's {HEADER.itemsize}")
+        header, start = np.frombuffer(content, HEADER, 1)[0], HEADER.itemsize
         expected = row_key(self._identity, rows[index], int(rows.first_counted[index]))
         if header["row"] != index or header["key"].tobytes() != expected:
-            raise ValueError(f"it is row {header['row']}'s, of other tokens or of another cache")
+            raise ValueError(f"the record belongs to row {header['row']} of other tokens or of another cache")
         shapes = {name: (count, *shape) for name, (_, shape) in self._fields.items()}
         size = start + sum(math.prod(shapes[name]) * dtype.itemsize for name, (dtype, _) in self._fields.items())
         if len(content) != size:
-            raise ValueError(f"it has {len(content)} bytes in place of {size}")
+            raise ValueError(f"the record has {len(content)} bytes instead of {size}")
+        arrays = {}
         for name, (dtype, _) in self._fields.items():
-            values = np.frombuffer(content, dtype, math.prod(shapes[name]), start).reshape(shapes[name])
-            start, found[name] = start + values.nbytes, values
-        if "teacher_ids" in found and found["teacher_ids"].max(initial=0) >= self._cache.manifest["vocab_size"]:
-            raise ValueError("it has ids beyond the vocabulary")
-        return found
+            arrays[name] = np.frombuffer(content, dtype, math.prod(shapes[name]), start).reshape(shapes[name])
+            start += arrays[name].nbytes
+        if "teacher_ids" in arrays and arrays["teacher_ids"].max(initial=0) >= self._cache.manifest["vocab_size"]:
+            raise ValueError("the record has ids beyond the vocabulary")
+        return arrays

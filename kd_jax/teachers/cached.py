@@ -1,27 +1,27 @@
-"""Teachers whose distributions were stored before the run, and the mathematics of what is stored.
+"""Teachers whose distributions were stored before the run, and the mathematics of the stored values.
 
-A batch brings the stored arrays at the counted tokens. Each kind of a cache is one class.
+A batch has the stored arrays at the counted tokens. Each kind of a cache is one class.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from kd_jax.models import sampling
 from kd_jax.objectives import Term
 from kd_jax.storage.untrusted import clip
 from kd_jax.teachers.protocol import NoTeacher, Outputs, Teacher, distances
 
-BLOCK = 256  # A draw first chooses a block of this many ids, and then an id in the block.
+BLOCK = 256  # the number of ids in a block; a draw first chooses a block, and then an id in the block
 
 
 class Draws(NamedTuple):
-    """Tokens that were sampled from the teacher. Their ids are stored elsewhere.
+    """Tokens that were sampled from the teacher, without their ids.
 
     Attributes:
       weights: the weight of each sampled token.
@@ -34,7 +34,7 @@ class Draws(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cached(Teacher):
-    """A teacher that read every row before the run. The subclasses say which arrays were stored.
+    """A teacher that read every row before the run. Each subclass stands for one kind of stored arrays.
 
     Attributes:
       tied: True if the output matrix of a cache of hidden states is the tied embedding [V, D].
@@ -50,9 +50,9 @@ class Cached(Teacher):
         return NoTeacher()
 
     def described(self, path: str) -> str:
-        """Returns the kind of the cache, and the path of its teacher if the config has another one, which is not read."""
+        """Returns the kind of the cache, and the path of the cache's teacher if the config has another path."""
         other = f" (of {clip(self.path)}; teacher.path={path} is not read)" if path not in ("", self.path) else ""
-        return f"teacher's {self.kind} from its cache{other}, without texts and KLs on the student's own"
+        return f"teacher's {self.kind} from a cache{other}, without the teacher's texts and without KLs on student text"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +61,10 @@ class CachedHidden(Cached):
 
     kind: ClassVar[str] = "hidden"
 
-    def outputs(self, params: Any, batch: Mapping[str, Array]) -> Outputs:
+    def outputs(self, params: PyTree, batch: Mapping[str, Array]) -> Outputs:
         """Returns the stored hidden states, and the stored output matrix from `params`.
 
-        A batch has the bits of the hidden states, because NumPy cannot hold and save bfloat16.
+        A batch has the bits of the hidden states as integers, because NumPy has no bfloat16.
         """
         hidden = jax.lax.bitcast_convert_type(batch["teacher_hidden"], jnp.bfloat16)
         return Outputs(hidden, params["embed"]["embedding"] if self.tied else params["head"]["kernel"], self.tied)
@@ -72,68 +72,68 @@ class CachedHidden(Cached):
 
 @dataclasses.dataclass(frozen=True)
 class CachedTopK(Cached):
-    """The teacher's k likeliest tokens, and the mass of all others as one more outcome."""
+    """The teacher's k likeliest tokens, and the mass of all other tokens as one more outcome."""
 
     kind: ClassVar[str] = "top_k"
     measures: ClassVar[tuple[str, ...]] = (
         "coarse_forward_kl", "coarse_reverse_kl", "coarse_total_variation", "top1_agreement",
     )  # fmt: skip
 
-    def outputs(self, params: Any, batch: Mapping[str, Array]) -> Outputs:
+    def outputs(self, params: PyTree, batch: Mapping[str, Array]) -> Outputs:
         """Returns the stored ids and log-probabilities as extras."""
         return Outputs(None, None, extras=(batch["teacher_ids"], batch["teacher_log_probs"]))
 
-    def see(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[Any, Array]:
-        """Returns both distributions over the k tokens and all others, [..., k + 1]."""
+    def see(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[Array, Array]:
+        """Returns both distributions over the k tokens and the outcome of all other tokens, [..., k + 1]."""
         ids, log_probs = extras
         return log_probs, coarsen(log_q, ids)
 
-    def measure(self, ours: Any, seen: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
-        """Returns the distances over the k + 1 outcomes. They are at most the distances of the whole distributions."""
+    def measure(self, ours: Array, seen: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
+        """Returns the distances over the k + 1 outcomes, which are at most the distances of the whole distributions."""
         return (*distances(ours, seen), seen[..., 0] == log_q.max(axis=-1))  # the first stored token is the likeliest
 
 
 @dataclasses.dataclass(frozen=True)
 class CachedSamples(Cached):
-    """Tokens that were sampled from the teacher, with their weights. They are enough for KL(p || q) only."""
+    """Tokens that were sampled from the teacher, with their weights, which suffice for KL(p || q) only."""
 
     kind: ClassVar[str] = "samples"
     measures: ClassVar[tuple[str, ...]] = ("sampled_forward_kl",)
 
-    def outputs(self, params: Any, batch: Mapping[str, Array]) -> Outputs:
+    def outputs(self, params: PyTree, batch: Mapping[str, Array]) -> Outputs:
         """Returns the sampled ids, their weights, and the entropies as extras."""
         return Outputs(
             None, None, extras=tuple(batch[f"teacher_{name}"] for name in ("ids", "weights", "entropy"))
         )  # fmt: skip
 
-    def see(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[Any, Array]:
+    def see(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[Draws, Array]:
         """Returns the `Draws`, and the student's log-probabilities of the sampled tokens, [..., k]."""
         ids, *weights_and_entropy = extras
         return Draws(*weights_and_entropy), jnp.take_along_axis(log_q, ids, axis=-1, mode="clip")
 
     def terms(self, terms: Sequence[Term]) -> tuple[Term, ...]:
         """Returns the terms with `sampled_forward_kl` as the loss of each term that needs the teacher."""
-        drawn = lambda draws, seen, *rest: sampled_forward_kl(draws, seen)
-        return tuple(dataclasses.replace(term, loss=drawn) if term.needs_teacher else term for term in terms)
+        loss = lambda draws, seen, *rest: sampled_forward_kl(draws, seen)
+        return tuple(dataclasses.replace(term, loss=loss) if term.needs_teacher else term for term in terms)
 
-    def measure(self, ours: Any, seen: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
+    def measure(self, ours: Draws, seen: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
         """Returns `sampled_forward_kl`, whose expected mean is the mean of KL(p || q)."""
         return (sampled_forward_kl(ours, seen),)
 
 
-CACHED: dict[str, type[Cached]] = {which.kind: which for which in (CachedHidden, CachedTopK, CachedSamples)}
+CACHED: dict[str, type[Cached]] = {cached.kind: cached for cached in (CachedHidden, CachedTopK, CachedSamples)}
 KINDS = tuple(CACHED)
 
 
 def coarsen(log_q: Float[Array, "*batch V"], ids: Int[Array, "*batch k"]) -> Float[Array, "*batch k+1"]:
     """Returns the log-probabilities of k different ids and, as one more outcome, of all other ids together.
 
-    The mass of the other ids is summed. One minus the mass of the k ids would be only rounding error where the k ids
-    have nearly all of the mass.
+    The mass of the other ids is summed, because one minus the mass of the k ids would be only rounding error if the k
+    ids have nearly all of the mass.
 
     Args:
       log_q: log-probabilities, normalised over the last axis.
-      ids: different ids of the vocabulary, fewer than the vocabulary has.
+      ids: different ids of the vocabulary, fewer than all ids.
 
     Returns:
       Log-probabilities, normalised over the last axis.
@@ -143,9 +143,9 @@ def coarsen(log_q: Float[Array, "*batch V"], ids: Int[Array, "*batch k"]) -> Flo
       >>> jnp.exp(coarsen(log_q, jnp.array([2, 0]))).round(3).tolist()
       [0.30000001192092896, 0.5, 0.20000000298023224]
     """
-    some = jnp.take_along_axis(log_q, ids, axis=-1, mode="clip")
+    chosen = jnp.take_along_axis(log_q, ids, axis=-1, mode="clip")
     others = jnp.put_along_axis(log_q, ids, -jnp.inf, axis=-1, inplace=False, mode="clip")
-    return jnp.concatenate([some, jax.nn.logsumexp(others, axis=-1, keepdims=True)], axis=-1)
+    return jnp.concatenate([chosen, jax.nn.logsumexp(others, axis=-1, keepdims=True)], axis=-1)
 
 
 def sampled_forward_kl(draws: Draws, log_q: Float[Array, "*batch k"]) -> Float[Array, "*batch"]:
@@ -172,10 +172,11 @@ def sampled_forward_kl(draws: Draws, log_q: Float[Array, "*batch k"]) -> Float[A
 
 
 def draw(log_p: Array, uniform: Array, power: float = 1.0) -> dict[str, Array]:
-    """Samples tokens from a normalised power of p, with weights that make the weighted mean over samples the mean under p.
+    """Samples tokens from a normalised power of p, with weights for means under p.
 
-    Each sample chooses a block of ids, and then an id in the block. A running sum of probabilities over the whole
-    vocabulary would lose the small probabilities to rounding.
+    The expected weighted sum over the tokens of a function is the function's mean under p. Each sample chooses a block
+    of ids, and then an id in the block. A running sum of probabilities over the whole vocabulary would lose the small
+    probabilities to rounding.
 
     Args:
       log_p: the log-probabilities [..., V], normalised.
@@ -187,8 +188,8 @@ def draw(log_p: Array, uniform: Array, power: float = 1.0) -> dict[str, Array]:
     """
     log_t = log_p if power == 1 else jax.nn.log_softmax(power * log_p, axis=-1)
     width = min(BLOCK, log_p.shape[-1])
-    more = [(0, 0)] * (log_p.ndim - 1) + [(0, -log_p.shape[-1] % width)]
-    blocks = jnp.pad(jnp.exp(log_t), more).reshape(*log_p.shape[:-1], -1, width)
+    padding = [(0, 0)] * (log_p.ndim - 1) + [(0, -log_p.shape[-1] % width)]
+    blocks = jnp.pad(jnp.exp(log_t), padding).reshape(*log_p.shape[:-1], -1, width)
     block = _at_share(blocks.sum(axis=-1)[..., None, :], uniform[..., 0])
     inside = jnp.take_along_axis(blocks, block[..., None], axis=-2)
     ids = block * width + _at_share(inside, uniform[..., 1])
@@ -213,7 +214,7 @@ def merged(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     order = np.argsort(drawn["teacher_ids"], axis=-1, kind="stable")
     ids, weights = (np.take_along_axis(drawn[f"teacher_{name}"], order, axis=-1) for name in ("ids", "weights"))
     place = np.cumsum(np.diff(ids, axis=-1, prepend=ids[:, :1]) != 0, axis=-1)
-    found = {"teacher_ids": np.zeros_like(ids), "teacher_weights": np.zeros_like(weights)}
-    np.put_along_axis(found["teacher_ids"], place, ids, axis=-1)
-    np.add.at(found["teacher_weights"], (np.arange(len(ids))[:, None], place), weights)
-    return drawn | found
+    new_ids, new_weights = np.zeros_like(ids), np.zeros_like(weights)
+    np.put_along_axis(new_ids, place, ids, axis=-1)
+    np.add.at(new_weights, (np.arange(len(ids))[:, None], place), weights)
+    return drawn | {"teacher_ids": new_ids, "teacher_weights": new_weights}

@@ -1,10 +1,10 @@
 """Runs a student and a teacher on the same batch, and computes a loss of their next-token distributions without logits."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import jax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from kd_jax.head_loss import token_sum
 from kd_jax.objectives import Term
@@ -14,7 +14,7 @@ from kd_jax.teachers.protocol import NoTeacher, Teacher
 
 
 def as_teacher(teacher: Teacher | HiddenModel | None) -> Teacher:
-    """Returns a model as an `Online` teacher, None as `NoTeacher`, and a teacher as it is."""
+    """Returns an `Online` teacher for a model, `NoTeacher` for None, and a teacher unchanged."""
     if teacher is None:
         return NoTeacher()
     return cast(Teacher, teacher) if hasattr(teacher, "outputs") else Online(cast(HiddenModel, teacher))
@@ -27,15 +27,19 @@ def for_terms(teacher: Teacher | HiddenModel | None, terms: Sequence[Term]) -> T
       ValueError: a term needs a teacher, and there is none.
     """
     names = ", ".join(term.name for term in terms if term.needs_teacher)
-    found = as_teacher(teacher) if names else NoTeacher()
-    if names and found == NoTeacher():
-        raise ValueError(f"the terms {names} compare with a teacher, but teacher.path is empty; name its folder.")
-    return found
+    if not names:
+        return NoTeacher()
+    teacher = as_teacher(teacher)
+    if teacher == NoTeacher():
+        raise ValueError(
+            f"the terms {names} compare with a teacher, but teacher.path is empty; set the teacher's folder."
+        )
+    return teacher
 
 
 def compare(
-    token_loss: Callable[..., Array], student: HiddenModel, params: Any, teacher: Teacher | HiddenModel | None,
-    teacher_params: Any, batch: dict[str, Array], coefficient: Array, *extras: Array, vocab_size: int,
+    token_loss: Callable[..., Array], student: HiddenModel, params: PyTree, teacher: Teacher | HiddenModel | None,
+    teacher_params: PyTree, batch: dict[str, Array], coefficient: Array, *extras: Array, vocab_size: int,
     temperature: float = 1.0, chunk: int | None = None, mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Returns `head_loss.token_sum` of both models on a batch.
@@ -56,15 +60,15 @@ def compare(
     """
     teacher = as_teacher(teacher)
     params = for_lookup(mesh, params)
-    of_teacher = teacher.outputs(for_lookup(mesh, teacher_params), batch)
+    outputs = teacher.outputs(for_lookup(mesh, teacher_params), batch)
     head, tied = student.stored_head(params)
-    count = len(of_teacher.extras)
+    count = len(outputs.extras)
 
     def loss(log_p: Array | None, log_q: Array, *rest: Array) -> Array:
         return token_loss(*teacher.see(log_p, log_q, *rest[:count]), log_q, *rest[count:])
 
     return token_sum(
-        loss, student.hidden(params, batch["tokens"], batch["mask"]), head, of_teacher.hidden, of_teacher.head,
-        coefficient, *of_teacher.extras, *extras, chunk=chunk, tied=(tied, of_teacher.tied), vocab_size=vocab_size,
+        loss, student.hidden(params, batch["tokens"], batch["mask"]), head, outputs.hidden, outputs.head, coefficient,
+        *outputs.extras, *extras, chunk=chunk, tied=(tied, outputs.tied), vocab_size=vocab_size,
         temperature=temperature, mesh=mesh,
     )  # fmt: skip

@@ -1,11 +1,11 @@
-"""A teacher that is a model, and reads each batch when the student does."""
+"""A teacher that is a model and reads each batch at the same time as the student."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from kd_jax.teachers.protocol import Outputs, Teacher
 
@@ -13,15 +13,15 @@ from kd_jax.teachers.protocol import Outputs, Teacher
 class HiddenModel(Protocol):
     """The part of `models.Model` that a comparison needs. Only `Online.described` calls `abstract_params`."""
 
-    def hidden(self, params: Any, tokens: Array, mask: Array | None = None) -> Float[Array, "B L D"]:
+    def hidden(self, params: PyTree, tokens: Array, mask: Array | None = None) -> Float[Array, "B L D"]:
         """Returns the hidden states after the final norm."""
         ...
 
-    def stored_head(self, params: Any) -> tuple[Array, bool]:
+    def stored_head(self, params: PyTree) -> tuple[Array, bool]:
         """Returns the output matrix as it is stored, and True if the matrix is the tied embedding."""
         ...
 
-    def abstract_params(self) -> Any:
+    def abstract_params(self) -> PyTree:
         """Returns the shapes of the parameters."""
         ...
 
@@ -36,7 +36,7 @@ class Online(Teacher):
 
     model: HiddenModel
 
-    def outputs(self, params: Any, batch: Mapping[str, Array]) -> Outputs:
+    def outputs(self, params: PyTree, batch: Mapping[str, Array]) -> Outputs:
         """Returns the model's hidden states for the batch's tokens, and its output matrix."""
         return Outputs(self.model.hidden(params, batch["tokens"], batch["mask"]), *self.model.stored_head(params))
 

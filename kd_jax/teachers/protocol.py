@@ -1,11 +1,11 @@
-"""The protocol of a teacher, and the teacher of a run that has none."""
+"""The protocol of a teacher, and the teacher of a run without a teacher."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from kd_jax.divergences import forward_kl, reverse_kl, total_variation
 from kd_jax.objectives import Term
@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
 
 
 class Teacher(Protocol):
-    """The distributions with which a student is compared. The methods below are those of a teacher with hidden states.
+    """The distributions with which a student is compared. The bodies below are for a teacher with hidden states.
 
     A teacher is hashable, so `jax.jit` can close over it or take it as a static argument.
 
@@ -40,7 +40,7 @@ class Teacher(Protocol):
 
     measures: ClassVar[tuple[str, ...]] = ("forward_kl", "reverse_kl", "total_variation", "top1_agreement")
 
-    def outputs(self, params: Any, batch: Mapping[str, Array]) -> Outputs:
+    def outputs(self, params: PyTree, batch: Mapping[str, Array]) -> Outputs:
         """Returns the teacher's outputs for a batch.
 
         Args:
@@ -49,8 +49,8 @@ class Teacher(Protocol):
         """
         ...
 
-    def see(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[Any, Array]:
-        """Returns the two sides of a comparison, over the outcomes that the teacher knows.
+    def see(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[PyTree, Array]:
+        """Returns the two sides of a comparison, over the outcomes for which the teacher has probabilities.
 
         Args:
           log_p: the log-probabilities from the teacher's hidden states; None if the teacher has none.
@@ -66,7 +66,7 @@ class Teacher(Protocol):
         """Returns the terms of an objective with losses of the two sides that `see` returns."""
         return tuple(terms)
 
-    def measure(self, ours: Any, seen: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
+    def measure(self, ours: PyTree, seen: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
         """Returns the distances for an evaluation, one value per token for each name in `measures`.
 
         Args:
@@ -78,7 +78,7 @@ class Teacher(Protocol):
         return (*distances(ours, seen), same)
 
     def on_new_text(self) -> "Teacher":
-        """Returns the teacher for rows that are not in the dataset, such as the student's own text."""
+        """Returns the teacher for rows that are not in the dataset, such as text that the student writes."""
         return self
 
     def described(self, path: str) -> str:
@@ -92,15 +92,15 @@ class Teacher(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class NoTeacher(Teacher):
-    """The teacher of a run that compares with none. The teacher's side of a comparison is None."""
+    """The teacher of a run without a teacher. The teacher's side of a comparison is None."""
 
     measures: ClassVar[tuple[str, ...]] = ()
 
-    def outputs(self, params: Any, batch: Mapping[str, Array]) -> Outputs:
+    def outputs(self, params: PyTree, batch: Mapping[str, Array]) -> Outputs:
         """Returns outputs without any array."""
         return Outputs(None, None)
 
-    def measure(self, ours: Any, seen: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
+    def measure(self, ours: PyTree, seen: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
         """Returns an empty tuple."""
         return ()
 
@@ -115,5 +115,5 @@ def distances(log_p: Array, log_q: Array) -> tuple[Array, Array, Array]:
 
 
 def teacher_arrays(batch: Mapping[str, T]) -> dict[str, T]:
-    """Returns the arrays of a batch that a cache gave for the teacher. Their names begin with teacher_."""
+    """Returns the arrays of a batch that are from a teacher's cache. Their names begin with teacher_."""
     return {name: array for name, array in batch.items() if name.startswith("teacher_")}

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,13 +13,14 @@ from kd_jax import metrics, sharding, storage
 from kd_jax.run import Run, build, identity, quantisation, results, summary
 from kd_jax.settings import Settings
 from kd_jax.storage import checkpoint, directory, remote
+from kd_jax.storage.files import Json
 from kd_jax.train import loop
 from kd_jax.train_step import TrainState
 
 __all__ = ["Run", "build", "train"]
 
 
-def train(config: ConfigDict | Settings, workdir: str, quiet: bool = False) -> dict[str, Any]:
+def train(config: ConfigDict | Settings, workdir: str, quiet: bool = False) -> Json:
     """Trains and evaluates a student, and writes all results to `workdir`.
 
     The results are metrics, checkpoints, a report page, plots, samples and the student's folder. A second call on the
@@ -29,16 +29,15 @@ def train(config: ConfigDict | Settings, workdir: str, quiet: bool = False) -> d
 
     Args:
       config: a config with the keys of `kd_jax.settings`.
-      workdir: the run's folder, a path or an address such as gs://bucket/run; made if it does not exist.
+      workdir: the run's folder, a path or an address such as gs://bucket/run; created if the folder does not exist.
       quiet: whether to print only warnings and errors.
 
     Returns:
       The dict of `results.finish`: {"teacher": ..., "before": ..., "after": ...}, each a result of `Run.evaluate`.
 
     Raises:
-      ValueError: before anything is written, if the config is wrong, or if the directory is in use or belongs to
-        another config or to other contents of the files that the config names (see `run.identity`); or if all
-        checkpoints are damaged.
+      ValueError: the config is wrong; the directory is in use, or belongs to another config or to other contents of the
+        files that the config names (see `run.identity`); nothing is written then. Or all checkpoints are damaged.
       FloatingPointError: a loss or a gradient is not finite.
       loop.Stopped: SIGTERM or a preemption notice arrived, and the state is saved, or there was nothing to save.
       loop.Interrupted: a KeyboardInterrupt; Ctrl-C was pressed, and the state is saved, or there was nothing to save.
@@ -47,21 +46,20 @@ def train(config: ConfigDict | Settings, workdir: str, quiet: bool = False) -> d
     with storage.room(workdir), loop.Notices() as notices, contextlib.ExitStack() as stack:
         copied = remote.work_directory(workdir, jax.process_count(), writes=first)
         workdir, place = stack.enter_context(copied)  # for an address, `workdir` is now a local folder
-        sharding.barrier(
-            "the work directory is here"
-        )  # no process reads the folder before the first process has the copy
+        # No process reads the folder before the first process has the copy.
+        sharding.barrier("the work directory is copied")
         stack.enter_context(notices.raised())  # this block ends before the last copy to the address
-        is_there = epath.Path(workdir).is_dir()
+        exists = epath.Path(workdir).is_dir()
         directory.check(workdir, resolved)  # checked first, so that no lock file is left in a folder of another program
-        if first and is_there:
+        if first and exists:
             stack.enter_context(directory.alone(workdir))  # the lock is taken before any slow work
             directory.check(workdir, resolved)
         settings = Settings.parse(config)
         identity.check(workdir, settings)  # checked before anything is built from changed contents
         run = build(config)
-        # this also checks the teacher's responses, which are read or written anew
+        # This check includes the teacher's responses, which `build` has read or sampled.
         identity.check(workdir, settings, run.written)
-        if first and not is_there:
+        if first and not exists:
             stack.enter_context(directory.alone(workdir))
             directory.check(workdir, resolved)  # another process may have made the folder since the first check
         rounding = quantisation.error(run)
@@ -78,7 +76,9 @@ def train(config: ConfigDict | Settings, workdir: str, quiet: bool = False) -> d
             state, damaged = checkpoint.restore(manager, run.abstract_state, run.feed)
             state = _allowed(state, settings.max_skipped)
             for line in damaged:
-                metrics.tqdm.write(f"{line}; it is put aside, and the run goes on from step {int(state.step)}.")
+                metrics.tqdm.write(
+                    f"{line}; the checkpoint is renamed, and the run resumes from step {int(state.step)}."
+                )
         if first and not quiet:
             metrics.tqdm.write("\n".join([summary.of(run, state), *summary.too_long(run)]))
             if rounding:

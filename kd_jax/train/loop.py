@@ -5,9 +5,10 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from types import FrameType
+from typing import Self
 
 import jax
 import numpy as np
@@ -18,10 +19,14 @@ from kd_jax.prefixes import rollouts
 from kd_jax.run import Run, nonfinite, results, speed
 from kd_jax.run.rows import show
 from kd_jax.storage import checkpoint, remote
-from kd_jax.train_step import TrainState
+from kd_jax.train_step import Metrics, TrainState
 
 STOPPED = 75  # the exit code EX_TEMPFAIL of sysexits.h: a temporary end, after which the call can be repeated
-Pending = list[tuple[int, Any, Any]]  # step, metrics on the devices, this process's rows of the batch
+# Steps whose metrics are not read yet: step, metrics on the devices, this process's rows of the batch.
+Pending = list[tuple[int, Metrics, dict[str, np.ndarray]]]
+
+
+Handler = Callable[[int, FrameType | None], object] | int | None  # of a signal
 
 
 class Stopped(SystemExit):
@@ -46,34 +51,35 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, step: int | None = None):
-        super().__init__("nothing was to be saved" if step is None else f"step {step} is saved; the same call goes on")
+        super().__init__(
+            "there was nothing to save" if step is None else f"step {step} is saved; the same call resumes the run"
+        )
         self.step = step
 
 
 class Notices:
-    """Handles SIGTERM and Ctrl-C while the block lasts.
+    """Handles SIGTERM and Ctrl-C inside a `with` statement.
 
-    A notice is recorded, so that the loop stops after the current step. Where there is nothing to save, the notice
-    raises an exception at once. With several processes, JAX's own service handles SIGTERM: the processes agree on a
-    step, and the service ends nothing by itself. The first Ctrl-C is passed to that service as SIGTERM. A second Ctrl-C
-    raises at once.
+    A notice is recorded, so that the loop stops after the current step. If there is nothing to save, the notice raises
+    an exception at once. With several processes, JAX's own service handles SIGTERM: the processes agree on a step, and
+    the service ends no process. The first Ctrl-C is passed to that service as SIGTERM. A second Ctrl-C raises at once.
     """
 
     def __init__(self) -> None:
-        self._told = self._interrupted = self._raises = False
-        self._before: dict[int, Any] = {}
+        self._noticed = self._interrupted = self._raises = False
+        self._previous_handlers: dict[int, Handler] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
             return self
         if not jax.distributed.is_initialized():
-            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._tell)
+            self._previous_handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._notice)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # SIGINT is ignored in a background job
-            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+            self._previous_handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     @contextlib.contextmanager
@@ -96,17 +102,17 @@ class Notices:
         """Returns whether the run should stop after a step."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._told
+        return self._noticed
 
     def ended(self, step: int | None = None) -> Stopped | Interrupted:
         """Returns the exception to raise after the step is saved."""
         return Interrupted(step) if self._interrupted else Stopped(step)
 
-    def _tell(self, *_: Any) -> None:
-        self._told = True
+    def _notice(self, *_: object) -> None:
+        self._noticed = True
         self._raise()
 
-    def _interrupt(self, *_: Any) -> None:
+    def _interrupt(self, *_: object) -> None:
         if self._interrupted and command.watched():
             return
         if self._interrupted:
@@ -117,22 +123,22 @@ class Notices:
             os.write(2, b"\nkd_jax: interrupted; the step is finished and saved. Ctrl-C again stops at once.\n")
             if jax.distributed.is_initialized():
                 os.kill(os.getpid(), signal.SIGTERM)
-        self._tell()
+        self._notice()
 
     def _raise(self) -> None:
-        if self._told and self._raises:
+        if self._noticed and self._raises:
             self._raises = False  # raised only once: no notice may disturb the cleanup
             raise self.ended()
 
 
 def run_steps(
-    run: Run, state: TrainState, workdir: str, writer: metrics.Writer, manager: Any, notices: Notices, quiet: bool,
-    place: remote.Place,
+    run: Run, state: TrainState, workdir: str, writer: metrics.Writer, manager: checkpoint.Manager, notices: Notices,
+    quiet: bool, place: remote.Place,
 ) -> TrainState:  # fmt: skip
     """Runs all steps after `state`.
 
-    A checkpoint is made before the evaluation of its step. A resumed run first makes that evaluation, so that a notice
-    does not have to wait for one.
+    The checkpoint of a step is saved before the evaluation of the step, so that a notice does not have to wait for an
+    evaluation. A resumed run first makes the evaluation of its checkpoint's step.
 
     Args:
       run: a `run.Run`.
@@ -140,7 +146,7 @@ def run_steps(
       workdir: the work directory of the run.
       writer: the writer of the metrics.
       manager: the manager of the checkpoints.
-      notices: the caller's notices; in this function they wait for the end of a step.
+      notices: the caller's notices; in this function the notices wait for the end of a step.
       quiet: whether to omit the progress bar.
       place: the place that the work directory stands for.
 
@@ -182,11 +188,11 @@ def run_steps(
                 jax.profiler.stop_trace()
             stopping, evaluating = notices.came(step), evaluates(step)
             saving = step % config.checkpoint_every == 0 or step == config.steps or stopping
-            # The previous step's metrics are read while this step runs. Before a save or an evaluation all metrics are
-            # read.
-            keep = 0 if evaluating or saving else 1
-            if len(pending) > config.log_every or keep == 0:
-                ready, pending = pending[: len(pending) - keep], pending[len(pending) - keep :]
+            # The metrics of this step are read later, because the step still runs. Before a save or an evaluation all
+            # metrics are read.
+            unread = 0 if evaluating or saving else 1
+            if len(pending) > config.log_every or unread == 0:
+                ready, pending = pending[: len(pending) - unread], pending[len(pending) - unread :]
                 lap = clock.lap(_read(run, writer, ready, state, workdir, place))
                 writer.write(ready[-1][0], "speed", lap)
                 loss = {"loss": f"{float(ready[-1][1]['loss'][0]):.4f}"}
@@ -236,7 +242,7 @@ def _read(
         values = metrics.averages(jax.device_get(sums))
         skipped = values.pop("skipped")
         if skipped > run.config.max_skipped:
-            # The later steps have kept the state from before the non-finite step.
+            # No later step has changed the state from before the non-finite step.
             nonfinite.stop(run, state, step, rows, values, workdir, place)
         tokens += values["tokens"]
         values |= {"learning_rate": float(np.asarray(run.learning_rate(step - 1)))}

@@ -78,7 +78,8 @@ def test_before_the_first_step_and_after_the_last_the_command_says_what_is_kept(
         train.train(smoke("sft", data_dir, **WHOLE), workdir, quiet=True)
     assert ended.value.code == 130
     assert (
-        f"kd_jax: interrupted; step 5 is saved in {workdir}, and the same command goes on." in capsys.readouterr().err
+        f"kd_jax: interrupted; step 5 is saved in {workdir}, and the same command resumes the run."
+        in capsys.readouterr().err
     )
     shutil.rmtree(Path(workdir) / "checkpoints")
     assert "no step is saved" in main.kept()
@@ -111,7 +112,7 @@ def test_an_interrupted_cache_says_how_much_of_it_is_there(tmp_path, data_dir, m
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended, main.ends_well(cache_teacher.kept):
         interrupt(patch, cache_teacher.files, "write_part", at=3)
         cache_teacher.write(config, folder, "samples", k=2, part_rows=8, quiet=True)
-    assert ended.value.code == 130 and "2 complete files are kept" in capsys.readouterr().err
+    assert ended.value.code == 130 and "2 complete files remain" in capsys.readouterr().err
     assert not list((tmp_path / "cache").rglob("*.partial-*"))
 
 
@@ -153,7 +154,7 @@ def test_ctrl_c_saves_and_says_the_step(tmp_path, data_dir):
         wait(process, lambda: len(metrics.read(workdir)) > 5)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=100)[1]
-    found = re.search(r"kd_jax: interrupted; step (\d+) is saved, and the same command goes on\.", said)
+    found = re.search(r"kd_jax: interrupted; step (\d+) is saved, and the same command resumes the run\.", said)
     assert process.returncode == 130 and found and "Traceback" not in said, said
     assert checkpoint.last_step(str(workdir)) == int(found[1])
 

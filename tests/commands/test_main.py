@@ -101,8 +101,8 @@ WHOLE = "the key takes a whole number, such as 1000, 1_000 or 1e3."
         ),
         ("optimzer.name=sgd", "config has no key 'optimzer' (did you mean 'optimizer'?)"),
         ("objective.terms.distill.weight=1", "config.objective.terms has no key 'distill' (did you mean 'distil'?)"),
-        ("data.options.path.x=3", "config.data.options has no key 'path'; it has no keys of its own."),
-        ("steps.x=3", "--config.steps.x=3: config.steps is 2 and has no keys of its own."),
+        ("data.options.path.x=3", "config.data.options has no keys."),
+        ("steps.x=3", "--config.steps.x=3: config.steps is 2 and has no keys."),
     ],
 )
 def test_a_flag_of_the_wrong_type_names_the_key_the_value_and_the_type(flag, words, parsed):
@@ -193,8 +193,9 @@ def test_the_help_has_every_method_setting_key_and_flag():
         assert f"\n  --config.{shown}\n" in said, key
     assert "--config.steps\n      updates [1000]\n" in said and "[adamw(no_decay=(), weight_decay=0.01)]" in said
     assert "  --processes\n" in said and "base\n" not in said.partition("Settings")[0]
-    assert "  --k\n      Tokens kept, or drawn, at each token, with kind top_k or samples. [64]" in command_help.text(
-        "cache_teacher"
+    assert (
+        "  --k\n      With top_k or samples: the number of tokens stored at each position. [64]"
+        in command_help.text("cache_teacher")
     )
     assert "  --shard\n" in command_help.text("ablate") and "\n  capacity_gap\n" in command_help.text("ablate")
 

@@ -273,7 +273,7 @@ def test_a_run_goes_on_before_the_damage(whole, tmp_path, data_dir, capsys):
     truncate(folder / "4")
     train.train(smoke("sft", data_dir, **WHOLE), str(tmp_path / "run"), quiet=True)
     printed = capsys.readouterr()
-    assert "checkpoint 5" in printed.out and "checkpoint 4" in printed.out and "goes on from step 2" in printed.out
+    assert "checkpoint 5" in printed.out and "checkpoint 4" in printed.out and "resumes from step 2" in printed.out
     assert_same_run(whole, tmp_path / "run")
 
 
