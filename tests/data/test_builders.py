@@ -286,7 +286,7 @@ def test_dolly_is_downloaded_once_and_only_the_known_file(tmp_path, monkeypatch,
     assert load()[0]["prompt"] == "i"
     (cached,) = (tmp_path / ".cache").rglob("*.jsonl")
     cached.write_text("{}")
-    with pytest.raises(ValueError, match="delete it to download it again"):
+    with pytest.raises(ValueError, match="delete the file to download it again"):
         load()
 
 
@@ -345,7 +345,7 @@ def test_an_unknown_checksum_is_trusted_once_and_checked_from_then_on(tmp_path, 
     record.unlink()
     assert load()[0]["prompt"] == "another"
     cached.write_text("{}")
-    with pytest.raises(ValueError, match="delete it to download it again"):
+    with pytest.raises(ValueError, match="delete the file to download it again"):
         load()
     assert load(sha256=download.sha256_of(file))[0]["prompt"] == "another"
 
