@@ -361,7 +361,7 @@ def test_evaluation_sets_from_a_file_here(tmp_path, name):
         ({"split": "train"}, f"{name} has no split 'train'; the splits are test"),
         ({"path": str(tmp_path / "nowhere.jsonl")}, "there is no file .*nowhere"),
         ({"sha256": "12"}, "sha256='12' must be a SHA-256: 64 digits"),
-        ({"sha256": "f" * 64}, f"valid.jsonl has the SHA-256 .*, not {'f' * 64}"),
+        ({"sha256": "f" * 64}, f"valid.jsonl has the SHA-256 .*; expected {'f' * 64}"),
         ({"file": path}, "has no option 'file'; the options are path, sha256"),
     ):
         with pytest.raises(ValueError, match=message):
