@@ -399,7 +399,7 @@ CONFIG_ERRORS = [
         "model_type 'mamba' is not supported; supported: gpt2, llama, mistral, qwen2",
     ),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, r"expected \['LlamaForCausalLM'\]"),
-    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is in use"),
+    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is set"),
     ("llama", {"hidden_size": "absent"}, "'hidden_size' is missing"),
     ("llama", {"num_hidden_layers": "3"}, "num_hidden_layers = '3' is not supported; expected a whole number"),
     (
