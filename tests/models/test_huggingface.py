@@ -534,7 +534,7 @@ def edit_index(folder, name, owner):
 
 EMBED = "model.embed_tokens.weight"
 FILE_ERRORS = [
-    (cut, "model-00002-of-00003.safetensors: not a whole safetensors file"),
+    (cut, "model-00002-of-00003.safetensors: not a complete safetensors file"),
     (rename, "model-00002-of-00003.safetensors: the file is missing"),
     (
         lambda folder: edit_index(folder, EMBED, "../model.safetensors"),
