@@ -16,6 +16,7 @@ from kd_jax.models.transformer import Cache, Transformer
 Params = PyTree  # a nested dict of arrays with string keys
 # A function from the tree of abstract parameters to a tree of `jax.sharding.Sharding` of the same structure.
 Shardings = Callable[[Params], PyTree]
+ATTENTION = ("plain", "xla", "cudnn")
 FEW_ROWS = 32  # With 2 rows to this number, a CPU's product with a tied head is faster with the head on the left.
 
 
@@ -34,6 +35,9 @@ class Model:
       attention: 'plain' for this project's own attention, which holds the scores in memory; or an implementation of
         `jax.nn.dot_product_attention`, 'xla' or 'cudnn'. 'cudnn' is flash attention in half precision, for sequences of
         even length on an NVIDIA GPU of the Ampere generation or later. With a cache, attention is always plain.
+
+    Raises:
+      ValueError: the name of the attention is unknown.
     """
 
     config: ModelConfig
@@ -43,6 +47,8 @@ class Model:
     attention: str = "plain"
 
     def __post_init__(self) -> None:
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention={self.attention!r} must be one of {', '.join(ATTENTION)}.")
         # jnp.float32, "float32" and np.dtype("float32") must give equal models, or jit would trace the model three
         # times.
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
