@@ -435,7 +435,7 @@ CONFIG_ERRORS = [
     ),
     ("llama", MISTRAL | {"sliding_window": 0}, "sliding_window = 0 is not supported; expected null, or at least 1"),
     ("llama", MISTRAL | {"layer_types": 3 * ["sliding_attention"]}, "layer_types"),
-    ("qwen2", {"layer_types": 3 * ["sliding_attention"]}, "layer_types = .*'full_attention' in every layer where"),
+    ("qwen2", {"layer_types": 3 * ["sliding_attention"]}, "layer_types = .*'full_attention' in every layer if"),
     ("qwen2", {"layer_types": ["full_attention"]}, "layer_types = .*a type for each of the 3 layers"),
     ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
     ("qwen3", {"head_dim": "absent"}, "'head_dim' is missing"),
