@@ -279,7 +279,7 @@ def test_refusals(store, monkeypatch):
     system.pipe("/bucket/photos/1.jpg", b"")
     with pytest.raises(ValueError, match="has files that belong to no run"), remote.work_directory(f"{url}/photos"):
         pass
-    with pytest.raises(ValueError, match="--workdir=s3://bucket/run: .* orbax cannot write"):
+    with pytest.raises(ValueError, match="--workdir=s3://bucket/run: .* orbax does not support"):
         with remote.work_directory("s3://bucket/run", processes=2):
             pass
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (_ for _ in ()).throw(ImportError("Install s3fs")))
