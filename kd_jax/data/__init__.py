@@ -1,14 +1,14 @@
 """Datasets, prompt templates, the tokenizer, and the pipeline that turns text into batches of tokens.
 
-Files from strangers are parsed, not trusted. No code of a dataset, a tokenizer or a model is run. Each file has a limit
-on its size, its content is checked before a library reads it, and an error names the file. A chat template runs in
-Jinja's sandbox, under limits on time and on sizes.
+Files of other people are parsed and not trusted. No code of a dataset, a tokenizer or a model is run. The size of each
+file is limited, the content is checked before a library reads the file, and an error names the file. A chat template
+runs in Jinja's sandbox, under limits on time and on sizes.
 
-Two things are not promised. A regular expression in tokenizer.json may need hours for a text, because nothing in the
-process can stop the tokenizers library. A chat template that is written to do harm may use much memory. Run files that
-you suspect in a container with limits.
+Two dangers remain. A regular expression in tokenizer.json may need hours for a text, because nothing in the process can
+stop the tokenizers library. A harmful chat template may use much memory. Use suspicious files only in a container with
+limits.
 
-Other packages import from here, and from the modules `counts`, `encoding`, `jsonl` and `limited`.
+Other packages import from this package, and from the modules `counts`, `encoding`, `jsonl` and `limited`.
 """
 
 from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, SOURCES, fingerprint, load, load_references, splits

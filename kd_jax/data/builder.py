@@ -143,7 +143,7 @@ def read_back(builder: tfds.core.DatasetBuilder, split: str) -> _Decoded:
     return _Decoded(source, folder)
 
 
-def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) -> _Decoded:
+def load(name: str, *, split: str, data_dir: str | None = None, **options: object) -> _Decoded:
     """Returns the rows of a split, and builds the dataset first if it is not on disk.
 
     The folder of a dataset appears only when the dataset is complete, so no incomplete dataset is read. The name of the
@@ -191,7 +191,7 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: Any) 
     return read_back(builder, split)
 
 
-def fingerprint(name: str, *, split: str, **options: Any) -> str:
+def fingerprint(name: str, *, split: str, **options: object) -> str:
     """Returns the fingerprint of a dataset's content. The dataset is not built.
 
     Args:
@@ -203,7 +203,7 @@ def fingerprint(name: str, *, split: str, **options: Any) -> str:
     return _open(name, SOURCES, split, options)[0]
 
 
-def load_references(name: str, *, split: str, data_dir: str | None = None, **options: Any) -> list[Json]:
+def load_references(name: str, *, split: str, data_dir: str | None = None, **options: object) -> list[Json]:
     """Returns the rows of a split for evaluation. Each row has prompt, context and references.
 
     Args:
@@ -221,7 +221,7 @@ def load_references(name: str, *, split: str, data_dir: str | None = None, **opt
     return [dict(row) for row in _open(name, SOURCES | EVALUATION, split, options)[1][split]()]
 
 
-def splits(name: str, **options: Any) -> tuple[str, ...]:
+def splits(name: str, **options: object) -> tuple[str, ...]:
     """Returns the names of the splits that a dataset has with these options.
 
     Args:
@@ -232,7 +232,7 @@ def splits(name: str, **options: Any) -> tuple[str, ...]:
 
 
 def _open(
-    name: str, sources: Mapping[str, Source[AnyRow]], split: str | None, options: Mapping[str, Any]
+    name: str, sources: Mapping[str, Source[AnyRow]], split: str | None, options: Mapping[str, object]
 ) -> tuple[str, Splits[AnyRow]]:
     """Checks a dataset's name, options and split, and returns the dataset's fingerprint and splits."""
     if name not in sources:

@@ -1,8 +1,7 @@
-"""Sentences about a dataset's rows: how many were read, kept, truncated and dropped."""
+"""Sentences with the numbers of a dataset's rows that were read, kept, truncated and dropped."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from kd_jax.data import pipeline
 from kd_jax.data.prompts import Template
@@ -55,26 +54,27 @@ data.max_prompt_length=32. Nine of ten prompts have at most 310 tokens.
       >>> warnings("train", counts | {"prompts_cut": 100}, prompts="", responses="")
       []
     """
-    found = []
-    for what, advice in (("prompt", prompts), ("response", responses)):
-        cut, dropped = counts.get(f"{what}s_cut", 0), counts.get(f"{what}s_dropped", 0)
-        if cut + dropped <= MANY * counts["read"]:
+    sentences = []
+    for part, advice in (("prompt", prompts), ("response", responses)):
+        truncated, dropped = counts.get(f"{part}s_cut", 0), counts.get(f"{part}s_dropped", 0)
+        if truncated + dropped <= MANY * counts["read"]:
             continue
-        done = [f"{cut:,} {what}s are truncated"] * bool(cut) + [f"{dropped:,} rows are dropped"] * bool(dropped)
-        keeps = f" Nine of ten prompts have at most {counts[KEEPS_MOST]:,} tokens." if KEEPS_MOST in counts else ""
-        found.append(
-            f"Warning: {_percent(cut + dropped, counts['read'])} of the {counts['read']:,} rows of {split} have a {what} that is "
-            f"too long, and {' and '.join(done)}. {advice}{keeps if what == 'prompt' else ''}"
+        results = [f"{truncated:,} {part}s are truncated"] * bool(truncated)
+        results += [f"{dropped:,} rows are dropped"] * bool(dropped)
+        lengths = f" Nine of ten prompts have at most {counts[KEEPS_MOST]:,} tokens." if KEEPS_MOST in counts else ""
+        sentences.append(
+            f"Warning: {_percent(truncated + dropped, counts['read'])} of the {counts['read']:,} rows of {split} have a {part} "
+            f"that is too long, and {' and '.join(results)}. {advice}{lengths if part == 'prompt' else ''}"
         )
-    return found
+    return sentences
 
 
 def with_length(
-    counts: dict[str, int], source: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: str | Template
+    counts: dict[str, int], source: Sequence[Mapping[str, str]], tokenizer: Tokenizer, template: str | Template
 ) -> dict[str, int]:
     """Adds the count `KEEPS_MOST` if more than a tenth of the prompts are too long.
 
-    The prompt lengths are measured on fewer than 2,000 rows, evenly spaced over the source.
+    The prompt lengths are measured on fewer than 2,000 rows, which are evenly spaced over the source.
     """
     if counts["prompts_cut"] + counts["prompts_dropped"] <= MANY * counts["read"]:
         return counts

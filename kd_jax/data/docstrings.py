@@ -76,20 +76,20 @@ def _split(roots: list[tuple[Path, str]]) -> dict[str, list[dict[str, str]]]:
             if rows := list(_functions(path, module)):
                 modules[module] = modules.get(module, []) + rows
     ranges = jsonl.divide(map(_fraction, modules), SHARES)
-    found: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
+    all_rows: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
     for module, rows in modules.items():
-        found[_in_range(ranges, module)].extend(rows)
+        all_rows[_in_range(ranges, module)].extend(rows)
     seen: set[str] = set()
-    kept: dict[str, list[dict[str, str]]] = {}
+    unique_rows: dict[str, list[dict[str, str]]] = {}
     for split in ("test", "validation", "train"):
-        kept[split] = []
-        for row in found[split]:
+        unique_rows[split] = []
+        for row in all_rows[split]:
             body = _normal(re.sub(r"^.*?def \w+", "def f", row["prompt"], count=1, flags=re.DOTALL))
-            said = row["name"].rsplit(".", 1)[-1] + " " + _normal(row["response"])
-            if body not in seen and said not in seen:
-                kept[split].append(row)
-            seen |= {body, said}
-    return kept
+            name_and_docstring = row["name"].rsplit(".", 1)[-1] + " " + _normal(row["response"])
+            if body not in seen and name_and_docstring not in seen:
+                unique_rows[split].append(row)
+            seen |= {body, name_and_docstring}
+    return unique_rows
 
 
 def split_of(module: str) -> str:
@@ -111,6 +111,7 @@ def _fraction(module: str) -> float:
 
 
 def _functions(path: Path, module: str) -> Iterator[dict[str, str]]:
+    """Yields a row for each function of a file that has a suitable docstring."""
     try:
         text = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():  # invalid escape sequences in the files give warnings
@@ -145,11 +146,12 @@ def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[ast.FunctionDef | ast.As
 
 
 def _without_docstring(lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    """Returns a function's source, decorators included, without docstring, blank lines and common indentation."""
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    said = node.body[0]
-    kept = lines[first - 1 : said.lineno - 1] + lines[said.end_lineno : node.end_lineno]
-    indent = len(kept[0]) - len(kept[0].lstrip())
-    return "\n".join(line[indent:] if not line[:indent].strip() else line for line in kept if line.strip())
+    docstring = node.body[0]
+    code = lines[first - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : node.end_lineno]
+    indent = len(code[0]) - len(code[0].lstrip())
+    return "\n".join(line[indent:] if not line[:indent].strip() else line for line in code if line.strip())
 
 
 def _normal(text: str) -> str:
@@ -167,6 +169,6 @@ def _version(package: str) -> str:
     for name in importlib.metadata.packages_distributions().get(package, ()):
         return importlib.metadata.version(name)
     raise ValueError(
-        f"the docstrings dataset must know the version of {package!r}, so that a new version is built anew, and no "
-        f"installed distribution has this package: install it with pip, or take it out of data.options.packages."
+        f"the docstrings dataset must know the version of {package!r}, so that a new version is built again, and no "
+        f"installed distribution has this package: install it with pip, or remove it from data.options.packages."
     )

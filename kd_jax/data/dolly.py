@@ -21,8 +21,8 @@ def source(path: str = "") -> tuple[str, dict[str, Callable[[], Iterable[dict[st
 
     Args:
       path: a local .jsonl or .jsonl.gz file, which is not checked against a checksum. Each split has at least one row
-        if the file has enough instructions. Empty: the file is downloaded once from the Hugging Face hub and must have
-        the SHA-256 in this module.
+        if the file has enough instructions. If `path` is empty, the file is downloaded once from the Hugging Face hub
+        and must have the SHA-256 in this module.
 
     Raises:
       ValueError: the file does not exist, or the download has another checksum.

@@ -13,9 +13,9 @@ def fetch(url: str, sha256: str = "") -> Path:
 
     Args:
       url: the address, preferably of a fixed revision, whose bytes cannot change.
-      sha256: the SHA-256 of the file's bytes. Empty: the checksum is unknown, so the first download is trusted. The
-        SHA-256 of the first download is printed and stored beside the file, in the format of `sha256sum --check`. All
-        later uses and downloads must match it.
+      sha256: the SHA-256 of the file's bytes. If empty, the first download is trusted. The SHA-256 of the first
+        download is printed and stored beside the file, in the format of `sha256sum --check`. All later uses and
+        downloads must match it.
 
     Raises:
       ValueError: the new download, or the file of an earlier download, has another checksum.
@@ -31,20 +31,20 @@ def fetch(url: str, sha256: str = "") -> Path:
             with storage.writing_whole(target) as partial:
                 with storage.room(partial):
                     urllib.request.urlretrieve(url, partial)
-                found = sha256_of(partial)
-                if known and found != known:
+                downloaded = sha256_of(partial)
+                if known and downloaded != known:
                     hint = f" {record} has the checksum of an earlier download: delete it to trust the new file."
                     raise ValueError(
-                        f"the file from {url} has the SHA-256 {found}; "
+                        f"the file from {url} has the SHA-256 {downloaded}; "
                         f"{known} was expected, so the file is incomplete or was replaced.{'' if sha256 else hint}"
                     )
                 if not known:
-                    storage.write_whole(record, f"{found}  {target.name}\n")
+                    storage.write_whole(record, f"{downloaded}  {target.name}\n")
                     print(
-                        f"{url}: the first download is trusted; later downloads must have the SHA-256 {found}.",
+                        f"{url}: the first download is trusted; later downloads must have the SHA-256 {downloaded}.",
                         file=sys.stderr,
                     )
-                    known = found
+                    known = downloaded
         except storage.StorageError:
             raise
         except OSError as error:
@@ -54,7 +54,7 @@ def fetch(url: str, sha256: str = "") -> Path:
             ) from error
     if sha256_of(target) != known:
         raise ValueError(
-            f"{target} does not have the SHA-256 {known or 'of its record'}; delete it to download it again."
+            f"{target} does not have the SHA-256 {known or f'in {record}'}; delete the file to download it again."
         )
     return target
 

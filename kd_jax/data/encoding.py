@@ -19,8 +19,7 @@ class Encoded(NamedTuple):
       prompt: the ids of the rendered prompt, with the tokenizer's `prefix_ids` unless the template writes its own.
       response: the ids of the response, to which no end token is added.
       truncated: True if some of the user's text was removed from the prompt.
-      own_prefix: True if the text of the prompt begins with the tokenizer's `prefix_ids`, which are then not added
-        again.
+      own_prefix: True if the prompt's text begins with the tokenizer's `prefix_ids`, which are then not added again.
     """
 
     prompt: list[int]
@@ -37,8 +36,7 @@ class Encoder:
       tokenizer: the tokenizer that gives the ids.
       template: the format of prompts (`kd_jax.data.prompts`).
       max_prompt_length: the largest number of tokens of a prompt.
-      truncates: True to truncate the user's text of a longer prompt. With False the caller decides what happens to the
-        row.
+      truncates: True to truncate the user's text of a longer prompt. With False the caller handles the longer prompt.
     """
 
     tokenizer: Tokenizer
@@ -52,7 +50,8 @@ class Encoder:
         The source needs a length and an index, because the sources of tfds raise no IndexError at their end.
 
         Raises:
-          ValueError: prompts are to be truncated, but the template's own tokens alone exceed `max_prompt_length`.
+          ValueError: `truncates` is True, but the template's tokens without any user's text exceed
+            `max_prompt_length`.
         """
         render = prompts.make_render(self.template, self.tokenizer)
         indices = iter(range(len(source)))
@@ -69,12 +68,12 @@ class Encoder:
     def _encoded(self, render: prompts.Render, rows: Sequence[Mapping[str, str]]) -> list[Encoded]:
         adds_prefix = prompts.adds_special_tokens(self.template)
         texts = [(render(row["prompt"], row["context"]), row["response"]) for row in rows]
-        found = []
+        encoded = []
         for prompt, response in self.tokenizer.encode_pairs(texts):
             own_prefix = adds_prefix and self.tokenizer.begins_with_prefix(prompt)
-            whole = self.tokenizer.with_prefix(prompt) if adds_prefix else prompt
-            found.append(Encoded(whole, response, False, own_prefix))
-        return found
+            prefixed = self.tokenizer.with_prefix(prompt) if adds_prefix else prompt
+            encoded.append(Encoded(prefixed, response, False, own_prefix))
+        return encoded
 
     def _shortened(self, rows: Sequence[Mapping[str, str]], lengths: Sequence[int]) -> list[dict[str, str]]:
         """Returns the rows with shorter text, so that each rendered prompt fits into `max_prompt_length` tokens.
@@ -84,15 +83,15 @@ class Encoder:
         """
         fields = ["context" if row["context"] else "prompt" for row in rows]
         ends = self.tokenizer.token_ends([row[field] for row, field in zip(rows, fields, strict=True)])
-        found: list[dict[str, str]] = []
-        for row, field, length, own in zip(rows, fields, lengths, ends, strict=True):
+        shortened: list[dict[str, str]] = []
+        for row, field, length, ends_in_row in zip(rows, fields, lengths, ends, strict=True):
             if not row[field]:
                 name = prompts.as_template(self.template).name
                 raise ValueError(
                     f"the template {name} writes {length} tokens around an empty prompt, and max_prompt_length is "
                     f"{self.max_prompt_length}: no prompt can be truncated to fit. Raise max_prompt_length."
                 )
-            kept = len(own) - (length - self.max_prompt_length)
-            end = own[kept - 1] if kept > 0 else 0
-            found.append({**row, field: row[field][: min(end, len(row[field]) - 1)]})
-        return found
+            num_tokens = len(ends_in_row) - (length - self.max_prompt_length)
+            end = ends_in_row[num_tokens - 1] if num_tokens > 0 else 0
+            shortened.append({**row, field: row[field][: min(end, len(row[field]) - 1)]})
+        return shortened

@@ -20,12 +20,12 @@ FIELDS = {"prompt": "question", "response": "answer"}
 def source(path: str = "") -> tuple[str, dict[str, Callable[[], Iterable[dict[str, str]]]]]:
     """Returns the fingerprint and the splits of GSM8K: train, validation and test.
 
-    The test split is the published one. A hash of the question assigns 3 % of the published training set, and at least
-    one row, to the validation split.
+    The test split is the published test set. A hash of the question assigns 3 % of the published training set, and at
+    least one row, to the validation split.
 
     Args:
-      path: a folder with train.jsonl and test.jsonl, which are not checked against checksums. Empty: both files are
-        downloaded once from GitHub and must have the SHA-256 in this module.
+      path: a folder with train.jsonl and test.jsonl, which are not checked against checksums. If `path` is empty, both
+        files are downloaded once from GitHub and must have the SHA-256 in this module.
 
     Raises:
       ValueError: a file does not exist, or a download has another checksum.

@@ -1,11 +1,10 @@
-"""From rows of text to batches of tokens: rows are tokenised once, and the seed gives their global order.
+"""The pipeline from rows of text to batches of tokens.
 
-Iteration over the batches can be resumed at any batch.
+Rows are tokenised once, and the seed decides the global order. Iteration over the batches can be resumed at any batch.
 """
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import grain
 import numpy as np
@@ -30,7 +29,7 @@ def tokenize(
     long_responses: str = "cut",
     loss_on: str = "response",
 ) -> tuple[Rows, dict[str, int]]:
-    """Returns every row of the source as prompt, response and one end token, at most max_length + 1 tokens.
+    """Returns the rows of the source as prompt, response and one end token, with at most max_length + 1 tokens.
 
     A row has one more token than `max_length` because it gives inputs [:-1] and targets [1:]. Prompt and response are
     encoded as one text (`Tokenizer.encode_pairs`).
@@ -44,15 +43,18 @@ def tokenize(
       long_prompts: the treatment of a longer prompt. "cut" truncates the user's text, the context first, and never the
         template's own tokens. "drop" drops the row.
       long_responses: the treatment of a response that does not fit with its end token. "cut" truncates the response and
-        adds no end token, since the response does not end there. "drop" drops the row.
+        adds no end token, because a truncated response has no end. "drop" drops the row.
       loss_on: "response" counts the response and its end token in the loss; "all" counts the prompt as well.
+
     Returns:
       The rows, and these counts: read, prompts_cut, prompts_dropped, responses_cut, responses_dropped, empty (rows
         whose response has no token, which are dropped), own_prefix (prompts whose text begins with the tokenizer's
         `prefix_ids`) and kept.
+
     Raises:
-      ValueError: `max_prompt_length` leaves no room for a response or for the template, a choice is unknown, or no row
-        is left.
+      ValueError: `max_prompt_length` leaves no room for a response or for the template, a choice is unknown, or all
+        rows are dropped.
+
     References:
       Long prompts are truncated in DistiLLM and dropped in MiniLLM.
     """
@@ -128,22 +130,24 @@ def _assemble(
 
 
 def pack(source: Sequence[dict[str, str]], tokenizer: Tokenizer, *, max_length: int) -> tuple[Rows, dict[str, int]]:
-    """Returns the responses as one stream, split into rows of max_length + 1 tokens, all of which are counted.
+    """Returns the responses as one stream, split into rows of max_length + 1 tokens. All tokens are counted.
 
-    This is for plain text. An end token follows each response, and only the last row needs padding. Adjacent rows
-    overlap by one token, so that each token after the first is a target exactly once.
+    The function is for plain text. An end token follows each response, and only the last row needs padding. Adjacent
+    rows overlap by one token, so that each token after the first is a target exactly once.
 
     Args:
       source: rows whose `response` is text, such as the dataset `text`.
       tokenizer: the tokenizer.
       max_length: the number of tokens of a model's input.
+
     Returns:
       The rows, and the counts read (rows of the source) and kept (rows of tokens).
+
     Raises:
       ValueError: there is no text, or `max_length` is below 1.
     """
     if max_length < 1:
-        raise ValueError(f"max_length must be at least 1, but is {max_length}.")
+        raise ValueError(f"max_length={max_length} must be at least 1.")
     pieces = [
         np.array([*tokenizer.strip_ends(encoded.response), tokenizer.eos_id], np.int32)
         for encoded in Encoder(tokenizer, "plain").rows(source)
@@ -181,19 +185,21 @@ def batches(
     Args:
       rows: the rows from `tokenize`, `pack`, `join` or `pack_rows`.
       batch_size: the number of rows of a global batch.
-      max_length: the number of tokens of a row of the batch. The given rows have at most one more.
+      max_length: the number of tokens of a row of the batch. Each of `rows` has at most max_length + 1 tokens.
       seed: the seed of the order, in [0, 2^32).
-      shuffle: False to keep the rows' own order.
+      shuffle: False to read the rows in their own order.
       num_epochs: the number of epochs; None for no end. With a number, the last batch is filled up with fully masked
         rows. So each row is read, and every process gets the same number of batches.
       process_index, process_count: the values of `jax.process_index()` and `jax.process_count()`.
-      pad_id: the token that fills rows up, on the right.
-      beside: more numbers of the rows' tokens. They become arrays by name, [batch_size / process_count, max_length,
+      pad_id: the padding token, on the right of shorter rows.
+      beside: more numbers of the rows' tokens, which become arrays by name, [batch_size / process_count, max_length,
         ...]. For packed rows, `beside` is indexed by the rows before packing.
+
     Returns:
       An iterable of dicts of NumPy arrays, each [batch_size / process_count, max_length]: tokens and targets (int32),
         mask (True if `tokens` has a token) and loss_mask (True if the target counts). For packed rows, mask is int32:
         each token's segment, from 1, and 0 at padding.
+
     Raises:
       ValueError: the processes cannot share the batch evenly, rows are longer than max_length + 1, or a number is out
         of range.
@@ -209,33 +215,34 @@ def batches(
     if batch_size < 1 or process_count < 1 or batch_size % process_count:
         raise ValueError(f"batch_size={batch_size} is not a multiple of the number of processes, {process_count}.")
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must be less than process_count={process_count}, but is {process_index}.")
+        raise ValueError(f"process_index={process_index} must be at least 0 and below process_count={process_count}.")
     if num_epochs is not None and num_epochs < 1:
-        raise ValueError(f"num_epochs must be None or at least 1, but is {num_epochs}.")
+        raise ValueError(f"num_epochs={num_epochs} must be None or at least 1.")
     single = rows.rows if isinstance(rows, Packed) else rows
     longest = int(np.diff(single.offsets).max())
     if longest > max_length + 1:
         raise ValueError(
             f"the longest row has {longest} tokens; max_length={max_length} has room for {max_length + 1}."
         )
-    order: Any = grain.MapDataset.range(len(rows))
-    order = (order.shuffle(seed) if shuffle else order).repeat()  # each later epoch is shuffled anew
+    indices_in_order = grain.MapDataset.range(len(rows))
+    order = (indices_in_order.shuffle(seed) if shuffle else indices_in_order).repeat()  # each epoch has its own order
     num_rows = sys.maxsize if num_epochs is None else len(rows) * num_epochs
 
     def make_batch(index: int) -> dict[str, np.ndarray]:
         start = index * batch_size
         places = range(start + process_index, start + batch_size, process_count)
-        indices = [order[place] for place in places if place < num_rows]
+        # grain's type allows None, which only a filtered dataset has.
+        indices = [i for place in places if place < num_rows and (i := order[place]) is not None]
         if not isinstance(rows, Packed):
             batch = pad(rows, [(index,) for index in indices], len(places), max_length, pad_id, beside)
             return batch | {"mask": batch["mask"] > 0}
         return pad(rows.rows, [rows.groups[index] for index in indices], len(places), max_length, pad_id, beside)
 
-    # The elements are whole batches, so that an index is the whole state. The rows are in memory, so two threads are
+    # The elements are batches, so that one index is the complete state. The rows are in memory, so two threads are
     # enough to prepare the next batches. The numbers of `beside` may be large, so fewer batches are buffered.
     num_batches = num_rows // batch_size if num_epochs is None else -(-num_rows // batch_size)
-    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8 if beside is None else 2)
-    return grain.MapDataset.range(num_batches).map(make_batch).to_iter_dataset(ahead)
+    read_options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8 if beside is None else 2)
+    return grain.MapDataset.range(num_batches).map(make_batch).to_iter_dataset(read_options)
 
 
 def prompt_of(tokens: Int[np.ndarray, " L"], loss_mask: Bool[np.ndarray, " L"]) -> list[int]:
@@ -252,12 +259,12 @@ def pad(
     rows: Rows, groups: Sequence[Sequence[int]], num_rows: int, max_length: int, pad_id: int,
     beside: Beside | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Returns the arrays of a batch, as `batches` does, except that the mask always holds segments.
+    """Returns the arrays of a batch as in `batches`, except that the mask always holds segments.
 
     Args:
       rows: the rows from which the batch is made.
       groups: the indices of the rows that share a row of the batch.
-      num_rows: the number of rows of the batch. Rows beyond the groups are padding and count nowhere.
+      num_rows: the number of rows of the batch. Rows without a group are padding and count nowhere.
       max_length, pad_id, beside: the arguments of `batches`.
     """
     tokens = np.full((num_rows, max_length), pad_id, np.int32)
@@ -291,16 +298,17 @@ def encode_prompts(
       rows: rows with prompt and context.
       tokenizer, template: the arguments of `tokenize`.
       max_length: the largest number of tokens of a prompt.
-      cut: True to truncate the user's text of a longer prompt, as in `tokenize`. With False the row gives None.
+      cut: True to truncate the user's text of a longer prompt, as in `tokenize`. With False, None replaces the ids of a
+        longer prompt.
 
     Raises:
       ValueError: no prompt can be truncated to fit, as in `tokenize`.
     """
     encoder = Encoder(tokenizer, template, max_length, truncates=cut)
-    found = (encoded.prompt for encoded in encoder.rows([{**row, "response": ""} for row in rows]))
-    return [ids if len(ids) <= max_length else None for ids in found]
+    prompts = (encoded.prompt for encoded in encoder.rows([{**row, "response": ""} for row in rows]))
+    return [ids if len(ids) <= max_length else None for ids in prompts]
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, but is {value!r}.")
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")

@@ -1,4 +1,4 @@
-"""Token rows of different lengths, and two ways to put more than one of them into a row of a batch."""
+"""Token rows of different lengths, and two ways to put several of these rows into one row of a batch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ class Rows:
       tokens: the ids of all rows.
       offsets: the boundaries of the rows: row i is tokens[offsets[i] : offsets[i + 1]].
       prompt_lengths: the number of prompt tokens at the start of each row.
-      first_counted: the position in each row of the first token that the loss counts. All later tokens count too.
+      first_counted: the position in each row of the first token that the loss counts. All later tokens count, too.
     """
 
     tokens: Int[np.ndarray, " T"]
@@ -32,11 +32,11 @@ class Rows:
 
 
 class Beside(Protocol):
-    """Additional numbers for the counted tokens, which are stored beside the rows and read together with them.
+    """Additional numbers for the counted tokens, which are stored beside the rows and read together with the rows.
 
     Attributes:
-      fills: the values at positions without numbers, by name. They also give the shape and type of each position's
-        numbers.
+      fills: the values at positions without numbers, by name. The shape and the type of a fill are those of each
+        position's numbers.
     """
 
     @property
@@ -49,7 +49,7 @@ class Beside(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Rows that share rows of a batch but are kept apart there by segments: see `pack_rows`.
+    """Rows that share rows of a batch. Segments separate the rows, as described in `pack_rows`.
 
     Attributes:
       rows: the rows that are packed.
@@ -74,14 +74,16 @@ def from_pieces(
 
 
 def join(rows: Rows, *, max_length: int) -> Rows:
-    """Concatenates all rows, prompts included, and splits them into rows of max_length + 1 tokens, all of which count.
+    """Concatenates all rows, prompts included, and splits the result into rows of max_length + 1 tokens.
 
-    A batch without padding gives a language model more tokens to learn from, because short rows are mostly padding. A
-    new row may begin in the middle of an example, and attention sees across the end tokens.
+    All tokens of the new rows count. A batch without padding gives a language model more tokens to learn from, because
+    short rows are mostly padding. A new row may begin in the middle of an example, and a token attends to the tokens
+    before an end token, too.
 
     Args:
       rows: the rows from `tokenize`.
       max_length: the number of tokens of a model's input.
+
     Returns:
       The new rows. Adjacent rows overlap by one token, so that each token after the first is a target exactly once.
     """
@@ -91,12 +93,11 @@ def join(rows: Rows, *, max_length: int) -> Rows:
 
 
 def pack_rows(rows: Rows, *, max_length: int) -> Packed:
-    """Groups rows that fit into one row of a batch together, so that little of a batch is padding.
+    """Groups rows that together fit into one row of a batch, so that little of a batch is padding.
 
     The rows are placed in order of decreasing length, each into the group with the least room that suffices. Only the
-    padding changes. The segments in a batch say which tokens belong together, and attention and positions are separate
-    for each segment. The loss equals the loss of the unpacked rows. A batch therefore holds more rows than its size
-    says.
+    padding changes. The segments in a batch say which tokens belong together. Attention and positions are separate for
+    each segment, so the loss equals the loss of the unpacked rows. A batch holds more rows than `batch_size`.
 
     Args:
       rows: the rows from `tokenize`.

@@ -6,7 +6,7 @@ from pathlib import Path
 from kd_jax.data import jsonl
 from kd_jax.storage import remote
 
-PIECE = 64 * 1024
+PIECE = 64 * 1024  # characters
 
 
 def source(
@@ -18,14 +18,14 @@ def source(
 
     Args:
       path: a file, a pattern such as 'books/*.txt', or several of them.
-      validation_path: a file, a pattern or several of them with held-out text. Empty: a part of `path` is held out.
-      validation_fraction: the share of pieces of `path` that is held out, in [0, 1), by a hash of their text. Above 0
-        both splits have at least one piece. If there is only one piece, its last lines are held out. With 0 nothing is
-        held out.
+      validation_path: a file, a pattern or several of them with held-out text. If empty, a part of `path` is held out.
+      validation_fraction: the share of pieces of `path` that is held out, in [0, 1), chosen by a hash of the text.
+        Above 0, both splits have at least one piece. If there is only one piece, its last lines are held out. With 0
+        nothing is held out.
 
     Raises:
-      ValueError: a pattern matches no file, a file is not UTF-8, there is no text, or the share is out of range. Text
-        of one line raises it, too, if some of the text is to be held out.
+      ValueError: a pattern matches no file, a file is not UTF-8, there is no text, the share is out of range, or the
+        text has only one line and a part of the text is held out.
     """
     jsonl.check_share(validation_fraction, validation_path)
     training, held_out = _files("path", path), _files("validation_path", validation_path) if validation_path else []
@@ -45,6 +45,7 @@ def source(
 
 
 def _files(option: str, path: str | tuple[str, ...]) -> list[Path]:
+    """Returns the files that match one or several patterns."""
     files: list[Path] = []
     for pattern in [path] if isinstance(path, str) else path:
         matches = remote.matches(pattern) if pattern else []
@@ -69,9 +70,9 @@ def _part(files: list[Path], split: str, share: float) -> Iterator[str]:
 
 
 def _divide(piece: str, share: float, path: Path) -> dict[str, str]:
-    """Returns a piece in two parts: train and validation.
+    """Returns a piece as two parts, train and validation.
 
-    The division is at the line end that leaves about `share` of the text for validation.
+    The validation part begins after a line end and has about `share` of the text.
 
     Raises:
       ValueError: the piece has only one line of text.
@@ -80,8 +81,8 @@ def _divide(piece: str, share: float, path: Path) -> dict[str, str]:
     ends = [end for end in ends if piece[:end].strip() and piece[end:].strip()]
     if not ends:
         raise ValueError(
-            f"{path} has only one line of text and no line to hold out: add lines, name a file in data.options.validation_path, or "
-            f"hold nothing out with data.options.validation_fraction=0.0 and data.eval_split=train."
+            f"{path} has only one line of text and no line to hold out: add lines, name a file in data.options.validation_path, "
+            f"or hold nothing out with data.options.validation_fraction=0.0 and data.eval_split=train."
         )
     end = min(ends, key=lambda place: abs(place - (1 - share) * len(piece)))
     return {"train": piece[:end], "validation": piece[end:]}
@@ -93,8 +94,8 @@ def _all_pieces(files: list[Path]) -> Iterator[str]:
 
 def _pieces(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8-sig") as file:  # without the mark that Windows writes before the text
+        with path.open(encoding="utf-8-sig") as file:  # "-sig" removes the byte order mark that Windows writes
             while piece := file.read(PIECE):
-                yield piece + file.readline(PIECE)  # up to the line's end, but at most PIECE characters more
+                yield piece + file.readline(PIECE)  # adds the rest of the line, but at most PIECE characters
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as UTF-8 text ({error}).") from error

@@ -1,4 +1,4 @@
-"""The tokenizer: a Hugging Face folder's tokenizer.json, read by the tokenizers library."""
+"""The tokenizer of a Hugging Face folder: its tokenizer.json, read by the tokenizers library."""
 
 import contextlib
 import copy
@@ -27,8 +27,8 @@ class Tokenizer:
       special_tokens: the special tokens that the folder names, by the variable names of a chat template, such as
         pad_token.
       pad_id: the token that fills rows; the folder's end token if the folder names no padding token.
-      prefix_ids: the tokens that the post-processor puts before a text, such as a bos. Tokens that it puts after a text
-        are never used: an end token there would stand between a prompt and its response.
+      prefix_ids: the tokens that the post-processor puts before a text, such as a bos. Tokens after a text are never
+        used, because an end token would stand between a prompt and its response.
       chat_template: the Jinja chat template, or None.
       folder: the folder from which the tokenizer was loaded.
     """
@@ -73,17 +73,18 @@ class Tokenizer:
         return tuple(dict.fromkeys((eos_id, *(number for number in others if 0 <= number < self.vocab_size))))
 
     def limited(self, size: int) -> "Tokenizer":
-        """Returns this tokenizer without its added tokens of id `size` or more, which are then found in no text.
+        """Returns this tokenizer without the added tokens of id `size` or more. No text then contains these tokens.
 
         Args:
-          size: the number of ids that are kept.
+          size: the number of ids that remain.
+
         Raises:
-          ValueError: a token with such an id is not an added token, or it is the end, first or padding token. Or there
-            are too many such tokens (`limited.tokens_beyond`), or other tokens would change their ids.
+          ValueError: a token with such an id is not an added token, or is the end, first or padding token. Or there are
+            too many such tokens (`limited.tokens_beyond`), or other tokens would change their ids.
         """
         if size >= self.vocab_size:
             return self
-        gone = self.tokens_beyond(size)
+        removed = self.tokens_beyond(size)
         for kind in ("eos", "bos", "pad"):
             number = getattr(self, f"{kind}_id")
             if number is not None and number >= size:
@@ -91,14 +92,14 @@ class Tokenizer:
                 raise ValueError(
                     f"{self.folder}: the {kind}_token {token} has the id {number}; it must be below {size}."
                 )
-        left = limited.without(self._content.files, set(gone))
-        found = Tokenizer(dataclasses.replace(self._content, files=left))
-        if found.vocabulary() != {token: i for token, i in self.vocabulary().items() if i < size}:
+        files = limited.without(self._content.files, set(removed))
+        smaller = Tokenizer(dataclasses.replace(self._content, files=files))
+        if smaller.vocabulary() != {token: i for token, i in self.vocabulary().items() if i < size}:
             raise ValueError(
-                f"{self.folder}: without its {len(gone)} last added tokens, other tokens change their ids."
+                f"{self.folder}: without the last {len(removed)} added tokens, other tokens change their ids."
             )
-        found.encode("", add_special_tokens=True)  # refuses a post-processor that uses a removed id
-        return found.with_ends(self.eos_id, self.end_ids)
+        smaller.encode("", add_special_tokens=True)  # refuses a post-processor that uses a removed id
+        return smaller.with_ends(self.eos_id, self.end_ids)
 
     def tokens_beyond(self, size: int) -> list[str]:
         """Returns the added tokens of id `size` or more.
@@ -140,15 +141,15 @@ class Tokenizer:
     def _check_known(self, rows: Iterable[list[int]]) -> None:
         if (largest := max((max(ids) for ids in rows if ids), default=0)) >= self.vocab_size:
             raise ValueError(
-                f"{self.folder}: tokenizer.json gives the id {largest}, and its tokens have ids below {self.vocab_size}."
+                f"{self.folder}: tokenizer.json gives the id {largest}; expected ids below {self.vocab_size}."
             )
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Returns the ids of prompts and of their responses. Each pair is encoded as one text.
 
-        If a response were encoded alone, it would begin as a text begins: tokenizers such as SentencePiece put a "▁"
-        there. The text is split before the token that holds the response's first character. So a token with characters
-        of both belongs to the response. No special token is added.
+        A response that is encoded alone would begin as a text begins: tokenizers such as SentencePiece would add a "▁".
+        The text is split before the token that holds the response's first character. So a token with characters of
+        prompt and response belongs to the response. No special token is added.
 
         Args:
           pairs: the pairs of (rendered prompt, response).
@@ -190,13 +191,14 @@ class Tokenizer:
     def _find_prefix(self) -> tuple[int, ...]:
         """Returns the tokens that the post-processor puts before a text.
 
-        They are found with the first of a few test texts that has a token.
+        The function uses the first of a few test texts that has a token.
         """
         for text in ("a", "0", " ", "."):
-            bare, whole = (self.encode(text, special) for special in (False, True))
+            bare, with_special = (self.encode(text, special) for special in (False, True))
             if bare:
-                starts = (i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
-                return tuple(whole[: next(starts, 0)])
+                last = len(with_special) - len(bare)
+                starts = (i for i in range(last + 1) if with_special[i : i + len(bare)] == bare)
+                return tuple(with_special[: next(starts, 0)])
         return ()
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -209,19 +211,18 @@ class Tokenizer:
         with self._named("decode"):
             return self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
 
-    def _named(self, what: str) -> contextlib.AbstractContextManager[None]:
-        return named_errors(f"{self.folder}: tokenizer.json cannot {what} this")
+    def _named(self, action: str) -> contextlib.AbstractContextManager[None]:
+        return named_errors(f"{self.folder}: tokenizer.json cannot {action} this")
 
     def fingerprint(self) -> str:
         """Returns a hash of everything that decides the ids of a row.
 
-        The hash covers the tokenizer itself, the first token and the trained end token.
+        The hash covers the tokenizer of the library, the first token and the trained end token.
         """
-        what = self._backend.to_str() + str((self.bos_id, self.eos_id))
-        return digest(what)[:12]
+        return digest(self._backend.to_str() + str((self.bos_id, self.eos_id)))[:12]
 
     def shown(self, number: int) -> str:
-        """Returns an id and its token, as a message can quote them."""
+        """Returns an id and its token, in a form that a message can quote."""
         with self._named("name"):
             return f"{number} ({untrusted.shown(self._backend.id_to_token(number))})"
 
@@ -239,14 +240,14 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Writes the files from which the tokenizer was loaded.
 
-        The files are unchanged, unless they name another end token than `eos_id`.
+        The files are unchanged if they name `eos_id` as the end token.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in (self._content.files | self._files_with_end()).items():
             (Path(folder) / name).write_bytes(content)
 
     def _files_with_end(self) -> dict[str, bytes]:
-        """Returns the changed files that name `eos_id` as the end token; {} if the folder already does so."""
+        """Returns the changed files that name `eos_id` as the end token; {} if the folder already names this token."""
         with self._named("name the end token of"):
             token = self._backend.id_to_token(self.eos_id)
         if token == self.eos_token:

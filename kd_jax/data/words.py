@@ -1,8 +1,8 @@
 """The words of a text in any script, for scores that compare texts.
 
-The tokenizer of the package rouge-score keeps only a to z and 0 to 9. It keeps nothing of a Chinese or a Russian text,
-and only "d" and "j" of "déjà". The numbers of the papers are made with that tokenizer. So it is also used here for
-Latin text, with or without accents.
+The tokenizer of the package rouge-score reads only a to z and 0 to 9: nothing of a Chinese or a Russian text, and only
+"d" and "j" of "déjà". The papers' numbers are made with this tokenizer, so it is used for Latin text, with or without
+accents.
 """
 
 import functools
@@ -40,26 +40,26 @@ def words(text: str) -> list[str]:
       >>> words("Привет, мир! 使用Python３。"), words("สวัสดี")
       (['привет', 'мир', '使', '用', 'python3'], ['ส', 'วั', 'ส', 'ดี'])
     """
-    found: list[str] = []
-    kind = ""  # the kind of the last character, which decides whether the next one continues its word
+    pieces: list[str] = []
+    kind = ""  # the kind of the last character, which decides whether the next character continues the word
     for character in normal(text):
         before, kind = kind, _kind(character)
         if kind in ("mark", "joiner"):
             kind = before
             if before:
-                found[-1] += character
+                pieces[-1] += character
         elif kind == "word" and before == "word":
-            found[-1] += character
+            pieces[-1] += character
         elif kind:
-            found.append(character)
-    return [word.strip(JOINERS) for word in found]
+            pieces.append(character)
+    return [word.strip(JOINERS) for word in pieces]
 
 
 def tokenizer_of(reference: str) -> str:
-    """Returns the tokenizer that ROUGE-L uses for a reference, `PAPERS` or `UNICODE`.
+    """Returns the name of the tokenizer that ROUGE-L uses for a reference, `PAPERS` or `UNICODE`.
 
     The papers' tokenizer is used for numbers, and for references in which at least half of the words with letters have
-    a Latin letter. Only the reference decides, so that all models are measured in the same way.
+    a Latin letter. The choice depends only on the reference, so that all models are measured in the same way.
 
     Example:
       >>> [tokenizer_of(text) for text in ("Café 8", "Привет, world", "使用Python编程", "42", "٤٢", "É")]

@@ -2,14 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from kd_jax.models.families import FAMILIES
 from kd_jax.models.families.fields import Llama3Scaling
 from kd_jax.storage import untrusted
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
-# Each layer is a module to build, so a number in a config.json must be limited, or building would never end.
+# Each layer is a module to build, so the number in a config.json is limited. Otherwise building might never end.
 MAX_LAYERS = 1024
 
 
@@ -17,24 +16,23 @@ MAX_LAYERS = 1024
 class ModelConfig:
     """The sizes and settings of a decoder-only transformer.
 
-    A value of 0 or None stands for the value that follows from the family and the other sizes. A student with random
-    weights needs a config written by hand; `load_config` reads the config of a teacher.
+    A value of 0 or None stands for the value that follows from the family and the other sizes. `load_config` reads the
+    config of a teacher. The config of a student with random weights is written by hand.
 
     Args:
-      family: 'gpt2', 'llama', 'qwen2' or 'qwen3'. The family determines the tensor names on disk and its fixed
-        settings.
+      family: 'gpt2', 'llama', 'qwen2' or 'qwen3'. The family decides the tensor names on disk and some settings.
       vocab_size: the number of rows of the embedding, padding ids included.
       hidden_size: D, the width of the residual stream.
       num_layers: the number of transformer blocks.
       num_heads: the number of query heads.
       intermediate_size: the width inside the MLP. Default: 4 D, or 8/3 D rounded up to a multiple of 64 for a gated
         MLP.
-      num_kv_heads: the number of key and value heads; num_heads / num_kv_heads query heads share each. Default:
+      num_kv_heads: the number of key and value heads, each shared by num_heads / num_kv_heads query heads. Default:
         num_heads.
       head_dim: the width of a head. Default: D / num_heads.
-      max_positions: the length of the longest sequence; a hard limit only where positions are learned.
-      sliding_window: the number of tokens that a token attends to, itself included; None for all. The window itself is
-        not implemented, so longer sequences are refused.
+      max_positions: the length of the longest sequence; a hard limit only for learned positions.
+      sliding_window: the number of tokens that a token attends to, itself included; None for all. The window is not
+        implemented, so longer sequences are refused.
       sliding_layers: the indices of the layers that have the window; None for all layers, if there is a window.
       tie_embeddings: True if the output matrix is the transposed embedding.
       activation: the activation function of the MLP, by its Hugging Face name.
@@ -119,24 +117,26 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide by num_kv_heads={self.num_kv_heads}.")
         if not self.learned_positions and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions turn pairs of coordinates.")
+            raise ValueError(
+                f"head_dim={self.head_dim} must be even, because rotary positions turn pairs of coordinates."
+            )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {untrusted.shown(self.activation)}; known: {', '.join(ACTIVATIONS)}.")
         family.check(self)
 
     @property
     def longest_sequence(self) -> int:
-        """The length of the longest sequence that gives the result of transformers.
+        """The length of the longest sequence with the same result as in transformers.
 
-        The length is the number of positions, or the sliding window if the window is shorter.
+        This is the number of positions, or the sliding window if the window is shorter.
         """
         return self.max_positions if self.sliding_window is None else min(self.max_positions, self.sliding_window)
 
     @property
     def layers_with_window(self) -> frozenset[int]:
         """The indices of the layers that have the sliding window."""
-        every = () if self.sliding_window is None else range(self.num_layers)
-        return frozenset(every if self.sliding_layers is None else self.sliding_layers)
+        all_layers = () if self.sliding_window is None else range(self.num_layers)
+        return frozenset(all_layers if self.sliding_layers is None else self.sliding_layers)
 
     def with_layers(self, layers: Sequence[int]) -> "ModelConfig":
         """Returns the config of a model that consists of the given layers, in the given order.
@@ -175,18 +175,19 @@ class ModelConfig:
                     f"{name}={untrusted.shown(getattr(self, name))} must be a positive whole number, or 0 for its default."
                 )
         if self.num_layers > MAX_LAYERS:
-            raise ValueError(f"num_layers={self.num_layers} is more than {MAX_LAYERS}.")
+            raise ValueError(f"num_layers={self.num_layers} must be at most {MAX_LAYERS}.")
         for name in ("bos_id", "eos_id", "pad_id"):
             value = getattr(self, name)
-            several = value if name == "eos_id" and isinstance(value, tuple) else (value,)
-            if value is not None and not all(map(_is_whole, several)):
+            ids = value if name == "eos_id" and isinstance(value, tuple) else (value,)
+            if value is not None and not all(map(_is_whole, ids)):
                 raise ValueError(
                     f"{name}={untrusted.shown(value)} must be an id, a whole number of at least 0, or None."
                 )
 
-    def _set(self, name: str, value: Any) -> None:
+    def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the only way to set a field of a frozen dataclass
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: object) -> bool:
+    """Returns True for a whole number from 0 to 2^31 - 1."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31

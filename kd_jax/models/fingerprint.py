@@ -9,7 +9,7 @@ CONFIGS = ("config.json", "generation_config.json")
 
 
 def fingerprint(folder: Path) -> str:
-    """Returns a hash of the bytes of a folder's configs and weights. The hash depends on no path, mesh or dtype.
+    """Returns a hash of the bytes of a folder's configs and weights, which depends on no path, mesh or dtype.
 
     The weights are read once, in parallel threads (see `checksum.file_digests`).
 

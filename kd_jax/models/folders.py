@@ -1,9 +1,9 @@
 """Checks of a model's folder: the folder exists, is not the folder of an adapter, and has a config.json."""
 
 from pathlib import Path
-from typing import Any
 
 from kd_jax.storage import untrusted
+from kd_jax.storage.files import Json
 
 ADAPTER = "adapter_config.json"  # PEFT and transformers recognise an adapter by this file
 MERGE = (
@@ -32,14 +32,14 @@ def check_folder(folder: Path, named: str = "") -> None:
                 f"{where}: beside config.json the folder has {ADAPTER}, of {kind}. transformers would apply the adapter, "
                 f"and kd_jax would not. {MERGE}; or remove {ADAPTER} if the weights are merged already."
             )
-        raise ValueError(f"{where}: this is the folder of {kind} ({ADAPTER}), not of a whole model. {MERGE}.")
+        raise ValueError(f"{where}: this is the folder of {kind} ({ADAPTER}), not of a complete model. {MERGE}.")
     if not config.exists():
-        snapshots = " It is a folder of the hub's cache: give one of the folders in snapshots."
+        snapshots = " This is a folder of the hub's cache: give one of the folders in snapshots."
         raise ValueError(
             f"{where}: the folder has no config.json; expected a Hugging Face folder with config.json, weights in "
             f"safetensors, and tokenizer.json.{snapshots if (folder / 'snapshots').is_dir() else ''}"
         )
-    # This check comes early because a student's weights are read late.
+    # The weights are checked now, because a student's weights are read much later.
     for file in sorted(folder.glob("*.safetensors")):
         if file.is_file():
             with file.open("rb") as stream:
@@ -50,7 +50,8 @@ def check_folder(folder: Path, named: str = "") -> None:
         raise ValueError(f"{where}: this is the work directory of a run, not the folder of a model; {hint}.")
 
 
-def _adapter(fields: dict[str, Any]) -> str:
+def _adapter(fields: Json) -> str:
+    """Returns the kind of an adapter and the base model, for a message."""
     kind, base = fields.get("peft_type"), fields.get("base_model_name_or_path")
     name = "a LoRA adapter" if kind in (None, "LORA") else f"an adapter of the type {untrusted.shown(kind)}"
     return f"{name} for {untrusted.shown(base)}" if base else name

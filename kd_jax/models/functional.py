@@ -3,21 +3,21 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.transformer import Cache, Transformer
 
-Params = dict[str, Any]
+Params = PyTree  # a nested dict of arrays with string keys
 # A function from the tree of abstract parameters to a tree of `jax.sharding.Sharding` of the same structure.
-Shardings = Callable[[Params], Any]
-FEW_ROWS = 32  # From 2 rows to this number, a CPU's product with a tied head is faster with the head on the left.
+Shardings = Callable[[Params], PyTree]
+ATTENTION = ("plain", "xla", "cudnn")
+FEW_ROWS = 32  # With 2 rows to this number, a CPU's product with a tied head is faster with the head on the left.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,13 @@ class Model:
       dtype: the type of the computation. Norms, softmax and logits are always float32.
       param_dtype: the type of the parameters that `init` makes. `hidden` accepts any type and casts.
       remat: 'none', or the name of a policy in `jax.checkpoint_policies`. The policy decides which values of a block
-        are kept for the backward pass; the others are computed again.
+        stay in memory for the backward pass; the others are computed again.
       attention: 'plain' for this project's own attention, which holds the scores in memory; or an implementation of
-        `jax.nn.dot_product_attention`, 'xla' or 'cudnn'. 'cudnn' is flash attention on an NVIDIA GPU from Ampere on, in
-        half precision, for sequences of even length. With a cache, attention is always plain.
+        `jax.nn.dot_product_attention`, 'xla' or 'cudnn'. 'cudnn' is flash attention in half precision, for sequences of
+        even length on an NVIDIA GPU of the Ampere generation or later. With a cache, attention is always plain.
+
+    Raises:
+      ValueError: the name of the attention is unknown.
     """
 
     config: ModelConfig
@@ -44,6 +47,8 @@ class Model:
     attention: str = "plain"
 
     def __post_init__(self) -> None:
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention={self.attention!r} must be one of {', '.join(ATTENTION)}.")
         # jnp.float32, "float32" and np.dtype("float32") must give equal models, or jit would trace the model three
         # times.
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -56,13 +61,13 @@ class Model:
 
         Args:
           key: a key from `jax.random.key`.
-          shardings: a function from the abstract parameters to their shardings. The values do not depend on
-            the shardings.
+          shardings: a function from the abstract parameters to their shardings, which do not change the values.
+
         Returns:
           A plain nested dict with string keys, such as params["layers"]["0"]["attention"]["query"]["kernel"].
         """
-        placed = None if shardings is None else shardings(self.abstract_params())
-        return jax.jit(lambda key: _pure(nnx.state(_module(self, key))), out_shardings=placed)(key)
+        out_shardings = None if shardings is None else shardings(self.abstract_params())
+        return jax.jit(lambda key: _pure(nnx.state(_module(self, key))), out_shardings=out_shardings)(key)
 
     def abstract_params(self) -> Params:
         """Returns the parameters' tree with a `jax.ShapeDtypeStruct` for each array."""
@@ -71,17 +76,18 @@ class Model:
     def hidden(
         self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None
     ) -> Float[Array, "B L D"]:
-        """Returns the hidden states after the final norm, from which `head` makes logits.
+        """Returns the hidden states after the final norm. Their product with `head` is the logits.
 
         Args:
           params: the parameters from `init` or `load_pretrained`; matrices may be in int8.
           tokens: the token ids.
           mask: True where there is a token. Padding on the left or right does not change the result at real tokens. At
-            padding the values are finite and have no meaning. For rows into which several texts are packed, the mask
-            holds the number of each token's segment, and 0 where there is no token. A segment attends only to itself,
-            and its positions start at 0.
+            padding the values are finite and have no meaning. For packed rows, the mask holds the number of each
+            token's segment, and 0 where there is no token. A segment attends only to itself, and its positions start at
+            0.
+
         Raises:
-          ValueError: a sequence is longer than the model's learned positions, or than its sliding window.
+          ValueError: a sequence is longer than the model's learned positions, or than the sliding window.
         """
         return self._apply(params, tokens, mask, None)[0]
 
@@ -92,7 +98,7 @@ class Model:
 
         Args:
           params: all parameters except the layers; further entries are ignored.
-          layer: a function from a layer's number to its parameters.
+          layer: a function from the number of a layer to the layer's parameters.
           tokens, mask: the arrays that `hidden` takes.
         """
         one = dataclasses.replace(self, config=self.config.with_layers([0]))
@@ -103,10 +109,7 @@ class Model:
         return _one_layer(one, {**params, "layers": {"0": layer(last)}}, x, tokens, mask, last=True)
 
     def head(self, params: Params) -> Float[Array, "D V"]:
-        """Returns the output matrix in the type of the computation.
-
-        With tied embeddings the output matrix is the transposed embedding.
-        """
+        """Returns the output matrix in the type of the computation; for tied embeddings, the transposed embedding."""
         matrix, tied = self.stored_head(params)
         return matrix.T if tied else matrix
 
@@ -118,7 +121,7 @@ class Model:
     def logits(
         self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None
     ) -> Float[Array, "B L V"]:
-        """Returns hidden @ head, in float32: the scores of the token that follows each position. See `hidden`."""
+        """Returns hidden @ head, in float32: the scores of the token after each position. The arguments are as in `hidden`."""
         return self.project(params, self.hidden(params, tokens, mask))
 
     def project(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -143,19 +146,23 @@ class Model:
         self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None, cache: Cache
     ) -> tuple[Float[Array, "B L D"], Cache]:
         """Returns `hidden` of tokens that follow the tokens in the cache, and the cache with the new tokens added."""
-        return self._apply(params, tokens, mask, cache)
+        hidden, extended = self._apply(params, tokens, mask, cache)
+        assert extended is not None  # because a cache is given
+        return hidden, extended
 
-    def _apply(self, params: Params, tokens: Array, mask: Array | None, cache: Cache | None) -> Any:
+    def _apply(
+        self, params: Params, tokens: Array, mask: Array | None, cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
         length = tokens.shape[1] if cache is None else cache.mask.shape[1]
         if self.config.learned_positions and length > self.config.max_positions:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than the {self.config.max_positions} positions "
-                f"that this {self.config.family} model has learned; shorten it."
+                f"that this {self.config.family} model has learned; shorten the sequence."
             )
         if (window := self.config.sliding_window) is not None and length > window:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than the sliding_window of {window} tokens of this model, and a "
-                f"window that leaves tokens out is not supported; shorten it."
+                f"window that excludes tokens is not supported; shorten the sequence."
             )
         return nnx.merge(_split(self)[0], params)(tokens, mask, cache)
 
@@ -169,17 +176,15 @@ def from_config(
 ) -> Model:
     """Returns a model that computes in `dtype` on parameters in `param_dtype`.
 
-    `model.init(key)` makes random parameters. bfloat16 over float32 parameters is the usual choice for training on an
+    `model.init(key)` makes random parameters. bfloat16 with float32 parameters is the usual choice for training on an
     accelerator. float16 is only for models that are not trained, because small gradients become 0 in float16.
 
     Args:
-      config: the sizes and settings.
-      dtype: the type of the computation.
-      param_dtype: the type of the parameters.
-      remat: the policy for the backward pass, as in `Model`.
-      attention: the implementation of attention, as in `Model`.
+      config, dtype, param_dtype, remat, attention: the arguments of `Model`.
+
     Returns:
       A `Model`, which holds no arrays.
+
     Example:
       >>> import jax
       >>> config = ModelConfig(family="gpt2", vocab_size=11, hidden_size=8, num_layers=1, num_heads=2)
@@ -192,19 +197,22 @@ def from_config(
 
 
 def take_layers(model: Model, params: Params, layers: Sequence[int]) -> tuple[Model, Params]:
-    """Returns a student that consists of chosen layers of its teacher, in the chosen order.
+    """Returns a student that consists of chosen layers of a teacher, in the chosen order.
 
-    Everything else stays the same. This is the usual start of a student with fewer layers. The arrays are shared with
-    `params`, not copied.
+    All other parameters stay the same. This is the usual start of a student with fewer layers. The arrays are shared
+    with `params`, not copied.
 
     Args:
       model: the teacher.
       params: the teacher's parameters.
       layers: indices from 0 to num_layers - 1; an index may appear twice.
+
     Returns:
-      The student and its parameters.
+      The student and the student's parameters.
+
     Raises:
       ValueError: there is no layer, or an index is outside the range.
+
     References:
       Sanh et al., "DistilBERT", https://arxiv.org/abs/1910.01108, 2019, section 3.
     """
@@ -229,10 +237,10 @@ def _module(model: Model, key: Array) -> Transformer:
 
 
 @functools.lru_cache(maxsize=64)
-def _split(model: Model) -> tuple[Any, Params]:
+def _split(model: Model) -> tuple[nnx.GraphDef[Transformer], Params]:
     graph, state = nnx.split(nnx.eval_shape(lambda: _module(model, jax.random.key(0))))
     return graph, _pure(state)
 
 
-def _pure(state: Any) -> Params:
+def _pure(state: nnx.State) -> Params:
     return nnx.to_pure_dict(state)

@@ -1,4 +1,4 @@
-"""Generates text from a model: one pass over the prompts, then a compiled loop over a key/value cache."""
+"""Text generation: one pass over the prompts, then a compiled loop over a key/value cache."""
 
 import math
 from collections.abc import Sequence
@@ -46,45 +46,49 @@ def generate(
 ) -> tuple[Int[Array, "B N"], Bool[Array, "B N"], Float[Array, "B N"]]:
     """Continues each prompt with up to N = max_new_tokens draws from softmax(logits / temperature), until the row ends.
 
-    Three limits apply in this order. First, tokens that would repeat an n-gram are excluded. Then top-k keeps the k
-    most likely tokens. Then top-p keeps the smallest set of the most likely tokens that holds the mass p of the
-    remainder. Tokens that tie with the last kept token are kept too.
+    Three limits apply in this order. First, tokens that would repeat an n-gram are excluded. Then top-k excludes all
+    but the k most likely tokens. Then top-p excludes all but the smallest set of the most likely tokens that has the
+    mass p of the remainder. Tokens that are exactly as likely as the last allowed token are allowed, too.
 
-    Everything runs in one program, which is traced once for each set of shapes and settings. The program stops when
-    every row has ended. A row's result depends neither on the other rows, nor on the padding, nor on the mesh.
+    One compiled program makes all tokens, and is traced once for each set of shapes and settings. The program stops
+    when every row has ended. A row's result depends neither on the other rows, nor on the padding, nor on the mesh.
 
     Args:
       model: a model from `load_pretrained` or `from_config`.
       params: the model's parameters.
-      prompts: the token ids, padded on the left (right padding gives the same result); `left_pad` makes them.
+      prompts: the token ids, padded on the left as in `left_pad`. Right padding gives the same result.
       prompt_mask: True where there is a token; each row needs at least one.
       max_new_tokens: N, at least 1.
       key: a key from `jax.random.key`, not used at temperature 0.
       temperature: a number of at least 0; 0 takes the most likely token.
-      top_p: a number in (0, 1]; 1 keeps all tokens.
-      top_k: a number of at least 0; 0 keeps all tokens.
+      top_p: a number in (0, 1]; 1 for no limit.
+      top_k: a number of at least 0; 0 for no limit.
       no_repeat_ngram_size: the length n of a sequence that may not occur twice in prompt and response; 0 for no limit.
-      mixture: another model, its parameters, and its weight w. Tokens are then drawn from (1 - w) times this model's
-        distribution plus w times the other model's distribution, each after the limits above.
+      mixture: a second model, the parameters and the weight w of this model. Tokens are then drawn from (1 - w) times
+        the distribution of `model` plus w times the distribution of the second model, each after the limits above.
       vocab_size: the number of token ids in use; ids beyond this number are never drawn. None for all ids.
       eos_id: the token, or tokens, that end a row.
       pad_id: the token that follows a row's end.
+
     Returns:
       tokens: the drawn tokens, with pad_id after a row's end.
       mask: True up to and including the token that ends the row.
       log_probs: the log-probability of each drawn token under `model` alone, in nats; 0 where mask is False. The
-        distribution is softmax(logits / temperature) over the whole vocabulary without the limits. At temperature 0 it
-        is taken at temperature 1.
+        distribution is softmax(logits / temperature) over all ids in use, without the limits. For temperature 0, the
+        distribution has temperature 1.
+
     Raises:
-      ValueError: a setting is out of range, shapes differ, or the tokens are more than a model with learned positions
-        can hold.
+      ValueError: a setting is out of range, shapes differ, or there are more tokens than learned positions.
+
     References:
       Fan et al., "Hierarchical Neural Story Generation", https://arxiv.org/abs/1805.04833, 2018, section 5
       (top-k). Holtzman et al., "The Curious Case of Neural Text Degeneration", https://arxiv.org/abs/1904.09751, 2020,
       section 3.1 (top-p). Gu et al., "MiniLLM", https://arxiv.org/abs/2306.08543, 2024, section 2.2 (the mixture).
     """
     if prompts.shape != prompt_mask.shape:
-        raise ValueError(f"prompts have shape {prompts.shape} and prompt_mask {prompt_mask.shape}; they must agree.")
+        raise ValueError(
+            f"prompts have shape {prompts.shape} and prompt_mask {prompt_mask.shape}; the shapes must be equal."
+        )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or top_k < 0 or no_repeat_ngram_size < 0:
@@ -94,13 +98,13 @@ def generate(
         )
     weight = 0.0 if mixture is None else mixture[2]
     if not 0 <= weight <= 1:
-        raise ValueError(f"the mixture's weight {weight} must lie between 0 and 1.")
+        raise ValueError(f"the mixture's weight {weight} must be at least 0 and at most 1.")
     if weight and temperature == 0:
-        raise ValueError("a mixture is drawn from: its temperature must be above 0.")
-    writers = [(model, params)] + ([(mixture[0], mixture[1])] if mixture is not None and weight else [])
+        raise ValueError("temperature=0.0 must be above 0, because the tokens of a mixture are drawn at random.")
+    members = [(model, params)] + ([(mixture[0], mixture[1])] if mixture is not None and weight else [])
     return _generate(
-        tuple(writer for writer, _ in writers),
-        tuple(its_params for _, its_params in writers),
+        tuple(member for member, _ in members),
+        tuple(member_params for _, member_params in members),
         jnp.asarray(prompts),
         jnp.asarray(prompt_mask, bool),
         key,
@@ -109,7 +113,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         greedy=temperature == 0,
         limits=(no_repeat_ngram_size, top_k, float(top_p)),
-        vocab_size=vocab_size or min(writer.config.vocab_size for writer, _ in writers),
+        vocab_size=vocab_size or min(member.config.vocab_size for member, _ in members),
         eos_ids=tuple(eos_id) if isinstance(eos_id, (tuple, list)) else (eos_id,),
         pad_id=pad_id,
     )
@@ -123,8 +127,8 @@ def left_pad(
     Args:
       prompts: lists of token ids, each with at least one id.
       pad_id: the token that fills the left side.
-      most: the limit of P, where the prompts allow it, such as the positions that a model has learned; None for no
-        limit.
+      most: the largest P if no prompt is longer, such as the number of learned positions; None for no limit.
+
     Returns:
       The tokens, and a mask that is True where there is a token.
     """
@@ -165,7 +169,7 @@ def _generate(
     def distribution(logits: Float[Array, "B V"], state: _State) -> Float[Array, "B V"]:
         """Returns the probabilities of the next token within the limits.
 
-        With only one model they are not normalised, because `draw` does not need normalised probabilities.
+        With only one model the probabilities are not normalised, because `draw` does not need this.
         """
         logits = forbid_repeats(logits, state.tokens, state.mask, length + state.step, ngram)
         logits = truncate(logits, top_k, top_p)
@@ -176,8 +180,8 @@ def _generate(
         if greedy:
             drawn = jnp.argmax(forbid_repeats(scores[0], state.tokens, state.mask, length + state.step, ngram), axis=-1)
         else:
-            ways = [distribution(logits, state) for logits in scores]
-            probs = ways[0] if len(ways) == 1 else (1 - weight) * ways[0] + weight * ways[1]
+            by_model = [distribution(logits, state) for logits in scores]
+            probs = by_model[0] if len(by_model) == 1 else (1 - weight) * by_model[0] + weight * by_model[1]
             drawn = draw(jax.random.uniform(jax.random.fold_in(key, state.step), (batch,), jnp.float32), probs)
         chosen = jnp.take_along_axis(scores[0], drawn[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(scores[0], axis=-1)
         drawn = jnp.where(state.ended, pad_id, drawn).astype(state.tokens.dtype)
@@ -204,7 +208,7 @@ def _generate(
         tokens=jnp.pad(prompts, wide, constant_values=pad_id),
         mask=jnp.pad(prompt_mask, wide),
         log_probs=jnp.zeros((batch, max_new_tokens), jnp.float32),
-        # The last drawn token is never read, so it needs no slot.
+        # The last drawn token is never read, so no slot is needed for this token.
         caches=tuple(model.init_cache(batch, length + max_new_tokens - 1) for model in models),
     )
     state = read(state, prompts, prompt_mask)

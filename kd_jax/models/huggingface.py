@@ -4,16 +4,16 @@ Each process reads only the slices that its devices need.
 """
 
 import math
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from kd_jax.models import int8
 from kd_jax.models.config import ModelConfig
@@ -23,19 +23,24 @@ from kd_jax.models.folders import check_folder
 from kd_jax.models.functional import Model, Params, Shardings, from_config
 from kd_jax.models.safetensors_io import Reader, open_folder
 from kd_jax.storage import untrusted
+from kd_jax.storage.files import AnyPath, Json
+
+Index = tuple[slice, ...]  # a slice for each axis
 
 
-def load_config(path: str | os.PathLike[str]) -> ModelConfig:
+def load_config(path: AnyPath) -> ModelConfig:
     """Returns the `ModelConfig` of a Hugging Face folder, without reading the weights.
 
-    The ids that end a text come from generation_config.json if they are given there, as in transformers' `generate`.
-    Both files are treated as data: only the fields that are known here are read, and no field names code. `auto_map` is
-    ignored, as transformers ignores it without trust_remote_code.
+    The ids that end a text come from generation_config.json if this file has them, as in transformers' `generate`. Only
+    known fields of both files are read, and no field names code. `auto_map` is ignored, as in transformers without
+    trust_remote_code.
 
     Args:
       path: a folder with a config.json.
+
     Returns:
-      The config. Its family is one of this project's families, so Mistral's is 'llama', with a sliding window.
+      The config. The family is one of this project's families: for Mistral 'llama', with a sliding window.
+
     Raises:
       ValueError: the folder or a file does not exist, the folder belongs to an adapter, an architecture or a setting is
         not supported, or sizes do not fit.
@@ -46,7 +51,7 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     family = _family(file, fields)
     generation = file.with_name("generation_config.json")
     ids = fields | (untrusted.read_json(generation) if generation.exists() else {})
-    if ids.get("pad_token_id") == -1:  # the first Llama folders write -1 for no pad token
+    if ids.get("pad_token_id") == -1:  # the first Llama folders write -1 if there is no padding token
         ids["pad_token_id"] = None
     try:
         refuse_another_function(fields)
@@ -62,7 +67,8 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _family(file: Path, fields: dict[str, Any]) -> str:
+def _family(file: Path, fields: Json) -> str:
+    """Returns the name of the family that config.json describes."""
     kinds = {kind: name for name, family in FAMILIES.items() for kind in family.ARCHITECTURES}
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in kinds:
@@ -74,12 +80,12 @@ def _family(file: Path, fields: dict[str, Any]) -> str:
             f"{file}: architectures {untrusted.shown(architectures)} is not supported; expected [{expected!r}]."
         )
     if fields.get("quantization_config"):
-        raise ValueError(f"{file}: a quantization_config is in use; expected weights in float32, bfloat16 or float16.")
+        raise ValueError(f"{file}: a quantization_config is set; expected weights in float32, bfloat16 or float16.")
     return kinds[kind]
 
 
 def load_pretrained(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     *,
     dtype: DTypeLike = jnp.float32,
     shardings: Shardings | None = None,
@@ -89,7 +95,7 @@ def load_pretrained(
     """Loads a model and its parameters from a Hugging Face folder.
 
     Tensors are read and placed one at a time. With `shardings`, a process reads only the slices that its devices hold,
-    each slice once. A model that fits on no single device or host can therefore be loaded.
+    each slice once. So a model can be loaded that is too large for one device or host.
 
     Args:
       path: a folder with config.json and model.safetensors, or model.safetensors.index.json and its files.
@@ -99,58 +105,61 @@ def load_pretrained(
       matrices_in_int8: True to convert each matrix of the layers to int8 and scales when it is read. Such a model
         cannot be trained.
       only: the prefix of the names of the parameters to read, such as 'layers/3/'. All other parameters stay abstract.
+
     Returns:
       The model, and a plain nested dict of arrays; matrices in int8 are `qwix.QArray`s.
+
     Raises:
-      ValueError: something in the folder is unsupported, missing, superfluous, damaged, or of another shape.
+      ValueError: a file, a field or a tensor of the folder is unsupported, missing, superfluous, damaged, or of another
+        shape.
     """
     folder = Path(path)
     config = load_config(folder)
     model = from_config(config, dtype=dtype, param_dtype=dtype)
     with open_folder(folder) as reader:
-        # Check that the tensors exist before anything is allocated whose size comes from config.json.
+        # The tensors are checked before the sizes of config.json decide how much memory is allocated.
         _check_depth(reader, config)
         layout = FAMILIES[config.family].tensors(config)
         names = _names_on_disk(reader, config, layout)
         _check_sizes(reader, config, names)
         abstract = model.abstract_params()
-        placed = None if shardings is None else shardings(abstract)
+        sharding_tree = None if shardings is None else shardings(abstract)
 
-        def place(path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None) -> Any:
+        def place(path: KeyPath, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None) -> PyTree:
             key = jax.tree_util.keystr(path, simple=True, separator="/")
             if not key.startswith(only):
                 return leaf
             tensor, name = layout[key], names[layout[key].name]
             _check_shape(reader, name, tensor, leaf.shape)
-            small = matrices_in_int8 and int8.is_matrix(key)
+            in_int8 = matrices_in_int8 and int8.is_matrix(key)
+            dtype_read = np.dtype(np.float32) if in_int8 else leaf.dtype  # float32: the values are rounded only once
 
-            def slice_of(index: Any) -> np.ndarray:
-                to = np.dtype(np.float32) if small else leaf.dtype  # float32, so that the values are not rounded twice
-                return _read(reader, name, tensor, leaf.shape, index).astype(to, copy=False)
+            def slice_of(index: Index) -> np.ndarray:
+                return _read(reader, name, tensor, leaf.shape, index).astype(dtype_read, copy=False)
 
             if sharding is None:
                 array = jnp.array(slice_of((slice(None),) * len(leaf.shape)))
             else:
                 array = jax.make_array_from_callback(leaf.shape, sharding, _once(slice_of))
-            return int8.quantise(array) if small else array
+            return int8.quantise(array) if in_int8 else array
 
-        trees = (abstract,) if placed is None else (abstract, placed)
+        trees = (abstract,) if sharding_tree is None else (abstract, sharding_tree)
         return model, jax.tree.map_with_path(place, *trees)
 
 
-def _once(slice_of: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
+def _once(slice_of: Callable[[Index], np.ndarray]) -> Callable[[Index | None], np.ndarray]:
     """Returns a function like `slice_of` that reads each slice only once.
 
     Several devices may hold the same slice, and JAX asks for the slice of each device.
     """
-    read: dict[str, np.ndarray] = {}
+    slices: dict[str, np.ndarray] = {}
 
-    def slice_read(index: Any) -> np.ndarray:
-        if (key := str(index)) not in read:
-            read[key] = slice_of(index)
-        return read[key]
+    def stored_slice(index: Index | None) -> np.ndarray:
+        if (key := str(index)) not in slices:
+            slices[key] = slice_of(index or ())
+        return slices[key]
 
-    return slice_read
+    return stored_slice
 
 
 def _check_depth(reader: Reader, config: ModelConfig) -> None:
@@ -161,9 +170,9 @@ def _check_depth(reader: Reader, config: ModelConfig) -> None:
 
 
 def _check_sizes(reader: Reader, config: ModelConfig, names: dict[str, str]) -> None:
-    """Checks that no side of a parameter is longer than the largest tensor has numbers.
+    """Checks that no side of a parameter is longer than the number of values in the largest tensor.
 
-    The shapes that config.json asks for are then limited by the files themselves.
+    So the sizes of the files limit the shapes that config.json can ask for.
     """
     largest = max(math.prod(reader.shape(name)) for name in names.values())
     sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
@@ -177,30 +186,30 @@ def _check_sizes(reader: Reader, config: ModelConfig, names: dict[str, str]) -> 
 
 
 def _names_on_disk(reader: Reader, config: ModelConfig, layout: dict[str, Tensor]) -> dict[str, str]:
-    """Returns a dict from the family's name of each tensor to its name in this folder.
+    """Returns a dict from the family's name of each tensor to the name in this folder.
 
     No tensor may be missing or superfluous.
     """
     family = FAMILIES[config.family]
     # A checkpoint without an output matrix has the family's names without their prefix.
     bare = not any(name.startswith(family.PREFIX) for name in reader.names)
-    found = {name if not bare or name == family.TIED else family.PREFIX + name: name for name in reader.names}
-    wanted = {tensor.name for tensor in layout.values()}
-    if missing := wanted - set(found):
-        anywhere = reader.file(min(reader.names)) if reader.names else "the checkpoint"
+    on_disk = {name if not bare or name == family.TIED else family.PREFIX + name: name for name in reader.names}
+    needed = {tensor.name for tensor in layout.values()}
+    if missing := needed - set(on_disk):
+        file = reader.file(min(reader.names)) if reader.names else "the checkpoint"
         raise ValueError(
-            f"{anywhere}: tensor {min(missing)!r} is missing, and {len(missing) - 1} more; a {config.family} "
-            f"model with {config.num_layers} layers needs it."
+            f"{file}: tensor {min(missing)!r} is missing, and {len(missing) - 1} more; a {config.family} "
+            f"model with {config.num_layers} layers needs this tensor."
         )
-    for name in sorted(set(found) - wanted):
+    for name in sorted(set(on_disk) - needed):
         if name == family.TIED:
-            _check_tied(reader, found[name], found[layout["embed/embedding"].name])
+            _check_tied(reader, on_disk[name], on_disk[layout["embed/embedding"].name])
         elif not any(re.fullmatch(pattern, name) for pattern in family.TOLERATED):
             raise ValueError(
-                f"{reader.file(found[name])}: tensor {untrusted.shown(found[name])} has no place in a {config.family} model "
+                f"{reader.file(on_disk[name])}: tensor {untrusted.shown(on_disk[name])} has no place in a {config.family} model "
                 f"with {config.num_layers} layers and the settings in config.json."
             )
-    return {name: found[name] for name in wanted}
+    return {name: on_disk[name] for name in needed}
 
 
 def _check_tied(reader: Reader, head: str, embedding: str) -> None:
@@ -213,8 +222,8 @@ def _check_tied(reader: Reader, head: str, embedding: str) -> None:
         np.array_equal(reader.read(head, block), reader.read(embedding, block)) for block in blocks
     ):
         raise ValueError(
-            f"{reader.file(head)}: tensor {head!r} differs from {embedding!r}, though tie_word_embeddings "
-            "says that the two are one; set tie_word_embeddings to false to load both."
+            f"{reader.file(head)}: tensor {head!r} differs from {embedding!r}, although tie_word_embeddings "
+            "says that the two are equal; set tie_word_embeddings to false to load both."
         )
 
 
@@ -227,7 +236,7 @@ def _check_shape(reader: Reader, name: str, tensor: Tensor, shape: tuple[int, ..
         )
 
 
-def _read(reader: Reader, name: str, tensor: Tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+def _read(reader: Reader, name: str, tensor: Tensor, shape: tuple[int, ...], index: Index) -> np.ndarray:
     """Returns a slice of one of this project's parameters, and reads only this slice."""
     bounds = [slice(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     offset = tensor.part * shape[-1]

@@ -1,10 +1,8 @@
 """Writes a Hugging Face folder that transformers opens unchanged, and that `load_pretrained` reads bit for bit."""
 
 import json
-import os
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +16,18 @@ from kd_jax.models.families.fields import Tensor
 from kd_jax.models.functional import Model, Params
 from kd_jax.models.safetensors_io import write_folder
 from kd_jax.storage import writing_whole
+from kd_jax.storage.files import AnyPath, Json
 
 
 class SavesItself(Protocol):
     """The method that `save_pretrained` needs of a tokenizer."""
 
-    def save(self, folder: Path, /) -> Any:
+    def save(self, folder: Path, /) -> object:
         """Writes the tokenizer's files into the folder."""
 
 
 def save_pretrained(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     model: Model,
     params: Params,
     tokenizer: SavesItself | None = None,
@@ -38,50 +37,53 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` and `load_pretrained` open unchanged.
 
-    The folder appears complete or not at all: it is written under a temporary name and then renamed. Parameters that
-    are divided over processes are gathered one tensor at a time. All processes must call this function; only the first
-    writes.
+    The folder is written under a temporary name and then renamed, so no incomplete folder appears. Parameters that are
+    sharded over processes are gathered one tensor at a time. All processes must call this function, and only the first
+    process writes.
 
     Args:
-      path: the folder to create; missing parent folders are created too.
+      path: the folder to create; missing parent folders are created, too.
       model: the model whose config is written.
       params: the model's parameters.
       tokenizer: a tokenizer that is saved beside the weights, or None.
       dtype: the type on disk; by default the type of the embedding.
       max_shard_bytes: the largest size of a file in bytes. Larger weights are split over several files with an index.
+
     Raises:
       ValueError: the folder is not empty, or the parameters do not belong to this model.
     """
     target = Path(path)
     arrays = _arrays_of(model, params)
-    kept = np.dtype(jnp.dtype(arrays["embed/embedding"].dtype if dtype is None else dtype))
+    stored_dtype = np.dtype(jnp.dtype(arrays["embed/embedding"].dtype if dtype is None else dtype))
     if jax.process_index() > 0 and any(_is_shared(array) for array in arrays.values()):
-        _write_weights(None, model.config, arrays, kept, max_shard_bytes)
+        _write_weights(None, model.config, arrays, stored_dtype, max_shard_bytes)
         return
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder; choose another path or remove it first.")
     with writing_whole(target) as partial:
         partial.mkdir()
-        _write_json(partial / "config.json", _config_fields(model.config, kept))
+        _write_json(partial / "config.json", _config_fields(model.config, stored_dtype))
         _write_json(partial / "generation_config.json", _generation_fields(model.config))
-        _write_weights(partial, model.config, arrays, kept, max_shard_bytes)
+        _write_weights(partial, model.config, arrays, stored_dtype, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(partial)
 
 
 def _arrays_of(model: Model, params: Params) -> dict[str, jax.Array]:
-    found, expected = (
+    """Returns the parameters by name, such as 'layers/0/mlp/up/kernel', after a check of the shapes."""
+    arrays, expected = (
         {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
         for tree in (params, model.abstract_params())
     )
-    for key in sorted(found.keys() | expected.keys()):
-        shape, wanted = (tree[key].shape if key in tree else None for tree in (found, expected))
-        if shape != wanted:
-            raise ValueError(f"the parameter {key!r} has shape {shape}; the model's config asks for {wanted}.")
-    return found
+    for key in sorted(arrays.keys() | expected.keys()):
+        shape, expected_shape = (tree[key].shape if key in tree else None for tree in (arrays, expected))
+        if shape != expected_shape:
+            raise ValueError(f"the parameter {key!r} has shape {shape}; the model's config asks for {expected_shape}.")
+    return arrays
 
 
-def _is_shared(array: Any) -> bool:
+def _is_shared(array: object) -> bool:
+    """Returns True if this process holds only a part of an array."""
     return isinstance(array, jax.Array) and not array.is_fully_addressable
 
 
@@ -97,15 +99,15 @@ def _write_weights(
         ours = arrays[key].shape
         return ours[::-1] if tensor.transposed else (*ours[:-1], ours[-1] * tensor.parts)
 
-    def whole(key: str) -> np.ndarray:
-        array: Any = arrays[key]
-        if _is_shared(array) and not array.is_fully_replicated:
-            array = multihost_utils.process_allgather(array, tiled=True)
-        return np.asarray(array).astype(dtype, copy=False)
+    def gathered(key: str) -> np.ndarray:
+        array = arrays[key]
+        is_divided = _is_shared(array) and not array.is_fully_replicated
+        numbers = np.asarray(multihost_utils.process_allgather(array, tiled=True) if is_divided else array)
+        return numbers.astype(dtype, copy=False)
 
     def values(name: str) -> np.ndarray:
         parts = sorted(stored[name], key=lambda part: part[0].part)
-        joined = np.concatenate([whole(key) for _, key in parts], axis=-1)
+        joined = np.concatenate([gathered(key) for _, key in parts], axis=-1)
         return np.ascontiguousarray(joined.T if parts[0][0].transposed else joined)
 
     shapes = {name: shape(*parts[0]) for name, parts in stored.items()}
@@ -116,8 +118,8 @@ def _write_weights(
     write_folder(folder, shapes, dtype, values, max_shard_bytes)
 
 
-def _config_fields(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
-    family: ModuleType = FAMILIES[config.family]
+def _config_fields(config: ModelConfig, dtype: np.dtype) -> Json:
+    family = FAMILIES[config.family]
     # A Llama model with a window has the model_type of Mistral.
     fields = {"model_type": config.family, **family.to_hf(config)}
     return {
@@ -130,10 +132,10 @@ def _config_fields(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     }
 
 
-def _generation_fields(config: ModelConfig) -> dict[str, Any]:
+def _generation_fields(config: ModelConfig) -> Json:
     ids = {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id, "pad_token_id": config.pad_id}
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def _write_json(file: Path, fields: dict[str, Any]) -> None:
+def _write_json(file: Path, fields: Json) -> None:
     file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -1,12 +1,12 @@
 """A model's matrices in int8, with a scale for each output channel.
 
-The matrices are converted to floating point where they are used. Norms, biases, the embedding and the output matrix
-keep their type. Norms and biases are small. Rounding of the embedding and of the output matrix shows in every logit,
-and in a large model these two are a small part (experiments/int8_teacher).
+Each matrix is converted to floating point immediately before the product. Norms, biases, the embedding and the output
+matrix keep their type: norms and biases are small, and rounding of the embedding or of the output matrix changes every
+logit, while both are a small part of a large model (experiments/int8_teacher).
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,17 @@ import qwix
 from flax.nnx.nn.dtypes import promote_dtype
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree
 
+Placement = tuple[NamedSharding, NamedSharding] | None  # the shardings of a matrix and of its scales
 # qwix maps the largest entry to 127.5 steps, beyond the last step of int8. With 127 steps the largest entry is exact,
 # and so is a matrix whose columns are int8 numbers times their scale.
 METHOD = f"absmax,{127.5 / 127}"
 
 
 def is_matrix(name: str) -> bool:
-    """Returns True if a parameter is kept in int8. The name is a path such as 'layers/0/mlp/up/kernel'."""
+    """Returns True if a parameter is converted to int8. The name is a path such as 'layers/0/mlp/up/kernel'."""
     return name.startswith("layers/") and name.endswith("/kernel")
 
 
@@ -34,48 +36,48 @@ def quantise(matrix: Float[Array, "in out"]) -> qwix.QArray:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> found = quantise(jnp.array([[127.0, 0.5], [-64.0, 0.125]]))
-      >>> found.qvalue.tolist(), found.scale.shape
+      >>> quantised = quantise(jnp.array([[127.0, 0.5], [-64.0, 0.125]]))
+      >>> quantised.qvalue.tolist(), quantised.scale.shape
       ([[127, 127], [-64, 32]], (1, 2))
     """
-    placed = None
+    placement = None
     if isinstance(matrix.sharding, NamedSharding):
         mesh, (row, column) = matrix.sharding.mesh, (*matrix.sharding.spec, None, None)[:2]
-        placed = NamedSharding(mesh, P(row, column)), NamedSharding(mesh, P(None, column))
-    found = qwix.QArray(*_quantiser(placed)(matrix))
+        placement = NamedSharding(mesh, P(row, column)), NamedSharding(mesh, P(None, column))
+    quantised = qwix.QArray(*_quantiser(placement)(matrix))
     matrix.delete()
-    return found
+    return quantised
 
 
 @functools.cache
-def _quantiser(placed: Any) -> Any:
-    def split(matrix: Array) -> tuple[Array, Array]:
-        found = qwix.quantize(matrix.astype(jnp.float32), jnp.int8, channelwise_axes=[1], calibration_method=METHOD)
-        return found.qvalue, found.scale
+def _quantiser(placement: Placement) -> Callable[[Array], tuple[Array, Array]]:
+    def quantise_matrix(matrix: Array) -> tuple[Array, Array]:
+        parts = qwix.quantize(matrix.astype(jnp.float32), jnp.int8, channelwise_axes=[1], calibration_method=METHOD)
+        return parts.qvalue, parts.scale
 
-    return jax.jit(split, out_shardings=placed)
+    return jax.jit(quantise_matrix, out_shardings=placement)
 
 
-def dequantise(params: Any, dtype: Any) -> Any:
+def dequantise(params: PyTree, dtype: DTypeLike) -> PyTree:
     """Returns the tree with each int8 matrix replaced by an array in `dtype`. All other leaves stay the same."""
-    whole = lambda leaf: qwix.dequantize(leaf).astype(dtype) if _is_int8(leaf) else leaf
-    return jax.tree.map(whole, params, is_leaf=_is_int8)
+    as_float = lambda leaf: qwix.dequantize(leaf).astype(dtype) if _is_int8(leaf) else leaf
+    return jax.tree.map(as_float, params, is_leaf=_is_int8)
 
 
-def promote(operands: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
-    """Converts the input, matrix and bias of `nnx.Linear` to the type in which they are multiplied."""
+def promote(operands: PyTree, /, *, dtype: DTypeLike | None = None, inexact: bool = True) -> PyTree:
+    """Converts the input, matrix and bias of `nnx.Linear` to the type of the product."""
     x, kernel, bias = operands
     if not _is_int8(kernel):
         return promote_dtype(operands, dtype=dtype, inexact=inexact)
     x, bias = promote_dtype((x, bias), dtype=dtype, inexact=inexact)
-    # Wait for the input. Otherwise XLA would dequantise all matrices first, or once before a loop over tokens.
+    # The conversion waits for the input. Otherwise XLA would convert all matrices first, or once before a loop.
     x, values = jax.lax.optimization_barrier((x, kernel.qvalue))
     scale = kernel.scale
-    # On a CPU the barrier is removed before the operations are ordered. This addition of 0 remains.
+    # On a CPU, XLA removes the barrier before the operations are ordered, but not this addition of 0.
     if jax.default_backend() == "cpu":
         scale = scale + 0 * x[(0,) * x.ndim].astype(scale.dtype)
     return x, dequantise(qwix.QArray(values, scale), x.dtype), bias
 
 
-def _is_int8(leaf: Any) -> bool:
+def _is_int8(leaf: object) -> bool:
     return isinstance(leaf, qwix.QArray)

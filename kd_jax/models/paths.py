@@ -1,4 +1,4 @@
-"""The folder that a config's path names."""
+"""The folder of a path in a config."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ PACKAGED = "package:"
 
 
 def folder(path: str) -> Path:
-    """Returns the folder for a path of a config; 'package:NAME' is a folder that ships with kd_jax.
+    """Returns the folder of a path in a config; 'package:NAME' is a folder that is part of kd_jax.
 
     Raises:
       ValueError: kd_jax has no model NAME, or the path is an address.
@@ -18,25 +18,25 @@ def folder(path: str) -> Path:
     if not path.startswith(PACKAGED):
         return remote.local_folder(path)
     assets, name = Path(__file__).parent.parent / "assets", path.removeprefix(PACKAGED)
-    known = sorted(where.name for where in assets.iterdir() if (where / "config.json").exists())
+    known = sorted(asset.name for asset in assets.iterdir() if (asset / "config.json").exists())
     if name not in known:
         raise ValueError(
-            f"{path}: kd_jax has no model {name!r}; it has {', '.join(PACKAGED + other for other in known)}."
+            f"{path}: kd_jax has no model {name!r}; the models are {', '.join(PACKAGED + other for other in known)}."
         )
     return assets / name
 
 
 def model_folder(path: str, key: str) -> Path:
-    """Returns the folder of a model, after a look at its config.json.
+    """Returns the folder of a model, after a check of config.json.
 
     Args:
-      path: as in `folder`.
-      key: of the setting that names the path, for the message.
+      path: the path in a config, as in `folder`.
+      key: the setting that names the path, such as 'teacher.path', for the message.
 
     Raises:
-      ValueError: the folder does not exist, is an adapter's, or its config.json describes no model that is supported.
+      ValueError: the folder does not exist or belongs to an adapter, or config.json describes no supported model.
     """
-    where = folder(path)
-    check_folder(where, key)
-    load_config(where)
-    return where
+    local = folder(path)
+    check_folder(local, key)
+    load_config(local)
+    return local

@@ -1,4 +1,4 @@
-"""Reads and writes a folder of safetensors files, one tensor at a time."""
+"""Functions that read and write a folder of safetensors files, one tensor at a time."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +23,24 @@ _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np
 _QUANTISED = ("I8", "U8", "F8", "F6", "F4", "I4", "U4")  # the prefixes of the type names of quantised weights
 
 
+class _Slice(Protocol):
+    """A tensor of an open file, whose values are not read yet."""
+
+    def get_dtype(self) -> str: ...
+
+    def get_shape(self) -> list[int]: ...
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> np.ndarray: ...
+
+
+class _File(Protocol):
+    """An open safetensors file."""
+
+    def keys(self) -> list[str]: ...
+
+    def get_slice(self, name: str, /) -> _Slice: ...
+
+
 class Reader:
     """The tensors of a folder by name. Only `read` reads values, and only the requested slice.
 
@@ -30,7 +48,7 @@ class Reader:
       folder: the folder of the files.
     """
 
-    def __init__(self, files: Mapping[str, Any], owners: Mapping[str, str], folder: Path):
+    def __init__(self, files: Mapping[str, _File], owners: Mapping[str, str], folder: Path):
         self._files, self._owners, self.folder = files, owners, folder
 
     @property
@@ -50,7 +68,7 @@ class Reader:
         """
         tensor = self._slice(name)
         if (kind := tensor.get_dtype()) not in _DTYPES:
-            quantised = "Quantised checkpoints are not supported: use the one in float32, bfloat16 or float16."
+            quantised = "Quantised checkpoints are not supported: use a checkpoint in float32, bfloat16 or float16."
             raise ValueError(
                 f"{self.file(name)}: tensor {untrusted.shown(name)} has type {kind}; expected one of {', '.join(_DTYPES)}. "
                 f"{quantised if kind.startswith(_QUANTISED) else 'A weight is a floating-point number.'}"
@@ -66,7 +84,7 @@ class Reader:
                 f"{self.file(name)}: tensor {untrusted.shown(name)} cannot be read ({untrusted.clip(str(error))})."
             ) from error
 
-    def _slice(self, name: str) -> Any:
+    def _slice(self, name: str) -> _Slice:
         return self._files[self._owners[name]].get_slice(name)
 
 
@@ -103,13 +121,13 @@ def open_folder(folder: Path) -> Iterator[Reader]:
                 f" The folder has {untrusted.clip(', '.join(pickled))}: pickled files can run code when read, so they are "
                 "refused; convert them to safetensors first (transformers' save_pretrained writes them)."
             )
-            raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is there.{hint if pickled else ''}")
+            raise ValueError(f"{folder}: the folder has neither {SINGLE} nor {INDEX}.{hint if pickled else ''}")
         yield Reader(files, owners, folder)
 
 
-def _open(file: Path, stack: contextlib.ExitStack) -> Any:
+def _open(file: Path, stack: contextlib.ExitStack) -> _File:
     if not file.is_file():
-        raise ValueError(f"{file}: the file is missing; {INDEX} lists it.")
+        raise ValueError(f"{file}: the file is missing, but {INDEX} lists this file.")
     try:
         check_header(file)
         return stack.enter_context(safe_open(file, framework="numpy"))
@@ -117,16 +135,15 @@ def _open(file: Path, stack: contextlib.ExitStack) -> Any:
         raise ValueError(f"{file}: cannot be read ({error.strerror or error}).") from error
     except SafetensorError as error:
         raise ValueError(
-            f"{file}: not a whole safetensors file ({untrusted.clip(str(error))}); fetch or write it again."
+            f"{file}: not a complete safetensors file ({untrusted.clip(str(error))}); download or write the file again."
         ) from error
 
 
 def check_header(file: Path) -> None:
     """Checks that the header is strict JSON and not longer than the file, before safetensors reads the file.
 
-    safetensors does not check this. safetensors does check that a tensor's shape, type and offsets agree, and that the
-    tensors fill the file without gap or overlap. These checks use a mapped file. Memory of a tensor's size is allocated
-    only afterwards.
+    safetensors does not check this. safetensors checks that the shape, type and offsets of a tensor agree, and that the
+    tensors fill the file without gap or overlap. Memory of a tensor's size is allocated only after these checks.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -135,35 +152,38 @@ def check_header(file: Path) -> None:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(
-                f"{file}: not a whole safetensors file (a header of {length} bytes in a file of {size}); fetch or write it again."
+                f"{file}: not a complete safetensors file (a header of {length} bytes in a file of {size}); download or write the "
+                f"file again."
             )
         if length > MAX_HEADER:
-            raise ValueError(f"{file}: its header has {length} bytes; at most {MAX_HEADER} are read.")
+            raise ValueError(f"{file}: the header has {length} bytes; at most {MAX_HEADER} are read.")
         header = untrusted.parse_json(stream.read(length), str(file))
     if not isinstance(header, dict):
-        raise ValueError(f"{file}: not a safetensors file (its header is no JSON object).")
+        raise ValueError(f"{file}: not a safetensors file (the header is no JSON object).")
 
 
 def _read_index(file: Path) -> dict[str, str]:
+    """Returns tensor name -> file name, from an index."""
     owners = untrusted.read_json(file, MAX_HEADER).get("weight_map")
     if not isinstance(owners, dict) or not owners:
         raise ValueError(f"{file}: expected a 'weight_map' from tensor names to file names.")
     for name, owner in owners.items():
         if not isinstance(owner, str) or not _NAME.fullmatch(owner):
             raise ValueError(
-                f"{file}: tensor {untrusted.shown(name)} lies in {untrusted.shown(owner)}; expected the name of a "
+                f"{file}: tensor {untrusted.shown(name)} has the file {untrusted.shown(owner)}; expected the name of a "
                 ".safetensors file beside the index, of letters, digits and . _ -"
             )
     return owners
 
 
-def _check_index(folder: Path, owners: Mapping[str, str], held: Mapping[str, set[str]]) -> None:
+def _check_index(folder: Path, owners: Mapping[str, str], names_in_files: Mapping[str, set[str]]) -> None:
+    """Checks that the index and the files have the same tensors."""
     for name, owner in owners.items():
-        if name not in held[owner]:
+        if name not in names_in_files[owner]:
             raise ValueError(
-                f"{folder / owner}: tensor {untrusted.shown(name)} is missing; {INDEX} says that it is here."
+                f"{folder / owner}: tensor {untrusted.shown(name)} is missing, but {INDEX} names this file for the tensor."
             )
-    for owner, names in held.items():
+    for owner, names in names_in_files.items():
         if surplus := names - set(owners):
             raise ValueError(f"{folder / owner}: tensor {untrusted.shown(min(surplus))} is not listed in {INDEX}.")
 
@@ -175,7 +195,7 @@ def write_folder(
     tensor: Callable[[str], np.ndarray],
     max_shard_bytes: int,
 ) -> None:
-    """Writes the tensors file by file, and holds the tensors of only one file at a time.
+    """Writes the tensors file by file, with the tensors of only one file in memory at a time.
 
     Args:
       folder: an existing folder.
@@ -200,6 +220,7 @@ def write_folder(
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> Sequence[Sequence[str]]:
+    """Returns the tensor names of each file, so that a file has at most `limit` bytes or one tensor."""
     shards, filled = [[]], 0
     for name, size in sizes.items():
         if shards[-1] and filled + size > limit:

@@ -1,4 +1,4 @@
-"""Turns logits into a token: excludes tokens, and draws one token per row with a single uniform number."""
+"""Sampling of a token from logits: tokens are excluded, and one uniform number per row draws a token."""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,16 @@ BLOCK = 128  # the number of probabilities in a block; the sums of blocks are se
 
 
 def draw(uniform: Float[Array, " B"], probs: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """Returns the inverse of the cumulative distribution at each row's number, by one random number per row.
+    """Returns the inverse of the cumulative distribution at each row's number.
 
-    A draw with Gumbel noise would need V random numbers. The sums of blocks are searched first, then the block that
-    holds the number, so that the probabilities are read once. A token with probability 0 is never drawn, whatever the
-    rounding.
+    One random number per row suffices; a draw with Gumbel noise would need V random numbers. The sums of blocks are
+    searched first, then the block that contains the number, so that the probabilities are read once. A token with
+    probability 0 is never drawn, even after rounding.
 
     Args:
       uniform: numbers in [0, 1).
-      probs: numbers that are not negative and, in each row, not all 0. A row need not sum to 1.
+      probs: numbers that are not negative and, in each row, not all 0. The sum of a row need not be 1.
+
     Returns:
       A token id per row.
     """
@@ -49,10 +50,7 @@ def first_above(
 
 
 def truncate(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
-    """Returns the logits with -inf for the tokens that top-k excludes, and then for those that top-p excludes.
-
-    top-p sees only the tokens that top-k keeps.
-    """
+    """Returns the logits with -inf for the tokens that top-k excludes, and for the tokens that top-p then excludes."""
     if 0 < top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
         logits = jnp.where(logits < smallest, -jnp.inf, logits)

@@ -1,7 +1,7 @@
-"""The decoder-only transformer of all families. `ModelConfig` chooses its norms, positions and biases."""
+"""The decoder-only transformer of all families. `ModelConfig` decides the norms, positions and biases."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,10 @@ _ACTIVATIONS = {
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens read so far, one array per layer.
+    """Keys and values of the tokens that the model has read, one array per layer.
 
-    `index` of the S slots are filled, padding included. Each array is stored in the layout of its matrix product, so
-    that no decoding step transposes earlier entries.
+    `index` of the S slots are filled, padding included. Each array has the layout of the matrix product that reads the
+    array, so that no decoding step transposes earlier entries.
     """
 
     keys: tuple[Float[Array, "B K H S"], ...]
@@ -38,7 +38,7 @@ class Cache(NamedTuple):
 class Attention(nnx.Module):
     """Causal attention with grouped queries."""
 
-    def __init__(self, config: ModelConfig, linear: "_Linear", norm: "_Norm", implementation: Any):
+    def __init__(self, config: ModelConfig, linear: "_Linear", norm: "_Norm", implementation: str):
         self.implementation = implementation
         width, queries = config.hidden_size, config.num_heads * config.head_dim
         shared = config.num_kv_heads * config.head_dim
@@ -60,17 +60,16 @@ class Attention(nnx.Module):
         if rotary is not None:
             query, key = _rotate(query, *rotary), _rotate(key, *rotary)
         if cache is None and self.implementation != "plain":
-            # These implementations turn the mask into a finite bias, so a row that attends to nothing is finite here,
-            # too.
+            # These implementations use a finite bias as mask, so a row that attends to nothing is finite, too.
+            implementation = "cudnn" if self.implementation == "cudnn" else "xla"
             attended = jax.nn.dot_product_attention(
-                query, key, value, mask=mask[:, None], implementation=self.implementation
+                query, key, value, mask=mask[:, None], implementation=implementation
             )
             return self.output(attended.reshape(*x.shape[:2], -1)), None
         key, value = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
         if cache is not None:
             keys, values, index = cache
-            # This function takes only one index. A tuple (0, 0, 0, index) would mix two integer types where JAX's
-            # default is 64 bits.
+            # The function takes only one index. In 64-bit mode a tuple (0, 0, 0, index) would mix two integer types.
             key = jax.lax.dynamic_update_slice_in_dim(keys, key, index, axis=3)
             value = jax.lax.dynamic_update_slice_in_dim(values, value, index, axis=2)
         attended = _attend(query, key, value, mask)
@@ -96,7 +95,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """A transformer block that normalises before attention and before the MLP."""
 
-    def __init__(self, config: ModelConfig, linear: "_Linear", norm: "_Norm", implementation: Any):
+    def __init__(self, config: ModelConfig, linear: "_Linear", norm: "_Norm", implementation: str):
         self.attention_norm = norm(config.hidden_size)
         self.attention = Attention(config, linear, norm, implementation)
         self.mlp_norm = norm(config.hidden_size)
@@ -122,19 +121,18 @@ class Transformer(nnx.Module):
             promote_dtype=int8.promote,
             rngs=rngs,
         )
-        # dtype=float32 computes the whole norm in float32, and the caller casts back. The fast variance would lose
-        # digits.
-        kind: Any = nnx.LayerNorm if config.layer_norm else nnx.RMSNorm
-        norm = functools.partial(
-            kind,
+        # With dtype=float32 the norm is computed in float32, and the caller casts the result. The fast variance would
+        # lose digits.
+        norm: _Norm = functools.partial(
+            nnx.LayerNorm if config.layer_norm else nnx.RMSNorm,
             epsilon=config.norm_eps,
             dtype=jnp.float32,
             param_dtype=param_dtype,
             use_fast_variance=False,
             rngs=rngs,
         )
-        # nnx.Embed would cast the whole table in every call. So the table keeps the parameters' type, and the rows are
-        # cast.
+        # nnx.Embed would cast the complete table in every call. So the table has the parameters' type, and only the
+        # rows are cast.
         embed = functools.partial(
             nnx.Embed,
             features=config.hidden_size,
@@ -164,21 +162,20 @@ class Transformer(nnx.Module):
                 policy = getattr(jax.checkpoint_policies, self.remat)
                 x = jax.checkpoint(lambda x, block=block: block(x, rotary, attend)[0], policy=policy)(x)
                 continue
-            past = None if cache is None else (cache.keys[i], cache.values[i], cache.index)
-            x, present = block(x, rotary, attend, past)
-            written.append(present)
+            layer_cache = None if cache is None else (cache.keys[i], cache.values[i], cache.index)
+            x, keys_and_values = block(x, rotary, attend, layer_cache)
+            written.append(keys_and_values)
         if cache is not None:
             keys, values = zip(*written, strict=True)
             cache = cache._replace(keys=keys, values=values, index=cache.index + tokens.shape[1])
         return self.end(x), cache
 
-    def begin(self, tokens: Array, mask: Array | None, cache: Cache | None) -> Any:
-        """Returns the inputs of the first block.
-
-        These are the embedded tokens, the rotary factors, the attention mask and the cache.
-        """
-        attend, positions, cache = _see(tokens, mask, cache)
-        if mask is not None:  # a masked id is never read, even if it is outside the vocabulary
+    def begin(
+        self, tokens: Array, mask: Array | None, cache: Cache | None
+    ) -> tuple[Array, tuple[Array, Array] | None, Array, Cache | None]:
+        """Returns the embedded tokens, the rotary factors, the attention mask and the cache for the first block."""
+        attend, positions, cache = _visible_slots(tokens, mask, cache)
+        if mask is not None:  # a masked id may be outside the vocabulary
             tokens = jnp.where(mask != 0, tokens, 0)
         x = self.embed(tokens).astype(self.dtype)
         rotary = None
@@ -194,12 +191,14 @@ class Transformer(nnx.Module):
         return self.norm(x).astype(self.dtype)
 
 
-def _see(tokens, mask, cache):
-    """Returns the slots that each query attends to, each token's position, and the cache with its new mask.
+def _visible_slots(
+    tokens: Array, mask: Array | None, cache: Cache | None
+) -> tuple[Bool[Array, "..."], Int[Array, "..."], Cache | None]:
+    """Returns the slots that each query attends to, each token's position, and the cache with the new mask.
 
     The slots are [B or 1, L, S], and the positions are [B or 1, L]. Positions count only real tokens, so padding on
-    either side moves nothing. A mask of integers divides a row into segments. Each segment attends only to itself, and
-    its positions start at 0.
+    either side moves no token. A mask of integers divides a row into segments. Each segment attends only to itself, and
+    the positions of a segment start at 0.
     """
     length = tokens.shape[1]
     causal = jnp.tril(jnp.ones((1, length, length), bool))
@@ -225,9 +224,9 @@ def _attend(query, key, value, mask):
 
     A row that attends to nothing averages all values. The average is finite, and is never read.
 
-    query is [B, L, heads, H], key [B, K, H, S], value [B, K, S, H]. The queries that share a key are placed side by
-    side along the length, so both products are plain batched matrix products and nothing is repeated. On a CPU this is
-    a quarter faster than `jax.nn.dot_product_attention`.
+    query is [B, L, heads, H], key [B, K, H, S], value [B, K, S, H]. The queries that share a key are concatenated along
+    the length. So both products are batched matrix products, and no key is repeated. On a CPU this is a quarter faster
+    than `jax.nn.dot_product_attention`.
     """
     batch, length, heads, width = query.shape
     groups, slots = key.shape[1], key.shape[3]
@@ -257,9 +256,9 @@ def rotary_frequencies(config: ModelConfig) -> Float[np.ndarray, " H/2"]:
     frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     if scaling := config.rope_scaling:
         turns = scaling.original_max_positions * frequencies / (2 * np.pi)
-        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        kept = np.clip(kept, 0.0, 1.0)
-        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+        unscaled = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        unscaled = np.clip(unscaled, 0.0, 1.0)  # the share of each frequency that is not scaled
+        frequencies = frequencies * (unscaled + (1 - unscaled) / scaling.factor)
     return frequencies.astype(np.float32)
 
 
@@ -269,10 +268,10 @@ def _rotate(x, cos, sin):
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def _residual_init(config: ModelConfig):
+def _residual_init(config: ModelConfig) -> nnx.Initializer:
     """Returns GPT-2's initialiser of the matrices that write to the residual stream.
 
-    These matrices write 2 * num_layers times, so their standard deviation is divided by the square root of that number.
+    There are 2 * num_layers such matrices, so the standard deviation is divided by the square root of this number.
 
     References:
       Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.3.
@@ -281,4 +280,4 @@ def _residual_init(config: ModelConfig):
 
 
 _Linear = functools.partial[nnx.Linear]
-_Norm = functools.partial[nnx.LayerNorm] | functools.partial[nnx.RMSNorm]
+_Norm = functools.partial[nnx.LayerNorm | nnx.RMSNorm]

@@ -1,7 +1,8 @@
 """Files, work directories and checkpoints, on a disk or at an address such as gs://bucket/run.
 
-The functions of `files` may be imported from here. The modules are imported by name: `checkpoint` (the states of a run),
-`directory` (the work directory of a run), `remote` (addresses), `checksum` and `untrusted` (files of other people).
+The functions of `files` may be imported from this package. The modules are imported by name: `checkpoint` (the states
+of a run), `directory` (the work directory of a run), `remote` (addresses), `checksum` and `untrusted` (files of other
+people).
 """
 
 from kd_jax.storage.files import (
@@ -10,7 +11,6 @@ from kd_jax.storage.files import (
     is_partial,
     read_json_lines,
     room,
-    said,
     space_left,
     storing,
     write_json_lines,
@@ -24,7 +24,6 @@ __all__ = [
     "is_partial",
     "read_json_lines",
     "room",
-    "said",
     "space_left",
     "storing",
     "write_json_lines",

@@ -1,4 +1,4 @@
-"""Checksums of arrays and files. They are equal if every bit is equal, on any mesh and with any number of processes."""
+"""Checksums of arrays and files. The checksum of an array depends on no mesh and on no number of processes."""
 
 import hashlib
 import json
@@ -7,20 +7,19 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt32
+from jaxtyping import PyTree, UInt32
 
-# A file that changed more recently than this may change again with the same time stamp, so its digest is not
-# remembered.
-SETTLED = 2 * 10**9  # nanoseconds
+# The age of a file, in nanoseconds, from which its digest is remembered. A newer file may change again with the same
+# time stamp.
+SETTLED = 2 * 10**9
 _digests: dict[tuple[int, ...], str] = {}  # a file's status -> the SHA-256 of its bytes
 
 
-def checksums(tree: Any) -> Any:
+def checksums(tree: PyTree) -> PyTree:
     """Returns one number for each array of a tree, in a tree of the same structure.
 
     Args:
@@ -51,19 +50,20 @@ def _checksum(array: jax.Array) -> UInt32[jax.Array, ""]:
 
 
 def _bits(array: jax.Array) -> jax.Array:
+    """Returns the bits of the entries as uint32. An array with 8 bytes per entry gains an axis of size 2."""
     if array.dtype == bool:
         return array.astype(jnp.uint32)
     size = array.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(array, {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32))
-    return bits.astype(jnp.uint32)  # an array with 8 bytes per entry gains an axis of size 2
+    return bits.astype(jnp.uint32)
 
 
-def digest(*parts: Any) -> str:
-    """Returns the SHA-256 of texts, bytes or JSON values, in hexadecimal digits. Callers shorten it as they need.
+def digest(*parts: object) -> str:
+    """Returns the SHA-256 of texts, bytes or JSON values, in 64 hexadecimal digits.
 
     Args:
-      *parts: a str is hashed as UTF-8, and bytes as they are. Any other value is hashed as JSON with sorted keys, in
-        which a value that JSON does not have is its `str`.
+      *parts: a str is hashed as UTF-8, and bytes are hashed unchanged. Any other value is hashed as JSON with sorted
+        keys, in which `str` of a value replaces a value that JSON does not have.
 
     Example:
       >>> digest({"b": 1, "a": 2})[:16]
@@ -79,7 +79,7 @@ def digest(*parts: Any) -> str:
 def file_digest(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes, in hexadecimal digits.
 
-    A digest is remembered as long as the process runs: a file whose status is unchanged is read only once.
+    A digest is remembered as long as the process runs, so a file with an unchanged status is read only once.
     """
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
@@ -87,10 +87,10 @@ def file_digest(path: Path) -> str:
         if key in _digests:
             return _digests[key]
         started = time.time_ns()
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if started - status.st_ctime_ns > SETTLED:
-        _digests[key] = found
-    return found
+        _digests[key] = sha256
+    return sha256
 
 
 def file_digests(paths: Iterable[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A work directory: the config and the data that belong to it, and a lock so that only one run uses it at a time."""
+"""The work directory of a run: its config, the fingerprints of its data, and a lock against a second run."""
 
 import contextlib
 import fcntl
@@ -7,12 +7,12 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
 from kd_jax import storage
 from kd_jax.storage import untrusted
+from kd_jax.storage.files import Json
 
 CONFIG, PARTIAL, LOCK = "config.json", "config.json.partial", "lock"
 IDENTITY = "identity.json"  # name -> fingerprint of the data and models that the config names
@@ -32,28 +32,35 @@ FREE = (
 ADDED = {"data.template_options": {}, "data.system": "", "optimizer.no_decay": []}
 
 
-def check(workdir: str, config: dict[str, Any]) -> None:
-    """Checks that a directory belongs to this run, and lists the differences if it belongs to another one.
+def check(workdir: str, config: Json) -> None:
+    """Checks that a directory is new, or belongs to a run with this config.
 
     Args:
       workdir: the work directory, which need not exist.
       config: the config, as nested dicts of JSON values.
 
     Raises:
-      ValueError: the directory belongs to another config, or contains something else.
+      ValueError: the directory belongs to another config, or has files but no config. The message lists the differences
+        of the configs, or names a file.
     """
     differences = config_difference(workdir, config)
     if differences:
         raise ValueError(
-            f"the work directory {workdir} belongs to another config. Choose another --workdir, or take these back:\n  "
+            f"the work directory {workdir} belongs to another config. Choose another --workdir, or undo these changes:\n  "
             + "\n  ".join(differences)
         )
     folder = epath.Path(workdir)
-    if differences is None and folder.exists() and (not folder.is_dir() or _foreign_files(folder)):
-        raise ValueError(f"the work directory {workdir} has something else in it; choose an empty or a new one.")
+    if differences is None and folder.exists():
+        if not folder.is_dir():
+            raise ValueError(f"the work directory {workdir} is a file; choose an empty or a new folder.")
+        if files := _foreign_files(folder):
+            raise ValueError(
+                f"the work directory {workdir} has files that belong to no run, such as {min(files)}; choose an empty or a new "
+                f"folder."
+            )
 
 
-def config_difference(workdir: str, config: dict[str, Any]) -> list[str] | None:
+def config_difference(workdir: str, config: Json) -> list[str] | None:
     """Returns the differences between a config and the config of a work directory, except for the keys in FREE.
 
     Args:
@@ -73,34 +80,34 @@ def config_difference(workdir: str, config: dict[str, Any]) -> list[str] | None:
             old.setdefault(added, value)
     absent = "(absent)"
     return [
-        f"{key}: {old.get(key, absent)!r} there, {new.get(key, absent)!r} now"
+        f"{key}: {old.get(key, absent)!r} in the work directory, {new.get(key, absent)!r} now"
         for key in sorted(old.keys() | new.keys())
         if not key.startswith(FREE) and old.get(key, absent) != new.get(key, absent)
     ]
 
 
-def _with_defaults(tree: Any) -> Any:
-    """Returns a config, or an ablation's, with `data.defaults` merged into the options of each dataset.
+def _with_defaults(config: object) -> object:
+    """Returns the config of a run or of an ablation with `data.defaults` merged into the options of each dataset.
 
-    The options of a dataset are the same wherever a config has them. Earlier versions had all of them in `data.options`.
+    So the place of an option does not matter: earlier versions had all options of a dataset in `data.options`.
     """
-    if not isinstance(tree, dict):
-        return tree
-    tree = {key: _with_defaults(value) for key, value in tree.items()}
+    if not isinstance(config, dict):
+        return config
+    tree: Json = {key: _with_defaults(value) for key, value in config.items()}
     if not isinstance(data := tree.get("data"), dict) or not isinstance(defaults := data.get("defaults"), dict):
         return tree
     for key in ("data", "text"):
         section = tree.get(key)
         if isinstance(section, dict) and isinstance(options := section.get("options"), dict):
-            # Empty options of `text` stand for those of `data`, where both name the same dataset.
-            stands = key == "text" and not options and section.get("name") == data.get("name")
-            own = {} if stands else defaults.get(section.get("name"), {})
-            tree[key] = section | {"options": own | options}
+            # If `text` has no options and names the same dataset as `data`, the options of `data` are used.
+            uses_data = key == "text" and not options and section.get("name") == data.get("name")
+            defaults_of_dataset = {} if uses_data else defaults.get(section.get("name"), {})
+            tree[key] = section | {"options": defaults_of_dataset | options}
     tree["data"] = {key: value for key, value in tree["data"].items() if key != "defaults"}
     return tree
 
 
-def write_config(workdir: str, config: dict[str, Any]) -> None:
+def write_config(workdir: str, config: Json) -> None:
     """Writes the resolved config completely, or not at all."""
     _write_json(epath.Path(workdir) / CONFIG, config)
 
@@ -111,7 +118,7 @@ def write_identity(workdir: str, fingerprints: dict[str, str]) -> None:
 
 
 def read_identity(workdir: str) -> dict[str, str]:
-    """Returns the fingerprints from `write_identity`, or {} if there are none, as in a directory of an older version.
+    """Returns the fingerprints from `write_identity`; {} if an older version made the directory without fingerprints.
 
     Raises:
       ValueError: the file is damaged.
@@ -119,22 +126,22 @@ def read_identity(workdir: str) -> dict[str, str]:
     path = epath.Path(workdir) / IDENTITY
     if not path.exists():
         return {}
-    found = untrusted.parse_json(path.read_bytes(), str(path))
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}.")
-    return found
+    fingerprints = untrusted.parse_json(path.read_bytes(), str(path))
+    if not isinstance(fingerprints, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(fingerprints).__name__}.")
+    return fingerprints
 
 
-def _write_json(path: epath.Path, content: dict[str, Any]) -> None:
+def _write_json(path: epath.Path, content: Json) -> None:
     storage.write_whole(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager
 def alone(workdir: str | Path, wait: bool = False) -> Iterator[None]:
-    """Holds a lock on a folder, which is created if it does not exist. A process that dies releases the lock.
+    """Holds a lock on a folder, which is created if it does not exist. The end of the process releases the lock.
 
-    The lock is a lock of the operating system on a file. It works as far as the locks of the file system do. On NFS and
-    Lustre these reach all hosts. At an address, `remote.work_directory` keeps other runs away.
+    The operating system locks a file in the folder. The lock works if the file system supports locks; on NFS and Lustre
+    the lock holds on all hosts. At an address, `remote.work_directory` excludes other runs.
 
     Args:
       workdir: the folder.
@@ -145,16 +152,16 @@ def alone(workdir: str | Path, wait: bool = False) -> Iterator[None]:
     """
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    # The library `filelock` does not serve here. On a file system without locks it falls back to a file that outlives a
-    # killed process, and the file of its lock has no place for the owner's name.
+    # The library `filelock` is not used, for two reasons. On a file system without locks it falls back to a file that
+    # remains after a process is killed. And its lock file cannot contain the owner's name.
     with open(folder / LOCK, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
-                f"the work directory {workdir} is in use by another run ({file.read().strip() or 'just started'}). Wait for it, "
-                f"stop it, or choose another --workdir."
+                f"the work directory {workdir} is in use by another run ({file.read().strip() or 'just started'}). Wait for that "
+                f"run, stop that run, or choose another --workdir."
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -163,11 +170,11 @@ def alone(workdir: str | Path, wait: bool = False) -> Iterator[None]:
 
 
 def _foreign_files(folder: epath.Path) -> list[str]:
-    """Returns the names of files in a directory without a config that no run of kd_jax can have left there."""
+    """Returns the names of the files in a directory without a config that no run of kd_jax can have written."""
     return [path.name for path in folder.iterdir() if not path.name.startswith(PARTIAL) and path.name != LOCK]
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: object, prefix: str = "") -> Json:
     """Returns the nested dicts of a config as one dict: {"data.batch_size": ...}."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}

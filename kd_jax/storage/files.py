@@ -16,7 +16,7 @@ from typing import Any
 
 from kd_jax.storage import untrusted
 
-Json = dict[str, Any]  # an object of a JSON file; who reads it checks the values that are used
+Json = dict[str, Any]  # an object of a JSON file; the reader checks the values that are used
 AnyPath = str | PathLike[str]  # pathlib.Path, epath.Path, or a string
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -46,7 +46,7 @@ def storing(path: AnyPath) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and not is_full(error):
             raise
-        raise StorageError(said(path, error)) from error
+        raise StorageError(_paragraph(path, error)) from error
 
 
 @contextlib.contextmanager
@@ -54,7 +54,7 @@ def room(path: AnyPath) -> Iterator[None]:
     """Turns the error of a full disk into a paragraph, and no other error. This is for blocks that also compute.
 
     Args:
-      path: the path that is written, used if the error names none.
+      path: the path that is written. The message names this path if the error names no path.
 
     Raises:
       StorageError: the disk is full.
@@ -66,7 +66,7 @@ def room(path: AnyPath) -> Iterator[None]:
     except Exception as error:
         if not is_full(error):
             raise
-        raise StorageError(said(getattr(error, "filename", None) or path, error)) from error
+        raise StorageError(_paragraph(getattr(error, "filename", None) or path, error)) from error
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -78,8 +78,8 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
-def said(path: AnyPath, error: BaseException) -> str:
-    """Returns the paragraph for an error with a path."""
+def _paragraph(path: AnyPath, error: BaseException) -> str:
+    """Returns the message for an error with a path."""
     cause = " ".join(str(error).split())[-300:] or type(error).__name__
     if is_full(error):
         return f"{path} could not be written: {cause}. {space_left(path)}Make room, and call again."
@@ -110,9 +110,9 @@ def write_whole(path: AnyPath, content: str | bytes) -> None:
 def writing_whole(path: AnyPath) -> Iterator[Path]:
     """Yields a temporary path, at which the caller writes a file or a folder. It is renamed to `path` at the end.
 
-    After any error, an interrupt included, the temporary file or folder is removed and `path` is unchanged. A process
-    that is killed leaves it behind, under a name that `is_partial` recognises. The block's own errors are passed on
-    unchanged: use `storing` or `room` for them.
+    After any error, an interrupt included, the temporary file or folder is removed and `path` is unchanged. A killed
+    process leaves the temporary path, whose name `is_partial` recognises. Errors of the block are passed on unchanged;
+    `storing` or `room` turns them into paragraphs.
 
     Args:
       path: the final path. An existing file or an empty folder there is replaced.
@@ -125,7 +125,7 @@ def writing_whole(path: AnyPath) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)  # a killed process had the same number
+        _remove(partial)  # a killed process with the same number may have left this path
     try:
         yield partial
         with storing(path):
@@ -135,7 +135,7 @@ def writing_whole(path: AnyPath) -> Iterator[Path]:
 
 
 def is_partial(path: Path) -> bool:
-    """Returns True if `writing_whole` has made the name of a path, so that a killed process may have left the path."""
+    """Returns True if `writing_whole` makes such a name, so that a killed process may have left the path."""
     return re.search(r"\.partial-\d+$", path.name) is not None
 
 
@@ -146,7 +146,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_json_lines(path: AnyPath, lines: Iterable[Any]) -> None:
+def write_json_lines(path: AnyPath, lines: Iterable[object]) -> None:
     """Writes a file with one JSON value per line, completely or not at all.
 
     Raises:
@@ -158,13 +158,12 @@ def write_json_lines(path: AnyPath, lines: Iterable[Any]) -> None:
 def read_json_lines(path: Path, appended: bool = False) -> list[Any]:
     """Returns the values of a file with one JSON value per line, as kd_jax writes them.
 
-    The rule for an incomplete last line: a file to which a run appends may end with a line that has no line break,
-    because the run was killed. Such a line is ignored, and the run writes the line again. A file that was written whole
-    has no such line, so every line of the file must be readable.
+    A file to which a run appends may end with an incomplete line, because the run was killed. This line is ignored, and
+    the run writes the line again. A file that was written at once has no incomplete line.
 
     Args:
       path: the file.
-      appended: True if a run appends to the file line by line.
+      appended: True if a run appends to the file line by line. With False, every line must be complete.
 
     Raises:
       ValueError: a line is not JSON; the message names the file and the line.

@@ -1,9 +1,9 @@
 """Folders and files on an object store (gs://, s3://).
 
 Object stores cannot append, rename or lock. So a run works in a local temporary folder, which is copied to its address
-while the run continues. The run waits for the store only before a checkpoint. Checkpoints on gs:// are written by orbax
-itself: each host writes its part there. orbax does not support s3://, so checkpoints are copied there like all other
-files. No module outside this one handles addresses.
+while the run continues. The run waits for the store only before a checkpoint. On gs://, orbax writes the checkpoints:
+each host writes its part directly to the address. orbax does not support s3://, so checkpoints are copied to s3:// like
+all other files. Other modules handle addresses only through this module.
 """
 
 import contextlib
@@ -12,26 +12,28 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import fsspec
+from fsspec import AbstractFileSystem
 
 from kd_jax.storage import remote_lease, storing, writing_whole
 from kd_jax.storage.checksum import digest
+from kd_jax.storage.files import AnyPath
 from kd_jax.storage.remote_copy import CHECKPOINTS, Copy
 
-UNREAD = ("tensorboard", "profile", "nonfinite")  # folders of a work directory that a resumed run only adds to
+UNREAD = ("tensorboard", "profile", "nonfinite")  # folders of a work directory that a resumed run does not read
 HEAVY = (*UNREAD, CHECKPOINTS, "student")  # folders that a report page does not need
-BY_ORBAX = ("gs", "gcs")  # the schemes to which orbax writes by itself
+BY_ORBAX = ("gs", "gcs")  # the schemes of the addresses to which orbax writes checkpoints
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}
 
 
-def is_remote(path: Any) -> bool:
+def is_remote(path: AnyPath) -> bool:
     """Returns True if a path is an address."""
     return "://" in str(path)
 
 
-def filesystem(url: str) -> tuple[Any, str]:
+def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """Returns fsspec's file system of an address, and the path in it.
 
     Raises:
@@ -48,14 +50,14 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 class Place(NamedTuple):
-    """The place that a local work folder stands for.
+    """The address or folder of a run, whose files the run writes to a local work folder.
 
     Attributes:
       url: the work directory as the user gave it.
-      shared: the folder or address where all processes write together: checkpoints, and a state before a step that was
-        not finite.
-      store: a function that copies new files now, or raises OSError. It does nothing if another process copies, or if
-        no copy is needed.
+      shared: the folder or address to which all processes write checkpoints, and the state before a step that was not
+        finite.
+      store: a function that copies new files immediately, or raises OSError. The function does nothing if another
+        process copies, or if no copy is needed.
     """
 
     url: str
@@ -67,24 +69,24 @@ class Place(NamedTuple):
 def work_directory(
     url: str, processes: int = 1, writes: bool = True, unread: tuple[str, ...] = UNREAD, alone: bool = True
 ) -> Iterator[tuple[str, Place]]:
-    """Yields a local folder for a work directory, and the `Place` that the folder stands for.
+    """Yields a local folder for a work directory, and the `Place` to which the folder is copied.
 
     The existing files are fetched first. New files are copied in the background while the caller works, when the caller
-    calls `store`, and at the end. A failure of the store is reported at once. `store` retries for PATIENCE seconds and
-    then fails. A run calls `store` before each checkpoint, so that no run continues for long without being stored.
+    calls `store`, and at the end. A failure of the store is printed immediately. `store` retries for PATIENCE seconds
+    and then fails. A run calls `store` before each checkpoint, so that no run continues for long without a copy.
 
     Args:
-      url: an address, or a local path, which stands for itself.
+      url: an address, or a local path, which is used in place without a copy.
       processes: the number of processes of the run.
       writes: True if this process copies to the address.
       unread: folders of the work directory that are not fetched.
-      alone: True to keep other runs away from the address: see `remote_lease`. For a local folder, `directory.alone`
-        does this.
+      alone: True to exclude other runs from the address, by `remote_lease`. For a local folder, `directory.alone`
+        excludes other runs.
 
     Raises:
-      ValueError: the address cannot be used, contains something else, or is in use by another run.
-      OSError: new files could not be copied; the message names the temporary folder. This folder is kept then, and is
-        deleted otherwise.
+      ValueError: the address cannot be used, has files that belong to no run, or is in use by another run.
+      OSError: new files could not be copied; the message names the temporary folder. Only after this error does the
+        folder remain.
     """
     if not is_remote(url):
         yield url, Place(url, url, lambda: None)
@@ -94,17 +96,19 @@ def work_directory(
     by_orbax = scheme in BY_ORBAX
     if processes > 1 and not by_orbax:
         raise ValueError(
-            f"--workdir={url}: the checkpoints of several processes can go to gs:// or to a folder that all share, but not to "
-            f"{scheme}://, which orbax cannot write to."
+            f"--workdir={url}: several processes can write checkpoints to gs:// or to a shared folder, but not to {scheme}://, "
+            f"because orbax does not support {scheme}://."
         )
     system, root = filesystem(url)
     with storing(url):
-        there = {path.rpartition("/")[2] for path in system.ls(root, detail=False)} if system.exists(root) else set()
-    if "config.json" not in there and there - {remote_lease.LOCK}:
-        raise ValueError(f"the work directory {url} has something else in it; choose an empty or a new one.")
+        names = {path.rpartition("/")[2] for path in system.ls(root, detail=False)} if system.exists(root) else set()
+    if "config.json" not in names and (foreign := names - {remote_lease.LOCK}):
+        raise ValueError(
+            f"the work directory {url} has files that belong to no run, such as {min(foreign)}; choose an empty or a new address."
+        )
     with remote_lease.held(system, root, url) if writes and alone else contextlib.nullcontext(lambda: None) as check:
         temporary = tempfile.mkdtemp(prefix="kd_jax-")
-        folder = Path(temporary) / path.lstrip("/")  # keeps the path of the address, so that messages are clear
+        folder = Path(temporary) / path.lstrip("/")  # has the path of the address, so that messages are clear
         copy = Copy(system, root, folder, (CHECKPOINTS,) if by_orbax else (), check=check)
         place = Place(url, url if by_orbax else str(folder), copy.store if writes else lambda: None)
         try:
@@ -117,11 +121,11 @@ def work_directory(
 
 
 def stand_in(url: str) -> Path:
-    """Returns a permanent local folder for an address. It is always the same for the same address."""
+    """Returns the permanent local folder of an address. The same address always has the same folder."""
     return Path("~/.cache/kd_jax/remote").expanduser() / digest(url.rstrip("/"))[:12]
 
 
-def local_folder(path: str | Path) -> Path:
+def local_folder(path: AnyPath) -> Path:
     """Returns the path of a folder that is read in place, part by part.
 
     Raises:
@@ -129,13 +133,13 @@ def local_folder(path: str | Path) -> Path:
     """
     if is_remote(path):
         raise ValueError(
-            f"{path} is an address; models and a teacher's cache are read from folders of this machine. Copy it first, such as by "
-            f"gcloud storage cp -r, or aws s3 cp --recursive."
+            f"{path} is an address; models and a teacher's cache are read from folders of this machine. Copy the folder first, "
+            f"for example with gcloud storage cp -r or aws s3 cp --recursive."
         )
     return Path(path).expanduser()
 
 
-def local_file(path: str | Path) -> Path:
+def local_file(path: AnyPath) -> Path:
     """Returns a local path of a file. A file at an address is copied, unless a copy of the same content exists.
 
     Raises:
@@ -166,10 +170,11 @@ def matches(pattern: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def folder_beside(path: str | Path, writes: bool = True) -> Iterator[Path]:
+def folder_beside(path: AnyPath, writes: bool = True) -> Iterator[Path]:
     """Yields a folder in which one file after another is written.
 
-    For an address it is a permanent local folder. Its files are fetched first and copied to the address, as in a run.
+    For an address, the folder is a permanent local folder. The files are fetched first and copied to the address, as in
+    a run.
 
     Args:
       path: a local path or an address.
@@ -191,19 +196,19 @@ def fetch_folder(url: str, folder: Path, sign: str) -> None:
     Args:
       url: the address.
       folder: the local folder.
-      sign: the name of the file that is present only in a complete folder.
+      sign: the name of a file that only a complete folder has.
     """
     system, root = filesystem(url)
     with storing(url):
         system.invalidate_cache()
-        is_whole = system.exists(f"{root}/{sign}")
-    if is_whole:
+        is_complete = system.exists(f"{root}/{sign}")
+    if is_complete:
         with writing_whole(folder) as partial:
             Copy(system, root, partial).pull()
 
 
 def store_folder(folder: Path, url: str, sign: str) -> None:
-    """Copies a folder to an address, the reverse of `fetch_folder`. The file `sign` is copied last."""
+    """Copies a folder to an address, from which `fetch_folder` reads the folder. The file `sign` is copied last."""
     system, root = filesystem(url)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == sign):
         with storing(url):

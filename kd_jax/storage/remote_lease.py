@@ -1,12 +1,12 @@
 """A lock for an address, so that only one run uses it at a time. The lock is an object that its run renews regularly.
 
-Object stores have no locks, but those of Google and Amazon can refuse to write an object that already exists. A run
-that finds such an object watches it. If the object is renewed meanwhile, another run is active. If it is not renewed
-for STALE seconds, its run was killed, and the new run takes over. No clocks are compared.
+Object stores have no locks, but the stores of Google and Amazon can refuse to replace an existing object. A run that
+finds the lock of another run waits. If the lock is renewed meanwhile, the other run is active. If the lock is not
+renewed for STALE seconds, the other run was killed, and the new run takes over. No clocks are compared.
 
-Some cases are not covered. A run can be silent for STALE seconds because its host was suspended or its network was
-down. If another run has then taken over, the first run notices this only at its next check. It checks before it copies
-anything and before each checkpoint, but a write in progress continues. The same can happen if two runs take over at the
+Some cases are not covered. A run can be silent for STALE seconds because the host was suspended or the network was
+down. If another run has then taken over, the first run notices this only at the next check. A run checks before each
+copy and before each checkpoint, but a write in progress continues. The same can happen if two runs take over at the
 same moment, or if an S3-compatible store does not support the condition.
 """
 
@@ -18,8 +18,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
 
+from fsspec import AbstractFileSystem
 from tqdm import tqdm
 
 from kd_jax.storage import storing
@@ -33,7 +33,7 @@ class Taken(OSError):
 
 
 @contextlib.contextmanager
-def held(system: Any, root: str, url: str) -> Iterator[Callable[[], None]]:
+def held(system: AbstractFileSystem, root: str, url: str) -> Iterator[Callable[[], None]]:
     """Holds an address, and yields a function that raises Taken if another run has taken the address over.
 
     Args:
@@ -49,17 +49,18 @@ def held(system: Any, root: str, url: str) -> Iterator[Callable[[], None]]:
 
     def read() -> str:
         try:
-            return system.cat_file(path).decode(errors="replace").strip()
+            content = system.cat_file(path)
         except FileNotFoundError:
             return ""
+        return (content.decode(errors="replace") if isinstance(content, bytes) else content).strip()
 
     def write(mode: str) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
         system.pipe_file(path, f"{owner}, last heard of at {now} UTC\n".encode(), mode=mode)
 
     def check() -> None:
-        if not (there := read()).startswith(owner):
-            raise Taken(f"another run has taken {url} over since this one was last heard of ({there or 'it is gone'}).")
+        if not (content := read()).startswith(owner):
+            raise Taken(f"another run has taken {url} over: the lock now names {content or 'no run'}.")
 
     def renew() -> None:
         while not ended.wait(RENEW):
@@ -73,7 +74,7 @@ def held(system: Any, root: str, url: str) -> Iterator[Callable[[], None]]:
             with contextlib.suppress(FileExistsError):
                 write("create")
                 break
-            if (found := read()) and _left(read, found, url):
+            if (content := read()) and _is_stale(read, content, url):
                 system.rm_file(path)
     ended = threading.Event()
     thread = threading.Thread(target=renew, name="kd_jax.storage.remote_lease", daemon=True)
@@ -88,24 +89,27 @@ def held(system: Any, root: str, url: str) -> Iterator[Callable[[], None]]:
             system.rm_file(path)
 
 
-def _left(read: Callable[[], str], found: str, url: str) -> bool:
-    """Returns True if the lock is unchanged after STALE seconds, and False if it is deleted meanwhile.
+def _is_stale(read: Callable[[], str], content: str, url: str) -> bool:
+    """Returns True if the lock is unchanged after STALE seconds, and False if the lock is deleted meanwhile.
 
-    Prints why it waits.
+    The reason for the wait is printed.
 
     Raises:
       ValueError: the lock changed, so another run is active.
     """
-    say = lambda text: tqdm.write(f"kd_jax: {text}", file=sys.stderr)
-    say(f"{url}/{LOCK} is that of {found}; for up to {STALE:g} s this waits to see whether that run is still there.")
+    report = lambda text: tqdm.write(f"kd_jax: {text}", file=sys.stderr)
+    report(
+        f"{url}/{LOCK} is the lock of {content}; this run waits up to {STALE:g} s to see whether that run is active."
+    )
     deadline = time.monotonic() + STALE
     while time.monotonic() < deadline:
         time.sleep(LOOK)
         if not (now := read()):
             return False
-        if now != found:
+        if now != content:
             raise ValueError(
-                f"the work directory {url} is in use by another run ({now}). Wait for it, stop it, or choose another --workdir."
+                f"the work directory {url} is in use by another run ({now}). Wait for that run, stop that run, or choose another "
+                f"--workdir."
             )
-    say(f"it is not, and {url} is taken over.")
+    report(f"that run is not active, and {url} is taken over.")
     return True

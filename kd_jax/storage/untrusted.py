@@ -1,4 +1,4 @@
-"""Safe reading of files from other people: unambiguous JSON, and limits on the length of files and messages."""
+"""Safe reading of files of other people: unambiguous JSON, and limits on the length of files and messages."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def check_folder(folder: Path, named: str = "") -> None:
         return
     where, hint = f"{named}: " if named else "", ""
     if folder.exists():
-        raise ValueError(f"{where}{folder} is a file; expected the folder that the file is in.")
+        raise ValueError(f"{where}{folder} is a file; expected the folder that contains the file.")
     if HUB_NAME.fullmatch(str(folder)) and not folder.parent.is_dir():
         target = f"models/{folder.name}"
         hint = (
@@ -43,7 +43,7 @@ def check_folder(folder: Path, named: str = "") -> None:
 
 
 def refuse_pointer(file: Path, content: bytes) -> None:
-    """Refuses a Git LFS pointer: a few lines of text in place of a file that was not fetched.
+    """Refuses a Git LFS pointer: a few lines of text in place of a file that was not downloaded.
 
     Args:
       file: the path, for the message.
@@ -54,16 +54,16 @@ def refuse_pointer(file: Path, content: bytes) -> None:
     """
     if content.startswith(LFS):
         raise ValueError(
-            f"{file}: this is a Git LFS pointer, a few lines of text that stand for the file. Run `git lfs pull` in its "
+            f"{file}: this is a Git LFS pointer, a few lines of text in place of the file. Run `git lfs pull` in the file's "
             "repository, or download the file again."
         )
 
 
 def read_bytes(file: Path, limit: int) -> bytes:
-    """Returns the bytes of a file. A file of more than `limit` bytes is refused before any of it is read.
+    """Returns the bytes of a file. A file of more than `limit` bytes is refused before any byte is read.
 
-    Symbolic links are followed, because caches consist of links. A person who can make a link can already read its
-    target.
+    Symbolic links are followed, because caches consist of links. A person who can make a link can already read the
+    target of the link.
 
     Raises:
       ValueError: the file does not exist, is too large, is a pipe or a device, is a Git LFS pointer, or cannot be read.
@@ -73,7 +73,7 @@ def read_bytes(file: Path, limit: int) -> bytes:
             raise ValueError(f"{file}: cannot be read (there is no such file).")
         if (size := file.stat().st_size) > limit:
             raise ValueError(
-                f"{file}: it has {size} bytes; at most {limit} are read, which is many times what such a file needs."
+                f"{file}: the file has {size} bytes; at most {limit} are read, many times the size of such a file."
             )
         content = file.read_bytes()
     except OSError as error:
@@ -96,7 +96,7 @@ def decoded(content: bytes, file: Path) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 ({error}).") from error
+        raise ValueError(f"{file}: the content is not UTF-8 ({error}).") from error
 
 
 def read_json(file: Path, limit: int = 4 * MIB) -> dict[str, Any]:
@@ -105,10 +105,10 @@ def read_json(file: Path, limit: int = 4 * MIB) -> dict[str, Any]:
     Raises:
       ValueError: the file cannot be read or contains no JSON object; the message names the file.
     """
-    found = parse_json(read_bytes(file, limit), str(file))
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(found).__name__}.")
-    return found
+    content = parse_json(read_bytes(file, limit), str(file))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(content).__name__}.")
+    return content
 
 
 def parse_json(text: bytes, where: str, *, finite: bool = True) -> Any:
@@ -117,7 +117,9 @@ def parse_json(text: bytes, where: str, *, finite: bool = True) -> Any:
     Args:
       text: the text, in UTF-8.
       where: the file, and if useful the line, for the message.
-      finite: True to refuse NaN, Infinity and numbers too large for float64. They are not JSON, but Python writes them.
+      finite: True to refuse NaN, Infinity and numbers too large for float64. Python writes such numbers, although they
+        are not JSON.
+
     Raises:
       ValueError: the text is not JSON, an object has a key twice, the nesting is too deep, or an integer has thousands
         of digits.
@@ -136,7 +138,7 @@ def parse_json(text: bytes, where: str, *, finite: bool = True) -> Any:
         raise ValueError(f"{where}: not valid JSON ({error}).") from error
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Returns `repr` of a value, truncated if it is long or deep, so that a message can quote any value.
 
     Example:
@@ -156,12 +158,12 @@ def clip(text: str, length: int = 300) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {shown(twice)} appears twice in one object")
-    return found
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {shown(repeated)} appears twice in one object")
+    return fields
 
 
 def _refuse(name: str) -> NoReturn:

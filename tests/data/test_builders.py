@@ -286,7 +286,7 @@ def test_dolly_is_downloaded_once_and_only_the_known_file(tmp_path, monkeypatch,
     assert load()[0]["prompt"] == "i"
     (cached,) = (tmp_path / ".cache").rglob("*.jsonl")
     cached.write_text("{}")
-    with pytest.raises(ValueError, match="delete it to download it again"):
+    with pytest.raises(ValueError, match="delete the file to download it again"):
         load()
 
 
@@ -345,7 +345,7 @@ def test_an_unknown_checksum_is_trusted_once_and_checked_from_then_on(tmp_path, 
     record.unlink()
     assert load()[0]["prompt"] == "another"
     cached.write_text("{}")
-    with pytest.raises(ValueError, match="delete it to download it again"):
+    with pytest.raises(ValueError, match="delete the file to download it again"):
         load()
     assert load(sha256=download.sha256_of(file))[0]["prompt"] == "another"
 
@@ -361,7 +361,7 @@ def test_evaluation_sets_from_a_file_here(tmp_path, name):
         ({"split": "train"}, f"{name} has no split 'train'; the splits are test"),
         ({"path": str(tmp_path / "nowhere.jsonl")}, "there is no file .*nowhere"),
         ({"sha256": "12"}, "sha256='12' must be a SHA-256: 64 digits"),
-        ({"sha256": "f" * 64}, f"valid.jsonl has the SHA-256 .*, not {'f' * 64}"),
+        ({"sha256": "f" * 64}, f"valid.jsonl has the SHA-256 .*; expected {'f' * 64}"),
         ({"file": path}, "has no option 'file'; the options are path, sha256"),
     ):
         with pytest.raises(ValueError, match=message):

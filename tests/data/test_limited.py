@@ -57,7 +57,7 @@ def test_more_added_tokens_on_one_side_are_left_out(number, side, tmp_path, caps
         assert line.count("\n") == 1 and f"{model}, {sizes[0]} ids) and the run's ({sizes[1]} ids)" in line
         tokens = ", ".join(map(repr, TOOLS[:number]))
         assert (
-            f"have the first 500 ids in common. The run leaves out the added token{'s' * (number > 1)} {tokens}."
+            f"have the first 500 ids in common. The run does not use the added token{'s' * (number > 1)} {tokens}."
             in line
         )
     if side == "run":
@@ -70,7 +70,7 @@ def test_conflicting_added_tokens_are_left_out_on_both_sides(tmp_path, capsys):
     model = write(tmp_path / "model", ["<both>", "<y>", "<x>", "<z>"])
     found = check_same_tokenizer(model, run, "teacher")
     assert found.vocab_size == 501 and found.encode("<both> <x> <y> <z>") == [500, 0, 0, 0]
-    assert "The run leaves out the added tokens '<x>', '<y>', '<z>'." in capsys.readouterr().out
+    assert "The run does not use the added tokens '<x>', '<y>', '<z>'." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_post_processor_with_a_token_that_goes_is_refused(tmp_path):
         "special_tokens": {"<x>": {"id": "<x>", "ids": [500], "tokens": ["<x>"]}},
     }  # fmt: skip
     tokenizer = Tokenizer.load(write(tmp_path / "t", ["<x>"], more={"post_processor": post}))
-    with pytest.raises(ValueError, match=r"tokenizer.json gives the id 500, and its tokens have ids below 500"):
+    with pytest.raises(ValueError, match=r"tokenizer.json gives the id 500; expected ids below 500"):
         tokenizer.limited(500)
 
 
@@ -137,7 +137,7 @@ def test_a_model_with_fewer_ids_than_its_tokenizer_limits_it(tmp_path, capsys):
     assert fit_tokenizer("m", 501, tokenizer, "teacher") is tokenizer
     assert capsys.readouterr().out == ""
     assert fit_tokenizer("m", 500, tokenizer, "teacher").vocab_size == 500
-    expected = "The teacher (m) has 500 ids and the tokenizer 501. The run leaves out the added token '<image>'.\n"
+    expected = "The teacher (m) has 500 ids and the tokenizer 501. The run does not use the added token '<image>'.\n"
     assert capsys.readouterr().out == expected
     with pytest.raises(ValueError, match=r"output of 499 ids, fewer than the tokenizer's 501: .* 'w497' with id 499"):
         fit_tokenizer("m", 499, tokenizer, "teacher")
@@ -165,7 +165,9 @@ def test_a_run_of_two_such_models_trains_and_exports_the_common_tokenizer(side, 
     both = (plain, path) if side == "student" else (path, plain)
     changes = dict(teacher__path=both[0], student__init="pretrained", student__path=both[1])
     run = train.build(smoke("forward_kl", data_dir, data__eval_rows=8, data__eval_batch_size=8, **changes))
-    assert "The run leaves out the added tokens '<tool>', '</tool>', '<think>', '</think>'." in capsys.readouterr().out
+    assert (
+        "The run does not use the added tokens '<tool>', '</tool>', '<think>', '</think>'." in capsys.readouterr().out
+    )
     state = run.init_state()
     state, sums = run.train_step(state, run.models.teacher_params, run.batch(0, state.params))
     assert np.isfinite(metrics.averages(jax.device_get(sums))["loss"])

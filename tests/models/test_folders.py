@@ -76,7 +76,7 @@ def test_a_folder_that_does_not_exist(key, refused, tmp_path, monkeypatch):
 def test_an_unknown_package_gets_the_known_names(key, refused):
     message = refused(key, "package:docstring_teacher")
     assert message == (
-        "package:docstring_teacher: kd_jax has no model 'docstring_teacher'; it has package:docstrings_teacher."
+        "package:docstring_teacher: kd_jax has no model 'docstring_teacher'; the models are package:docstrings_teacher."
     )
 
 

@@ -399,7 +399,7 @@ CONFIG_ERRORS = [
         "model_type 'mamba' is not supported; supported: gpt2, llama, mistral, qwen2",
     ),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, r"expected \['LlamaForCausalLM'\]"),
-    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is in use"),
+    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is set"),
     ("llama", {"hidden_size": "absent"}, "'hidden_size' is missing"),
     ("llama", {"num_hidden_layers": "3"}, "num_hidden_layers = '3' is not supported; expected a whole number"),
     (
@@ -435,7 +435,7 @@ CONFIG_ERRORS = [
     ),
     ("llama", MISTRAL | {"sliding_window": 0}, "sliding_window = 0 is not supported; expected null, or at least 1"),
     ("llama", MISTRAL | {"layer_types": 3 * ["sliding_attention"]}, "layer_types"),
-    ("qwen2", {"layer_types": 3 * ["sliding_attention"]}, "layer_types = .*'full_attention' in every layer where"),
+    ("qwen2", {"layer_types": 3 * ["sliding_attention"]}, "layer_types = .*'full_attention' in every layer if"),
     ("qwen2", {"layer_types": ["full_attention"]}, "layer_types = .*a type for each of the 3 layers"),
     ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
     ("qwen3", {"head_dim": "absent"}, "'head_dim' is missing"),
@@ -534,7 +534,7 @@ def edit_index(folder, name, owner):
 
 EMBED = "model.embed_tokens.weight"
 FILE_ERRORS = [
-    (cut, "model-00002-of-00003.safetensors: not a whole safetensors file"),
+    (cut, "model-00002-of-00003.safetensors: not a complete safetensors file"),
     (rename, "model-00002-of-00003.safetensors: the file is missing"),
     (
         lambda folder: edit_index(folder, EMBED, "../model.safetensors"),

@@ -157,11 +157,11 @@ def test_what_cannot_be_copied_stays_and_is_named(store, monkeypatch, capsys):
     url, _, system = store
     monkeypatch.setattr(remote_copy, "PATIENCE", 0.0)
     failing(monkeypatch, system, 9)
-    with pytest.raises(OSError, match="bucket/run could not be copied .* still there: ZeroDivisionError: division"):
+    with pytest.raises(OSError, match="bucket/run could not be copied .* still exists: ZeroDivisionError: division"):
         with remote.work_directory(f"{url}/run") as (folder, _):
             write(remote.Path(folder) / "config.json", "{}")
     assert (remote.Path(folder) / "config.json").exists()
-    assert capsys.readouterr().err.count("for /bucket/run cannot be copied, and is tried again (ZeroDivision") == 1
+    assert capsys.readouterr().err.count("for /bucket/run cannot be copied; kd_jax tries again (ZeroDivision") == 1
 
 
 def test_a_run_waits_for_a_store_that_fails_but_not_for_long(store, monkeypatch, capsys):
@@ -210,7 +210,7 @@ def test_a_second_run_at_an_address_is_refused(store, impatient, capsys):
     assert names() == ["run/config.json"]
     with remote.work_directory(f"{url}/run"):
         pass
-    assert capsys.readouterr().err.count("to see whether that run is still there") == 1
+    assert capsys.readouterr().err.count("to see whether that run is active") == 1
     assert not [thread for thread in threading.enumerate() if thread.name == "kd_jax.storage.remote_lease"]
 
 
@@ -219,7 +219,10 @@ def test_what_a_kill_left_is_taken_over(store, impatient, capsys):
     system.pipe("/bucket/run/lock", b"process 7 on host")
     with remote.work_directory(f"{url}/run"):
         said = capsys.readouterr().err
-        assert "bucket/run/lock is that of process 7 on host; for up to 0.5 s" in said and "is taken over" in said
+        assert (
+            "bucket/run/lock is the lock of process 7 on host; this run waits up to 0.5 s" in said
+            and "is taken over" in said
+        )
         assert f"process {os.getpid()} on" in system.cat("/bucket/run/lock").decode()
     assert not names()
 
@@ -274,9 +277,9 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(store, tmp_path):
 def test_refusals(store, monkeypatch):
     url, _, system = store
     system.pipe("/bucket/photos/1.jpg", b"")
-    with pytest.raises(ValueError, match="has something else in it"), remote.work_directory(f"{url}/photos"):
+    with pytest.raises(ValueError, match="has files that belong to no run"), remote.work_directory(f"{url}/photos"):
         pass
-    with pytest.raises(ValueError, match="--workdir=s3://bucket/run: .* orbax cannot write"):
+    with pytest.raises(ValueError, match="--workdir=s3://bucket/run: .* orbax does not support"):
         with remote.work_directory("s3://bucket/run", processes=2):
             pass
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (_ for _ in ()).throw(ImportError("Install s3fs")))
@@ -309,7 +312,7 @@ def goes_on(url, tmp_path, data_dir, monkeypatch, fetch):
     config = smoke("taid", data_dir, **SHORT)
     train.train(config, str(tmp_path / "whole"), quiet=True)
     stopped(config, f"{url}/run", monkeypatch, at=2)
-    monkeypatch.setattr(remote_lease, "_left", lambda *_: pytest.fail("who was stopped has let it go"))
+    monkeypatch.setattr(remote_lease, "_is_stale", lambda *_: pytest.fail("who was stopped has let it go"))
     train.train(config, f"{url}/run", quiet=True)
     fetch(f"{url}/run", str(tmp_path / "fetched"))
     ours, theirs = last_state(tmp_path / "fetched"), last_state(tmp_path / "whole")

@@ -370,7 +370,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(whole, small_disk, data_dir
     with pytest.raises(OSError, match="No space left on device") as error:
         train.train(config, str(folder / "run"), quiet=True)
     steps = checkpoint_steps(folder / "run")
-    assert 0 < len(steps) < 5 and f"the last good one is of step {steps[-1]}." in str(error.value)
+    assert 0 < len(steps) < 5 and f"the last good checkpoint is of step {steps[-1]}." in str(error.value)
     assert "MiB are left. Make room" in str(error.value)
     assert enlarge() == 0
     train.train(config, str(folder / "run"), quiet=True)

@@ -66,7 +66,7 @@ def test_a_checkpoint_that_does_not_fit_is_named_beside_the_last_good_one(tmp_pa
     with checkpoint.open_manager(str(tmp_path), 2) as manager:
         checkpoint.save(manager, 1, state, Position())
         checkpoint.wait(manager)
-        words = r"/checkpoints; the last good one is of step 1\. .* MiB are left\. Make room, .*File too large"
+        words = r"/checkpoints; the last good checkpoint is of step 1\. .* MiB are left\. Make room, .*File too large"
         with pytest.raises(OSError, match=f"(?s)could not be written to .*{words}"), small_files(100_000):
             checkpoint.save(manager, 2, state, Position())
             checkpoint.wait(manager)

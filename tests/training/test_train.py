@@ -123,7 +123,7 @@ def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_di
     other = smoke("forward_kl", data_dir, eval_prompts=5, seed=7, **options)
     with pytest.raises(ValueError, match="belongs to another config") as error:
         train.train(other, str(folder), quiet=True)
-    assert "seed: 0 there, 7 now" in str(error.value)
+    assert "seed: 0 in the work directory, 7 now" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -179,9 +179,9 @@ def test_bad_input_is_a_paragraph_and_writes_nothing(changes, words, tmp_path, d
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path, data_dir):
+def test_a_folder_with_other_files_is_not_changed(tmp_path, data_dir):
     (tmp_path / "thesis.tex").write_text("...")
-    with pytest.raises(ValueError, match="something else in it"):
+    with pytest.raises(ValueError, match="files that belong to no run"):
         train.train(smoke("sft", data_dir), str(tmp_path), quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -294,8 +294,8 @@ def test_config_difference_reads_tuples_and_absent_keys(tmp_path):
     directory.write_config(str(tmp_path), {"a": {"b": (1, 2)}, "c": 1})
     assert directory.config_difference(str(tmp_path), {"a": {"b": (1, 2)}, "c": 1}) == []
     assert directory.config_difference(str(tmp_path), {"a": {"b": (1, 3)}}) == [
-        "a.b: [1, 2] there, [1, 3] now",
-        "c: 1 there, '(absent)' now",
+        "a.b: [1, 2] in the work directory, [1, 3] now",
+        "c: 1 in the work directory, '(absent)' now",
     ]
 
 

@@ -1,16 +1,16 @@
-"""The families of models. Each file holds the names and settings of one family of the transformer.
+"""The families of models. Each file has the names and settings of one family of the transformer.
 
 A family module defines:
 
-- `ARCHITECTURES`: a dict from model_type in config.json to the class that config.json must name beside it.
+- `ARCHITECTURES`: a dict from model_type in config.json to the class that the field architectures must name.
 - `FIXED`: the settings that a `ModelConfig` of this family cannot choose.
-- `DEFAULTS`: the defaults of settings that it can choose.
+- `DEFAULTS`: the defaults of the settings that a `ModelConfig` can choose.
 - `check`: a function that checks a `ModelConfig` of this family.
 - `from_hf` and `to_hf`: functions that read and write the fields of config.json.
-- `tensors`: a function that returns, for each parameter, its tensor on disk.
+- `tensors`: a function that returns the tensor on disk of each parameter.
 - `PREFIX`: the first part of the tensor names, which checkpoints without an output matrix omit.
-- `TOLERATED`: patterns of tensors that are ignored.
-- `TIED`: the name of the output matrix, which is ignored if it equals the embedding.
+- `TOLERATED`: patterns of the names of tensors that are ignored.
+- `TIED`: the name of the output matrix, which is ignored if the matrix equals the embedding.
 """
 
 from kd_jax.models.families import gpt2, llama, qwen2, qwen3

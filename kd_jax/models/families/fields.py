@@ -1,15 +1,16 @@
-"""Code that the family files share: a tensor's layout on disk, and the fields of config.json with their checks."""
+"""The layout of a tensor on disk, and checked fields of config.json. All family files use this code."""
 
 import dataclasses
 from collections.abc import Mapping, Set
 from typing import Any
 
 from kd_jax.storage import untrusted
+from kd_jax.storage.files import Json
 
 Fields = Mapping[str, Any]
 MISTRAL_WINDOW = QWEN_WINDOW = 4096  # the default of sliding_window in transformers
 QWEN_FULL_LAYERS = 28  # the default of max_window_layers in transformers
-MANY_LAYERS = 2**16  # More than any model has: this limits the length of a list whose length comes from config.json.
+MANY_LAYERS = 2**16  # more layers than any model has; limits the length of a list that config.json decides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-    """Scaling of rotary frequencies for a longer context, as in Llama 3.1: low frequencies are divided by `factor`.
+    """The scaling of rotary frequencies in Llama 3.1 for a longer context: low frequencies are divided by `factor`.
 
     References:
       Grattafiori et al., "The Llama 3 Herd of Models", https://arxiv.org/abs/2407.21783, 2024.
@@ -46,16 +47,16 @@ class Llama3Scaling:
 def required(fields: Fields, name: str) -> Any:
     """Returns the field's value. An absent or null field is an error that names the field."""
     if fields.get(name) is None:
-        kind = fields.get("model_type")  # which fields of a rotary embedding lack
+        kind = fields.get("model_type")  # the fields of a rotary embedding have no model_type
         where = f"a {untrusted.shown(kind)} config" if kind else f"an object such as {untrusted.shown(dict(fields))}"
-        raise ValueError(f"the field {name!r} is missing; {where} must give it.")
+        raise ValueError(f"the field {name!r} is missing; {where} must have this field.")
     return fields[name]
 
 
 def whole(fields: Fields, name: str, default: int | None = None) -> int:
     """Returns a size. Without a default the field is required.
 
-    A number of 2^31 or more is refused: no size is so large, and such a number would overflow elsewhere.
+    A number of 2^31 or more is refused, because no size is so large, and such a number would overflow.
     """
     if fields.get(name) is None and default is not None:
         return default
@@ -83,7 +84,7 @@ def flag(fields: Fields, name: str, default: bool) -> bool:
 
 
 def refuse_unless(supported: bool, fields: Fields, name: str, expected: str) -> None:
-    """Raises an error for a field that the transformer does not implement, instead of ignoring the field silently."""
+    """Raises an error for a field whose value the transformer does not implement."""
     if not supported:
         raise ValueError(f"{name} = {untrusted.shown(fields.get(name))} is not supported; expected {expected}.")
 
@@ -94,13 +95,13 @@ def refuse_another_function(fields: Fields) -> None:
     refuse_unless(not fields.get("per_layer_config"), fields, "per_layer_config", "null")
 
 
-def window_from_hf(fields: Fields) -> dict[str, Any]:
+def window_from_hf(fields: Fields) -> Json:
     """Returns the sliding window of a Mistral config, which all layers have; null means no window."""
     layer_types(fields, {"full_attention"})
     return {"sliding_window": _window({"sliding_window": MISTRAL_WINDOW, **fields})}
 
 
-def windows_from_hf(fields: Fields) -> dict[str, Any]:
+def windows_from_hf(fields: Fields) -> Json:
     """Returns the sliding window of a Qwen config, and the layers that have the window."""
     depth, kinds = whole(fields, "num_hidden_layers"), layer_types(fields, {"full_attention", "sliding_attention"})
     used = flag(fields, "use_sliding_window", False)
@@ -110,7 +111,7 @@ def windows_from_hf(fields: Fields) -> dict[str, Any]:
         layers = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
         refuse_unless(
             not layers or window is not None, fields, "layer_types",
-            "'full_attention' in every layer where use_sliding_window is false or sliding_window null",
+            "'full_attention' in every layer if use_sliding_window is false or sliding_window is null",
         )  # fmt: skip
     else:
         layers = tuple(range(whole(fields, "max_window_layers", QWEN_FULL_LAYERS), min(depth, MANY_LAYERS)))
@@ -127,14 +128,14 @@ def layer_types(fields: Fields, known: Set[str]) -> list[str]:
     return kinds
 
 
-def windows_to_hf(window: int | None, layers: Set[int], depth: int) -> dict[str, Any]:
+def windows_to_hf(window: int | None, layers: Set[int], depth: int) -> Json:
     """Returns the fields of a Qwen config with `depth` layers, of which `layers` have the window."""
     if window is None:
         return {"use_sliding_window": False}
     kinds = ["sliding_attention" if layer in layers else "full_attention" for layer in range(depth)]
     # The first versions of transformers for Qwen read only max_window_layers.
-    found = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": min(layers)}
-    return found | {"layer_types": kinds}
+    fields = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": min(layers)}
+    return fields | {"layer_types": kinds}
 
 
 def _window(fields: Fields) -> int | None:
@@ -145,12 +146,12 @@ def _window(fields: Fields) -> int | None:
     return window
 
 
-def rotary_from_hf(fields: Fields) -> dict[str, Any]:
+def rotary_from_hf(fields: Fields) -> Json:
     """Returns `rope_theta` and `rope_scaling`, read from every spelling that transformers 5.24 reads.
 
     Up to transformers 4, both fields are at the top level, and `rope_scaling` is null for the plain embedding. Since
-    transformers 5, one field, `rope_parameters`, also holds the base. Where both `rope_scaling` and `rope_parameters`
-    are set, transformers uses `rope_scaling` and ignores `rope_parameters`, including its base.
+    transformers 5, the field `rope_parameters` has the scaling and the base. If both `rope_scaling` and
+    `rope_parameters` are set, transformers uses `rope_scaling` and ignores `rope_parameters`, including the base.
     """
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     rope = fields.get(name) or {}
@@ -169,26 +170,26 @@ def rotary_from_hf(fields: Fields) -> dict[str, Any]:
 
 
 def _llama3_scaling(fields: Fields, rope: Fields) -> Llama3Scaling:
-    """Returns the scaling.
+    """Returns the scaling that the object `rope` describes.
 
-    The length before scaling is a field at the top level or in `rope`. Otherwise the length is the model's own number
-    of positions.
+    The length before scaling is a field at the top level or in `rope`. Without this field, the length is the model's
+    number of positions.
     """
     name = "original_max_position_embeddings"
-    named = fields if fields.get(name) is not None else rope
+    fields_with_length = fields if fields.get(name) is not None else rope
     scaling = Llama3Scaling(
         factor=real(rope, "factor"),
         low_freq_factor=real(rope, "low_freq_factor"),
         high_freq_factor=real(rope, "high_freq_factor"),
-        original_max_positions=whole(named, name, fields.get("max_position_embeddings")),
+        original_max_positions=whole(fields_with_length, name, fields.get("max_position_embeddings")),
     )
     ordered = scaling.low_freq_factor < scaling.high_freq_factor
     refuse_unless(ordered, rope, "low_freq_factor", f"less than high_freq_factor = {scaling.high_freq_factor}")
     return scaling
 
 
-def rotary_to_hf(theta: float, scaling: Llama3Scaling | None) -> dict[str, Any]:
-    """Returns the fields in the classic spelling, which transformers 4 needs and transformers 5 still reads."""
+def rotary_to_hf(theta: float, scaling: Llama3Scaling | None) -> Json:
+    """Returns the fields in the spelling of transformers 4, which transformers 5 still reads."""
     if scaling is None:
         return {"rope_theta": theta, "rope_scaling": None}
     return {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kd_jax.models.families.fields import Fields, Tensor, flag, real, refuse_unless, whole
+from kd_jax.storage.files import Json
 
 if TYPE_CHECKING:
     from kd_jax.models.config import ModelConfig
@@ -24,7 +25,7 @@ PREFIX = "transformer."
 # The causal mask and its fill value, which old checkpoints store as buffers.
 TOLERATED = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",)
 TIED = "lm_head.weight"
-# Other spellings of four fields. Where both are given, transformers uses the other spelling.
+# Other spellings of four fields. If a config has both spellings, transformers uses the spelling on the left.
 SPELLINGS = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
@@ -34,9 +35,9 @@ SPELLINGS = {
 
 
 def check(config: ModelConfig) -> None:
-    """Checks that heads are neither grouped nor of another size, and that no layer has a window.
+    """Checks that heads are not grouped, that the head size is D / num_heads, and that no layer has a window.
 
-    The fused matrix of query, key and value is [D, 3 D], so the heads must be equal.
+    The fused matrix of query, key and value is [D, 3 D], so the three parts must have equal size.
     """
     if config.sliding_window is not None:
         raise ValueError(f"family 'gpt2' has no sliding_window; got {config.sliding_window}.")
@@ -48,7 +49,7 @@ def check(config: ModelConfig) -> None:
         )
 
 
-def from_hf(fields: Fields) -> dict[str, Any]:
+def from_hf(fields: Fields) -> Json:
     """Returns the keywords of `ModelConfig` from config.json."""
     fields = {**fields, **{SPELLINGS[name]: value for name, value in fields.items() if name in SPELLINGS}}
     by_layer = flag(fields, "scale_attn_by_inverse_layer_idx", False)
@@ -69,7 +70,7 @@ def from_hf(fields: Fields) -> dict[str, Any]:
     }
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
+def to_hf(config: ModelConfig) -> Json:
     """Returns the fields of config.json from a `ModelConfig`."""
     return {
         "vocab_size": config.vocab_size,
@@ -88,25 +89,25 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 def tensors(config: ModelConfig) -> dict[str, Tensor]:
     """Returns each parameter's tensor on disk.
 
-    `Conv1D` holds [in, out], as this project does, so only the output matrix is transposed.
+    A matrix of `Conv1D` is [in, out], as in this project, so only the output matrix is transposed.
     """
-    found = {
+    layout = {
         "embed/embedding": Tensor("transformer.wte.weight"),
         "positions/embedding": Tensor("transformer.wpe.weight"),
         "norm/scale": Tensor("transformer.ln_f.weight"),
         "norm/bias": Tensor("transformer.ln_f.bias"),
     }
     if not config.tie_embeddings:
-        found["head/kernel"] = Tensor("lm_head.weight", transposed=True)
+        layout["head/kernel"] = Tensor("lm_head.weight", transposed=True)
     for i in range(config.num_layers):
         ours, theirs = f"layers/{i}", f"transformer.h.{i}"
         for leaf, name in (("scale", "weight"), ("bias", "bias")):
-            found[f"{ours}/attention_norm/{leaf}"] = Tensor(f"{theirs}.ln_1.{name}")
-            found[f"{ours}/mlp_norm/{leaf}"] = Tensor(f"{theirs}.ln_2.{name}")
+            layout[f"{ours}/attention_norm/{leaf}"] = Tensor(f"{theirs}.ln_1.{name}")
+            layout[f"{ours}/mlp_norm/{leaf}"] = Tensor(f"{theirs}.ln_2.{name}")
         for leaf, name in (("kernel", "weight"), ("bias", "bias")):
             for part, path in enumerate(("query", "key", "value")):
-                found[f"{ours}/attention/{path}/{leaf}"] = Tensor(f"{theirs}.attn.c_attn.{name}", part=part, parts=3)
-            found[f"{ours}/attention/output/{leaf}"] = Tensor(f"{theirs}.attn.c_proj.{name}")
-            found[f"{ours}/mlp/up/{leaf}"] = Tensor(f"{theirs}.mlp.c_fc.{name}")
-            found[f"{ours}/mlp/down/{leaf}"] = Tensor(f"{theirs}.mlp.c_proj.{name}")
-    return found
+                layout[f"{ours}/attention/{path}/{leaf}"] = Tensor(f"{theirs}.attn.c_attn.{name}", part=part, parts=3)
+            layout[f"{ours}/attention/output/{leaf}"] = Tensor(f"{theirs}.attn.c_proj.{name}")
+            layout[f"{ours}/mlp/up/{leaf}"] = Tensor(f"{theirs}.mlp.c_fc.{name}")
+            layout[f"{ours}/mlp/down/{leaf}"] = Tensor(f"{theirs}.mlp.c_proj.{name}")
+    return layout

@@ -6,7 +6,7 @@ Without a window, Llama and Mistral compute the same function.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kd_jax.models.families.fields import (
     Fields,
@@ -21,6 +21,7 @@ from kd_jax.models.families.fields import (
     whole,
     window_from_hf,
 )
+from kd_jax.storage.files import Json
 
 if TYPE_CHECKING:
     from kd_jax.models.config import ModelConfig
@@ -35,16 +36,15 @@ DEFAULTS = {
     "mlp_bias": False,
 }
 PREFIX = "model."
-# The rotary frequencies. Old checkpoints store them as a buffer, but every implementation computes them from the
-# config.
+# The rotary frequencies, which old checkpoints store as a buffer. Every implementation computes them from the config.
 TOLERATED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 TIED = "lm_head.weight"
 
 
 def check(config: ModelConfig) -> None:
-    """Checks that the biases are those that config.json can express.
+    """Checks that config.json can express the biases.
 
-    One field of config.json, `attention_bias`, governs all four projections. Mistral has neither this field nor
+    The field `attention_bias` of config.json applies to all four projections. Mistral has neither this field nor
     `mlp_bias`.
     """
     if config.attention_bias != config.output_bias:
@@ -61,13 +61,13 @@ def check(config: ModelConfig) -> None:
             )
 
 
-def from_hf(fields: Fields) -> dict[str, Any]:
+def from_hf(fields: Fields) -> Json:
     """Returns the keywords of `ModelConfig` from config.json."""
-    window: dict[str, Any] = {}
+    window: Json = {}
     if fields["model_type"] == "mistral":
         window = window_from_hf(fields)
         required(fields, "num_key_value_heads")  # the default of transformers is 8, not the number of heads
-        for name in ("attention_bias", "mlp_bias"):  # transformers reads neither field, and its Mistral has no biases
+        for name in ("attention_bias", "mlp_bias"):  # transformers reads neither field: Mistral has no biases
             refuse_unless(not flag(fields, name, False), fields, name, "false in a mistral config")
     bias = flag(fields, "attention_bias", False)
     layer_types(fields, {"full_attention"})
@@ -82,15 +82,15 @@ def from_hf(fields: Fields) -> dict[str, Any]:
     )
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
+def to_hf(config: ModelConfig) -> Json:
     """Returns the fields of config.json from a `ModelConfig`."""
     if config.sliding_window is not None:
         return common_to_hf(config) | {"model_type": "mistral", "sliding_window": config.sliding_window}
     return common_to_hf(config) | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
 
 
-def common_from_hf(fields: Fields) -> dict[str, Any]:
-    """Returns the keywords of `ModelConfig` from the fields that Llama, Qwen2 and Qwen3 spell alike."""
+def common_from_hf(fields: Fields) -> Json:
+    """Returns the keywords of `ModelConfig` from the fields that Llama, Qwen2 and Qwen3 have in common."""
     return {
         "vocab_size": whole(fields, "vocab_size"),
         "hidden_size": whole(fields, "hidden_size"),
@@ -107,8 +107,8 @@ def common_from_hf(fields: Fields) -> dict[str, Any]:
     }
 
 
-def common_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Returns the fields that Llama, Qwen2 and Qwen3 spell alike: the inverse of `common_from_hf`."""
+def common_to_hf(config: ModelConfig) -> Json:
+    """Returns the fields that Llama, Qwen2 and Qwen3 have in common. This is the inverse of `common_from_hf`."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -127,12 +127,12 @@ def common_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def tensors(config: ModelConfig) -> dict[str, Tensor]:
     """Returns each parameter's tensor on disk. Qwen2 and Qwen3 use the same names."""
-    found = {
+    layout = {
         "embed/embedding": Tensor("model.embed_tokens.weight"),
         "norm/scale": Tensor("model.norm.weight"),
     }
     if not config.tie_embeddings:
-        found["head/kernel"] = Tensor("lm_head.weight", transposed=True)
+        layout["head/kernel"] = Tensor("lm_head.weight", transposed=True)
     projections = [
         ("attention/query", "self_attn.q_proj", config.attention_bias),
         ("attention/key", "self_attn.k_proj", config.attention_bias),
@@ -148,9 +148,9 @@ def tensors(config: ModelConfig) -> dict[str, Tensor]:
     for i in range(config.num_layers):
         ours, theirs = f"layers/{i}", f"model.layers.{i}"
         for path, name, bias in projections:
-            found[f"{ours}/{path}/kernel"] = Tensor(f"{theirs}.{name}.weight", transposed=True)
+            layout[f"{ours}/{path}/kernel"] = Tensor(f"{theirs}.{name}.weight", transposed=True)
             if bias:
-                found[f"{ours}/{path}/bias"] = Tensor(f"{theirs}.{name}.bias")
+                layout[f"{ours}/{path}/bias"] = Tensor(f"{theirs}.{name}.bias")
         for path, name in norms:
-            found[f"{ours}/{path}/scale"] = Tensor(f"{theirs}.{name}.weight")
-    return found
+            layout[f"{ours}/{path}/scale"] = Tensor(f"{theirs}.{name}.weight")
+    return layout

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kd_jax.models.families import llama
 from kd_jax.models.families.fields import Fields, flag, required, windows_from_hf, windows_to_hf
+from kd_jax.storage.files import Json
 
 if TYPE_CHECKING:
     from kd_jax.models.config import ModelConfig
@@ -17,7 +18,7 @@ PREFIX, TOLERATED, TIED = llama.PREFIX, llama.TOLERATED, llama.TIED
 check, tensors = llama.check, llama.tensors
 
 
-def from_hf(fields: Fields) -> dict[str, Any]:
+def from_hf(fields: Fields) -> Json:
     """Returns the keywords of `ModelConfig` from config.json."""
     # The defaults of transformers are 32 and 128, independent of the other sizes.
     required(fields, "num_key_value_heads")
@@ -26,7 +27,7 @@ def from_hf(fields: Fields) -> dict[str, Any]:
     return llama.common_from_hf(fields) | windows_from_hf(fields) | {"attention_bias": bias, "output_bias": bias}
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
+def to_hf(config: ModelConfig) -> Json:
     """Returns the fields of config.json from a `ModelConfig`."""
     windows = windows_to_hf(config.sliding_window, config.layers_with_window, config.num_layers)
     return llama.common_to_hf(config) | windows | {"attention_bias": config.attention_bias}
