@@ -1,8 +1,8 @@
 """AKL: the divergence h KL(p || q) + (1 - h) KL(q || p) (Wu et al., https://arxiv.org/abs/2404.02657, 2025).
 
-The weight h is the share of the gap between the models that falls on the teacher's head, the likeliest tokens that
-together have the mass 0.5. The published code does not count the token that crosses head_mass as part of the head:
---config.objective.terms.distil.divergence.include_crossing=False.
+The weight h is the share of the gap between the models that falls on the teacher's head. The head is the set of the
+likeliest tokens that together have the mass 0.5. The published code excludes from the head the token that crosses
+head_mass. The flag for this choice is --config.objective.terms.distil.divergence.include_crossing=False.
 
     python -m kd_jax.main --config=configs/akl.py --workdir=runs/akl
 

@@ -1,6 +1,6 @@
 """The alpha-divergence at alpha = 0.5, half-way between KL(q || p) at 0 and KL(p || q) at 1.
 
-python -m kd_jax.main --config=configs/alpha_divergence.py --workdir=runs/alpha_divergence
+    python -m kd_jax.main --config=configs/alpha_divergence.py --workdir=runs/alpha_divergence
 
 The method has been run in the settings docstrings and smoke. Result (experiments/methods_docstrings) from one
 fine-tuned student, on 116,000 tokens of docstrings, mean of three seeds: KL(p || q) 2.26 -> 2.18, KL(q || p) 2.62 ->

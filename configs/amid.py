@@ -1,5 +1,5 @@
-"""AMiD: a divergence D(p || r) with an assistant r, the alpha-mixture of p and q (https://arxiv.org/abs/2510.15982,
-2025).
+"""AMiD: a divergence D(p || r) with an assistant r, the alpha-mixture of p and q (Shin et al.,
+https://arxiv.org/abs/2510.15982, 2025).
 
 The weight of the teacher in the assistant is 0.1, and alpha is -3. The paper uses alpha from -5 to 1. D is the
 alpha-beta divergence at (0.2, 0.7). The gradient also flows through r.

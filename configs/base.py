@@ -1,14 +1,9 @@
 """Builds the config of a run from the keys that `kd_jax.settings` declares.
 
-The file of a method sets the objective. A setting sets the models and the data.
-
-A *spec* is {"name": ..., keyword: number, ...}. The name is that of a function in the module that the key's meaning
-gives, or of a function of your own, as "module:function". The other entries are keywords of that function. A spec
+The file of a method sets the objective. A setting sets the models and the data. A spec (see `kd_jax.settings.keys`)
 accepts new keywords, also from the command line (--config.objective.terms.distil.divergence.skew=0.2). All other keys
 are locked.
 """
-
-from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
@@ -25,7 +20,7 @@ def get_config() -> ConfigDict:
     return lock(config)
 
 
-def term(**changes: Any) -> ConfigDict:
+def term(**changes: object) -> ConfigDict:
     """Returns one summand of the objective, as `kd_jax.settings.Term` declares it.
 
     Raises:
@@ -33,14 +28,14 @@ def term(**changes: Any) -> ConfigDict:
     """
     values = defaults(Term)
     if unknown := changes.keys() - values.keys():
-        raise KeyError(f"a term has no key {sorted(unknown)}; it has {', '.join(values)}.")
+        raise KeyError(f"a term has no key {sorted(unknown)}; the keys of a term are {', '.join(values)}.")
     values |= changes
     values |= {key: number(values[key]) for key in ("weight", "coefficient")}
     values["assistant"] = {key: number(value) for key, value in dict(values["assistant"]).items()}
     return ConfigDict(values)
 
 
-def number(value: Any) -> Any:
+def number(value: object) -> object:
     """Returns a number as a field that may later hold a schedule.
 
     A flag may replace the number by a schedule's call, and a config may replace it by a schedule's ConfigDict. Any
@@ -49,7 +44,7 @@ def number(value: Any) -> Any:
     return FieldReference(value, field_type=object) if isinstance(value, int | float) else value
 
 
-def policy(**changes: Any) -> ConfigDict:
+def policy(**changes: object) -> ConfigDict:
     """Returns the settings of a policy gradient, as `kd_jax.settings.Policy` declares them.
 
     Raises:
@@ -57,11 +52,11 @@ def policy(**changes: Any) -> ConfigDict:
     """
     values = defaults(Policy)
     if unknown := changes.keys() - values.keys():
-        raise KeyError(f"a policy has no key {sorted(unknown)}; it has {', '.join(values)}.")
+        raise KeyError(f"a policy has no key {sorted(unknown)}; the keys of a policy are {', '.join(values)}.")
     return ConfigDict(values | changes)
 
 
-def hard_labels(**changes: Any) -> ConfigDict:
+def hard_labels(**changes: object) -> ConfigDict:
     """Returns a term that is the cross-entropy of the tokens in the rows."""
     return term(kind="hard_labels", **changes)
 
@@ -85,7 +80,7 @@ def set_terms(config: ConfigDict, **terms: ConfigDict) -> ConfigDict:
 
 
 def lock(config: ConfigDict) -> ConfigDict:
-    """Returns the config with its declared keys locked. Specs, and the keywords of builders and models, stay open."""
+    """Returns the config with locked keys, except specs and the keywords of builders, templates and models."""
     config.lock()
 
     def open_specs(node: ConfigDict) -> None:

@@ -6,12 +6,12 @@ often when the held-out loss rises. The second stream adds a language-modelling 
 
     python -m kd_jax.main --config=configs/distillm.py --workdir=runs/distillm
 
-The skew of 0.1, the buffer of 1000 rows, and 0.1 for prefixes.increase and prefixes.tolerance are the paper's. Skew
-reverse KL is equally good for all students but the smallest:
+The skew of 0.1, the buffer of 1000 rows, and 0.1 for prefixes.increase and prefixes.tolerance are values of the paper.
+In the paper, skew reverse KL is equally good for all students except the smallest; the flag is
 --config.objective.terms.distil.divergence.name="skew_reverse_kl(skew=0.1)". The key prefixes.as_published selects the
-scheduler of the published code. That code evaluates once per epoch (eval_every). The second stream of the paper is
-OpenWebText. Here it is the training text of the task, with the prompts. To use your own plain text:
---config.text.name=text --config.text.options.path=FILE.
+scheduler of the published code. The published code evaluates once per epoch (eval_every). The second stream of the
+paper is OpenWebText. The second stream of this config is the training text of the task, with the prompts. The flags for
+plain text of your own are --config.text.name=text --config.text.options.path=FILE.
 
 The method has been run in the settings docstrings and smoke. Result (experiments/methods_docstrings) from one
 fine-tuned student, on 116,000 tokens of docstrings, mean of three seeds: KL(p || q) 2.26 -> 2.40, KL(q || p) 2.62 ->

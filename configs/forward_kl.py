@@ -1,6 +1,6 @@
 """KL(p || q): word-level knowledge distillation (Hinton et al., https://arxiv.org/abs/1503.02531, 2015).
 
-python -m kd_jax.main --config=configs/forward_kl.py --workdir=runs/forward_kl
+    python -m kd_jax.main --config=configs/forward_kl.py --workdir=runs/forward_kl
 
 The method has been run in the settings docstrings, smoke and dolly_smollm2 (experiments/smollm2_dolly). Result
 (experiments/methods_docstrings) from one fine-tuned student, on 116,000 tokens of docstrings, mean of three seeds: KL(p

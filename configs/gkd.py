@@ -7,7 +7,7 @@ divergence has the weight beta = 0.5 on the teacher, and is averaged over each s
     python -m kd_jax.main --config=configs/gkd.py --workdir=runs/gkd
 
 The key prefixes.fraction is the paper's lambda (0, 0.5, 1). The key divergence.weight is the paper's beta (0.1, 0.5,
-0.9). The limits beta -> 0 and beta -> 1 are forward_kl and reverse_kl, which the paper also uses:
+0.9). The limits beta -> 0 and beta -> 1 are forward_kl and reverse_kl. The paper also uses both limits, for example
 --config.objective.terms.distil.divergence.name="reverse_kl()".
 
 The method has been run in the settings docstrings and smoke. Result (experiments/methods_docstrings) from one

@@ -1,8 +1,8 @@
 """ImitKD: KL(p || q) on the student's own responses with a probability that rises from 0 to 1, and otherwise on the
 data's responses (Lin et al., https://arxiv.org/abs/2009.07253, 2020).
 
-In the paper the share of the data falls exponentially, and the label is the likeliest token of the teacher. With
---config.objective.terms.distil.kind=hard_labels the label is the token of the row.
+In the paper the share of the data falls exponentially, and the loss is the cross-entropy of the teacher's likeliest
+token. With --config.objective.terms.distil.kind=hard_labels the label is the token of the row.
 
     python -m kd_jax.main --config=configs/imitkd.py --workdir=runs/imitkd
 

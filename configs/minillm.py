@@ -6,12 +6,13 @@ each single step, and language modelling on a second stream.
 
     python -m kd_jax.main --config=configs/minillm.py --workdir=runs/minillm
 
-The value 0.2 of sampling.teacher_share and policy.clip is the paper's. The paper samples 256 rows at a time and trains
-on them 4 times. Here 4 batches are sampled at a time. The published code differs: policy.discount=0.95,
-policy.include_current=True, policy.whiten=all, policy.reward_scale=0.5, policy.reward_limit=100, and
-single_step.importance=False, which the author intends. On the second stream, hard labels and KL(p || q) have the
-coefficient 0.5 each, as in the code. The second stream of the paper is OpenWebText. Here it is the training text of the
-task, with the prompts. To use your own plain text: --config.text.name=text --config.text.options.path=FILE.
+The value 0.2 of sampling.teacher_share and policy.clip is that of the paper. The paper samples 256 rows at a time, and
+trains on these rows 4 times. This config samples 4 batches at a time. The published code has other values:
+policy.discount=0.95, policy.include_current=True, policy.whiten=all, policy.reward_scale=0.5, policy.reward_limit=100,
+and single_step.importance=False, as the author intends. On the second stream, hard labels and KL(p || q) have the
+coefficient 0.5 each, as in the published code. The second stream of the paper is OpenWebText. The second stream of this
+config is the training text of the task, with the prompts. The flags for plain text of your own are
+--config.text.name=text --config.text.options.path=FILE.
 
 The method has been run in the settings docstrings and smoke. Result (experiments/methods_docstrings) from one
 fine-tuned student, on 116,000 tokens of docstrings, mean of three seeds: KL(p || q) 2.26 -> 2.32, KL(q || p) 2.62 ->

@@ -1,7 +1,8 @@
-"""Distils the packaged docstrings teacher into a student of less than a quarter of its size, in a few minutes on a
-laptop.
+"""Distils the packaged docstrings teacher with KL(p || q) into a student of less than a quarter of the teacher's size.
 
-python -m kd_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m kd_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+The command takes a few minutes on a laptop. Result (experiments/quickstart): KL(p || q) 5.13 -> 1.69.
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,8 @@ https://arxiv.org/abs/1606.07947, 2016, with one sample in place of the best res
 
     python -m kd_jax.main --config=configs/seqkd.py --workdir=runs/seqkd
 
-The baseline called SeqKD in MiniLLM and DistiLLM is 0.5 cross-entropy + 0.5 KL(p || q) on the teacher's text. To get
-it, add a term distil=base.term(coefficient=0.5), and give the labels coefficient=0.5. The key
+The baseline called SeqKD in MiniLLM and DistiLLM is 0.5 cross-entropy + 0.5 KL(p || q) on the teacher's text. For this
+baseline, add a term distil=base.term(coefficient=0.5), and give the labels coefficient=0.5. The flag
 --config.prefixes.num_rows limits the number of prompts that the teacher answers.
 
 The method has been run in the settings docstrings and smoke. Result (experiments/methods_docstrings) from one

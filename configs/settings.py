@@ -11,9 +11,9 @@ def get(name: str) -> ConfigDict:
     """Returns the base config with the models and the data of a setting."""
     settings = {f.__name__: f for f in (docstrings, smoke, dolly_smollm2, dolly_gpt2)}
     if name not in settings:
-        near = difflib.get_close_matches(name, settings, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"there is no setting {name!r}.{hint} There are: {', '.join(settings)}.")
+        close = difflib.get_close_matches(name, settings, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"there is no setting {name!r}.{hint} The settings are {', '.join(settings)}.")
     config = base.get_config()
     settings[name](config)
     return config
@@ -59,7 +59,7 @@ def smoke(config: ConfigDict) -> None:
 
 
 def dolly_smollm2(config: ConfigDict) -> None:
-    """Distils SmolLM2-135M-Instruct into every third of its layers on databricks-dolly-15k.
+    """Distils SmolLM2-135M-Instruct into a student of every third layer, on databricks-dolly-15k.
 
     Prompts have the chat template of the tokenizer.
     """
@@ -87,7 +87,7 @@ def dolly_gpt2(config: ConfigDict) -> None:
     is clipped at 1. A row has up to 512 tokens, of which the prompt has up to 256. Both models must be fine-tuned on
     Dolly first, for example with
 
-    python -m kd_jax.main --config=configs/sft.py:dolly_gpt2 --config.teacher.path= --config.student.path=FOLDER-OF-GPT-2
+        python -m kd_jax.main --config=configs/sft.py:dolly_gpt2 --config.teacher.path= --config.student.path=FOLDER
     """
     config.steps = 7800
     config.teacher.path = "models/gpt2-xl-dolly"

@@ -2,7 +2,7 @@
 
 The teacher of the setting is only a reference for the measurements. With --config.teacher.path= there is no teacher.
 
-python -m kd_jax.main --config=configs/sft.py --workdir=runs/sft
+    python -m kd_jax.main --config=configs/sft.py --workdir=runs/sft
 
 The method has been run in the settings docstrings and smoke. Result (experiments/methods_docstrings) from one
 fine-tuned student, on 116,000 tokens of docstrings, mean of three seeds: KL(p || q) 2.26 -> 2.26, KL(q || p) 2.62 ->

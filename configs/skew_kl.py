@@ -1,6 +1,6 @@
 """The loss of DistiLLM, KL(p || 0.1 p + 0.9 q), on a fixed dataset (Ko et al., https://arxiv.org/abs/2402.03898, 2024).
 
-The reverse direction is --config.objective.terms.distil.divergence.name=skew_reverse_kl.
+The flag of the reverse direction is --config.objective.terms.distil.divergence.name=skew_reverse_kl.
 
     python -m kd_jax.main --config=configs/skew_kl.py --workdir=runs/skew_kl
 

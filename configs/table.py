@@ -1,4 +1,4 @@
-"""Prints the tables of the READMEs: methods and keys for configs/README.md, divergences and assistants for kd_jax/README.md.
+"""Prints the tables of methods and keys in configs/README.md, and of divergences and assistants in kd_jax/README.md.
 
 The tables are made from the configs, from the declarations of the keys, and from the docstrings of the functions.
 
@@ -11,15 +11,16 @@ schedules.
 import importlib
 import inspect
 from collections.abc import Iterator
-from typing import Any
+
+from ml_collections import ConfigDict
 
 from kd_jax import assistants, divergences
 from kd_jax.command_help import first_sentence
 from kd_jax.settings import Settings, Term, is_section, keys_of
 
 METHODS = (
-    "sft", "seqkd", "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence", "akl",
-    "skew_kl", "abkd", "taid", "amid", "imitkd", "gkd", "distillm", "distillm2", "minillm", "opd",
+    "sft", "seqkd", "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence",
+    "akl", "skew_kl", "abkd", "taid", "amid", "imitkd", "gkd", "distillm", "distillm2", "minillm", "opd",
 )  # fmt: skip
 SHORT = {"teacher": "p", "student": "q", "assistant": "r"}
 
@@ -31,14 +32,14 @@ def methods() -> str:
         config = importlib.import_module(f"configs.{method}").get_config()
         source = _spec(config.prefixes)
         if config.sampling.teacher_share:
-            source += f", drawn with {config.sampling.teacher_share:g} of the teacher"
+            source += f", sampled with {config.sampling.teacher_share:g} of the teacher"
         for i, (name, term) in enumerate(config.objective.terms.items()):
             head = (f"`{method}`", source) if i == 0 else ("", "")
             lines.append(f"| {' | '.join((*head, *_term(name, term)))} |")
     return "\n".join(lines)
 
 
-def _term(name: str, term: Any) -> tuple[str, str, str, str]:
+def _term(name: str, term: ConfigDict) -> tuple[str, str, str, str]:
     schedules = [f"{key} {_spec(term[key])}" for key in ("weight", "coefficient") if not _is_number(term[key])]
     factor = f"{term.coefficient:g} " if _is_number(term.coefficient) and term.coefficient != 1 else ""
     rows = "" if term.rows == "all" else f" on {term.rows} rows"
@@ -54,18 +55,18 @@ def _term(name: str, term: Any) -> tuple[str, str, str, str]:
     return f"{factor}{_spec(term.divergence)}{rows}", pair, assistant, "; ".join(schedules)
 
 
-def _spec(spec: Any) -> str:
+def _spec(spec: ConfigDict | dict[str, object]) -> str:
     """Returns a spec as a call, without the keywords that only follow the number of steps."""
     shown = []
     for key, value in spec.items():
-        if hasattr(value, "items"):
+        if isinstance(value, ConfigDict | dict):
             value = _spec(value)
         if key not in ("name", "total_steps", "transition_begin", "transition_steps"):
             shown.append(f"{key} {value:g}" if _is_number(value) and not isinstance(value, bool) else f"{key} {value}")
     return f"`{spec['name']}`" + (f" ({', '.join(shown)})" if shown else "")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float)
 
 

@@ -8,8 +8,6 @@ and weight 1 exactly ``log_p``. At these two weights the gradient flows only to 
 Python number outside ``[0, 1]`` raises a ValueError.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,8 +59,8 @@ def geometric_mixture(
     """Returns the log-probabilities of ``r ∝ p^w q^(1 - w)``, the assistant of TAID.
 
     The assistant is the softmax of the interpolated logits. For a weight strictly between 0 and 1 it has mass only
-    where both p and q have mass. If p and q share no token with mass, no such distribution exists, and the result is
-    NaN.
+    where both p and q have mass. If p and q share no token with mass, the distribution does not exist, and the result
+    is NaN.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
@@ -101,21 +99,21 @@ def alpha_mixture(
     The exponent is ``c = (1 - alpha) / 2``, for every real alpha.
 
     The family contains the arithmetic mixture (alpha -1), the geometric mixture (1) and the harmonic mixture (3).
-    Towards -inf the mean tends to the larger of the two probabilities, and towards +inf to the smaller. For alpha below
-    1 the assistant has mass where p or q has mass. For alpha of 1 or more it has mass only where both have mass. The
-    result is continuous in alpha, and accurate in the neighbourhood of 1.
+    As alpha tends to -inf, the mean tends to the larger of the two probabilities; as alpha tends to +inf, to the
+    smaller. For alpha below 1 the assistant has mass where p or q has mass. For alpha of 1 or more the assistant has
+    mass only where both have mass. The result is continuous in alpha, and accurate near alpha 1.
 
     Args:
       log_p: the teacher's log-probabilities, normalised.
       log_q: the student's log-probabilities, normalised.
       weight: the teacher's weight w, in ``[0, 1]``.
-      alpha: the kind of mean: any finite number, or an array like `weight`, such as a schedule gives.
+      alpha: the kind of mean: any finite number, or an array like `weight`, such as the value of a schedule.
 
     Returns:
       ``log r``, normalised.
 
     Raises:
-      ValueError: if ``weight`` is a Python number outside ``[0, 1]``, or ``alpha`` not a finite number.
+      ValueError: if ``weight`` is a Python number outside ``[0, 1]``, or ``alpha`` is not a finite number.
 
     Example:
       >>> log_p, log_q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
@@ -125,32 +123,32 @@ def alpha_mixture(
     References:
       Shin et al., `AMiD <https://arxiv.org/abs/2510.15982>`_, 2025.
     """
-    c: Any = _power(alpha)
+    c = _power(alpha)
     if isinstance(c, float) and abs(c) < 1e-20:
         return geometric_mixture(log_p, log_q, weight)
     log_p, log_q = promote(log_p, log_q)
-    if not isinstance(c, float):  # so near to 0 the mixture equals the geometric mixture up to rounding
+    if not isinstance(c, float):  # at c = 1e-20 the mixture equals the geometric mixture up to rounding
         c = jnp.asarray(over_vocab(c), log_p.dtype)
         c = jnp.where(jnp.abs(c) < 1e-20, 1e-20, c)
     weight = jnp.asarray(over_vocab(check_fraction("weight", weight)), log_p.dtype)
 
     # With the larger of the two powers factored out, log r is the log-probability of that term plus
     # log(w_out + w_in exp(-x)) / c,  x = |c (log p - log q)|.
-    alive = has_mass(log_p) | has_mass(log_q)
-    power_gap = c * (jnp.where(alive, log_p, 0.0) - jnp.where(alive, log_q, 0.0))
+    any_mass = has_mass(log_p) | has_mass(log_q)
+    power_gap = c * (jnp.where(any_mass, log_p, 0.0) - jnp.where(any_mass, log_q, 0.0))
     x = jnp.abs(power_gap)
     teacher_out = power_gap > 0
     inside = _inside(weight)
     w_out, w_in = jnp.where(teacher_out, inside, 1 - inside), jnp.where(teacher_out, 1 - inside, inside)
     if isinstance(c, float) and abs(c) > 0.125:
         log_sum = jnp.log(w_out + w_in * jnp.exp(-x))
-    else:  # the sum is near 1 where x is small, and the division by c would amplify its rounding error
+    else:  # the sum is near 1 where x is small, and the division by c would amplify the rounding error of the sum
         log_sum = log_decay_mix(x, w_out, w_in)
     return _on_path(log_p, log_q, weight, jnp.where(teacher_out, log_p, log_q) + log_sum / c)
 
 
-def _power(alpha: Any) -> Any:
-    """Returns the exponent c of a checked alpha. The result is a float if alpha is a Python number."""
+def _power(alpha: Weight) -> float | Array:
+    """Returns the exponent c of alpha. The result is a float if alpha is a Python number, which is checked."""
     return (1 - (alpha if isinstance(alpha, jax.Array | np.ndarray) else check_number("alpha", alpha))) / 2
 
 
@@ -162,7 +160,7 @@ def _inside(weight: Array) -> Array:
 def _on_path(log_p: Array, log_q: Array, weight: Array, unnormalised: Array) -> Array:
     """Returns the normalised mixture for weights strictly between 0 and 1, and ``log_q`` or ``log_p`` at 0 or 1."""
     at_q, at_p = weight == 0, weight == 1
-    # At weight 0 or 1 the softmax is not selected, but its gradient must be finite. The gradient of a row without mass
-    # would be NaN, so log_q takes its place.
+    # At weight 0 or 1 the softmax is not selected, but the gradient of the softmax must be finite. In a row without
+    # mass this gradient would be NaN, so the softmax gets log_q instead.
     log_r = jax.nn.log_softmax(jnp.where(at_q | at_p, log_q, unnormalised), axis=-1)
     return jnp.where(at_q, log_q, jnp.where(at_p, log_p, log_r))

@@ -7,8 +7,8 @@ Each divergence is a function ``D(log_p, log_q, *, ...)`` that returns a value p
 - Both are normalised over the last axis, the vocabulary. Each function sums over this axis.
 - The value and the gradient are finite wherever the true value is finite, also where a log-probability is ``-inf`` and
   where ``p == q``.
-- Where the true value is infinite, the returned value is infinite. The entries that cause this add nothing to the
-  gradient.
+- If the true value is infinite, the returned value is infinite. The entries that cause the infinite value add nothing
+  to the gradient.
 """
 
 import jax
@@ -138,9 +138,9 @@ def adaptive_kl(
     log_p, log_q = promote(log_p, log_q)
     p, q = jnp.exp(jax.lax.stop_gradient(log_p)), jnp.exp(jax.lax.stop_gradient(log_q))
     gap = jnp.abs(p - q)
-    whole = jnp.sum(gap, axis=-1)
+    total = jnp.sum(gap, axis=-1)
     in_head = jnp.sum(jnp.where(_head(p, head_mass, include_crossing), gap, 0.0), axis=-1)
-    share = jnp.where(whole > 0, in_head / jnp.where(whole > 0, whole, 1.0), 0.5)
+    share = jnp.where(total > 0, in_head / jnp.where(total > 0, total, 1.0), 0.5)
     return weigh(share, forward_kl(log_p, log_q)) + weigh(1 - share, reverse_kl(log_p, log_q))
 
 
@@ -169,7 +169,7 @@ def jensen_shannon(log_p: LogProbs, log_q: LogProbs, *, weight: Weight = 0.5) ->
       Agarwal et al., `On-Policy Distillation of Language Models <https://arxiv.org/abs/2306.13649>`_, 2024.
     """
     w = check_fraction("weight", weight)
-    _refuse_zero("weight", w, (0.0, 1.0), "At 0 the limit that is meant is forward_kl, at 1 it is reverse_kl")
+    _refuse_zero("weight", w, (0.0, 1.0), "Use forward_kl for the limit at 0, and reverse_kl for the limit at 1")
     of_p, of_q = mixture_kl_entries(log_p, log_q, w)
     w = over_vocab(w)
     return jnp.sum(weigh(w, of_p) + weigh(1 - w, of_q), axis=-1)
@@ -199,7 +199,7 @@ def skew_forward_kl(log_p: LogProbs, log_q: LogProbs, *, skew: Weight = 0.1) -> 
       Ko et al., `DistiLLM <https://arxiv.org/abs/2402.03898>`_, 2024.
     """
     s = check_fraction("skew", skew)
-    _refuse_zero("skew", s, (1.0,), "Use a skew below 1; with 0 it is forward_kl or reverse_kl")
+    _refuse_zero("skew", s, (1.0,), "Use a skew below 1; a skew of 0 gives forward_kl or reverse_kl")
     return jnp.sum(mixture_kl_entries(log_p, log_q, s)[0], axis=-1)
 
 
@@ -232,9 +232,9 @@ def skew_reverse_kl(log_p: LogProbs, log_q: LogProbs, *, skew: Weight = 0.1) -> 
 def total_variation(log_p: LogProbs, log_q: LogProbs) -> PerToken:
     """Returns ``1/2 sum |p - q|``.
 
-    Suppose that a token came from p or from q with equal chances. Then the best guess of its source is wrong with
-    probability ``(1 - TV) / 2``. The value is symmetric and bounded. It does not depend on ratios: a small probability
-    matters only by its size. The gradient is taken as 0 where ``p == q``.
+    Suppose that a token came from p or from q with equal chances. Then the best guess of the token's source is wrong
+    with probability ``(1 - TV) / 2``. The value is symmetric and bounded, and depends on differences of probabilities,
+    not on their ratios. The gradient is taken as 0 where ``p == q``.
 
     Returns:
       A number per token between 0 and 1, without a unit.
@@ -320,7 +320,7 @@ def alpha_beta(log_p: LogProbs, log_q: LogProbs, *, alpha: Number, beta: Number)
 def _head(p: Array, head_mass: float, include_crossing: bool) -> Array:
     """Returns True for the tokens in the teacher's head.
 
-    These are the tokens with at least the largest threshold probability at which ``head_mass`` is reached.
+    A token is in the head if its probability is at least the largest threshold at which ``head_mass`` is reached.
 
     The threshold is found by bisection of the bits of floating-point numbers, which are in the same order as the
     numbers. The bisection takes some tens of sums over the vocabulary. A sort would cost as much as some hundreds.

@@ -1,7 +1,7 @@
 """Arithmetic on log-probabilities whose values and gradients stay finite where a probability is zero.
 
-A probability of zero is a log-probability of ``-inf``. This package calls such an entry an entry without
-mass. Two rules keep such an entry from making other entries NaN.
+A probability of zero is a log-probability of ``-inf``. This package calls such an entry an entry without mass. Two
+rules keep such an entry from making other entries NaN.
 
 1. The difference of two infinite log-probabilities is never computed.
 2. The branch that a ``where`` does not select is computed from finite replacement values. JAX multiplies the gradient
@@ -12,7 +12,6 @@ mass. Two rules keep such an entry from making other entries NaN.
 
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +36,7 @@ def promote(*arrays: Float[Array, "..."]) -> tuple[Array, ...]:
 
 
 def has_mass(log_p: Float[Array, "*shape"]) -> Array:
-    """Returns True where the probability is not exactly zero.
-
-    The probability may be far smaller than the smallest number that ``exp`` can represent.
-    """
+    """Returns True where the probability is not exactly zero, even if ``exp`` cannot represent a number so small."""
     return log_p > -jnp.inf
 
 
@@ -85,9 +81,9 @@ def log_mix(
     log_p, log_q = promote(log_p, log_q)
     weight = jnp.asarray(over_vocab(weight), log_p.dtype)
     x, y = jnp.log(weight) + log_p, jnp.log1p(-weight) + log_q
-    alive = has_mass(x) | has_mass(y)
-    high, low = jnp.where(alive, jnp.maximum(x, y), 0.0), jnp.where(alive, jnp.minimum(x, y), 0.0)
-    return jnp.where(alive, high + jnp.log1p(jnp.exp(low - high)), -jnp.inf)
+    any_mass = has_mass(x) | has_mass(y)
+    high, low = jnp.where(any_mass, jnp.maximum(x, y), 0.0), jnp.where(any_mass, jnp.minimum(x, y), 0.0)
+    return jnp.where(any_mass, high + jnp.log1p(jnp.exp(low - high)), -jnp.inf)
 
 
 def log_decay_mix(
@@ -100,7 +96,7 @@ def log_decay_mix(
     Args:
       distance: x, not negative.
       weight: v, the weight of the constant term.
-      decaying: w, the weight of the decaying term. It is an argument because ``1 - v`` would round a small w away.
+      decaying: w, the weight of the decaying term; ``1 - v`` would round a small w to 0.
 
     Returns:
       The logarithm, between ``-x`` and 0.
@@ -229,8 +225,8 @@ def alpha_beta_entries(
 
 @partial(alpha_beta_entries.defjvp, symbolic_zeros=True)
 def _alpha_beta_entries_jvp(
-    alpha: Number, beta: Number, primals: tuple[Array, Array], tangents: tuple[Any, Any]
-) -> tuple[Array, Any]:
+    alpha: Number, beta: Number, primals: tuple[Array, Array], tangents: tuple[Array | SymbolicZero, ...]
+) -> tuple[Array, Array]:
     log_p, log_q = promote(*primals)
     total, d = alpha + beta, _log_ratio(log_p, log_q)
     mixed = _mixed_exponent(log_p, log_q, d, alpha, beta)

@@ -4,14 +4,14 @@ A spec is a name, or a mapping with the name under ``"name"`` and keyword argume
 
     {"name": "alpha_beta", "alpha": 0.2, "beta": 0.7}
 
-The name may be a call, ``"alpha_beta(alpha=0.2, beta=0.7)"``. Then the keyword arguments beside the name are ignored. A
-flag can thus replace one function by another that has other keywords.
+The name may be a call, ``"alpha_beta(alpha=0.2, beta=0.7)"``. Then the keyword arguments beside the name are ignored,
+so that a flag can replace one function by another function with other keywords.
 
-A module is its own registry. The names in the module are its ``__all__``, or its public callables if it has no
+A module is its own registry: a spec may name the entries of its ``__all__``, or its public callables if it has no
 ``__all__``. A name from another module is written like an entry point, ``"package.module:function"``, also as a call.
 For a function of a notebook, or of the script that runs, the module is ``__main__``: ``"__main__:mine(scale=2.0)"``.
 
-A config holds names, not functions, because a config is data: it is stored beside the checkpoints, and read again when
+A config holds names, not functions, because a config is data that is stored beside the checkpoints and read again when
 a run resumes.
 """
 
@@ -34,7 +34,7 @@ Spec = str | Mapping[str, Any]  # or an ml_collections.ConfigDict, or any other 
 
 
 def bind(spec: Spec, module: ModuleType, **defaults: Any) -> Callable[..., Any]:
-    """Returns the function that a spec names, with the keywords bound. It is used for divergences and assistants.
+    """Returns the function that a spec names, with the keywords bound, such as a divergence or an assistant.
 
     The function is traced once on abstract arguments: vectors for parameters called ``log_...``, scalars for the other
     positional parameters. A number out of range is therefore an error when a run is set up, not in the first step.
@@ -71,10 +71,10 @@ def close(function: Callable[..., Any], **keywords: Any) -> Callable[..., Any]:
 
 
 def build(spec: Spec, module: ModuleType, **defaults: Any) -> Any:
-    """Calls the factory that a spec names, and returns the result. It is used for schedules and optimisers.
+    """Calls the factory that a spec names, and returns the result, such as a schedule or an optimiser.
 
     A keyword's value may be a spec (a mapping with ``name``) or a list of specs. Such specs are built first, from the
-    same module. This is how a config describes ``join_schedules``.
+    same module. A config describes ``join_schedules`` in this way.
 
     Args:
       spec: a name, or a mapping with ``name`` and keywords.
@@ -100,15 +100,15 @@ def build(spec: Spec, module: ModuleType, **defaults: Any) -> Any:
 def look_up(
     spec: Spec, module: ModuleType, *, positional: bool, beside: tuple[str, ...] = (), **defaults: Any
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Returns the function that a spec names, and its keywords.
+    """Returns the function that a spec names, and the keywords of the spec.
 
-    Both are checked against the module and the function's signature.
+    The name is checked against the module, and the keywords against the function's signature.
 
     Args:
       spec: a name, or a mapping with ``name`` and keywords.
       module: the module in which the name is looked up.
-      positional: True if the required positional parameters are arrays that are given later, so a spec may not name
-        them. False if they are keywords that the spec has to give.
+      positional: True if the required positional parameters are arrays that are given later, so that a spec may not
+        name them. False if these parameters are keywords that the spec must give.
       beside: additional keywords that a spec may have and the function does not take.
       **defaults: values of keywords that the spec does not give.
 
@@ -119,7 +119,9 @@ def look_up(
       ValueError: a name or a keyword is unknown, a keyword is missing, or a text stands in place of a number.
     """
     if not isinstance(spec, str) and not hasattr(spec, "keys"):
-        raise ValueError(f"{spec!r} is no spec: a name, a call such as name(keyword=1.0), or a mapping with a name.")
+        raise ValueError(
+            f"{spec!r} is not a spec: write a name, a call such as name(keyword=1.0), or a mapping with the key 'name'."
+        )
     keywords = {} if isinstance(spec, str) else dict(spec)
     name = spec if isinstance(spec, str) else keywords.pop("name", None)
     if isinstance(name, str):
@@ -128,9 +130,9 @@ def look_up(
             name, keywords = _parse_call(name)
     known = names(module)
     if name not in known:
-        what = "no name" if name is None else f"unknown name {name!r}"
-        where = f"in the spec {_show(spec)}{nearest(name, known)}"
-        raise ValueError(f"{what} {where}; {module.__name__} has {', '.join(known)}.")
+        problem = "no name" if name is None else f"unknown name {name!r}"
+        place = f"in the spec {_show(spec)}{nearest(name, known)}"
+        raise ValueError(f"{problem} {place}; {module.__name__} has {', '.join(known)}.")
     function = getattr(module, name)
     keywords = defaults | keywords
 
@@ -140,10 +142,12 @@ def look_up(
     options = {p.name: p.default for p in parameters if p.kind in by_name and p.name not in arrays}
     unknown = [keyword for keyword in keywords if keyword not in options and keyword not in beside]
     if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters):
-        where = f"in the spec {_show(spec)}{nearest(unknown[0], [*options, *beside])}"
+        place = f"in the spec {_show(spec)}{nearest(unknown[0], [*options, *beside])}"
         takes = f"{name} takes {', '.join([*options, *beside]) or 'no keywords'}"
-        hint = "" if isinstance(spec, str) else f"; the name as a call, '{name}()', leaves out what stands beside it"
-        raise ValueError(f"unknown keyword {unknown[0]!r} {where}; {takes}{hint}.")
+        hint = (
+            "" if isinstance(spec, str) else f"; the name as a call, '{name}()', ignores the keywords beside the name"
+        )
+        raise ValueError(f"unknown keyword {unknown[0]!r} {place}; {takes}{hint}.")
     missing = [o for o, default in options.items() if default is inspect.Parameter.empty and o not in keywords]
     if missing:
         raise ValueError(f"the spec {_show(spec)} lacks {', '.join(missing)}, for which {name} has no default.")
@@ -161,47 +165,44 @@ def build_nested(keywords: Mapping[str, Any], module: ModuleType) -> dict[str, A
 
 
 def names(module: ModuleType) -> list[str]:
-    """Returns the names that a module offers: its ``__all__``, or its public callables if it has no ``__all__``."""
+    """Returns the names that a spec may take from a module: ``__all__``, or else the public callables."""
     if hasattr(module, "__all__"):
         return list(module.__all__)
     return [name for name in dir(module) if not name.startswith("_") and callable(getattr(module, name))]
 
 
-def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """Returns ``value`` as a float if it is a finite Python number from ``low`` to ``high``.
+def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+    """Returns ``value`` as a float, after a check that ``value`` is a finite Python number from ``low`` to ``high``.
 
     Raises:
-      ValueError: ``value`` is no such number.
+      ValueError: ``value`` is not a finite number, or is out of range.
     """
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, not {value!r}.")
     if not low <= float(value) <= high:
-        raise ValueError(f"{name} must lie between {low:g} and {high:g}, but is {value!r}.")
+        raise ValueError(f"{name} must be between {low:g} and {high:g}, but is {value!r}.")
     return float(value)
 
 
-def check_fraction(name: str, value: Any) -> Any:
-    """Checks that a Python number is in ``[0, 1]``, and returns the number.
+def check_fraction(name: str, value: object) -> float | jax.Array:
+    """Returns ``value``, after a check that a Python number is in ``[0, 1]``.
 
-    An array may be traced, and is returned unchecked.
+    An array is not checked, because the array may be traced.
     """
     if isinstance(value, jax.Array | np.ndarray):
         return jnp.asarray(value)
     return check_number(name, value, 0.0, 1.0)
 
 
-def nearest(name: Any, known: Iterable[str]) -> str:
-    """Returns `` (did you mean 'forward_kl'?)`` for a name close to a known name, and an empty text otherwise."""
+def nearest(name: object, known: Iterable[str]) -> str:
+    """Returns `` (did you mean 'forward_kl'?)`` for a name close to a known name, and an empty string otherwise."""
     lower = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(str(name).lower(), lower, n=1)
     return f" (did you mean {lower[close[0]]!r}?)" if close else ""
 
 
 def _home(name: str, module: ModuleType) -> tuple[ModuleType, str]:
-    """Returns the module and the function's name that ``package.module:name`` gives.
-
-    Without a colon the module is `module`.
-    """
+    """Returns the module and the function's name of ``package.module:name``; without a colon the module is `module`."""
     path, colon, rest = name.partition(":")
     if not colon or "(" in path:  # a colon inside a call's keywords does not separate a module
         return module, name

@@ -1,8 +1,8 @@
-"""Schedules: functions from a step to a number. The module offers optax's schedules, and two that optax lacks.
+"""Schedules: functions from a step to a number. The module has optax's schedules, and two that optax lacks.
 
 optax has two protocols. A plain schedule is a function ``step -> value``. A stateful schedule has the methods ``init``,
-``update`` and ``__call__``. ``as_stateful`` gives every schedule the second protocol, so a training step reads and
-advances all schedules in the same way::
+``update`` and ``__call__``. ``as_stateful`` converts a plain schedule to a stateful schedule, so a training step reads
+and advances all schedules in the same way::
 
     state = schedule.init()
     value = schedule(state, step=step)                  # the value that this step uses
@@ -11,10 +11,11 @@ advances all schedules in the same way::
 
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 from optax.schedules import (
     StatefulSchedule,
@@ -67,12 +68,11 @@ class TaidState(NamedTuple):
 class taid:
     """TAID's path: ``t <- min(end, max(start + (end - start) k / N, t + alpha sigmoid(m) (1 - t)))``.
 
-    The path is a class because it has three methods. The name is in lower case because a config names it like optax's
-    functions.
+    The class has a name in lower case because a config names it like optax's functions.
 
-    ``m`` is the running mean of the relative decrease of the loss. The path is therefore faster while the student
-    improves, and slower while it does not. The path never falls below the straight line from start to end. The first
-    update only stores the loss.
+    ``m`` is the running mean of the relative decrease of the loss. The path is therefore faster while the loss falls,
+    and slower while the loss rises. The path never falls below the straight line from start to end. The first update
+    only stores the loss.
 
     With the published ``beta`` the momentum hardly changes, so ``sigmoid(m)`` stays near a half. With the published
     ``alpha`` the adaptive step exceeds the step of the line only in runs of more than ``2 / alpha`` steps. Shorter runs
@@ -114,7 +114,9 @@ class taid:
         self.end = check_number("end", end, 0.0, 1.0)
         self.start = check_number("start", start, 0.0, 1.0)
         if not self.start <= self.end or self.start == 1 or self.end == 0:
-            raise ValueError(f"taid goes up, from start < 1 to end > 0, but start is {start!r} and end is {end!r}.")
+            raise ValueError(
+                f"start is {start!r} and end is {end!r}, but taid needs start below 1, end above 0, and start <= end."
+            )
         self.alpha = check_number("alpha", alpha, 0.0, 1.0)
         self.beta = check_number("beta", beta, 0.0, 1.0)
         self.disable_adaptive = disable_adaptive
@@ -123,16 +125,18 @@ class taid:
         """Returns the state before the first step."""
         return TaidState(jnp.array(self.start, float), jnp.array(0.0, float), jnp.array(jnp.inf, float))
 
-    def __call__(self, state: TaidState, **unused: Any) -> Float[Array, ""]:
+    def __call__(self, state: TaidState, **unused: object) -> Float[Array, ""]:
         """Returns the teacher's weight for the current step."""
         return state.value
 
-    def update(
-        self, state: TaidState, *, step: jax.typing.ArrayLike, loss: jax.typing.ArrayLike, **unused: Any
-    ) -> TaidState:
+    def update(self, state: TaidState, *, step: ArrayLike, loss: ArrayLike, **unused: object) -> TaidState:
         """Returns the state after a step, without a gradient.
 
-        The arguments are the number of the step, which starts at 0, and the loss of the step.
+        Args:
+          state: the state before the step.
+          step: the number of the step, from 0.
+          loss: the loss of the step.
+          **unused: arguments of other schedules.
         """
         loss = jax.lax.stop_gradient(jnp.asarray(loss, state.value.dtype))
         first = jnp.isinf(state.previous_loss)
@@ -155,7 +159,7 @@ class SkewState(NamedTuple):
 class distillm2_skew:
     """The skew ``1 - (1 - base) m / gap``, clipped to ``[low, base]``.
 
-    The skew is the weight, in the assistant, of the divergence's first argument. A larger gap between the two models
+    The skew is the weight of the divergence's first argument in the assistant. A larger gap between the two models
     gives a larger skew.
 
     - ``gap`` is ``p(y | x) - q(y | x)`` for a teacher's response y, and ``q(y | x) - p(y | x)`` for a student's
@@ -163,14 +167,14 @@ class distillm2_skew:
     - ``m`` is the mean gap over the first ``reference_steps``. During these steps the skew is ``base``.
     - A gap of 0 or less gives ``base``.
 
-    The rule follows from ``log(p / r) ~ (1 - skew)(p - q)``: the product on the right is kept constant. The skew is a
-    constant to the gradient.
+    The rule follows from ``log(p / r) ~ (1 - skew)(p - q)``: the rule keeps the product on the right constant. The skew
+    is a constant to the gradient.
 
     Args:
       reference_steps: the number of steps over which ``m`` is averaged, usually the first epoch.
       rows: "teacher" or "student", the model that wrote the rows. With "teacher" the skew is the weight of the teacher
         in ``KL(p || r)``. With "student" the skew is the weight of the student in ``KL(q || r)``. The returned value is
-        always the teacher's weight, so it is ``1 - skew`` with "student".
+        always the teacher's weight, which is ``1 - skew`` with "student".
       base: the largest skew, in ``(0, 1)``.
       low: the smallest skew, in ``[0, base]``.
       per_row: True for a skew for each row, as in the published code. False for one skew from the batch's mean gap.
@@ -179,8 +183,8 @@ class distillm2_skew:
       ValueError: a number is out of range.
 
     References:
-      Ko et al., `DistiLLM-2 <https://arxiv.org/abs/2503.07067>`_, 2025. The published code never
-      reaches this curriculum.
+      Ko et al., `DistiLLM-2 <https://arxiv.org/abs/2503.07067>`_, 2025. The published code contains this curriculum but
+      never runs it.
     """
 
     needs_scores = True
@@ -192,7 +196,8 @@ class distillm2_skew:
         self.base = check_number("base", base, 0.0, 1.0)
         if self.base == 1:
             raise ValueError(
-                "base must be below 1: with a skew of 1 the assistant is the very model that it is compared with."
+                f"base must be below 1, but is {base!r}: with a skew of 1 the assistant equals the model that is "
+                "compared with the assistant."
             )
         self.low = check_number("low", low, 0.0, self.base)
         if rows not in ("teacher", "student"):
@@ -208,11 +213,11 @@ class distillm2_skew:
         return -gap if self.rows == "student" else gap
 
     def __call__(
-        self, state: SkewState, *, step: jax.typing.ArrayLike, log_p: Array, log_q: Array, counted: Array, **unused: Any
+        self, state: SkewState, *, step: ArrayLike, log_p: Array, log_q: Array, counted: Array, **unused: object
     ) -> Float[Array, "..."]:
         """Returns the teacher's weight in the assistant, one per row or one for all rows.
 
-        The weight is computed from the mean log-probabilities [B] of the rows under both models.
+        The arguments `log_p`, `log_q` and `counted` are those of `kd_jax.objectives.row_means`.
         """
         gap = self._gap(log_p, log_q, counted)
         if not self.per_row:
@@ -223,7 +228,7 @@ class distillm2_skew:
         return 1 - skew if self.rows == "student" else skew
 
     def update(
-        self, state: SkewState, *, step: jax.typing.ArrayLike, log_p: Array, log_q: Array, counted: Array, **unused: Any
+        self, state: SkewState, *, step: ArrayLike, log_p: Array, log_q: Array, counted: Array, **unused: object
     ) -> SkewState:
         """Returns the state after a step, computed from the rows that the step used."""
         early = jnp.asarray(step) < self.reference_steps
@@ -233,8 +238,8 @@ class distillm2_skew:
         )
 
 
-def as_stateful(schedule: float | Callable[..., Any] | StatefulSchedule) -> StatefulSchedule:
-    """Returns any schedule under the stateful protocol.
+def as_stateful(schedule: float | Callable[[ArrayLike], ArrayLike] | StatefulSchedule) -> StatefulSchedule:
+    """Returns a schedule as a stateful schedule.
 
     A plain schedule gets an empty state. A number becomes a constant schedule.
 
@@ -261,23 +266,23 @@ def as_stateful(schedule: float | Callable[..., Any] | StatefulSchedule) -> Stat
         return _Stateless(schedule)
     if isinstance(schedule, numbers.Real):
         return _Stateless(constant_schedule(check_number("a constant schedule", schedule)))
-    raise ValueError(f"a schedule is a number, a function of the step or a stateful schedule, not {schedule!r}.")
+    raise ValueError(f"a schedule must be a number, a function of the step, or a stateful schedule, not {schedule!r}.")
 
 
 class _Stateless:
-    """A plain schedule under the stateful protocol, without a state.
+    """A plain schedule as a stateful schedule with an empty state.
 
     The step is an argument. optax's own wrapper counts the steps instead.
     """
 
-    def __init__(self, schedule: Callable[[Any], Any]):
+    def __init__(self, schedule: Callable[[ArrayLike], ArrayLike]):
         self.schedule = schedule
 
     def init(self) -> tuple[()]:
         return ()
 
-    def __call__(self, state: tuple[()], *, step: Any = None, **unused: Any) -> Float[Array, ""]:
-        return jnp.asarray(self.schedule(step), float)
+    def __call__(self, state: tuple[()], **arguments: ArrayLike) -> Float[Array, ""]:
+        return jnp.asarray(self.schedule(arguments["step"]), float)
 
-    def update(self, state: tuple[()], **unused: Any) -> tuple[()]:
+    def update(self, state: tuple[()], **unused: object) -> tuple[()]:
         return state

@@ -10,13 +10,14 @@ lengths are the defaults. The command writes to DIR:
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from kd_jax import command, data, metrics, models, report, sharding, storage
 from kd_jax.data import counts, jsonl
@@ -29,6 +30,7 @@ from kd_jax.prefixes import rollouts
 from kd_jax.settings import Sampling
 from kd_jax.settings.value_types import whole_number
 from kd_jax.storage import remote
+from kd_jax.storage.files import Json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,32 +40,32 @@ class Models:
     mesh: jax.sharding.Mesh
     tokenizer: data.Tokenizer
     model: models.Model
-    params: Any
+    params: PyTree
     teacher: models.Model | None
-    teacher_params: Any
+    teacher_params: PyTree
 
     @property
-    def both(self) -> tuple[models.Model, Any, models.Model | None, Any]:
-        """Returns the model, its parameters, the teacher and the teacher's parameters, as `texts.assess` takes them."""
+    def both(self) -> tuple[models.Model, PyTree, models.Model | None, PyTree]:
+        """The model, its parameters, the teacher, and the teacher's parameters, in the order of `texts.assess`."""
         return self.model, self.params, self.teacher, self.teacher_params
 
 
-def run(args: SimpleNamespace) -> dict[str, Any]:
+def run(args: SimpleNamespace) -> Json:
     """Evaluates the model, writes the results, and returns the last line of results.jsonl.
 
     Raises:
-      ValueError: an argument or a file is wrong. This is found before anything is computed or written.
+      ValueError: an argument or a file is wrong. Every check comes before anything is computed or written.
     """
     with storage.room(args.out), remote.work_directory(args.out, writes=jax.process_index() == 0) as (out, _):
         return _run(args, Path(out))
 
 
-def _run(args: SimpleNamespace, out: Path) -> dict[str, Any]:
+def _run(args: SimpleNamespace, out: Path) -> Json:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out={out} is not empty; choose a new folder.")
     for name in ("rows", "lm_eval_limit"):
         if (value := getattr(args, name)) < 0:
-            raise ValueError(f"--{name}={value} must be at least 0; 0 takes all.")
+            raise ValueError(f"--{name}={value} must be at least 0; 0 means no limit.")
     args, notes = filled(args)
     template, seeds = template_of(args), _seeds(args.seeds)
     for line in notes if jax.process_index() == 0 else ():
@@ -77,76 +79,77 @@ def _run(args: SimpleNamespace, out: Path) -> dict[str, Any]:
     examples = texts.read_examples(
         rows, loaded.tokenizer, template=template, max_prompt_length=args.max_prompt_length, cut=True
     )
-    # The tasks come first, because a task may have to be downloaded, and the download may fail.
+    # The tasks come first, because the download of a task may fail.
     tasks = lm_eval(model_folder(args.model, "--model")) if lm_eval is not None and jax.process_index() == 0 else []
     batches, prompts = given_batches(args, loaded.tokenizer, rows)
     given = tokens.collect(*loaded.both, batches, loaded.mesh, vocab_size=loaded.tokenizer.vocab_size)
     lines, written, own = [], [], []
     for seed in seeds:
         line, seed_texts, seed_tokens = texts.assess(
-            make_sampler(args, loaded), loaded.both, examples, batch_size=args.batch_size, seed=seed, numbers=args.numbers,
+            make_sampler(args, loaded), loaded.both, examples, batch_size=args.batch_size, seed=seed,
+            numbers=args.numbers,
             progress=lambda starts, seed=seed: metrics.tqdm(starts, desc=f"seed {seed}", unit="batch"),
         )  # fmt: skip
         lines.append({"seed": seed} | line)
         written += seed_texts
         own.append(seed_tokens)
-    found: dict[str, Any] = {
+    results: Json = {
         "rows": len(examples),
         "prompts": prompts,
         "given": tokens.summary(given),
         "seeds": over_seeds(lines),
     }
     if lines:
-        found["rouge_l_words"] = rouge_tokens(text for example in examples for text in example.references)
+        results["rouge_l_words"] = rouge_tokens(text for example in examples for text in example.references)
     if loaded.teacher is not None:
         places = {"given": by_place(given)} | ({"own": by_place(_joined(own))} if own else {})
-        found["by_place"] = {"places": PLACES, **places}
-    found |= {"lm_eval": tasks} if tasks else {}
-    found["arguments"] = vars(args)
+        results["by_place"] = {"places": PLACES, **places}
+    results |= {"lm_eval": tasks} if tasks else {}
+    results["arguments"] = vars(args)
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for name, entries in (("generations", written), ("results", [*lines, found])):
+        for name, entries in (("generations", written), ("results", [*lines, results])):
             storage.write_json_lines(out / f"{name}.jsonl", entries)
-        storage.write_whole(out / "table.md", table(found) + "\n")
+        storage.write_whole(out / "table.md", table(results) + "\n")
         report.write_environment(out)
         report.write([out])
-    return found
+    return results
 
 
 def load(args: SimpleNamespace) -> Models:
     """Returns the models that the arguments name, on the mesh.
 
-    The models are checked against each other and against the requested lengths.
-
     Raises:
-      ValueError: the batch size, a model, the tokenizers or the lengths do not fit.
+      ValueError: the batch size does not divide over the devices, or a model or a tokenizer is invalid, or the models
+        have different tokenizers, or a model does not accept the requested lengths.
     """
     mesh = sharding.make_mesh(-1, args.fsdp, args.tensor)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if args.batch_size < 1 or args.batch_size % ways:
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if args.batch_size < 1 or args.batch_size % devices:
         raise ValueError(
-            f"--batch_size={args.batch_size} must be a multiple of the {ways} devices that divide a batch."
+            f"--batch_size={args.batch_size} must be a multiple of the {devices} devices that divide a batch."
         )
-    folder, place = model_folder(args.model, "--model"), partial(sharding.tree_shardings, mesh)
+    folder, shardings = model_folder(args.model, "--model"), partial(sharding.tree_shardings, mesh)
     teacher_folder = model_folder(args.teacher, "--teacher") if args.teacher else None  # before loading
     tokenizer = data.with_template_end(data.Tokenizer.load(folder), template_of(args))
-    model, params = models.load_pretrained(folder, dtype=args.dtype, shardings=place)
+    model, params = models.load_pretrained(folder, dtype=args.dtype, shardings=shardings)
     tokenizer = fit_tokenizer(args.model, model.config.vocab_size, tokenizer, "model")
     teacher, teacher_params = None, None
     if teacher_folder:
         tokenizer = check_same_tokenizer(teacher_folder, tokenizer, "teacher")
-        teacher, teacher_params = models.load_pretrained(teacher_folder, dtype=args.dtype, shardings=place)
+        teacher, teacher_params = models.load_pretrained(teacher_folder, dtype=args.dtype, shardings=shardings)
         tokenizer = fit_tokenizer(args.teacher, teacher.config.vocab_size, tokenizer, "teacher")
-    room = min(m.config.longest_sequence for m in (model, teacher) if m is not None)
-    if args.max_prompt_length + args.max_new_tokens > room:
+    longest = min(m.config.longest_sequence for m in (model, teacher) if m is not None)
+    if args.max_prompt_length + args.max_new_tokens > longest:
         raise ValueError(
-            f"--max_prompt_length={args.max_prompt_length} and --max_new_tokens={args.max_new_tokens} are together more than the "
-            f"{room} tokens that both models accept (the smallest of their positions and sliding windows); lower one of the flags."
+            f"--max_prompt_length={args.max_prompt_length} and --max_new_tokens={args.max_new_tokens} are together "
+            f"more than the {longest} tokens that both models accept (the smallest of their positions and sliding "
+            "windows); lower one of the flags."
         )
     return Models(mesh, tokenizer, model, params, teacher, teacher_params)
 
 
-def read_rows(args: SimpleNamespace) -> list[dict[str, Any]]:
+def read_rows(args: SimpleNamespace) -> list[Json]:
     """Returns the rows of a file or of a named dataset, with prompt, context and references."""
     if args.data.endswith((".jsonl", ".jsonl.gz", ".json")):
         path = remote.local_file(args.data)
@@ -158,8 +161,9 @@ def read_rows(args: SimpleNamespace) -> list[dict[str, Any]]:
     else:
         if args.data in data.EVALUATION and args.template != "plain":
             raise ValueError(
-                f"--template={args.template}, but the prompts of --data={args.data} already have the Alpaca template: use plain, or "
-                f"name a file in --data and its fields instruction and input in --prompt_field and --context_field."
+                f"--template={args.template}, but the prompts of --data={args.data} already have the Alpaca template: "
+                "use --template=plain, or name a file in --data and its fields instruction and input in "
+                "--prompt_field and --context_field."
             )
         options = {"path": args.data_path, "sha256": args.data_sha256}
         options = dict(args.data_options) | {name: value for name, value in options.items() if value}
@@ -168,15 +172,15 @@ def read_rows(args: SimpleNamespace) -> list[dict[str, Any]]:
 
 
 def given_batches(
-    args: SimpleNamespace, tokenizer: data.Tokenizer, rows: list[dict[str, Any]]
-) -> tuple[Any, dict[str, int]]:
+    args: SimpleNamespace, tokenizer: data.Tokenizer, rows: list[Json]
+) -> tuple[Iterable[dict[str, np.ndarray]], dict[str, int]]:
     """Returns batches of the prompts with their first references, in the rows' order, and the counts of the rows.
 
-    The counts say how many rows were read, truncated and dropped. They are also printed.
+    The counts are the numbers of rows that were read, truncated and dropped. The counts are also printed.
     """
     length = args.max_prompt_length + args.max_new_tokens
     responses = [row | {"response": row["references"][0]} for row in rows]
-    given, found = data.tokenize(
+    given, row_counts = data.tokenize(
         responses, tokenizer, template=template_of(args), max_length=length, max_prompt_length=args.max_prompt_length,
         long_prompts="cut",
     )  # fmt: skip
@@ -184,15 +188,16 @@ def given_batches(
         given, batch_size=args.batch_size, max_length=length, seed=0, shuffle=False, num_epochs=1,
         pad_id=tokenizer.pad_id, process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    found = counts.with_length(found, responses, tokenizer, template_of(args))
+    row_counts = counts.with_length(row_counts, responses, tokenizer, template_of(args))
     if jax.process_index() == 0:
         advice = {
             "prompts": f"Raise --max_prompt_length={args.max_prompt_length}.",
-            "responses": f"Raise --max_new_tokens={args.max_new_tokens}, up to which references are read.",
+            "responses": f"Raise --max_new_tokens={args.max_new_tokens}, which also limits the references.",
         }
-        for line in (counts.sentence(args.data, found), *counts.warnings(args.data, found, **advice)):
+        for line in (counts.sentence(args.data, row_counts), *counts.warnings(args.data, row_counts, **advice)):
             metrics.tqdm.write(line)
-    return metrics.tqdm(batches, desc="given text", unit="batch", total=-(-len(given) // args.batch_size)), found
+    total = -(-len(given) // args.batch_size)
+    return metrics.tqdm(batches, desc="given text", unit="batch", total=total), row_counts
 
 
 def make_sampler(args: SimpleNamespace, loaded: Models) -> rollouts.Sampler:
@@ -207,7 +212,7 @@ def main() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/kd_jax/xla"))
     args = arguments.parse(sys.argv[1:])
-    with command.ends_well("kd_jax.evaluate", lambda: f"no results are kept, and {args.out} is unchanged"):
+    with command.ends_well("kd_jax.evaluate", lambda: f"no results are saved, and {args.out} is unchanged"):
         print(table(run(args)))
         print(f"\nwrote {args.out}/report.html")
 

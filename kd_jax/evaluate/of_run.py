@@ -3,20 +3,20 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from kd_jax import data, models
 from kd_jax.storage import directory, untrusted
+from kd_jax.storage.files import Json
 
 # The defaults for a model that does not come from a run.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Json = {
     "data_options": {}, "split": "test", "data_dir": "", "template": "plain", "template_options": {}, "system": "",
     "max_prompt_length": 256, "max_new_tokens": 256,
 }  # fmt: skip
 STUDENT = "student"  # the exported folder in a work directory
 
 
-def config_of(path: str) -> dict[str, Any] | None:
+def config_of(path: str) -> Json | None:
     """Returns the config of the run at a path, which is a work directory or its exported student.
 
     Returns:
@@ -28,12 +28,12 @@ def config_of(path: str) -> dict[str, Any] | None:
     if path.startswith(models.PACKAGED):
         return None
     folder = models.folder(path).absolute()
-    for place in (folder, *([folder.parent] if folder.name == STUDENT else [])):
-        file = place / directory.CONFIG
+    for candidate in (folder, *([folder.parent] if folder.name == STUDENT else [])):
+        file = candidate / directory.CONFIG
         if file.is_file():
-            found = untrusted.read_json(file)
-            if {"data", "objective", "student"} <= found.keys():  # a model's config.json has other keys
-                return found
+            config = untrusted.read_json(file)
+            if {"data", "objective", "student"} <= config.keys():  # a model's config.json has other keys
+                return config
     return None
 
 
@@ -55,8 +55,8 @@ def model_folder(path: str, flag: str) -> Path:
         return models.model_folder(str(folder / STUDENT), flag)
     if folder.name != STUDENT and config_of(path) is not None:
         raise ValueError(
-            f"{flag}={path} is the work directory of a run that has not finished: it has no folder {STUDENT}. Finish the run "
-            f"with the command that started it."
+            f"{flag}={path} is the work directory of a run that has not finished, because the folder {STUDENT} is "
+            "missing. Finish the run with the command that started the run."
         )
     return models.model_folder(path, flag)
 
@@ -64,8 +64,8 @@ def model_folder(path: str, flag: str) -> Path:
 def filled(args: SimpleNamespace) -> tuple[SimpleNamespace, list[str]]:
     """Fills in flags that are not given, from the run of --model or else from `DEFAULTS`.
 
-    A flag that is given has priority. Temperature, top_p and top_k are never taken from the run. The evaluation of the
-    papers samples at temperature 1 from all tokens, independently of the sampling during the run.
+    A given flag has priority. Temperature, top_p and top_k are never taken from the run, because the papers evaluate
+    with samples at temperature 1 from all tokens.
 
     Args:
       args: the parsed flags, without the flags that are not given.
@@ -75,27 +75,27 @@ def filled(args: SimpleNamespace) -> tuple[SimpleNamespace, list[str]]:
         trained with another template.
 
     Raises:
-      ValueError: --data is missing, and there is no run that has a dataset with prompts.
+      ValueError: --data is missing, and --model does not come from a run with a dataset of prompts.
     """
     given, config = vars(args), config_of(args.model)
     of_run = {} if config is None else _settings(config, given)
     if "data" not in given and not of_run.get("data"):
-        why = f"{args.model} is no work directory of a run, whose dataset would be taken"
-        why = why if config is None else "the rows of the run's dataset, text, have no prompts"
-        raise ValueError(f"--data is missing, and {why}: give a file of JSON lines or a dataset's name.")
-    made = SimpleNamespace(**DEFAULTS | of_run | given)
+        reason = "the rows of the run's dataset, text, have no prompts"
+        reason = f"{args.model} is not the work directory of a run with a dataset" if config is None else reason
+        raise ValueError(f"--data is missing, and {reason}: give a file of JSON lines or the name of a dataset.")
+    completed = SimpleNamespace(**DEFAULTS | of_run | given)
     lines = []
     if of_run:
-        taken = " ".join(f"--{name}={_text(value)}" for name, value in of_run.items() if name not in given)
-        lines = [f"from the run of {args.model}: {taken or 'nothing, since all is given'}"]
+        flags = " ".join(f"--{name}={_text(value)}" for name, value in of_run.items() if name not in given)
+        lines = [f"from the run of {args.model}: {flags or 'no flag, because all flags are given'}"]
     if args.teacher and (config := config_of(args.teacher)):
-        theirs, ours = data.Template.of(config["data"]), template_of(made)
-        if theirs != ours:
+        teacher_template, template = data.Template.of(config["data"]), template_of(completed)
+        if teacher_template != template:
             lines.append(
-                f"Note: the prompts are written in {_described(ours)}; the teacher, {args.teacher}, was trained with "
-                f"{_described(theirs)}."
+                f"Note: the prompts are written in {_described(template)}; the teacher, {args.teacher}, was trained "
+                f"with {_described(teacher_template)}."
             )
-    return made, lines
+    return completed, lines
 
 
 def template_of(args: SimpleNamespace) -> data.Template:
@@ -103,32 +103,32 @@ def template_of(args: SimpleNamespace) -> data.Template:
     return data.Template(args.template, args.template_options, args.system)
 
 
-def _settings(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _settings(config: Json, given: Json) -> Json:
     """Returns the run's settings as arguments. Settings that an older run lacks are omitted."""
     options, sampling = config["data"], config.get("sampling", {})
-    found: dict[str, Any] = {}
+    settings: Json = {}
     if "data" not in given and options.get("name") and options["name"] != "text":
-        found["data"] = options["name"]
+        settings["data"] = options["name"]
         # JSON has no tuples, and options with lists would describe another dataset.
-        own = {**options.get("defaults", {}).get(options["name"], {}), **options.get("options", {})}
-        own = {name: tuple(v) if isinstance(v, list) else v for name, v in own.items()}
-        found["data_options"] = own | given.get("data_options", {})
-        found["data_dir"] = options.get("data_dir", "")
-        splits = data.splits(found["data"], **found["data_options"]) if "split" not in given else ()
-        found["split"] = "test" if "test" in splits else options.get("eval_split", "validation")
+        of_dataset = {**options.get("defaults", {}).get(options["name"], {}), **options.get("options", {})}
+        of_dataset = {name: tuple(v) if isinstance(v, list) else v for name, v in of_dataset.items()}
+        settings["data_options"] = of_dataset | given.get("data_options", {})
+        settings["data_dir"] = options.get("data_dir", "")
+        splits = data.splits(settings["data"], **settings["data_options"]) if "split" not in given else ()
+        settings["split"] = "test" if "test" in splits else options.get("eval_split", "validation")
     template = data.Template.of(options)
     if given.get("data") in data.EVALUATION:
         template = data.Template("plain")  # the prompts of these sets already have the Alpaca template
     if given.get("template", template.name) == template.name:
-        found |= {"template": template.name, "template_options": template.options, "system": template.system}
-    found["max_prompt_length"] = options.get("max_prompt_length")
-    found["max_new_tokens"] = sampling.get("max_new_tokens")
-    return {name: value for name, value in found.items() if value is not None}
+        settings |= {"template": template.name, "template_options": template.options, "system": template.system}
+    settings["max_prompt_length"] = options.get("max_prompt_length")
+    settings["max_new_tokens"] = sampling.get("max_new_tokens")
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _described(template: data.Template) -> str:
     return " ".join([f"the template {template.name}", *(f"{n}={_text(v)}" for n, v in template.set_apart().items())])
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) or " " in value else value

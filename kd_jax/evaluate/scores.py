@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(r"-?[1-9]\d{0,2}(?:\.\d{3})+,\d+|-?\d+(?:,\d+)*(?:\.\d+)?|-?\.\d+")
 # Non-breaking spaces, thin spaces and apostrophes between thousands.
 _BETWEEN_THOUSANDS = re.compile(r"(?<=\d)(?<!\d{4})[\u00a0\u202f\u2009'\u2019](?=\d{3}(?!\d))")
-# Minus signs, and the points and commas of Arabic and full-width numbers. A full-width comma is not among them, because
-# it separates clauses.
+# Minus signs, and the points and commas of Arabic and full-width numbers. The full-width comma separates clauses, so it
+# is omitted.
 _SIGNS = str.maketrans({"\u2212": "-", "\uff0d": "-", "\u066b": ".", "\uff0e": ".", "\u066c": ","})
 
 
@@ -28,8 +28,8 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
 
     A reference in Latin letters is compared by the words of the papers: a to z and 0 to 9, stemmed. A reference in
     another script is compared by words of letters and digits of that script. Scripts without spaces between words, such
-    as Chinese, Japanese and Thai, are compared by single characters. `words.tokenizer_of` decides, and `rouge_tokens`
-    counts.
+    as Chinese, Japanese and Thai, are compared by single characters. `words.tokenizer_of` chooses the words of a
+    reference, and `rouge_tokens` counts the choices.
 
     Example:
       >>> round(rouge_l("the cats sat", ["no", "the cat sat down"]), 1)
@@ -47,7 +47,7 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
 
 
 def rouge_tokens(references: Iterable[str]) -> dict[str, int]:
-    """Returns how many references ROUGE-L compares by the papers' words, and how many by words of any script.
+    """Returns the numbers of references that ROUGE-L compares by the papers' words, and by words of any script.
 
     Example:
       >>> rouge_tokens(["A cat.", "猫"])
@@ -68,14 +68,14 @@ def exact_match(text: str, references: Sequence[str]) -> float:
 
 
 def number_match(text: str, references: Sequence[str]) -> float:
-    """Returns 100 if the last number of the text is the last number of a reference, else 0: the accuracy of GSM8K.
+    """Returns the accuracy of GSM8K: 100 if the last number of the text is the last number of a reference, else 0.
 
     Example:
       >>> number_match("6 x 200 is $1,200.00.", ["So it is 1200 #### 1200"])
       100.0
     """
-    found = final_number(text)
-    return 100.0 * (found is not None and any(found == final_number(reference) for reference in references))
+    number = final_number(text)
+    return 100.0 * (number is not None and any(number == final_number(reference) for reference in references))
 
 
 def final_number(text: str) -> Decimal | None:
@@ -85,8 +85,10 @@ def final_number(text: str) -> Decimal | None:
     fraction. Several such commas separate numbers.
 
     Example:
-      >>> [str(final_number(text)) for text in ("1,200.50", "1.200,50", "3,5", "1,2,3", "１２个", "٣٫٥", "1\u202f200", "\u22125")]
-      ['1200.50', '1200.50', '3.5', '3', '12', '3.5', '1200', '-5']
+      >>> [str(final_number(text)) for text in ("1,200.50", "1.200,50", "3,5", "1,2,3")]
+      ['1200.50', '1200.50', '3.5', '3']
+      >>> [str(final_number(text)) for text in ("１２个", "٣٫٥", "1\u202f200", "\u22125")]
+      ['12', '3.5', '1200', '-5']
     """
     numbers = _NUMBER.findall(_BETWEEN_THOUSANDS.sub("", text.translate(_SIGNS)))
     if not numbers:
@@ -118,8 +120,8 @@ def _scorer(kind: str) -> "rouge_scorer.RougeScorer":
 
 def _normalised(text: str) -> str:
     text = normal(text)
-    kept = "".join(character for character in text if not _is_punctuation(character)).split()
-    return " ".join(kept or text.split())  # a text without words consists of punctuation only
+    words = "".join(character for character in text if not _is_punctuation(character)).split()
+    return " ".join(words or text.split())  # a text without words consists of punctuation only
 
 
 @functools.lru_cache(maxsize=65536)

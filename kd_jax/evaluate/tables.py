@@ -1,12 +1,12 @@
 """Tables of an evaluation: numbers over seeds, along a response, and as Markdown."""
 
 import statistics
-from typing import Any
 
 import numpy as np
 
 from kd_jax import metrics
 from kd_jax.report.comparison import rouge_line
+from kd_jax.storage.files import Json
 
 BUCKETS = (0, 4, 16, 64, 256)  # the first position of each part of a response for which exposure bias is shown
 PLACES = tuple(f"{a + 1} to {b}" for a, b in zip(BUCKETS, (*BUCKETS[1:], "..."), strict=True))
@@ -19,47 +19,45 @@ def over_seeds(lines: list[dict[str, float]]) -> dict[str, tuple[float, float | 
 
 
 def by_place(values: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
-    """Returns means over parts of a response, which begin at `BUCKETS`. A part without tokens gives None."""
+    """Returns means over the parts of a response that begin at `BUCKETS`, and None for a part without tokens."""
     bucket = np.searchsorted(BUCKETS, values["place"], side="right")
     inside = [bucket == i for i in range(1, len(BUCKETS) + 1)]
-    chosen = ("forward_kl", "reverse_kl", "total_variation")
-    return {name: [float(values[name][i].mean()) if i.any() else None for i in inside] for name in chosen}
+    names = ("forward_kl", "reverse_kl", "total_variation")
+    return {name: [float(values[name][i].mean()) if i.any() else None for i in inside] for name in names}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: Json) -> str:
     """Returns the results of an evaluation as Markdown.
 
     The tables are: scores of the written texts, distributions on given and own text, their difference along a response,
     and scores on the tasks of lm-eval.
     """
-    seeds = found["seeds"]
-    own = any(name.startswith("own_") for name in seeds)
+    seeds = results["seeds"]
+    has_own = any(name.startswith("own_") for name in seeds)
     parts = []
     if seeds:
-        shown = [[name, _spread(*both)] for name, both in seeds.items() if not name.startswith("own_")]
-        parts.append(metrics.table([["written text", f"{found['rows']} prompts"], *shown]))
-        parts.append(rouge_line(found["rouge_l_words"]))
-    rows = [["tokens", "given text", *(("own text",) if own else ())]]
-    for name, value in found["given"].items():
-        both = seeds.get(f"own_{name}")
-        rows.append([name, f"{value:.4f}", *((_spread(*both) if both else "",) if own else ())])
+        scores = [[name, _spread(*spread)] for name, spread in seeds.items() if not name.startswith("own_")]
+        parts.append(metrics.table([["written text", f"{results['rows']} prompts"], *scores]))
+        parts.append(rouge_line(results["rouge_l_words"]))
+    rows = [["tokens", "given text", *(("own text",) if has_own else ())]]
+    for name, value in results["given"].items():
+        spread = seeds.get(f"own_{name}")
+        rows.append([name, f"{value:.4f}", *((_spread(*spread) if spread else "",) if has_own else ())])
     parts.append(metrics.table(rows))
-    if "own" in (places := found.get("by_place", {})):
+    if "own" in (places := results.get("by_place", {})):
         number = lambda value: "" if value is None else f"{value:.4f}"
         rows = [["KL(q, p) by place", "given text", "own text", "exposure bias"]]
-        for place, given, its_own in zip(
-            PLACES, places["given"]["reverse_kl"], places["own"]["reverse_kl"], strict=True
-        ):
-            bias = None if given is None or its_own is None else its_own - given
-            if given is not None or its_own is not None:
-                rows.append([place, number(given), number(its_own), number(bias)])
+        for place, given, own in zip(PLACES, places["given"]["reverse_kl"], places["own"]["reverse_kl"], strict=True):
+            bias = None if given is None or own is None else own - given
+            if given is not None or own is not None:
+                rows.append([place, number(given), number(own), number(bias)])
         parts.append(metrics.table(rows))
-    if scores := found.get("lm_eval"):
+    if tasks := results.get("lm_eval"):
         rows = [["lm-eval", "metric", "shots", "prompts", "score"]]
-        for s in scores:
-            error = "" if s["error"] is None else f" ± {s['error']:.4f}"
-            counts = ("" if s[name] is None else str(s[name]) for name in ("shots", "prompts"))
-            rows.append([s["task"], s["metric"], *counts, f"{s['value']:.4f}{error}"])
+        for score in tasks:
+            error = "" if score["error"] is None else f" ± {score['error']:.4f}"
+            counts = ("" if score[name] is None else str(score[name]) for name in ("shots", "prompts"))
+            rows.append([score["task"], score["metric"], *counts, f"{score['value']:.4f}{error}"])
         parts.append(metrics.table(rows))
     return "\n\n".join(parts)
 

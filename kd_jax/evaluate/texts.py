@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from kd_jax import data, models
 from kd_jax.evaluate.scores import exact_match, number_match, rouge_l
 from kd_jax.evaluate.tokens import NEEDED, collect, summary
 from kd_jax.prefixes import rollouts
+from kd_jax.storage.files import Json
 from kd_jax.teachers import Teacher, as_teacher
 from kd_jax.teachers.online import HiddenModel
 
@@ -22,7 +24,7 @@ OF_OWN_TEXT = ("entropy", "forward_kl", "reverse_kl", "total_variation", "top1_a
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """The ids of a prompt, and the texts that are good answers to it."""
+    """The ids of a prompt, and its reference answers."""
 
     prompt: list[int]
     references: tuple[str, ...]
@@ -46,16 +48,16 @@ def read_examples(
       cut: True to truncate a prompt that is too long. With False the row is dropped.
 
     Raises:
-      ValueError: no row is left.
+      ValueError: no row has a prompt of at least one and at most `max_prompt_length` tokens.
     """
     encoded = data.encode_prompts(
         [{"prompt": row["prompt"], "context": row["context"]} for row in rows], tokenizer=tokenizer, template=template,
         max_length=max_prompt_length, cut=cut,
     )  # fmt: skip
-    found = [Example(ids, tuple(row["references"])) for row, ids in zip(rows, encoded, strict=True) if ids]
-    if not found:
+    examples = [Example(ids, tuple(row["references"])) for row, ids in zip(rows, encoded, strict=True) if ids]
+    if not examples:
         raise ValueError(f"none of the {len(rows)} rows has a prompt of 1 to {max_prompt_length} tokens.")
-    return found
+    return examples
 
 
 def held_out_examples(rows: data.Rows, tokenizer: data.Tokenizer, count: int) -> list[Example]:
@@ -66,17 +68,17 @@ def held_out_examples(rows: data.Rows, tokenizer: data.Tokenizer, count: int) ->
       tokenizer: the tokenizer.
       count: the largest number of examples.
     """
-    found = []
+    examples = []
     for i in range(min(count, len(rows))):
         begin = max(int(rows.first_counted[i]), 1)
         reference = tokenizer.decode(tokenizer.strip_ends(rows[i][begin:].tolist()))
-        found.append(Example(rows[i][:begin].tolist(), (reference,)))
-    return found
+        examples.append(Example(rows[i][:begin].tolist(), (reference,)))
+    return examples
 
 
 def respond(
-    sampler: rollouts.Sampler, model: models.Model, params: Any, prompts: Sequence[Sequence[int]], *, batch_size: int,
-    seed: int, progress: Callable[..., Any] = iter,
+    sampler: rollouts.Sampler, model: models.Model, params: PyTree, prompts: Sequence[Sequence[int]], *,
+    batch_size: int, seed: int, progress: Callable[[range], Iterable[int]] = iter,
 ) -> rollouts.Rows:  # fmt: skip
     """Returns one sampled response to each prompt. All batches have the same size.
 
@@ -87,14 +89,14 @@ def respond(
       prompts: the ids of each prompt, at least one.
       batch_size: the number of prompts that are answered at a time.
       seed: the seed of the sampling.
-      progress: a function from an iterable to the same iterable with a progress bar.
+      progress: a function from a range to an iterator with a progress bar.
     """
     parts = []
     for start in progress(range(0, len(prompts), batch_size)):
-        some = list(prompts[start : start + batch_size])
-        filled = some + [some[-1]] * (batch_size - len(some))  # one shape compiles one program
-        drawn = sampler.rows(model, params, filled, rollouts.draw_key(seed, start), "student")
-        parts.append(rollouts.take(drawn, slice(len(some))))
+        part = list(prompts[start : start + batch_size])
+        batch = part + [part[-1]] * (batch_size - len(part))  # JAX compiles one program for each shape
+        sampled = sampler.rows(model, params, batch, rollouts.draw_key(seed, start), "student")
+        parts.append(rollouts.take(sampled, slice(len(part))))
     return rollouts.concatenate(parts)
 
 
@@ -114,11 +116,11 @@ def score(texts: Sequence[str], examples: Sequence[Example], numbers: bool = Fal
 
 
 def assess(
-    sampler: rollouts.Sampler, both: tuple[models.Model, Any, Teacher | HiddenModel | None, Any],
+    sampler: rollouts.Sampler, both: tuple[models.Model, PyTree, Teacher | HiddenModel | None, PyTree],
     examples: Sequence[Example], *, batch_size: int, seed: int, numbers: bool = False,
-    progress: Callable[..., Any] = iter, **options: Any,
-) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, np.ndarray]]:  # fmt: skip
-    """Lets a model answer prompts, and measures the answers.
+    progress: Callable[[range], Iterable[int]] = iter, chunk: int | None = None,
+) -> tuple[dict[str, float], list[Json], dict[str, np.ndarray]]:  # fmt: skip
+    """Samples a model's answers to prompts, and measures the answers.
 
     Args:
       sampler: the sampler of responses.
@@ -127,64 +129,64 @@ def assess(
       examples: the prompts and references.
       batch_size, seed, progress: the arguments of `respond`.
       numbers: the argument of `score`.
-      **options: keyword arguments of `tokens.collect`.
+      chunk: the argument of `tokens.collect`.
 
     Returns:
-      Three values: the means, the texts, and `tokens.collect` of the texts. The means are of the scores, of
+      Three values: the means, the texts, and `tokens.collect` of the texts. The means are those of the scores, of
         `Sampler.report`, and of each name of `OF_OWN_TEXT`, prefixed with "own_". Each text has its scores. With a
-        teacher it also has `pieces`, and KL(q || p) at each piece as `reverse_kl`.
+        teacher each text also has `pieces`, and KL(q || p) at each piece as `reverse_kl`.
     """
     prompts = [example.prompt for example in examples]
-    drawn = respond(sampler, *both[:2], prompts, batch_size=batch_size, seed=seed, progress=progress)
-    answers = sampler.text(drawn)
+    sampled = respond(sampler, *both[:2], prompts, batch_size=batch_size, seed=seed, progress=progress)
+    answers = sampler.text(sampled)
     scores = score([response for _, response in answers], examples, numbers)
-    written: list[dict[str, Any]] = [
-        {"seed": seed, "prompt": prompt, "references": example.references, "response": response} | its_scores
-        for example, (prompt, response), its_scores in zip(examples, answers, scores, strict=True)
+    texts: list[Json] = [
+        {"seed": seed, "prompt": prompt, "references": example.references, "response": response} | text_scores
+        for example, (prompt, response), text_scores in zip(examples, answers, scores, strict=True)
     ]
     model, params, teacher, teacher_params = both
     own = collect(
-        model, params, as_teacher(teacher).on_new_text(), teacher_params, own_batches(drawn, batch_size), sampler.mesh,
-        vocab_size=sampler.tokenizer.vocab_size, **options,
+        model, params, as_teacher(teacher).on_new_text(), teacher_params, own_batches(sampled, batch_size),
+        sampler.mesh, vocab_size=sampler.tokenizer.vocab_size, chunk=chunk,
     )  # fmt: skip
     if "reverse_kl" in own:
-        responses = sampler.responses(drawn)
+        responses = sampler.responses(sampled)
         at_tokens = np.split(own["reverse_kl"], np.cumsum([len(ids) for ids in responses])[:-1])
-        for line, ids, values in zip(written, responses, at_tokens, strict=True):
+        for line, ids, values in zip(texts, responses, at_tokens, strict=True):
             line["pieces"] = pieces(sampler.tokenizer, ids)
             line["reverse_kl"] = [round(float(value), 3) for value in values]
-    means = {name: statistics.mean(its_scores[name] for its_scores in scores) for name in scores[0]}
-    report = {name: value for name, value in sampler.report(drawn).items() if name != "entropy"}  # own_entropy is exact
-    return means | report | {f"own_{n}": v for n, v in summary(own).items() if n in OF_OWN_TEXT}, written, own
+    means = {name: statistics.mean(text_scores[name] for text_scores in scores) for name in scores[0]}
+    report = {
+        name: value for name, value in sampler.report(sampled).items() if name != "entropy"
+    }  # own_entropy is exact
+    return means | report | {f"own_{n}": v for n, v in summary(own).items() if n in OF_OWN_TEXT}, texts, own
 
 
 def own_batches(rows: rollouts.Rows, batch_size: int) -> Iterable[dict[str, np.ndarray]]:
-    """Yields a model's texts as batches of one size, with this process's rows of each.
+    """Yields a model's texts as batches of one size, with this process's rows of each batch.
 
-    Rows that fill up the last batch count nowhere.
+    Rows that fill up the last batch are not counted.
 
     Args:
       rows: the prompts and responses.
       batch_size: the number of rows of a global batch.
     """
-    whole, share = rollouts.as_batch(rows), batch_size // jax.process_count()
+    arrays, share = rollouts.as_batch(rows), batch_size // jax.process_count()
+    own_rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     for start in range(0, len(rows["lengths"]), batch_size):
-        part = {name: whole[name][start : start + batch_size] for name in NEEDED}
-        short, own = (
-            batch_size - len(part["tokens"]),
-            slice(jax.process_index() * share, (jax.process_index() + 1) * share),
-        )
-        yield {name: np.pad(array, ((0, short), (0, 0)))[own] for name, array in part.items()}
+        part = {name: arrays[name][start : start + batch_size] for name in NEEDED}
+        missing = batch_size - len(part["tokens"])
+        yield {name: np.pad(array, ((0, missing), (0, 0)))[own_rows] for name, array in part.items()}
 
 
 def pieces(tokenizer: data.Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Returns each token's part of the text. A character of several tokens belongs to the last of them."""
-    found, start, done = [], 0, 0  # the text of ids[start:done] is known; a token's text can depend on the token before
+    """Returns each token's part of the text. A character of several tokens belongs to the last of these tokens."""
+    parts, start, done = [], 0, 0  # the text of ids[start:done] is known; a token's text can depend on the token before
     for end in range(1, len(ids) + 1):
         before, text = tokenizer.decode(list(ids[start:done])), tokenizer.decode(list(ids[start:end]))
         if text.endswith("\ufffd") and end < len(ids):
-            found.append("")
+            parts.append("")
         else:
-            found.append(text[len(before) :])
+            parts.append(text[len(before) :])
             start, done = done, end
-    return found
+    return parts

@@ -1,4 +1,4 @@
-"""A record of the environment in which something was computed."""
+"""A record of the environment in which a result was computed."""
 
 import datetime
 import importlib.metadata
@@ -9,11 +9,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from kd_jax import storage
+from kd_jax.storage.files import Json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers", "numpy")
 
@@ -23,7 +23,7 @@ def write_environment(folder: Path) -> None:
     storage.write_whole(folder / "environment.json", json.dumps(_environment(), indent=2) + "\n")
 
 
-def _environment() -> dict[str, Any]:
+def _environment() -> Json:
     kinds = [device.device_kind for device in jax.devices()]
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -37,16 +37,16 @@ def _environment() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Returns the commit of the checkout that runs, or "unknown" outside a checkout.
+    """Returns the commit of the running checkout, or "unknown" outside a checkout.
 
     The suffix ", changed" means that tracked files differ from the commit.
     """
-    here = Path(__file__).parent
+    folder = Path(__file__).parent
     try:
-        told = [
-            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+        commit, changes = (
+            subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=10).stdout
             for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return told[0].strip() + (", changed" if told[1].strip() else "")
+    return commit.strip() + (", changed" if changes.strip() else "")

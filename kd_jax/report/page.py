@@ -29,9 +29,9 @@ def write(folders: Sequence[Path | str], out: Path | str = "") -> Path:
       ValueError: a folder has no finished run, evaluation or ablation, or there are several folders and no `out`.
     """
     if not out and len(folders) != 1:
-        raise ValueError("of several folders one page can only be made with --out=FILE.html.")
+        raise ValueError(f"the page of {len(folders)} folders needs --out=FILE.html.")
     names = _names([Path(folder).resolve() for folder in folders])
-    found = [sections.read(Path(folder), name) for folder, name in zip(folders, names, strict=True)]
+    parts = [sections.read(Path(folder), name) for folder, name in zip(folders, names, strict=True)]
     path = Path(out) if out else Path(folders[0]) / "report.html"
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -41,34 +41,34 @@ def write(folders: Sequence[Path | str], out: Path | str = "") -> Path:
         "coloured": _coloured,
     }  # fmt: skip
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    generations: Sequence[sections.Generation] = found[0].generations
-    if len(found) > 1:
-        generations = sections.merged([(one.name, one.generations) for one in found])
+    generations: Sequence[sections.Generation] = parts[0].generations
+    if len(parts) > 1:
+        generations = sections.merged([(part.name, part.generations) for part in parts])
     count, generations = len(generations), generations[:MOST]
-    values = [value for its in generations for text in its.texts for _, value in text.pieces]
-    text = template.render(
-        title=", ".join(one.name for one in found), sections=found, comparisons=_comparisons(found),
+    values = [value for generation in generations for text in generation.texts for _, value in text.pieces]
+    page = template.render(
+        title=", ".join(part.name for part in parts), sections=parts, comparisons=_comparisons(parts),
         generations=generations, all_generations=count,
         most=max(1.0, float(np.quantile(values, 0.95))) if values else 1.0,
     )  # fmt: skip
-    storage.write_whole(path, text)
+    storage.write_whole(path, page)
     return path
 
 
-def _comparisons(found: Sequence[sections.Section]) -> list[tuple[str, str, list[plots.Chart]]]:
-    """Returns a comparison of the runs, and one of the evaluations, each as a title, a table and charts.
+def _comparisons(parts: Sequence[sections.Section]) -> list[tuple[str, str, list[plots.Chart]]]:
+    """Returns a comparison of the runs, and a comparison of the evaluations, each as a title, a table and charts.
 
-    A kind with only one section gets no comparison.
+    A kind with only one section has no comparison.
     """
-    made = []
+    comparisons = []
     for kind in ("run", "evaluation"):
-        ours = [one for one in found if one.kind == kind]
-        if len(ours) > 1:
-            lines = [line for one in ours for line in one.lines]
-            workdirs = [folder for one in ours for folder in one.workdirs]
+        of_kind = [part for part in parts if part.kind == kind]
+        if len(of_kind) > 1:
+            lines = [line for part in of_kind for line in part.lines]
+            workdirs = [folder for part in of_kind for folder in part.workdirs]
             charts = comparison.charts({}, sections.COLUMNS, lines, workdirs)
-            made.append((f"{len(ours)} {kind}s", comparison.table(lines, sections.COLUMNS), charts))
-    return made
+            comparisons.append((f"{len(of_kind)} {kind}s", comparison.table(lines, sections.COLUMNS), charts))
+    return comparisons
 
 
 def _rows(markdown: str) -> list[list[list[str]]]:
@@ -86,26 +86,26 @@ def _rows(markdown: str) -> list[list[list[str]]]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Returns the names of the folders: their last parts, or longer paths if two last parts are equal.
+    """Returns the names of the folders: the last parts of the paths, or longer parts if two last parts are equal.
 
     Raises:
       ValueError: a folder occurs twice.
     """
-    last = [folder.name for folder in folders]
-    if len(set(last)) == len(last):
-        return last
+    last_parts = [folder.name for folder in folders]
+    if len(set(last_parts)) == len(last_parts):
+        return last_parts
     if len(set(folders)) < len(folders):
-        raise ValueError(f"a folder is there twice: {', '.join(map(str, folders))}.")
+        raise ValueError(f"a folder is named twice; name each folder once: {', '.join(map(str, folders))}.")
     common = os.path.commonpath(folders)
     return [str(folder.relative_to(common)) for folder in folders]
 
 
 def _authors(generations: Sequence[sections.Generation]) -> list[str]:
-    return list(dict.fromkeys(text.who for its in generations for text in its.texts))
+    return list(dict.fromkeys(text.who for generation in generations for text in generation.texts))
 
 
 def _coloured(generations: Sequence[sections.Generation]) -> bool:
-    return any(text.pieces for its in generations for text in its.texts)
+    return any(text.pieces for generation in generations for text in generation.texts)
 
 
 def _words(text: str) -> int:

@@ -5,19 +5,22 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kd_jax import metrics
 
-# A split in metrics.jsonl -> the name of its chart
-SPLITS = {"train": "losses", "eval": "evaluation", "samples": "sampling"}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes  # slow to import
+
+Draw = Callable[["Axes"], None]
+SPLITS = {"train": "losses", "eval": "evaluation", "samples": "sampling"}  # a split in metrics.jsonl -> its chart
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """Panels that belong together.
+    """A set of panels with one legend.
 
     Attributes:
       name: the name of the file, without its suffix.
@@ -28,19 +31,19 @@ class Chart:
     """
 
     name: str
-    panels: dict[str, Callable[[Any], None]]
+    panels: dict[str, Draw]
     legend: tuple[tuple[str, str, str], ...] = ()
     size: tuple[float, float] = (4.2, 3.0)
     columns: int = 3
 
 
-def style(place: int) -> tuple[str, str]:
-    """Returns the colour and line style of the i-th series, with i = `place`."""
-    return f"C{place % 10}", ("-", "--", ":", "-.")[place // 10 % 4]
+def style(i: int) -> tuple[str, str]:
+    """Returns the colour and line style of the i-th series."""
+    return f"C{i % 10}", ("-", "--", ":", "-.")[i // 10 % 4]
 
 
 def text(label: str) -> str:
-    """Returns a label in which matplotlib does not read a dollar sign as the start of mathematics."""
+    """Returns a label with escaped dollar signs, which would otherwise start a formula of matplotlib."""
     return label.replace("$", r"\$")
 
 
@@ -52,7 +55,7 @@ def css(colour: str) -> str:
 
 
 def save(chart: Chart, folder: Path) -> Path:
-    """Saves all panels and the legend as a PNG file, and returns its path."""
+    """Saves all panels and the legend as a PNG file, and returns the path of the file."""
     import matplotlib.figure  # slow to import, and not always needed
     import matplotlib.lines
 
@@ -66,10 +69,10 @@ def save(chart: Chart, folder: Path) -> Path:
     size = chart.size[0] * columns, chart.size[1] * rows + 0.2 * lines_of_legend
     figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
     axes = np.ravel(figure.subplots(rows, columns, squeeze=False))
-    for one, (title, draw) in zip(axes, chart.panels.items(), strict=False):
-        _draw(one, title, draw)
-    for one in axes[len(chart.panels) :]:
-        one.set_visible(False)
+    for panel, (title, draw) in zip(axes, chart.panels.items(), strict=False):
+        _draw(panel, title, draw)
+    for unused in axes[len(chart.panels) :]:
+        unused.set_visible(False)
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
     path = folder / f"{chart.name}.png"
@@ -82,7 +85,7 @@ def svg(chart: Chart) -> list[str]:
     import matplotlib
     import matplotlib.figure
 
-    drawn = []
+    elements = []
     for title, draw in chart.panels.items():
         figure = matplotlib.figure.Figure(figsize=chart.size, layout="constrained")
         _draw(figure.subplots(), title, draw)
@@ -91,12 +94,12 @@ def svg(chart: Chart) -> list[str]:
             figure.savefig(
                 buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), transparent=True
             )
-        whole = buffer.getvalue()
-        drawn.append(whole[whole.index("<svg") :])
-    return drawn
+        document = buffer.getvalue()
+        elements.append(document[document.index("<svg") :])
+    return elements
 
 
-def _draw(axes: Any, title: str, draw: Callable[[Any], None]) -> None:
+def _draw(axes: "Axes", title: str, draw: Draw) -> None:
     axes.set_title(text(title), fontsize=10)
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=8)
@@ -106,23 +109,23 @@ def _draw(axes: Any, title: str, draw: Callable[[Any], None]) -> None:
 def curves(workdir: str) -> list[Chart]:
     """Returns the curves of a run's metrics.jsonl as charts.
 
-    The charts are losses (training), evaluation (held-out rows) and sampling (drawn responses). A weight or a
+    The charts are losses (training), evaluation (held-out rows) and sampling (sampled responses). A weight or a
     coefficient is shown only if its value changes.
     """
     lines, charts = metrics.read(workdir), []
     for split, name in SPLITS.items():
         rows = [line for line in lines if line["split"] == split]
         names = dict.fromkeys(name for row in rows for name in row if name not in ("step", "split"))
-        kept = [n for n in names if not _is_setting(n) or len({row[n] for row in rows if n in row}) > 1]
-        points = {n: [(row["step"], row[n]) for row in rows if n in row] for n in kept}
-        panels = {n.replace("_", " "): _curve(n, points[n], smoothed=split != "eval") for n in kept}
+        shown = [n for n in names if not _is_setting(n) or len({row[n] for row in rows if n in row}) > 1]
+        points = {n: [(row["step"], row[n]) for row in rows if n in row] for n in shown}
+        panels = {n.replace("_", " "): _curve(n, points[n], smoothed=split != "eval") for n in shown}
         if panels:
             charts.append(Chart(name, panels))
     return charts
 
 
-def _curve(name: str, points: Sequence[tuple[int, float]], smoothed: bool) -> Callable[[Any], None]:
-    def draw(axes: Any) -> None:
+def _curve(name: str, points: Sequence[tuple[int, float]], smoothed: bool) -> Draw:
+    def draw(axes: "Axes") -> None:
         axes.plot(*zip(*points, strict=True), linewidth=0.6 if smoothed else 1.2, alpha=0.5, color="C0")
         steps, values = _smooth(points) if smoothed else zip(*points, strict=True)
         axes.plot(steps, values, color="C0", marker="o" if not smoothed or len(points) < 20 else None, markersize=3)
@@ -143,17 +146,17 @@ def _smooth(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]
     return list(steps[window - 1 :]), list(np.convolve(values, kernel, mode="valid"))
 
 
-def by_place(places: Sequence[str], found: dict[str, Sequence[float | None]]) -> Chart:
+def by_place(places: Sequence[str], series: dict[str, Sequence[float | None]]) -> Chart:
     """Returns a chart of a divergence along the response, on given text and on the student's own text."""
 
-    shown = [i for i in range(len(places)) if any(values[i] is not None for values in found.values())]
+    shown = [i for i in range(len(places)) if any(values[i] is not None for values in series.values())]
 
-    def draw(axes: Any) -> None:
-        for place, values in enumerate(found.values()):
-            numbers = [math.nan if values[i] is None else values[i] for i in shown]
-            axes.plot(numbers, color=f"C{place}", marker="o", markersize=4)
+    def draw(axes: "Axes") -> None:
+        for number, values in enumerate(series.values()):
+            heights = [math.nan if (value := values[i]) is None else value for i in shown]
+            axes.plot(heights, color=f"C{number}", marker="o", markersize=4)
         axes.set_xticks(range(len(shown)), [places[i] for i in shown])
         axes.set(xlabel="place in the response", ylabel="nats", ylim=(0, 1.05 * axes.get_ylim()[1]))
 
-    legend = tuple((name, f"C{i}", "-") for i, name in enumerate(found))
+    legend = tuple((name, f"C{i}", "-") for i, name in enumerate(series))
     return Chart("along_the_response", {"KL(q || p) along the response": draw}, legend)

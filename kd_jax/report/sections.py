@@ -9,6 +9,7 @@ from typing import Any
 from kd_jax import storage
 from kd_jax.report import comparison, plots
 from kd_jax.report.comparison import rouge_line
+from kd_jax.storage.files import Json
 
 COLUMNS = ("forward_kl", "reverse_kl", "own_reverse_kl", "cross_entropy", "rouge_l", "top1_agreement", "number_match")
 AUTHORS = {"teacher": "teacher", "before": "student before", "after": "student after"}  # for a run
@@ -16,13 +17,13 @@ AUTHORS = {"teacher": "teacher", "before": "student before", "after": "student a
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text that an author wrote to a prompt.
+    """An author's answer to a prompt.
 
     Attributes:
       who: the author.
       text: the text.
       rouge_l: the ROUGE-L score, in [0, 100].
-      pieces: for each token its part of the text and KL(q || p), in nats; or empty.
+      pieces: pairs of a token's part of the text and KL(q || p) at the token, in nats; or empty.
     """
 
     who: str
@@ -33,7 +34,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A prompt, its references, and the texts that were written to the prompt."""
+    """A prompt, its references, and the answers to the prompt."""
 
     prompt: str
     references: tuple[str, ...]
@@ -54,7 +55,7 @@ class Section:
       generations: the generated texts.
       config: the config as JSON.
       environment: the environment, as name -> value.
-      lines: lines of `comparison`, with which the folder is compared to others of its kind.
+      lines: lines of `comparison`, with which the folder is compared to other folders of the same kind.
       workdirs: the work directories of the lines, if the lines are runs.
     """
 
@@ -66,8 +67,8 @@ class Section:
     charts: tuple[plots.Chart, ...]
     generations: tuple[Generation, ...]
     config: str
-    environment: dict[str, Any]
-    lines: tuple[dict[str, Any], ...]
+    environment: Json
+    lines: tuple[Json, ...]
     workdirs: tuple[Path, ...]
 
 
@@ -75,7 +76,7 @@ def read(folder: Path, name: str) -> Section:
     """Returns the section of a folder, with the given name.
 
     Raises:
-      ValueError: the folder does not exist, or it has no finished run, evaluation or ablation.
+      ValueError: the folder does not exist, or has no finished run, evaluation or ablation.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}.")
@@ -90,13 +91,13 @@ def read(folder: Path, name: str) -> Section:
     )
 
 
-def _section(folder: Path, name: str, kind: str, config: Any, **parts: Any) -> Section:
-    environment = folder / "environment.json"
+def _section(folder: Path, name: str, kind: str, config: Json, **parts: Any) -> Section:
+    environment, table = folder / "environment.json", folder / "table.md"
     defaults: dict[str, Any] = dict(cards=(), generations=(), workdirs=())
     return Section(
         name=name, kind=kind, config=json.dumps(config, indent=2),
         environment=json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {},
-        tables=tuple(path.read_text(encoding="utf-8") for path in [folder / "table.md"] if path.exists()), **defaults | parts,
+        tables=(table.read_text(encoding="utf-8"),) if table.exists() else (), **defaults | parts,
     )  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def _run(folder: Path, name: str) -> Section:
     )
     teacher, before, after = result.get("teacher", {}), result["before"], result["after"]
     tokens = comparison.over_tokens(folder)[-1][0]
-    verdict = [f"{config['steps']:,} steps, {tokens:,.0f} tokens that the loss counted."]
+    verdict = [f"The run took {config['steps']:,} steps, and the loss counted {tokens:,.0f} tokens."]
     cards = []
     for metric in comparison.present([result], COLUMNS):
         numbers = [(who, f"{result[key][metric]:.3f}") for key, who in AUTHORS.items() if metric in result.get(key, {})]
@@ -115,10 +116,10 @@ def _run(folder: Path, name: str) -> Section:
         goal = 0.0 if metric in ("forward_kl", "reverse_kl", "own_reverse_kl") else teacher.get(metric)
         if goal is not None and metric in before and abs(before[metric] - goal) > 1e-9:
             share = (before[metric] - after[metric]) / (before[metric] - goal)
-            way = f"{share:.0%} of the way" if share >= 0.005 else "no nearer"
+            progress = f"{share:.0%} of the way" if share >= 0.005 else "no nearer"
             verdict.append(
-                f"{comparison.title(metric)} went from {before[metric]:.3f} to {after[metric]:.3f}, {way} to the teacher's "
-                f"{goal:.3f}."
+                f"{comparison.title(metric)} went from {before[metric]:.3f} to {after[metric]:.3f}, {progress} to the "
+                f"teacher's {goal:.3f}."
             )
     charts = plots.curves(str(folder))
     if "by_place" in result:
@@ -134,35 +135,36 @@ def _run(folder: Path, name: str) -> Section:
 
 
 def _evaluation(folder: Path, name: str) -> Section:
-    *seeds, found = _lines_of(folder / "results.jsonl")
-    given, over = found["given"], found["seeds"]
-    cards, verdict = [], [f"{found['rows']:,} prompts, {len(seeds)} generation seed{'s' * (len(seeds) != 1)}."]
-    for metric in (n for n in COLUMNS if n in over or n in given):
-        mean, deviation = over.get(metric) or (given[metric], None)
+    *seeds, results = _lines_of(folder / "results.jsonl")
+    given, over_seeds, count = results["given"], results["seeds"], results["rows"]
+    seed_word = "seed" if len(seeds) == 1 else "seeds"
+    cards, verdict = [], [f"The evaluation has {count:,} prompts and {len(seeds)} generation {seed_word}."]
+    for metric in (n for n in COLUMNS if n in over_seeds or n in given):
+        mean, deviation = over_seeds.get(metric) or (given[metric], None)
         spread = "" if deviation is None else f" ± {deviation:.3f}"
         cards.append((comparison.title(metric), (("model", f"{mean:.3f}{spread}"),)))
-    if "rouge_l_words" in found:  # absent from an evaluation by an older version
-        verdict.append(rouge_line(found["rouge_l_words"]))
+    if "rouge_l_words" in results:  # absent from an evaluation by an older version
+        verdict.append(rouge_line(results["rouge_l_words"]))
     charts: list[plots.Chart] = []
-    if "own" in (places := found.get("by_place", {})):
-        bias = over["own_reverse_kl"][0] - given["reverse_kl"]
+    if "own" in (places := results.get("by_place", {})):
+        on_given, on_own = given["reverse_kl"], over_seeds["own_reverse_kl"][0]
         verdict.append(
-            f"KL(q || p) is {given['reverse_kl']:.3f} on the given and {over['own_reverse_kl'][0]:.3f} on the model's own text: "
-            f"an exposure bias of {bias:+.3f} nats a token."
+            f"KL(q || p) is {on_given:.3f} on the given text and {on_own:.3f} on the model's own text. "
+            f"The exposure bias is {on_own - on_given:+.3f} nats per token."
         )
         charts.append(_by_place(places["places"], places["given"], places["own"]))
     rows: list[Generation] = []
-    for place, line in enumerate(_lines_of(folder / "generations.jsonl")):
-        if place < found["rows"]:  # all rows of the first seed come first, then all rows of the next seed
+    for i, line in enumerate(_lines_of(folder / "generations.jsonl")):
+        if i < count:  # all rows of the first seed come first, then all rows of the next seed
             rows.append(Generation(line["prompt"], tuple(line["references"]), ()))
-        row = rows[place % found["rows"]]
-        written = (*row.texts, _text(f"seed {line['seed']}", line))
-        rows[place % found["rows"]] = dataclasses.replace(row, texts=written)
+        row = rows[i % count]
+        texts = (*row.texts, _text(f"seed {line['seed']}", line))
+        rows[i % count] = dataclasses.replace(row, texts=texts)
     compared = [{"point": {"evaluation": name}, "seed": s["seed"], "before": {}, "after": given | s} for s in seeds]
-    alone = [{"point": {"evaluation": name}, "seed": 0, "before": {}, "after": given}]
+    without_seeds = [{"point": {"evaluation": name}, "seed": 0, "before": {}, "after": given}]
     return _section(
-        folder, name, "evaluation", found["arguments"], verdict=tuple(verdict), cards=tuple(cards), charts=tuple(charts),
-        generations=tuple(rows), lines=tuple(compared or alone),
+        folder, name, "evaluation", results["arguments"], verdict=tuple(verdict), cards=tuple(cards),
+        charts=tuple(charts), generations=tuple(rows), lines=tuple(compared or without_seeds),
     )  # fmt: skip
 
 
@@ -172,7 +174,8 @@ def _ablation(folder: Path, name: str) -> Section:
     groups = comparison.grouped(lines)
     verdict = [f"{len(lines)} runs of {len(groups)} points are finished."]
     for metric in comparison.present(lines, columns):
-        verdict += _lead(metric, {point: its for point, its in groups.items() if comparison.present(its, [metric])})
+        with_metric = {point: runs for point, runs in groups.items() if comparison.present(runs, [metric])}
+        verdict += _lead(metric, with_metric)
     runs = tuple(folder / line["folder"] / "run" for line in lines)
     workdirs = runs if all((run / "metrics.jsonl").exists() for run in runs) else ()
     charts = comparison.charts(comparison.axes_of(config), columns, lines, workdirs)
@@ -182,59 +185,63 @@ def _ablation(folder: Path, name: str) -> Section:
     written = [(point, _generations(run, {"teacher": "teacher", "after": ""})) for point, run in first_seeds.items()]
     generations = merged(written)
     return _section(
-        folder, name, "ablation", config, verdict=tuple(verdict), charts=tuple(charts), lines=tuple(lines), workdirs=workdirs,
-        generations=tuple(generations),
+        folder, name, "ablation", config, verdict=tuple(verdict), charts=tuple(charts), lines=tuple(lines),
+        workdirs=workdirs, generations=tuple(generations),
     )  # fmt: skip
 
 
 def _lead(name: str, groups: dict[str, list[comparison.Line]]) -> list[str]:
-    """Returns a sentence that says which point is best and whether its lead exceeds the standard deviations.
+    """Returns a sentence with the best point, and a comparison of its lead with the standard deviations.
 
     The list is empty if there are fewer than two points with numbers.
     """
     if len(groups) < 2:
         return []
     best = comparison.winner(groups, name)
-    second = comparison.winner({point: its for point, its in groups.items() if point != best}, name)
+    second = comparison.winner({point: runs for point, runs in groups.items() if point != best}, name)
     if not best or not second:
         return []  # a metric is not a number
-    (mean, deviation), (other, its_deviation) = (comparison.mean(groups[point], name) for point in (best, second))
-    gap = abs(other - mean)
-    sure = "more" if gap > max(deviation, its_deviation) else "less"
-    sure = f"{sure} than their deviations" if min(len(groups[best]), len(groups[second])) > 1 else "with one seed"
-    return [f"{comparison.title(name)}: {best} is best with {mean:.3f}, {gap:.3f} ahead of {second}, {sure}."]
+    (mean, deviation), (second_mean, second_deviation) = (comparison.mean(groups[p], name) for p in (best, second))
+    lead = abs(second_mean - mean)
+    comparative = "more" if lead > max(deviation, second_deviation) else "less"
+    has_seeds = min(len(groups[best]), len(groups[second])) > 1
+    certainty = f"{comparative} than their deviations" if has_seeds else "with one seed"
+    return [f"{comparison.title(name)}: {best} is best with {mean:.3f}, {lead:.3f} ahead of {second}, {certainty}."]
 
 
 def merged(several: Sequence[tuple[str, Sequence[Generation]]]) -> list[Generation]:
     """Returns the texts of several sets of generations, side by side for each prompt.
 
-    If the teacher's text for a prompt is the same in all sets, it appears only once.
+    A teacher's text that is the same in all sets appears only once.
 
     Args:
       several: pairs of (name, generations).
     """
-    rows: dict[tuple[Any, ...], list[tuple[str, Text]]] = {}
+    rows: dict[tuple[str, tuple[str, ...], int], list[tuple[str, Text]]] = {}
     for name, generations in several:
-        seen: dict[tuple[Any, ...], int] = {}
-        for its in generations:
-            row = (its.prompt, its.references)
-            seen[row] = seen.get(row, 0) + 1  # a dataset may have a row twice
-            rows.setdefault((*row, seen[row]), []).extend((name, text) for text in its.texts)
-    return [Generation(row[0], row[1], tuple(_side_by_side(texts))) for row, texts in rows.items()]
+        counts: dict[tuple[str, tuple[str, ...]], int] = {}
+        for generation in generations:
+            row = (generation.prompt, generation.references)
+            counts[row] = counts.get(row, 0) + 1  # a dataset may have a row twice
+            rows.setdefault((*row, counts[row]), []).extend((name, text) for text in generation.texts)
+    return [
+        Generation(prompt, references, tuple(_side_by_side(texts)))
+        for (prompt, references, _), texts in rows.items()
+    ]  # fmt: skip
 
 
 def _side_by_side(texts: Sequence[tuple[str, Text]]) -> list[Text]:
     teachers = {text.text: text for _, text in texts if text.who == "teacher"}
-    alone = len(teachers) == 1
+    same_teacher = len(teachers) == 1
     named = (
         dataclasses.replace(text, who=f"{name}: {text.who}".rstrip(": "))
         for name, text in texts
-        if not (alone and text.who == "teacher")
+        if not (same_teacher and text.who == "teacher")
     )
-    return [*(teachers.values() if alone else ()), *named]
+    return [*(teachers.values() if same_teacher else ()), *named]
 
 
-def _by_place(places: Sequence[str], given: dict[str, Any], own: dict[str, Any]) -> plots.Chart:
+def _by_place(places: Sequence[str], given: Json, own: Json) -> plots.Chart:
     return plots.by_place(places, {"given text": given["reverse_kl"], "own text": own["reverse_kl"]})
 
 
@@ -250,10 +257,10 @@ def _generations(workdir: Path, authors: dict[str, str]) -> list[Generation]:
     ]
 
 
-def _text(who: str, line: dict[str, Any]) -> Text:
+def _text(who: str, line: Json) -> Text:
     pieces = tuple(zip(line.get("pieces", ()), line.get("reverse_kl", ()), strict=True))
     return Text(who, line["response"], line["rouge_l"], pieces)
 
 
-def _lines_of(path: Path) -> list[dict[str, Any]]:
+def _lines_of(path: Path) -> list[Json]:
     return storage.read_json_lines(path) if path.exists() else []

@@ -5,7 +5,7 @@ A *section* is a dataclass of keys. A key that is *open* takes a mapping with ke
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 from kd_jax.settings.value_types import EXPECTED, fits
 
@@ -15,7 +15,7 @@ class Config(Protocol):
     """A mapping with the keys of a config: an `ml_collections.ConfigDict` or a dict."""
 
     def __getitem__(self, key: str, /) -> Any: ...
-    def __contains__(self, key: Any, /) -> bool: ...
+    def __contains__(self, key: str, /) -> bool: ...
     def __iter__(self, /) -> Iterator[str]: ...
 
 
@@ -25,7 +25,7 @@ Field = dataclasses.Field[Any]
 
 
 def key(
-    default: Any, meaning: str, *, least: float | None = None, choices: Sequence[str] = (), most: int = MOST,
+    default: object, meaning: str, *, least: float | None = None, choices: Sequence[str] = (), most: int = MOST,
     numbers: bool = False, is_open: bool = False,
 ) -> Any:  # fmt: skip
     """Returns the field of a key.
@@ -35,14 +35,14 @@ def key(
       meaning: one line that says what the key does.
       least: the smallest value that is allowed.
       choices: the values that are allowed.
-      most: the bound of whole numbers; a value must be below it.
-      numbers: whether a tuple has only whole numbers.
-      is_open: whether the value is a mapping with keywords of its own, or a spec.
+      most: the upper bound of whole numbers, which is not allowed itself.
+      numbers: True if a tuple may have only whole numbers.
+      is_open: True if the value is a mapping with keywords of its own, or a spec.
     """
-    about = dict(meaning=meaning, least=least, choices=tuple(choices), most=most, numbers=numbers, is_open=is_open)
+    metadata = dict(meaning=meaning, least=least, choices=tuple(choices), most=most, numbers=numbers, is_open=is_open)
     if isinstance(default, Mapping):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=about)
-    return dataclasses.field(default=default, metadata=about)
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def section(kind: type[Section], meaning: str = "") -> Section:
@@ -51,7 +51,7 @@ def section(kind: type[Section], meaning: str = "") -> Section:
     return field
 
 
-def keys_of(kind: type) -> Iterator[tuple[str, Field, Any]]:
+def keys_of(kind: type) -> Iterator[tuple[str, Field, object]]:
     """Yields the name, the field and the default value of each key of a section."""
     for field in dataclasses.fields(kind):
         is_made = field.default_factory is not dataclasses.MISSING
@@ -59,12 +59,12 @@ def keys_of(kind: type) -> Iterator[tuple[str, Field, Any]]:
 
 
 def is_open(field: Field) -> bool:
-    """Returns whether a key takes a mapping with keywords of its own, or a spec."""
+    """Returns True if a key takes a mapping with keywords of its own, or a spec."""
     return field.metadata["is_open"]
 
 
-def is_section(default: Any) -> bool:
-    """Returns whether the default value of a key is a section."""
+def is_section(default: object) -> bool:
+    """Returns True if the default value of a key is a section."""
     return dataclasses.is_dataclass(default)
 
 
@@ -75,14 +75,14 @@ def defaults(kind: type) -> dict[str, Any]:
 
 def open_names(*kinds: type) -> tuple[str, ...]:
     """Returns the names of the open keys of sections, and of the sections inside them."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}  # a dict keeps the order
     for kind in kinds:
         for name, field, default in keys_of(kind):
-            found |= dict.fromkeys(open_names(type(default)) if is_section(default) else [name] * is_open(field))
-    return tuple(found)
+            names |= dict.fromkeys(open_names(type(default)) if is_section(default) else [name] * is_open(field))
+    return tuple(names)
 
 
-def read(kind: type[Section], given: Config, prefix: str = "") -> Section:
+def read(kind: type[Section], config: Config, prefix: str = "") -> Section:
     """Returns a section with the values of a config, after a check of their types.
 
     ml_collections itself refuses most assignments of the wrong type. It accepts None, a bool in place of a number, and
@@ -90,30 +90,32 @@ def read(kind: type[Section], given: Config, prefix: str = "") -> Section:
 
     Args:
       kind: the dataclass of the section.
-      given: the config of the section.
+      config: the config of the section.
       prefix: the prefix of the keys in messages.
 
     Raises:
-      ValueError: a key is missing, or a value has another type than the default.
+      ValueError: a key is missing, or a value does not have the type of the default.
     """
-    found = {}
+    values = {}
     for name, field, default in keys_of(kind):
-        shown = f"{prefix}{name}"
-        if name not in given:
+        full_name = f"{prefix}{name}"
+        if name not in config:
             raise ValueError(
-                f"the config has no key {shown!r} any more: a dict that replaces another needs all keys of it."
+                f"the config lacks the key {full_name!r}: a dict that replaces a section must have all keys of the "
+                "section."
             )
-        value = given[name]
+        value = config[name]
         if is_section(default):
             if not _is_mapping(value):
                 names = ", ".join(sorted(other for other, *_ in keys_of(type(default))))
-                raise ValueError(f"{shown}={value!r} must be a dict with the keys {names}.")
-            found[name] = read(type(default), value, f"{shown}.")
+                raise ValueError(f"{full_name}={value!r} must be a dict with the keys {names}.")
+            values[name] = read(type(default), value, f"{full_name}.")
         elif is_open(field) or isinstance(default, Mapping):
-            found[name] = plain(_checked_mapping(shown, value, default))
+            _check_mapping(full_name, value, default)
+            values[name] = plain(value)
         else:
-            found[name] = _checked_value(shown, value, default, field)
-    return kind(**found)
+            values[name] = _checked_value(full_name, value, default, field)
+    return kind(**values)
 
 
 def check_ranges(values: object, prefix: str = "") -> None:
@@ -123,21 +125,21 @@ def check_ranges(values: object, prefix: str = "") -> None:
       ValueError: a value is out of range, or is not one of the choices; the message names the key.
     """
     for name, field, _ in keys_of(type(values)):
-        value, shown, about = getattr(values, name), f"{prefix}{name}", field.metadata
+        value, full_name, metadata = getattr(values, name), f"{prefix}{name}", field.metadata
         if is_section(value):
-            check_ranges(value, f"{shown}.")
+            check_ranges(value, f"{full_name}.")
         elif is_open(field) or isinstance(value, Mapping):
-            _check_below(shown, value, MOST)
+            _check_below(full_name, value, MOST)
         else:
-            _check_below(shown, value, about["most"])
-            if about["least"] is not None and not value >= about["least"]:  # written so that nan is refused
-                raise ValueError(f"{shown}={value} must be at least {about['least']}.")
-            if about["choices"] and value not in about["choices"]:
-                raise ValueError(f"{shown}={value!r} is not one of {', '.join(about['choices'])}.")
+            _check_below(full_name, value, metadata["most"])
+            if metadata["least"] is not None and not value >= metadata["least"]:  # written so that nan is refused
+                raise ValueError(f"{full_name}={value} must be at least {metadata['least']}.")
+            if metadata["choices"] and value not in metadata["choices"]:
+                raise ValueError(f"{full_name}={value!r} is not one of {', '.join(metadata['choices'])}.")
 
 
 def plain(value: Any) -> Any:
-    """Returns a config's value with a dict in place of each ConfigDict."""
+    """Returns any value of a config with a dict in place of each ConfigDict."""
     if _is_mapping(value):
         return {name: plain(value[name]) for name in value}
     if type(value) in (list, tuple):
@@ -145,28 +147,27 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _checked_mapping(name: str, value: Any, default: Any) -> Any:
+def _check_mapping(name: str, value: object, default: object) -> None:
     is_spec = isinstance(value, str) and isinstance(default, Mapping) and "name" in default
     if isinstance(default, Mapping) and not _is_mapping(value) and not is_spec:
         raise ValueError(f"{name}={value!r} must be a dict such as {dict(default) or {'key': 'value'}}.")
-    return value
 
 
-def _checked_value(name: str, value: Any, default: Any, field: Field) -> Any:
+def _checked_value(name: str, value: Any, default: object, field: Field) -> object:
     kind = type(default)
     if not fits(value, kind):
         raise ValueError(f"{name}={value!r} must be {EXPECTED.get(kind, kind.__name__)}.")
-    if kind is not tuple:
+    if not isinstance(default, tuple):
         return value
-    if default and (odd := [entry for entry in value if not fits(entry, type(default[0]))]):
-        raise ValueError(f"{name}={value!r} must be a tuple such as {default!r}; {odd[0]!r} does not fit.")
+    if default and (wrong := [entry for entry in value if not fits(entry, type(default[0]))]):
+        raise ValueError(f"{name}={value!r} must be a tuple such as {default!r}; {wrong[0]!r} has another type.")
     if field.metadata["numbers"] and not all(fits(entry, int) for entry in value):
         raise ValueError(f"{name}={value!r} must be a tuple of whole numbers, such as (0, 3, 6).")
     return tuple(value)
 
 
-def _check_below(name: str, value: Any, most: int) -> None:
-    """Checks the whole numbers of a value, which may be a mapping."""
+def _check_below(name: str, value: object, most: int) -> None:
+    """Checks that the whole numbers of a value, which may be a mapping, are below a bound."""
     if isinstance(value, Mapping):
         for entry, inner in value.items():
             _check_below(f"{name}.{entry}", inner, most)
@@ -174,5 +175,5 @@ def _check_below(name: str, value: Any, most: int) -> None:
         raise ValueError(f"{name}={value} must be below {most}.")
 
 
-def _is_mapping(value: Any) -> bool:
+def _is_mapping(value: object) -> TypeGuard[Config]:
     return hasattr(value, "keys")

@@ -1,7 +1,7 @@
 """Declares every key of a config: type, default value, range, and meaning.
 
-A *spec* is {"name": ..., keyword: number, ...}. The name is that of a function in the module that the key's meaning
-gives, or of a function of your own, as "module:function". The other entries are keywords of that function.
+A *spec* is {"name": ..., keyword: number, ...}. The name is that of a function in the module that the meaning of the
+key names, or of a function of your own, as "module:function". The other entries are keywords of that function.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ class Policy:
         "none", "scale advantages to mean 0, variance 1: none, counted (tokens), or all (also after the end)"
     )
     baseline: str = key("none", "none, or kl: subtract the exact mean -KL(q || p) from the reward of each token")
-    clip: float = key(0.2, "limit of the ratio q / (q when sampled) to 1 - clip and 1 + clip; 0: no limit")
-    reward_scale: float = key(1.0, "rewards are divided by this number")
-    reward_limit: float = key(0.0, "scaled rewards are limited to plus and minus this number; 0: no limit")
+    clip: float = key(0.2, "clip the ratio q / (q when sampled) to the range from 1 - clip to 1 + clip; 0: no clipping")
+    reward_scale: float = key(1.0, "divisor of the rewards")
+    reward_limit: float = key(0.0, "clip scaled rewards to plus and minus this number; 0: no clipping")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    temperature: float = key(1.0, "divides the logits of both models; a T^2 factor belongs in the coefficients")
+    temperature: float = key(1.0, "divisor of the logits of both models; a factor T^2 belongs in the coefficients")
     terms: Mapping[str, Any] = key({}, "name -> term(); the loss is the sum of the terms")
 
 
@@ -100,7 +100,7 @@ class Teacher:
     )  # fmt: skip
     int8_report: bool = key(True, "measure the error of int8 at the start, also with one layer at a time in dtype")
     sharding: str = key(
-        "student", "student: same; spread: also over data; tensor: over tensor; whole: copies",
+        "student", "student: as the student; spread: also over data; tensor: over tensor only; whole: replicated",
         choices=("student", "spread", "tensor", "whole"),
     )  # fmt: skip
 
@@ -122,7 +122,7 @@ class Student:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    path: str = key("", "a folder with tokenizer.json; empty: that of the teacher, or else that of the student")
+    path: str = key("", "a folder with tokenizer.json; empty: the teacher's folder, or else the student's folder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Settings:
     seed: int = key(
         0, "random seed of the initial parameters, the order of the rows, and the samples", least=0, most=2**32
     )
-    steps: int = key(1000, "updates", least=1)
+    steps: int = key(1000, "number of updates", least=1)
     microbatches: int = key(1, "number of parts in which a batch is processed; changes memory, not results", least=1)
     optimizer: Spec = key(
         {"name": "adamw", "weight_decay": 0.01, "no_decay": ()},
@@ -245,7 +245,7 @@ class Settings:
         """Returns the settings of a config, checked as far as is possible before anything is read.
 
         Args:
-          config: as in `read`, or settings, which were checked when they were made.
+          config: a config as in `read`, or settings, which are returned unchanged.
 
         Raises:
           ValueError: a value is wrong; the message names the key, the value, and what would be right.
@@ -268,8 +268,8 @@ def _check_choices(settings: Settings) -> None:
 
     if settings.student.dtype == "float16":
         raise ValueError(
-            "student.dtype='float16' is not supported: small gradients become 0 in float16, whose smallest number is 6e-8. "
-            "Use bfloat16, which has the range of float32; teacher.dtype may be float16, since a teacher has no gradient."
+            "student.dtype='float16' is not supported, because gradients below 6e-8 become 0 in float16. Use bfloat16, "
+            "which has the range of float32. teacher.dtype may be float16, because a teacher has no gradient."
         )
     policies = ["none", *(name for name in dir(jax.checkpoint_policies) if name.endswith("saveable"))]
     if settings.student.remat not in policies:
@@ -278,14 +278,14 @@ def _check_choices(settings: Settings) -> None:
         jax.default_backend() != "gpu" or "float32" in (settings.teacher.dtype, settings.student.dtype)
     ):
         raise ValueError(
-            "attention='cudnn' needs an NVIDIA GPU, student.dtype=bfloat16, and teacher.dtype bfloat16 or float16; 'plain' "
-            "needs none of these."
+            "attention='cudnn' needs an NVIDIA GPU, student.dtype=bfloat16, and teacher.dtype bfloat16 or float16. "
+            "attention='plain' works everywhere."
         )
     profiled = settings.profile_steps or (1, settings.steps)
     if len(profiled) != 2 or not 1 <= profiled[0] <= profiled[1] <= settings.steps:
         raise ValueError(
-            f"profile_steps={settings.profile_steps} must be first and last of the {settings.steps} steps."
+            f"profile_steps={settings.profile_steps} must be (first, last), 1 <= first <= last <= {settings.steps}."
         )
     for name, size in {"data": settings.data.batch_size, "text": settings.text.batch_size}.items():
         if (name == "data" or settings.text.name) and size % settings.microbatches:
-            raise ValueError(f"{name}.batch_size={size} does not divide into microbatches={settings.microbatches}.")
+            raise ValueError(f"{name}.batch_size={size} must be a multiple of microbatches={settings.microbatches}.")

@@ -1,24 +1,23 @@
-"""The types of a config's values: the parsing of flags, and the words for values of the wrong type."""
+"""The types of a config's values: the parsers of flags, and the descriptions of the types for messages."""
 
 import decimal
 import math
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
-EXPECTED = {
+EXPECTED: dict[type, str] = {
     int: "a whole number, such as 1000, 1_000 or 1e3",
     float: "a number, such as 0.5 or 1e-3",
     bool: "true or false",
     str: "a text, such as 'name'",
     tuple: "a tuple, such as (0, 3, 6) or ('a', 'b')",
-    ConfigDict: "keys of its own, each with a flag such as --config.data.name=jsonl, or a dict such as {'name': 'adamw'}",
+    ConfigDict: "a dict such as {'name': 'adamw'}; a flag sets one entry, such as --config.data.name=jsonl",
 }
 
 
-def whole_number(text: Any) -> int:
+def whole_number(text: str | int) -> int:
     """Converts a text such as 1000, 1_000, 1000.0, 1e3 or 0x3e8 to an int.
 
     Raises:
@@ -45,12 +44,12 @@ class WholeNumberParser(flags.IntegerParser):
 
     syntactic_help = EXPECTED[int]
 
-    def convert(self, argument: Any) -> int:
+    def convert(self, argument: str | int) -> int:
         return whole_number(argument)
 
 
 class _FloatParser(flags.FloatParser):
-    def convert(self, argument: Any) -> float:
+    def convert(self, argument: str | float) -> float:
         try:
             if math.isfinite(number := super().convert(argument)):
                 return number
@@ -60,7 +59,7 @@ class _FloatParser(flags.FloatParser):
 
 
 class _BooleanParser(flags.BooleanParser):
-    def parse(self, argument: Any) -> bool:
+    def parse(self, argument: str | int) -> bool:
         try:
             return super().parse(argument)
         except (TypeError, ValueError):
@@ -68,7 +67,7 @@ class _BooleanParser(flags.BooleanParser):
 
 
 class _TupleParser(tuple_parser.TupleParser):
-    def parse(self, argument: Any) -> tuple[Any, ...]:
+    def parse(self, argument: str | tuple[object, ...]) -> tuple[object, ...]:
         if isinstance(argument, str) and not argument.strip():  # ml_collections would make ("",) of it
             return ()
         try:
@@ -89,8 +88,8 @@ def register() -> None:
         config_flags.register_flag_parser_for_type(kind, parser)
 
 
-def fits(value: Any, expected: type) -> bool:
-    """Returns whether a value of a config has a type. A finite int also fits float, and a list fits tuple."""
+def fits(value: object, expected: type) -> bool:
+    """Returns True if a value of a config has a type. A finite int also fits float, and a list fits tuple."""
     if expected in (int, float) and isinstance(value, bool):  # Python counts True as 1
         return False
     if expected is float:

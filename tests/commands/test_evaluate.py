@@ -253,7 +253,7 @@ def test_where_lm_eval_is_not_installed_it_is_told_before_anything_is_read(tmp_p
         ({"seeds": "1;2"}, "whole numbers, separated by commas"),
         ({"seeds": "1,-1"}, "--seeds='1,-1' must be at least 0 and below"),
         ({"seeds": str(2**64)}, "must be at least 0 and below"),
-        ({"rows": -1}, "--rows=-1 must be at least 0; 0 takes all."),
+        ({"rows": -1}, "--rows=-1 must be at least 0; 0 means no limit."),
         ({"lm_eval_limit": -1}, "--lm_eval_limit=-1 must be at least 0"),
         ({"temperature": "nan", "seeds": "1"}, "temperature=nan must be at least 0"),
         ({"reference_field": "answer"}, "'answer' is missing"),

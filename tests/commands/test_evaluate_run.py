@@ -101,7 +101,7 @@ def test_an_older_run_lacks_newer_keys(chat_run, tmp_path):
 @pytest.mark.parametrize(
     ("change", "flags", "message"),
     [
-        (None, {}, "--data is missing, and .* is no work directory of a run"),
+        (None, {}, "--data is missing, and .* is not the work directory of a run"),
         ({"name": "text"}, {}, "--data is missing, and the rows of the run's dataset, text, have no prompts"),
         (
             {},
@@ -123,7 +123,7 @@ def test_what_a_run_cannot_give_is_named(chat_run, tmp_path, change, flags, mess
 
 def test_a_run_that_has_not_finished_is_named(chat_run, tmp_path):
     (tmp_path / "config.json").write_text((chat_run / "run" / "config.json").read_text())
-    with pytest.raises(ValueError, match="a run that has not finished: it has no folder student"):
+    with pytest.raises(ValueError, match="a run that has not finished, because the folder student is missing"):
         of_run.model_folder(str(tmp_path), "--model")
 
 

@@ -101,7 +101,7 @@ def test_an_interrupted_evaluation_is_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
     with pytest.raises(SystemExit) as ended:
         evaluate.main()
-    assert ended.value.code == 130 and "kd_jax.evaluate: interrupted; no results are kept" in capsys.readouterr().err
+    assert ended.value.code == 130 and "kd_jax.evaluate: interrupted; no results are saved" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -93,7 +93,10 @@ WHOLE = "the key takes a whole number, such as 1000, 1_000 or 1e3."
         ("clip_norm=0,5", "--config.clip_norm=0,5: the key takes a number, such as 0.5 or 1e-3."),
         ("optimizer.weight_decay=inf", "--config.optimizer.weight_decay=inf: the key takes a number"),
         ("student.layers=(1,)x", "--config.student.layers=(1,)x: the key takes a tuple, such as (0, 3, 6)"),
-        ("data=3", "--config.data=3: the key takes keys of its own, each with a flag such as --config.data.name=jsonl"),
+        (
+            "data=3",
+            "--config.data=3: the key takes a dict such as {'name': 'adamw'}; a flag sets one entry, such as",
+        ),
         ("steps", "Missing value for flag --config.steps"),
         (
             "data.optons.path=x",
@@ -131,12 +134,12 @@ def test_a_value_of_the_wrong_type_in_a_config_file_is_one_sentence_with_the_lin
         (dict(steps=None), "steps=None must be a whole number"),
         (dict(steps=True), "steps=True must be a whole number"),
         (dict(mesh=dict(data="two", fsdp=1, tensor=1)), "mesh.data='two' must be a whole number"),
-        (dict(mesh=dict(data=1)), "no key 'mesh.fsdp' any more"),
+        (dict(mesh=dict(data=1)), "the config lacks the key 'mesh.fsdp'"),
         (dict(student__layers=("a",)), "student.layers=('a',) must be a tuple of whole numbers"),
         (dict(profile_steps=(1, 2.5)), "profile_steps=(1, 2.5) must be"),
         (dict(steps=10**30), f"steps={10**30} must be below {2**31}."),
         (dict(seed=2**32), f"seed={2**32} must be below {2**32}."),
-        (dict(profile_steps=(1,)), "profile_steps=(1,) must be first and last of the"),
+        (dict(profile_steps=(1,)), "profile_steps=(1,) must be (first, last)"),
         (dict(clip_norm=float("inf")), "clip_norm=inf must be a number"),
         (dict(data__options=None), "data.options=None must be a dict"),
         (dict(objective__terms__distil__pair=("teacher", 3)), "objective.terms.distil.pair=('teacher', 3) must be"),
@@ -225,7 +228,7 @@ def test_the_help_of_evaluate_has_defaults_and_choices(capsys):
         evaluate_arguments.parse(["--helpshort"])
     assert ended.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "[the run's, if --model is a run's; else 256]" in said and "One of plain, alpaca, chat." in said
+    assert "[that of the run of --model, or else 256]" in said and "One of plain, alpaca, chat." in said
     assert "['10,20,30,40,50']" in said and "dolly_eval" in said
 
 

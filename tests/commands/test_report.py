@@ -183,7 +183,7 @@ def test_an_evaluation_leaves_its_page(tmp_path):
     }  # fmt: skip
     command.run(parse([f"--{name}={value}" for name, value in options.items()]))
     text = (tmp_path / "out" / "report.html").read_text()
-    assert "3 prompts, 2 generation seeds." in text and "an exposure bias of" in text
+    assert "has 3 prompts and 2 generation seeds." in text and "The exposure bias is" in text
     assert text.count("<article") == 3 and "<option>seed 2</option>" in text
 
 

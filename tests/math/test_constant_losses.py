@@ -31,8 +31,8 @@ def with_assistant(pair, weight, **changes):
 @pytest.mark.parametrize(
     ("name", "keyword", "value", "words"),
     [
-        ("jensen_shannon", "weight", 0.0, "At 0 the limit that is meant is forward_kl"),
-        ("jensen_shannon", "weight", 1, "at 1 it is reverse_kl"),
+        ("jensen_shannon", "weight", 0.0, "Use forward_kl for the limit at 0"),
+        ("jensen_shannon", "weight", 1, "reverse_kl for the limit at 1"),
         ("skew_forward_kl", "skew", 1.0, "Use a skew below 1"),
         ("skew_reverse_kl", "skew", 1, "Use a skew below 1"),
     ],

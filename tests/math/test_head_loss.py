@@ -266,7 +266,7 @@ MISFITS = {
     "other coefficients": (dict(coefficient=(B, L - 1)), {}, r"coefficient must begin .*coefficient \(2, 4\)"),
     "coefficients of nothing": (dict(coefficient=(B, L, 0)), {}, r"coefficient \(2, 5, 0\)"),
     "other extras": (dict(target=(L, B)), {}, r"extras\[0\] must begin with .* extras\[0\] \(5, 2\)"),
-    "a chunk below 0": ({}, dict(chunk=-3), "chunk=-3 must be at least 1; None chooses it"),
+    "a chunk below 0": ({}, dict(chunk=-3), "chunk=-3 must be at least 1; None chooses a value"),
     "a chunk of 0": ({}, dict(chunk=0), "chunk=0 must be at least 1"),
     "no id": ({}, dict(vocab_size=0), "vocab_size=0 must be at least 1 and at most 11"),
     "more ids than columns": ({}, dict(vocab_size=V + 1), "vocab_size=12 must be at least 1 and at most 11"),

@@ -328,7 +328,7 @@ def test_what_is_written_is_never_written_again(tmp_path, monkeypatch):
     ("method", "changes", "message"),
     [
         ("gkd", {"prefixes__name": "gold"}, "unknown name 'gold'"),
-        ("gkd", {"prefixes__fraction": 1.5}, "fraction must lie between 0 and 1"),
+        ("gkd", {"prefixes__fraction": 1.5}, "fraction must be between 0 and 1"),
         ("opd", {"prefixes__name": "data()"}, "rows='student' counts no row.*'data\\(\\)' gives rows of data"),
         ("opd", {"sampling__temperature": 0.7}, "sampling.temperature=0.7 is not objective.temperature"),
         ("opd", {"objective__terms__distil__rows": "all", "prefixes__name": "mixture(fraction=0.5)"}, "rows='student'"),
@@ -347,7 +347,7 @@ def test_what_is_written_is_never_written_again(tmp_path, monkeypatch):
         ("gkd", {"sampling__rollouts_per_prompt": 2, "sampling__temperature": 0.0}, "are all the same"),
         ("forward_kl", {"sampling__top_k": -1}, "sampling.top_k=-1 must be at least 0"),
         ("amid", {"objective__terms__distil__weight": RISING, "steps": 20}, "weight goes from 0 to 1.9 in 20 steps"),
-        ("imitkd", {"prefixes__fraction__end_value": 1.5, "steps": 20}, "fraction must lie between 0 and 1, but is 1."),
+        ("imitkd", {"prefixes__fraction__end_value": 1.5, "steps": 20}, "fraction must be between 0 and 1, but is 1."),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(method, changes, message, data_dir):

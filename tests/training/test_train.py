@@ -130,7 +130,7 @@ def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_di
     ("changes", "words"),
     [
         (dict(mesh__data=3), "mesh"),
-        (dict(data__batch_size=6, microbatches=4), "does not divide into microbatches=4"),
+        (dict(data__batch_size=6, microbatches=4), "must be a multiple of microbatches=4"),
         (dict(student__dtype="float16"), "become 0 in float16, whose smallest number is 6e-8. Use bfloat16"),
         (
             dict(teacher__dtype="float16", student__dtype="bfloat16", attention="cudnn"),
