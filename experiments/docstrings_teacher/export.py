@@ -1,4 +1,4 @@
-"""Puts a trained run's model where it ships, in bfloat16.
+"""Writes the student of a run to a folder, such as the packaged teacher's folder, in bfloat16.
 
 python -m experiments.docstrings_teacher.export runs/docstrings_teacher kd_jax/assets/docstrings_teacher
 """

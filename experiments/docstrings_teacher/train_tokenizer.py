@@ -1,8 +1,8 @@
-"""Trains the tokenizer of the docstrings teacher: 4,096 byte-level BPE tokens for Python and what is said about it.
+"""Trains the tokenizer of the docstrings teacher: 4,096 byte-level BPE tokens for Python and its docstrings.
 
     python -m experiments.docstrings_teacher.train_tokenizer FOLDER
 
-Writes tokenizer.json and tokenizer_config.json, which transformers opens too.
+Writes tokenizer.json and tokenizer_config.json, which transformers can also read.
 """
 
 import argparse
@@ -19,10 +19,10 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 
 
 def train(texts: Iterator[str]) -> Tokenizer:
-    """A byte-level BPE tokenizer of VOCABULARY tokens; every text can be encoded and comes back unchanged."""
+    """Returns a byte-level BPE tokenizer of VOCABULARY tokens. It encodes and decodes every text without a change."""
     tokenizer = Tokenizer(models.BPE())
-    # Digits stand alone, so that a number's tokens do not depend on its neighbours; a line end and the indentation
-    # after it become one token.
+    # Each digit is a token, so that the tokens of a number do not depend on its neighbours. A line end and
+    # the indentation after it become one token.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -38,10 +38,10 @@ def train(texts: Iterator[str]) -> Tokenizer:
 
 
 def main() -> None:
-    """Trains on the split train and writes the folder."""
+    """Trains on the split `train`, and writes the tokenizer to the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where to write the tokenizer")
-    parser.add_argument("--data_dir", help="the tfds folder (default: tfds' own)")
+    parser.add_argument("folder", type=Path, help="folder to which the tokenizer is written")
+    parser.add_argument("--data_dir", help="folder of the built datasets (default: the folder of tensorflow_datasets)")
     arguments = parser.parse_args()
     rows = data.load("docstrings", split="train", data_dir=arguments.data_dir)
     tokenizer = train(f"{row['prompt']}\n{row['response']}" for row in (rows[i] for i in range(len(rows))))

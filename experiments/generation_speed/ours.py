@@ -1,9 +1,9 @@
-"""The time of `kd_jax.models.generate` on random weights; `transformers_generate.py` runs the same shapes.
+"""Measures `kd_jax.models.generate` on random weights. `transformers_generate.py` runs the same shapes.
 
 python -m experiments.generation_speed.ours --size=smollm2
 
-Every token is drawn from the whole distribution at temperature 1, and no row ends early. Prints a JSON line: the least CPU and
-wall seconds of a call, compiled by an earlier one.
+Every token is sampled from the whole distribution at temperature 1, and no row ends early. Prints a JSON line with the
+minimum CPU and wall seconds of a call. An earlier call compiles the program.
 """
 
 import argparse

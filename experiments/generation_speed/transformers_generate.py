@@ -1,9 +1,9 @@
-"""transformers' `generate` on random weights at the shapes of `ours.py`, in an environment of its own.
+"""Measures transformers' `generate` on random weights at the shapes of `ours.py`, in an environment of its own.
 
 python -m venv PEERS && PEERS/bin/pip install torch==2.13.0 transformers==5.24.0
 OMP_WAIT_POLICY=passive PEERS/bin/python experiments/generation_speed/transformers_generate.py --size=smollm2
 
-Waiting threads sleep and cost no CPU time. Prints a JSON line as `ours.py` does.
+Waiting threads sleep and use no CPU time. Prints a JSON line as `ours.py` does.
 """
 
 import argparse

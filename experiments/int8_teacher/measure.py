@@ -1,6 +1,8 @@
-"""python experiments/int8_teacher/measure.py FOLDER: what int8 changes of a teacher, its memory and its seconds on this machine.
+"""Measures the effect of int8 on a teacher's outputs, memory and seconds on this machine.
 
-The text is that of the setting `docstrings`: 64 held-out rows of up to 176 tokens, in the model's chat template.
+python experiments/int8_teacher/measure.py FOLDER
+
+The text is 64 held-out rows of the setting `docstrings`, of up to 176 tokens, in the model's chat template.
 """
 
 import importlib
@@ -26,17 +28,17 @@ def main(folder: str) -> None:
     changes = {"teacher.path": folder, "tokenizer.path": "", "data.template": "chat", "teacher.weights": "int8"}
     config.update_from_flattened_dict(changes | {"data.eval_batch_size": 64, "data.eval_rows": 64})
     run = train.build(config)
-    ours, (_, whole) = run.models.teacher_params, models.load_pretrained(folder)
+    int8_params, (_, float_params) = run.models.teacher_params, models.load_pretrained(folder)
     round_embedding = lambda tree: tree | {"embed": {"embedding": _rounded(tree["embed"]["embedding"].T).T}}
-    bfloat16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), whole)
+    bfloat16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), float_params)
     for name, params in {
-        "layers' matrices": ours,
-        "embedding (and head)": round_embedding(whole),
-        "both": round_embedding(ours),
+        "layers' matrices": int8_params,
+        "embedding (and head)": round_embedding(float_params),
+        "both": round_embedding(int8_params),
         "all in bfloat16": bfloat16,
     }.items():
-        print(json.dumps({"rounded": name} | quantisation.difference(run, params, whole)), flush=True)
-    seconds(run.models.teacher, {"float32": whole, "int8": ours})
+        print(json.dumps({"rounded": name} | quantisation.difference(run, params, float_params)), flush=True)
+    seconds(run.models.teacher, {"float32": float_params, "int8": int8_params})
 
 
 def _rounded(matrix):
@@ -44,7 +46,10 @@ def _rounded(matrix):
 
 
 def seconds(model, both):
-    """Of a pass over 4 x 128 tokens and of 32 tokens drawn for 2 prompts of 32: minima of interleaved rounds."""
+    """Prints the minimum seconds over interleaved rounds, for a pass over 4 x 128 tokens and for sampling.
+
+    Sampling writes 32 tokens to each of 2 prompts of 32 tokens.
+    """
     tokens = jax.random.randint(jax.random.key(0), (4, 128), 0, model.config.vocab_size)
 
     def draw(params, tokens):

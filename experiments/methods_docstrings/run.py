@@ -1,9 +1,9 @@
-"""Every method from the same fine-tuned student, on the docstrings: the same number of tokens, the same seeds, the same sampler.
+"""Trains every method from the same fine-tuned student on the docstrings, with equal tokens, seeds and sampler.
 
 python -m kd_jax.main --config=configs/sft.py --workdir=runs/start --config.steps=300
 python -m experiments.methods_docstrings.run --start=runs/start/student --out=experiments/methods_docstrings/results.jsonl
 
-A line a run; what is in the file already is not run again.
+Each run appends a line to the file. Runs that are already in the file are skipped.
 """
 
 import argparse
@@ -21,9 +21,10 @@ from configs.table import METHODS
 from kd_jax import data, evaluate, metrics, train
 from kd_jax.prefixes import rollouts
 
-PROMPTS = 128  # of the held-out rows: what the student answers
-PHASE = 16  # steps: minillm and distillm2 draw for so many at a time
-# Tokens a step, by which the number of steps is set: a second stream has eight rows of 176 beside the sixteen of 73 or so.
+PROMPTS = 128  # number of held-out prompts that the student answers
+PHASE = 16  # steps; minillm and distillm2 sample responses for this many steps at a time
+# Tokens per step, which determine the number of steps. A second stream adds eight rows of 176 tokens to sixteen rows of
+# about 73 tokens.
 TOKENS, WITH_TEXT = 1160, {"distillm": 2568, "minillm": 2568}
 
 
@@ -39,7 +40,7 @@ def configured(method: str, seed: int, tokens: int, start: str):
 
 
 def measure(run: train.Run, params, who: str = "student") -> dict[str, float]:
-    """On held-out rows, and on what the model itself writes to their prompts."""
+    """Measures a model on held-out rows, and on its own responses to their prompts."""
     model = run.models.student if who == "student" else run.models.teacher
     held_out = run.evaluate(params) if who == "student" else run.evaluate_teacher()
     rows = [
@@ -48,7 +49,7 @@ def measure(run: train.Run, params, who: str = "student") -> dict[str, float]:
     rows = [row for row in rows if row["loss_mask"].any()][:PROMPTS]
     prompts = [data.prompt_of(row["tokens"], row["loss_mask"]) for row in rows]
     references = [run.tokenizer.decode(row["targets"][row["loss_mask"]].tolist()) for row in rows]
-    # Not the config's own: distillm2's temperature and top-p would be measured with it.
+    # The sampler of the config is not used, because the temperature and top-p of distillm2 would affect the measures.
     sampler = rollouts.Sampler(run.mesh, run.tokenizer, run.config.data.max_length, run.config.sampling.max_new_tokens)
     values, scores, reports = [], [], []
     for start in range(0, PROMPTS, 32):
@@ -61,13 +62,13 @@ def measure(run: train.Run, params, who: str = "student") -> dict[str, float]:
         own = evaluate.own_batches(drawn, 32)
         values.append(evaluate.collect(*both, own, run.mesh, vocab_size=run.tokenizer.vocab_size))
     own = evaluate.summary({name: np.concatenate([part[name] for part in values]) for name in values[0]})
-    found = {
+    own_text = {
         "rouge_l": statistics.mean(scores),
         "own_forward_kl": own["forward_kl"],
         "own_reverse_kl": own["reverse_kl"],
     }
     means = {name: statistics.mean(report[name] for report in reports) for name in reports[0]}
-    return held_out | found | means
+    return held_out | own_text | means
 
 
 def trained(run: train.Run, budget: int) -> tuple[dict[str, float], object]:
@@ -84,10 +85,9 @@ def trained(run: train.Run, budget: int) -> tuple[dict[str, float], object]:
         tokens += values["tokens"]
         student_rows += run.feed.report.get("student_rows", 0.0)
         assert np.isfinite(values["loss"])
-    whole = seconds[
-        PHASE : len(seconds) // PHASE * PHASE
-    ]  # whole phases, without the first, in which programs are compiled
-    cost = {"seconds_a_step": statistics.mean(whole), "tokens": tokens, "steps": len(seconds)}
+    # Whole phases, without the first phase, in which programs are compiled.
+    measured = seconds[PHASE : len(seconds) // PHASE * PHASE]
+    cost = {"seconds_a_step": statistics.mean(measured), "tokens": tokens, "steps": len(seconds)}
     return cost | {"student_rows": student_rows / len(seconds)}, state.params
 
 

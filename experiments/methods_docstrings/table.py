@@ -1,4 +1,7 @@
-"""The table of README.md: python -m experiments.methods_docstrings.table experiments/methods_docstrings/results.jsonl"""
+"""Prints the table of README.md.
+
+python -m experiments.methods_docstrings.table experiments/methods_docstrings/results.jsonl
+"""
 
 import json
 import statistics

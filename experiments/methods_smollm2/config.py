@@ -1,15 +1,17 @@
-"""Every method on one pair: SmolLM2-135M-Instruct, fine-tuned on Dolly, into ten of its thirty layers, from one student.
+"""Every method on one pair of models, from one student.
 
-`run.py` does all of it in order on an accelerator, at the size `medium`; by hand, with models/SmolLM2-135M-Instruct a Hugging
-Face folder:
+The teacher is SmolLM2-135M-Instruct, fine-tuned on Dolly. The student has ten of its thirty layers.
+
+`run.py` runs everything in order on an accelerator, at the size `medium`. The single commands are these. They need the
+Hugging Face folder models/SmolLM2-135M-Instruct:
 
 python -m kd_jax.main --config=experiments/methods_smollm2/config.py:start-SIZE --workdir=runs/smollm2_start
 python -m kd_jax.main --config=experiments/methods_smollm2/config.py:teacher-SIZE --workdir=runs/smollm2_teacher
 python -m kd_jax.ablate --config=experiments/methods_smollm2/config.py:methods-SIZE --workdir=runs/methods_smollm2
 
-`short` is what two CPU cores do in an hour, `medium` what one accelerator does in ten minutes, and `full` is for several:
-2,000 steps of 64 rows and three seeds. After a comma there may be a copy of databricks-dolly-15k: methods-short,FILE.jsonl.gz;
-else it is downloaded.
+`short` takes an hour on two CPU cores, and `medium` takes ten minutes on one accelerator. `full` is for several
+accelerators: 2,000 steps of 64 rows and three seeds. A copy of databricks-dolly-15k may follow after a comma:
+methods-short,FILE.jsonl.gz. Without it the dataset is downloaded.
 """
 
 import importlib
@@ -21,7 +23,7 @@ from configs.ablations import base
 
 START, TEACHER = "runs/smollm2_start/student", "runs/smollm2_teacher/student"
 METRICS = ("forward_kl", "reverse_kl", "total_variation", "cross_entropy", "top1_agreement", "accuracy")
-STEPS = {  # of each size
+STEPS = {  # for each size
     "short": {"start": 240, "teacher": 40, "methods": 12},
     "medium": {"start": 1000, "teacher": 200, "methods": 200},
     "full": {"start": 6000, "teacher": 1000, "methods": 2000},
@@ -33,21 +35,25 @@ def get_config(stage: str = "methods-short") -> ConfigDict:
     what, _, size = stage.partition("-")
     stages = {"start": _start, "teacher": _teacher, "methods": _methods}
     if size not in STEPS or what not in stages:
-        raise ValueError(f"there is no stage {stage!r}: {', '.join(stages)}, then one of -{', -'.join(STEPS)}.")
+        names, sizes = ", ".join(stages), " or -".join(STEPS)
+        raise ValueError(f"The setting {stage!r} is unknown. A setting is one of {names}, followed by -{sizes}.")
     return stages[what](size, path)
 
 
 def _start(size: str, path: str) -> ConfigDict:
-    """The student that all methods start from: forward KL from the teacher before its fine-tuning."""
+    """Returns the config of the start of all students: forward KL from the teacher before its fine-tuning."""
     config = _sized(forward_kl.get_config("dolly_smollm2"), "start", size, path)
     config.learning_rate.init_value = 1e-3
-    if size == "short":  # those of experiments/smollm2_dolly
+    if size == "short":  # the lengths of experiments/smollm2_dolly
         config.data.max_length, config.data.max_prompt_length = 160, 96
     return config
 
 
 def _teacher(size: str, path: str) -> ConfigDict:
-    """The teacher's own fine-tuning, all of its layers on hard labels; `teacher` is what it starts from, to compare with."""
+    """Returns the config of the teacher's fine-tuning: all layers, on hard labels.
+
+    The key `teacher` is the model before fine-tuning, for comparison.
+    """
     config = _sized(sft.get_config("dolly_smollm2"), "teacher", size, path)
     config.learning_rate.init_value = 2e-5
     config.student.layers = tuple(range(30))
@@ -55,7 +61,7 @@ def _teacher(size: str, path: str) -> ConfigDict:
 
 
 def _methods(size: str, path: str) -> ConfigDict:
-    """An ablation over all methods."""
+    """Returns the config of an ablation over all methods."""
     methods = {}
     for name in table.METHODS:
         config = importlib.import_module(f"configs.{name}").get_config("dolly_smollm2")
@@ -64,9 +70,9 @@ def _methods(size: str, path: str) -> ConfigDict:
         config.teacher.path = TEACHER
         config.student.init = "pretrained"
         config.student.path = START
-        if config.prefixes.name == "teacher":  # some have not ended, and are left out
+        if config.prefixes.name == "teacher":  # unfinished responses are omitted, so more rows are needed
             config.prefixes.num_rows = (1 if size == "medium" else 2) * config.steps * config.data.batch_size
-    if size == "short":  # what the students write is for texts.py
+    if size == "short":  # texts.py samples the students' texts
         return base.ablation(methods, {}, seeds=(0,), metrics=METRICS)
     return base.ablation(methods, {}, metrics=(*METRICS, "entropy", "own_reverse_kl", "rouge_l"))
 

@@ -1,9 +1,9 @@
-"""All of the experiment on one accelerator, several runs beside each other on it, within a time.
+"""Runs the whole experiment on one accelerator, with several runs at the same time and a time limit.
 
 PYTHONPATH=. python experiments/methods_smollm2/run.py --model=FOLDER-OF-SmolLM2 --dolly=databricks-dolly-15k.jsonl.gz --sets=FOLDER
 
-Leaves the instructions that the sets ask out of the training data, makes the start and the fine-tuned teacher, runs all methods
-seed by seed, and has the students write. What is done is not done again, so that a call with more time goes on.
+Removes the instructions of the DollyEval set from the training data, makes the start and the fine-tuned teacher, runs
+all methods seed by seed, and has the students answer the sets. Finished parts are skipped, so a second call continues.
 """
 
 import argparse
@@ -32,10 +32,10 @@ def main() -> None:
         "--jobs",
         type=int,
         default=4,
-        help="processes beside each other, nine were too many for 80 GB; all compile at once",
+        help="number of processes at the same time, all of which compile; nine were too many for 80 GB",
     )
-    parser.add_argument("--seconds", type=float, default=1e9, help="when methods are stopped, from the call on")
-    parser.add_argument("--rows", type=int, default=64, help="of each set")
+    parser.add_argument("--seconds", type=float, default=1e9, help="methods are stopped after this time")
+    parser.add_argument("--rows", type=int, default=64, help="number of rows of each set")
     args = parser.parse_args()
     started = time.monotonic()
     Path("models").mkdir(exist_ok=True)
@@ -44,7 +44,7 @@ def main() -> None:
     train = Path("runs/dolly_train.jsonl")
     train.parent.mkdir(exist_ok=True)
     leave_out(args.dolly, [args.sets / "dolly.jsonl"], train)
-    data.load("dolly", split="train", path=str(train))  # built once, before many processes want it
+    data.load("dolly", split="train", path=str(train))  # built once, before many processes use it
     config = lambda what: f"--config={HERE}/config.py:{what}-{args.size},{train}"
     run([["kd_jax.main", config(what), f"--workdir=runs/smollm2_{what}"] for what in ("teacher", "start")])
     print(f"teacher and start after {time.monotonic() - started:.0f} s", flush=True)
@@ -61,16 +61,16 @@ def main() -> None:
 
 
 def leave_out(dolly: Path, held_out: list[Path], target: Path) -> None:
-    """Dolly's rows but those whose instruction is in a file of held-out rows."""
+    """Writes the rows of Dolly whose instruction is in none of the files of held-out rows."""
     asked = {json.loads(line)["instruction"].strip() for path in held_out for line in path.read_text().splitlines()}
     with gzip.open(dolly, "rt") if dolly.suffix == ".gz" else dolly.open() as file:
-        kept = [line for line in file if json.loads(line)["instruction"].strip() not in asked]
+        rows = [line for line in file if json.loads(line)["instruction"].strip() not in asked]
     if not target.exists():
-        target.write_text("".join(kept))
+        target.write_text("".join(rows))
 
 
 def run(commands: list[list[str]], seconds: float = 1e9) -> None:
-    """Python modules or files beside each other, each with as much of the accelerator's memory as it needs, at most for a time."""
+    """Runs Python modules or files at the same time, for a limited time. Each takes only the memory that it needs."""
     path = os.pathsep.join([".", *filter(None, [os.environ.get("PYTHONPATH")])])
     share = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": path}
     deadline = time.monotonic() + seconds
@@ -85,7 +85,7 @@ def run(commands: list[list[str]], seconds: float = 1e9) -> None:
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
-        for path in RUNS.glob("*/result.json"):  # of finished runs nothing but the student is needed
+        for path in RUNS.glob("*/result.json"):  # only the student of a finished run is needed
             shutil.rmtree(path.parent / "run" / "checkpoints", ignore_errors=True)
         time.sleep(0.5)
     print([process.returncode for process in processes], flush=True)

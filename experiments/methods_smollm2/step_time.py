@@ -1,9 +1,9 @@
-"""Seconds a step of every method of `config.py`, drawing of responses included, compilation left out.
+"""Measures the seconds per step of every method of `config.py`, with sampling and without compilation.
 
 PYTHONPATH=. python experiments/methods_smollm2/step_time.py methods-short[,DOLLY.jsonl.gz] OUT.jsonl [METHOD,METHOD,... [STEPS]]
 
-Let nothing run beside it; methods that OUT has already are left out. A method's line has wall and
-CPU seconds of a step, the mean of all but the first of STEPS, by default twelve.
+Nothing else should run at the same time. Methods that are already in OUT are skipped. A method's line has wall and CPU
+seconds of a step: the mean over STEPS steps (default: twelve) without the first.
 """
 
 import json
@@ -19,7 +19,7 @@ from kd_jax import main, train
 
 
 def measure(config, steps: int) -> dict[str, float]:
-    """Of a run that is not saved: what its steps take."""
+    """Returns the wall and CPU seconds per step of a run that is not saved."""
     run = train.build(config)
     state = run.init_state()
     wall, cpu = [], []
@@ -32,8 +32,8 @@ def measure(config, steps: int) -> dict[str, float]:
         compiled = sum(compilations) - compiled
         wall.append(time.perf_counter() - start[0] - compiled)
         cpu.append(time.process_time() - start[1] - compiled)
-    found = {"wall": statistics.mean(wall[1:] or wall), "cpu": statistics.mean(cpu[1:] or cpu), "steps": wall}
-    return found | {"device": jax.devices()[0].device_kind}
+    seconds = {"wall": statistics.mean(wall[1:] or wall), "cpu": statistics.mean(cpu[1:] or cpu), "steps": wall}
+    return seconds | {"device": jax.devices()[0].device_kind}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What each student of the ablation writes to the papers' evaluation sets, and the table of all that was measured.
+"""Has each student of the ablation answer the papers' evaluation sets, and prints the table of all measures.
 
 PYTHONPATH=. python experiments/methods_smollm2/texts.py --ablation=runs/methods_smollm2 --sets=FOLDER [--rows=16] [--shard=I/N]
 
-The folder has MiniLLM's dolly, self-inst, vicuna and sinst as NAME.jsonl. Their instructions are asked in the models' own
-chat template, as in training, and not in Alpaca's, which stands in the files' prompts. Results go to texts_ROWS.jsonl in the
-folder of the ablation; what is there is not done again.
+The folder has MiniLLM's dolly, self-inst, vicuna and sinst as NAME.jsonl. As in training, the prompts use the models'
+own chat template, and not Alpaca's template, which the files' prompts have. The results are appended to
+texts_ROWS.jsonl in the folder of the ablation. Students that are already in this file are skipped.
 """
 
 import argparse
@@ -31,16 +31,16 @@ COLUMNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--ablation", type=Path, required=True, help="its work directory")
+    parser.add_argument("--ablation", type=Path, required=True, help="work directory of the ablation")
     parser.add_argument(
-        "--sets", type=Path, help="where the sets are; without it the table of what is there is printed"
+        "--sets", type=Path, help="folder of the sets; without it, only the table of the existing results is printed"
     )
-    parser.add_argument("--rows", type=int, default=16, help="the first so many of each set")
-    parser.add_argument("--seeds", default="10", help="of the draws")
+    parser.add_argument("--rows", type=int, default=16, help="number of rows of each set, from its start")
+    parser.add_argument("--seeds", default="10", help="seeds of the samples")
     parser.add_argument("--max_new_tokens", type=int, default=48)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--shard", default="0/1", help="I/N: every N-th student from the I-th on")
+    parser.add_argument("--shard", default="0/1", help="I/N: every N-th student, starting at the I-th")
     args = parser.parse_args()
     if args.sets:
         write(args)
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def write(args: argparse.Namespace) -> None:
-    """Has this shard's students write, and appends a line for each."""
+    """Has the students of this shard answer the prompts, and appends a line per student."""
     part, parts = map(int, args.shard.split("/"))
     mixed = args.ablation / f"sets_{args.rows}_{part}.jsonl"
     rows = [
@@ -72,39 +72,42 @@ def write(args: argparse.Namespace) -> None:
 
 
 def read(ablation: Path, rows: int) -> list[dict[str, Any]]:
-    """What `write` has left."""
+    """Returns the lines that `write` appended."""
     file = ablation / f"texts_{rows}.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def by_set(generations: Path, count: int) -> dict[str, float]:
-    """Mean ROUGE-L and length in words of each set and of all; every seed goes through the sets in their order."""
+    """Returns the mean ROUGE-L of each set and of all sets, and the mean number of words.
+
+    Every seed uses the sets in the order of `SETS`.
+    """
     written = [json.loads(line) for line in generations.read_text().splitlines()]
     size = count * len(SETS)
-    found = {}
+    means = {}
     for place, name in enumerate(SETS):
         some = [w["rouge_l"] for i, w in enumerate(written) if i % size // count == place]
-        found[name] = sum(some) / len(some)
-    found["all"] = sum(w["rouge_l"] for w in written) / len(written)
-    found["words"] = sum(len(w["response"].split()) for w in written) / len(written)
-    return found
+        means[name] = sum(some) / len(some)
+    means["all"] = sum(w["rouge_l"] for w in written) / len(written)
+    means["words"] = sum(len(w["response"].split()) for w in written) / len(written)
+    return means
 
 
 def table(ablation: Path, rows: int) -> str:
-    """A row a student, mean ± deviation over its seeds: what the runs have measured, and ROUGE-L on the sets."""
+    """Returns a row per student, mean ± deviation over the seeds: the measures of the runs, and ROUGE-L on the sets."""
     done = [json.loads(line) for line in (ablation / "results.jsonl").read_text().splitlines()]
     texts = {line["student"]: line for line in read(ablation, rows)}
     wanted = ("all", *SETS, "words")
-    cells = lambda its: [f"{its[name]:.1f}" if name in its else "" for name in wanted]
+    cells = lambda scores: [f"{scores[name]:.1f}" if name in scores else "" for name in wanted]
     ends = {"(teacher)": done[0]["teacher"], "(start)": done[0]["before"]}
     lines = [
-        [name, *(f"{its[column]:.3f}" if column in its else "" for column in COLUMNS), *cells(texts.get(name, {})), ""]
-        for name, its in ends.items()
+        [name, *(f"{values[key]:.3f}" if key in values else "" for key in COLUMNS), *cells(texts.get(name, {})), ""]
+        for name, values in ends.items()
     ]
     for name, runs in comparison.grouped(done).items():
         written = [texts[run["folder"]] for run in runs if run["folder"] in texts]
         numbers = [comparison.number([run["after"][c] for run in runs if c in run["after"]]) for c in COLUMNS]
-        scores = [_spread([its[key] for its in written]) for key in wanted]
+        scores = [_spread([line[key] for line in written]) for key in wanted]
         lines.append([name, *numbers, *scores, str(len(runs))])
     return metrics.table([["student", *COLUMNS.values(), "ROUGE-L", *SETS, "words", "seeds"], *lines])
 

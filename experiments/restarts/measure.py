@@ -1,9 +1,9 @@
-"""What a restart costs: from the call to the first new step, fresh and resumed, and from SIGTERM to the end.
+"""Measures the cost of a restart: the time to the first new step, fresh and resumed, and from SIGTERM to the end.
 
 python experiments/restarts/measure.py --config=configs/quickstart.py --stop=60 [--rounds=3] [FLAGS OF kd_jax.main ...]
 
-Each round starts a run in a new work directory, ends it with SIGTERM after `stop` steps, and calls it again until its next
-step; a run before the rounds fills the cache of compiled programs. Prints a JSON line a round: wall seconds.
+Each round starts a run in a new work directory, ends the run with SIGTERM after `stop` steps, and resumes it until its
+next step. A round before the others fills the cache of compiled programs. Prints a JSON line of wall seconds per round.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", required=True)
-    parser.add_argument("--stop", type=int, default=20, help="steps")
+    parser.add_argument("--stop", type=int, default=20, help="number of steps before SIGTERM")
     parser.add_argument("--rounds", type=int, default=3)
     args, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -37,30 +37,30 @@ def main() -> None:
 
 
 def part(call: list[str], workdir: Path, steps: int) -> dict[str, float]:
-    """Starts or resumes a run, ends it so many steps after its first, and says what took how long."""
+    """Starts or resumes a run, ends it after a number of new steps, and returns the seconds of both parts."""
     least, began = steps_of(workdir), time.perf_counter()
     process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        found: dict[str, float] = {}
+        seconds: dict[str, float] = {}
         while process.poll() is None:
             reached = steps_of(workdir)
             if reached > least:
-                found.setdefault("to_first_step_s", round(time.perf_counter() - began, 2))
+                seconds.setdefault("to_first_step_s", round(time.perf_counter() - began, 2))
             if reached >= least + steps:
                 break
             time.sleep(0.02)
-        told = time.perf_counter()
+        signalled = time.perf_counter()
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=600)
         if process.returncode != 75:
-            raise RuntimeError(f"the run ended with {process.returncode}:\n{output[-2000:]}")
-        return found | {"sigterm_to_end_s": round(time.perf_counter() - told, 2)}
+            raise RuntimeError(f"The run ended with exit code {process.returncode} and not with 75:\n{output[-2000:]}")
+        return seconds | {"sigterm_to_end_s": round(time.perf_counter() - signalled, 2)}
     finally:
         process.kill()
 
 
 def steps_of(workdir: Path) -> int:
-    """The last step in the run's metrics."""
+    """Returns the last step in the run's metrics."""
     file = workdir / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)

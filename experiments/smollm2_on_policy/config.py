@@ -1,4 +1,7 @@
-"""SmolLM2-135M-Instruct, on policy: the exact KL(q || p) on what the student writes, from a student that forward KL made."""
+"""SmolLM2-135M-Instruct, on policy: the exact KL(q || p) on the student's own text.
+
+The student was first trained with forward KL.
+"""
 
 from ml_collections import ConfigDict
 
@@ -7,7 +10,7 @@ from configs import opd
 
 def get_config() -> ConfigDict:
     config = opd.get_config("dolly_smollm2")
-    config.objective.terms.distil.kind = "divergence"  # over the whole vocabulary: the policy gradient's expectation
+    config.objective.terms.distil.kind = "divergence"  # over all tokens: the policy gradient's expectation
     config.steps = 60
     config.learning_rate.init_value = 3e-4
     config.student.init = "pretrained"

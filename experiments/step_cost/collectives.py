@@ -1,6 +1,6 @@
-"""What a compiled program sends between devices: read from its HLO text.
+"""Prints the collectives of a train step and their bytes on each mesh, read from the HLO text of the compiled program.
 
-python -m experiments.step_cost.collectives   # prints the table of a train step's collectives and bytes on each mesh
+python -m experiments.step_cost.collectives
 """
 
 import os
@@ -16,10 +16,10 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in sizes.items()), "\n")
     print("| data, fsdp, tensor | where | collective | number | MB a device |\n| --- | --- | --- | --: | --: |")
     for mesh in MESHES:
-        found = read(compiled_step(mesh, **sizes))
+        collectives = read(compiled_step(mesh, **sizes))
         for in_loop in (False, True):
             for kind in KINDS:
-                chosen = [c for c in found if c.kind == kind and c.in_loop == in_loop]
+                chosen = [c for c in collectives if c.kind == kind and c.in_loop == in_loop]
                 if chosen:
                     where = "each chunk" if in_loop else "once a step"
                     print(f"| {mesh} | {where} | {kind} | {len(chosen)} | {sum(c.size for c in chosen) / 1e6:.3f} |")

@@ -1,4 +1,4 @@
-"""Time to compile a step for models of few and of many layers: what scanning over the layers could save.
+"""Measures the time to compile a step of models with few or many layers: the most that a scan over layers could save.
 
 python -m experiments.step_cost.compile_depth --student=10 --teacher=30
 """
@@ -20,8 +20,8 @@ SMOLLM2 = dict(embed_dim=576, hidden_dim=1536, num_heads=9, num_kv_heads=3, head
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--student", type=int, default=10, help="layers")
-    parser.add_argument("--teacher", type=int, default=30, help="layers")
+    parser.add_argument("--student", type=int, default=10, help="number of layers")
+    parser.add_argument("--teacher", type=int, default=30, help="number of layers")
     args = parser.parse_args()
     student, teacher = (model(SMOLLM2 | {"num_layers": n}, 49152) for n in (args.student, args.teacher))
     terms, tx = make_terms({"distil": base.term()}), optax.adamw(1e-3)

@@ -1,4 +1,4 @@
-"""Runs commands by turns, several rounds of all of them, and keeps the JSON line that each prints last.
+"""Runs several commands alternately for a number of rounds, and stores the last JSON line that each command prints.
 
 python -m experiments.step_cost.interleave --rounds=3 --out=experiments/step_cost/steps.jsonl 'COMMAND' 'COMMAND' ...
 """
@@ -18,7 +18,9 @@ def main() -> None:
         for command in args.commands:
             done = subprocess.run(command, shell=True, capture_output=True, text=True)
             if done.returncode:
-                raise SystemExit(f"{command}\nended with {done.returncode}:\n{done.stderr[-3000:]}")
+                raise SystemExit(
+                    f"The command {command!r} ended with exit code {done.returncode}:\n{done.stderr[-3000:]}"
+                )
             line = json.loads(done.stdout.strip().splitlines()[-1])
             print(json.dumps(line), flush=True)
             with open(args.out, "a") as file:

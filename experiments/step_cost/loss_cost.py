@@ -1,8 +1,8 @@
-"""Time and memory of the chunked loss against full logits and against the matrix products alone, interleaved.
+"""Compares time and memory of the chunked loss with full logits or with the matrix products alone.
 
 python -m experiments.step_cost.loss_cost --tokens=4096 --masked=0.1 --against=full --out=experiments/step_cost/losses.jsonl
 
-On a mesh of virtual devices (XLA_FLAGS=--xla_force_host_platform_device_count=8), for what masking saves there:
+On a mesh of virtual devices (XLA_FLAGS=--xla_force_host_platform_device_count=8), this measures what masking saves:
 python -m experiments.step_cost.loss_cost --mesh=2,2,2 --masked=0.5 --against=unmasked
 """
 
@@ -28,7 +28,7 @@ KEYWORDS = {
 
 
 def losses() -> dict:
-    """Every divergence, and forward KL from the teacher to every assistant, TAID and AMiD as their configs have them."""
+    """Returns a loss for every divergence, for forward KL from the teacher to every assistant, and for TAID."""
     bound = lambda module, name: functools.partial(getattr(module, name), **KEYWORDS.get(name, {}))
     made = {name: token_loss(bound(divergences, name)) for name in divergences.__all__}
     for name in assistants.__all__:
@@ -42,13 +42,13 @@ def losses() -> dict:
 
 
 def full(loss, hs, ws, ht, wt, coefficient):
-    """The same number from [B, L, V] logits."""
+    """Returns the loss from logits of shape [B, L, V]."""
     log_p, log_q = jax.nn.log_softmax(ht @ wt), jax.nn.log_softmax(hs @ ws)
     return jnp.sum(coefficient * loss(log_p, log_q))
 
 
 def products(hs, ws, ht, wt, coefficient):
-    """The four matrix products that no implementation can do without, on whole logits, as fast as XLA has them."""
+    """Computes the four matrix products that every implementation needs, on whole logits, as fast as XLA can."""
     hs, ht = (hidden.reshape(-1, hidden.shape[-1]) for hidden in (hs, ht))
     logits, teacher_logits = hs @ ws, ht @ wt
     d_ws = jax.lax.optimization_barrier(hs.T) @ logits
@@ -62,12 +62,12 @@ def main() -> None:
     parser.add_argument("--student", type=int, default=256)
     parser.add_argument("--teacher", type=int, default=512)
     parser.add_argument(
-        "--masked", type=float, default=0.1, help="share of the positions, at random, with coefficient 0"
+        "--masked", type=float, default=0.1, help="share of the positions with coefficient 0, chosen at random"
     )
     parser.add_argument("--chunk", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=5, help="0: only compile, for the memory")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds; 0: only compile, to read the memory")
     parser.add_argument("--against", default="full", choices=["full", "products", "unmasked", "nothing"])
-    parser.add_argument("--mesh", default="", help="sizes of data, fsdp and tensor; on one device without")
+    parser.add_argument("--mesh", default="", help="sizes of data, fsdp and tensor; empty: one device")
     parser.add_argument("--only", default="")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
@@ -118,7 +118,10 @@ def main() -> None:
 
 
 def measure(contenders: dict, rounds: int) -> dict:
-    """Planned temporary memory, and the least CPU seconds of interleaved rounds; the first is compared with the last."""
+    """Measures planned temporary memory and the minimum seconds over alternating rounds.
+
+    The first program is compared with the last one.
+    """
     compiled = {who: jax.jit(function).lower(*arrays).compile() for who, (function, arrays) in contenders.items()}
     line = {f"{who}_temp_mb": round(run.memory_analysis().temp_size_in_bytes / 1e6, 2) for who, run in compiled.items()}
     seconds = {who: [] for who in compiled}
@@ -129,12 +132,12 @@ def measure(contenders: dict, rounds: int) -> dict:
             jax.block_until_ready(run(*contenders[who][1]))
             if turn:
                 seconds[who].append((time.process_time() - start, time.perf_counter() - wall))
-        if not turn:  # the first warms up, and the peak is the others'
+        if not turn:  # the first round is a warm-up; the peak of memory is measured after it
             Path("/proc/self/clear_refs").write_text("5")
     for who, times in seconds.items():
         for name, column in zip(("cpu_s", "wall_s"), zip(*times, strict=True), strict=False):
             line[f"{who}_{name}"] = round(min(column), 4)
-    if rounds and len(contenders) == 1:  # alone in its process, as the peers in `torch_losses.py` are
+    if rounds and len(contenders) == 1:  # one program per process, as in `torch_losses.py`
         line |= {"impl": "kd_jax"} | {name: line[f"chunked_{name}"] for name in ("cpu_s", "wall_s")}
         line["peak_over_mb"] = round(memory_mb("VmHWM") - before, 1)
     ours, other = next(iter(contenders)), list(contenders)[-1]
@@ -147,7 +150,7 @@ def measure(contenders: dict, rounds: int) -> dict:
 
 
 def memory_mb(key: str) -> float:
-    """VmRSS, the resident memory of this process, or VmHWM, its peak."""
+    """Returns VmRSS, the resident memory of this process, or VmHWM, the peak of it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(key))
 

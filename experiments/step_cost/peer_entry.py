@@ -1,6 +1,7 @@
-"""kd_jax behind the interface of the peers' benchmark: `make(spec) -> (step, n_student, n_teacher)`.
+"""Provides kd_jax through the interface of the peers' benchmark: `make(spec) -> (step, n_student, n_teacher)`.
 
-spec: sizes of student and teacher, V, B, T, lr, temperature, alpha. The loss is alpha tau^2 KL(p || q) + (1 - alpha) cross-entropy.
+`spec` has the sizes of student and teacher, V, B, T, lr, temperature and alpha. The loss is
+alpha tau^2 KL(p || q) + (1 - alpha) cross-entropy.
 """
 
 import jax

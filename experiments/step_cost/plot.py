@@ -1,4 +1,6 @@
-"""Memory and time of the loss over the number of tokens and the size of the vocabulary, from the JSON lines of `loss_cost.py`.
+"""Plots memory and time of the loss over the number of tokens and over the size of the vocabulary.
+
+The data is the JSON lines of `loss_cost.py`:
 
 python -m experiments.step_cost.plot experiments/step_cost/sweep.jsonl experiments/step_cost/sweep.png
 """

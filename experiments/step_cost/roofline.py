@@ -1,26 +1,26 @@
-"""Operations, bytes and time of the loss and of a step on accelerators, on paper: nothing is run.
+"""Calculates operations, bytes and time of the loss and of a step on accelerators. Nothing is run.
 
-Bytes are those of this implementation's passes over the logits, each fused as XLA fuses it on a CPU; a step's leave out the
-activations of the blocks.
+The bytes are those of the passes of this implementation over the logits. Each pass is fused as XLA fuses it on a CPU.
+The bytes of a step do not include the activations of the blocks.
 
 python -m experiments.step_cost.roofline
 
-Peaks: the data sheet of NVIDIA's H100 SXM (989 TFLOP/s dense bfloat16, 3.35 TB/s) and Google Cloud's page on TPU v5p (459 TFLOP/s,
-2.765 TB/s).
+The peaks are from the data sheet of NVIDIA's H100 SXM (989 TFLOP/s dense bfloat16, 3.35 TB/s) and from Google Cloud's
+page on TPU v5p (459 TFLOP/s, 2.765 TB/s).
 """
 
 PEAKS = {"H100 SXM": (989e12, 3.35e12), "TPU v5p": (459e12, 2.765e12)}
-CHUNK = 2048  # tokens, as token_sum takes them on an accelerator
+CHUNK = 2048  # tokens in a chunk of token_sum on an accelerator
 
 
 def head_loss(tokens: int, vocab: int, student: int, teacher: int) -> tuple[float, float]:
-    """FLOP and bytes of the loss in bfloat16, logits and the head's gradient in float32."""
-    flop = (
-        2 * tokens * vocab * (3 * student + teacher)
-    )  # the student's forward and its two gradients; the teacher's forward
+    """Returns FLOP and bytes of the loss in bfloat16, with logits and the head's gradient in float32."""
+    # The student has a forward product and two gradients, and the teacher a forward product.
+    flop = 2 * tokens * vocab * (3 * student + teacher)
     chunks = -(-tokens // CHUNK)
-    heads = 2 * vocab * (2 * student + teacher) * chunks  # each chunk reads the student's twice and the teacher's once
-    gradient = 2 * 4 * vocab * student * chunks  # read and written
+    # Each chunk reads the student's head twice and the teacher's head once.
+    heads = 2 * vocab * (2 * student + teacher) * chunks
+    gradient = 2 * 4 * vocab * student * chunks  # of the head; read and written
     # Both models' logits are written once and read four times in float32: maximum, sum, loss, gradient. The gradient is
     # written and read twice in bfloat16.
     logits = tokens * vocab * (2 * 4 * 5 + 2 * 3)
@@ -28,12 +28,12 @@ def head_loss(tokens: int, vocab: int, student: int, teacher: int) -> tuple[floa
 
 
 def step(tokens: int, vocab: int, student: dict, teacher: dict) -> tuple[float, float]:
-    """FLOP and bytes of a whole step: blocks, loss, AdamW on float32; attention's scores left out."""
+    """Returns FLOP and bytes of a whole step: blocks, loss, and AdamW in float32, without the attention scores."""
     flop, moved = head_loss(tokens, vocab, student["width"], teacher["width"])
     flop += 2 * tokens * (3 * student["blocks"] + teacher["blocks"])
     parameters = student["blocks"] + vocab * student["width"]
     moved += 4 * parameters * 8  # parameters, two moments and the gradient, each read and written
-    moved += 2 * (3 * student["blocks"] + teacher["blocks"])  # weights, once a pass
+    moved += 2 * (3 * student["blocks"] + teacher["blocks"])  # weights, read once per pass
     return flop, moved
 
 

@@ -1,8 +1,8 @@
-"""A config's step as the training loop runs it: time to compile, and what the input pipeline adds to the step.
+"""Measures the time to compile a config's step, and the time that the input pipeline adds to the step.
 
 python -m experiments.step_cost.step_time --config=configs/quickstart.py --cache=CACHE --out=experiments/step_cost/quickstart.jsonl
 
-With an empty cache directory the compilation is cold; a second call with the same directory reads it from there.
+With an empty cache directory the compilation is cold. A second call with the same directory reads it from the cache.
 """
 
 import json
@@ -19,12 +19,14 @@ from kd_jax import train
 from kd_jax.prefixes.feed import Feed
 
 CONFIG = config_flags.DEFINE_config_file("config")
-CACHE = flags.DEFINE_string("cache", "", "the compilation cache's directory")
+CACHE = flags.DEFINE_string("cache", "", "directory of the compilation cache")
 STEPS = flags.DEFINE_integer(
-    "steps", 64, "steps in a lap: many more than the pipeline prepares ahead, which are 8 batches"
+    "steps",
+    64,
+    "number of steps in a lap; should be much larger than 8, the number of batches that the pipeline prepares ahead",
 )
-LAPS = flags.DEFINE_integer("laps", 4, "laps of each kind, by turns; 0: only compile")
-OUT = flags.DEFINE_string("out", "", "a file of JSON lines")
+LAPS = flags.DEFINE_integer("laps", 4, "number of laps of each kind, which alternate; 0: only compile")
+OUT = flags.DEFINE_string("out", "", "file of JSON lines to which the result is appended")
 
 
 def main(_: list[str]) -> None:
@@ -53,9 +55,9 @@ def main(_: list[str]) -> None:
 
 
 def laps(run: train.Run, pipeline: Feed) -> dict:
-    """Wall seconds a step on the same batches, from the device's memory and out of the pipeline while it prepares them."""
+    """Returns the wall seconds per step on the same batches, from the memory of the device and from the pipeline."""
     state, seconds = run.init_state(), {"memory": [], "pipeline": []}
-    pipeline.next(0, None)  # `run`'s own is one batch ahead
+    pipeline.next(0, None)  # the pipeline of `run` is one batch ahead
     for lap in range(LAPS.value + 1):
         loaded = iter([run.batch(0, None) for _ in range(STEPS.value)])
         sources = {"memory": lambda loaded=loaded: next(loaded), "pipeline": lambda: run.put(pipeline.next(0, None))}
@@ -64,7 +66,7 @@ def laps(run: train.Run, pipeline: Feed) -> dict:
             for _ in range(STEPS.value):
                 state, _ = run.train_step(state, run.models.teacher_params, source())
             jax.block_until_ready(state)
-            if lap:  # the first warms up
+            if lap:  # the first lap is a warm-up
                 seconds[name].append((time.perf_counter() - start) / STEPS.value)
     ratios = [one / other for one, other in zip(seconds["pipeline"], seconds["memory"], strict=True)]
     line = {f"{name}_step_s": round(statistics.median(times), 4) for name, times in seconds.items()}

@@ -1,4 +1,4 @@
-"""The tables of README.md from the JSON lines beside this file.
+"""Prints the tables of README.md from the files of JSON lines in this folder.
 
 python -m experiments.step_cost.table
 """
@@ -15,7 +15,10 @@ def read(name: str) -> list[dict]:
 
 
 def losses() -> list[list[str]]:
-    """A row a loss: time and memory against full logits, time against the products, memory as the job grows."""
+    """Returns a row per loss.
+
+    The columns are time and memory relative to full logits, time relative to the products, and memory at three sizes.
+    """
     full = {line["loss"]: line for line in read("losses.jsonl") if "full_cpu_s" in line}
     products = {line["loss"]: line for line in read("losses.jsonl") if "products_cpu_s" in line}
     memory = {(line["loss"], line["tokens"], line["vocab"]): line["chunked_temp_mb"] for line in read("memory.jsonl")}
@@ -28,7 +31,7 @@ def losses() -> list[list[str]]:
 
 
 def peers(name: str, by: tuple[str, ...], columns: dict[str, str]) -> list[list[str]]:
-    """A row an implementation: the least over the rounds of each column."""
+    """Returns a row per implementation, with the minimum of each column over the rounds."""
     groups: dict[tuple, list[dict]] = {}
     for line in read(name):
         groups.setdefault(tuple(line[key] for key in by), []).append(line)

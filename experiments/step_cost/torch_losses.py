@@ -1,11 +1,12 @@
-"""The losses of Liger Kernel and TRL on a CPU at the shapes of `loss_cost.py`, in an environment of their own.
+"""Measures the losses of Liger Kernel and TRL on a CPU at the shapes of `loss_cost.py`.
+
+The script runs in an environment of its own:
 
 python -m venv PEERS && PEERS/bin/pip install torch==2.13.0 trl==1.16.0 liger-kernel
 OMP_WAIT_POLICY=passive PEERS/bin/python experiments/step_cost/torch_losses.py --impl=liger --loss=forward_kl
 
-Every position counts: compare with `loss_cost.py --masked=0 --against=nothing`. Waiting threads sleep and cost no CPU time.
-
-Prints a JSON line: the least CPU seconds of value and gradient, and the peak of resident memory over the start.
+Every position counts, as in `loss_cost.py --masked=0 --against=nothing`. Waiting threads sleep and use no CPU time.
+Prints a JSON line with the minimum CPU seconds of value and gradient, and the peak of resident memory above its start.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from importlib import metadata
 
 import torch
 
-BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jensen_shannon": 0.5}  # both libraries call the same numbers so
+BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jensen_shannon": 0.5}  # the same numbers in both libraries
 
 
 def memory_mb(key):
@@ -67,7 +68,7 @@ def main():
 
     before = memory_mb("VmRSS")
     run()
-    with open("/proc/self/clear_refs", "w") as file:  # from here on the peak is the measured rounds'
+    with open("/proc/self/clear_refs", "w") as file:  # reset the peak, so that it is the peak of the measured rounds
         file.write("5")
     seconds = []
     for _ in range(args.rounds):

@@ -1,4 +1,7 @@
-"""CPU time of the loss, value and gradient, with each kind of cache: PYTHONPATH=. python experiments/teacher_cache/loss_cost.py"""
+"""Measures the CPU time of the loss, with value and gradient, for each kind of cache.
+
+PYTHONPATH=. python experiments/teacher_cache/loss_cost.py
+"""
 
 import json
 import time
@@ -23,26 +26,26 @@ def main() -> None:
         ids = jax.random.permutation(keys[2], VOCABULARY)[: TOKENS * k % VOCABULARY or k]
         ids = jnp.resize(ids, (1, TOKENS, k))
         if kind == "top_k":
-            kept = ids, jax.nn.log_softmax(jax.random.normal(keys[3], (1, TOKENS, k + 1)))
+            cached = ids, jax.nn.log_softmax(jax.random.normal(keys[3], (1, TOKENS, k + 1)))
         else:
-            kept = ids, jnp.full((1, TOKENS, k), 1 / k), jnp.ones((1, TOKENS))
-        cases[f"{kind}, {k}"] = kept, (None, None)
-    for name, (kept, teacher) in cases.items():
+            cached = ids, jnp.full((1, TOKENS, k), 1 / k), jnp.ones((1, TOKENS))
+        cases[f"{kind}, {k}"] = cached, (None, None)
+    for name, (cached, teacher) in cases.items():
         see = CACHED[name.split(",")[0]]().see
         divergence = sampled_forward_kl if name.startswith("samples") else divergences.forward_kl
-        loss = lambda log_p, log_q, *its, see=see, divergence=divergence: divergence(*see(log_p, log_q, *its))
+        loss = lambda log_p, log_q, *cached, see=see, divergence=divergence: divergence(*see(log_p, log_q, *cached))
 
-        def total(hidden, head, teacher, kept, loss=loss):
-            return token_sum(loss, hidden, head, *teacher, coefficient, *kept, tied=(True, True))[0]
+        def total(hidden, head, teacher, cached, loss=loss):
+            return token_sum(loss, hidden, head, *teacher, coefficient, *cached, tied=(True, True))[0]
 
         step = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
-        jax.block_until_ready(step(hidden, head, teacher, kept))
-        found = []
+        jax.block_until_ready(step(hidden, head, teacher, cached))
+        seconds = []
         for _ in range(5):
             start = time.process_time()
-            jax.block_until_ready(step(hidden, head, teacher, kept))
-            found.append(time.process_time() - start)
-        print(json.dumps({"cache": name, "cpu_seconds": round(min(found), 3)}), flush=True)
+            jax.block_until_ready(step(hidden, head, teacher, cached))
+            seconds.append(time.process_time() - start)
+        print(json.dumps({"cache": name, "cpu_seconds": round(min(seconds), 3)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-r"""What a cache keeps of a teacher, in bytes and in the student's gradient, and a short run from each against the online run.
+r"""Measures the bytes of each kind of cache, the student's gradient from it, and a short run from it.
+
+The gradient and the run are compared with those of the online teacher.
 
 PYTHONPATH=. python experiments/teacher_cache/measure.py \
   --teacher=FOLDER --student=FOLDER --data=FILE.jsonl.gz --out=runs/teacher_cache
@@ -32,10 +34,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("teacher", "student", "data", "out"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--lines", type=int, default=400, help="of the data, the first so many")
+    parser.add_argument("--lines", type=int, default=400, help="number of lines to use, from the start of the data")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument(
-        "--stages", default="write,gradients,runs,times", help="what is done; the rest is read from results.jsonl"
+        "--stages",
+        default="write,gradients,runs,times",
+        help="stages to run; results.jsonl has the results of the others",
     )
     args = parser.parse_args()
     folder = Path(args.out)
@@ -59,33 +63,33 @@ def main() -> None:
         config.learning_rate.init_value, config.steps = 2e-4, args.steps
         return config
 
-    where = {name: str(folder / name.replace(", ", "_").replace(" ", "")) for name in CACHES}
+    folders = {name: str(folder / name.replace(", ", "_").replace(" ", "")) for name in CACHES}
     results = folder / "results.jsonl"
     lines = [{"cache": name} for name in ("online", *CACHES)]
     if results.exists():
         lines = [json.loads(line) for line in results.read_text().splitlines()]
     for stage in args.stages.split(","):
-        {"write": write, "gradients": gradients, "runs": runs, "times": times}[stage](lines, configured, where)
+        {"write": write, "gradients": gradients, "runs": runs, "times": times}[stage](lines, configured, folders)
         results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(table(lines))
 
 
-def write(lines: list, configured, where: dict) -> None:
-    """Writes the caches; adds what they take up."""
+def write(lines: list, configured, folders: dict) -> None:
+    """Writes the caches, and adds the bytes per token of each."""
     for line in lines[1:]:
         kind, k = CACHES[line["cache"]]
-        manifest = cache_teacher.write(configured(), where[line["cache"]], kind, k)
+        manifest = cache_teacher.write(configured(), folders[line["cache"]], kind, k)
         tokens = sum(split["tokens"] for split in manifest["splits"].values())
-        size = sum(file.stat().st_size for file in Path(where[line["cache"]]).rglob("*.array_record"))
+        size = sum(file.stat().st_size for file in Path(folders[line["cache"]]).rglob("*.array_record"))
         line |= {"tokens": tokens, "bytes_per_token": size / tokens}
 
 
-def gradients(lines: list, configured, where: dict) -> None:
-    """Adds cosine with, and relative distance from, the online gradient of two batches."""
+def gradients(lines: list, configured, folders: dict) -> None:
+    """Adds the cosine and the relative distance between the gradient of two batches and the online gradient."""
     exact = {}
     for line in lines:
         name = line["cache"]
-        run = train.build(configured(where.get(name, "")))
+        run = train.build(configured(folders.get(name, "")))
         params = run.init_state().params
         batches = [run.batch(step, params) for step in range(2)]
         for of in ("forward_kl", "reverse_kl"):
@@ -100,27 +104,28 @@ def gradients(lines: list, configured, where: dict) -> None:
                     vocab_size=run.tokenizer.vocab_size,
                 )[0]  # fmt: skip
 
-            of_params = jax.jit(jax.value_and_grad(loss))
-            found = [of_params(params, batch) for batch in batches]
-            gradient = jax.tree.map(lambda *parts: sum(parts) / len(parts), *(g for _, g in found))
+            value_and_gradient = jax.jit(jax.value_and_grad(loss))
+            values = [value_and_gradient(params, batch) for batch in batches]
+            gradient = jax.tree.map(lambda *parts: sum(parts) / len(parts), *(g for _, g in values))
             if name == "online":
                 exact[of] = gradient
             distance = optax.tree.norm(jax.tree.map(jnp.subtract, gradient, exact[of])) / optax.tree.norm(exact[of])
             cosine = optax.tree.vdot(gradient, exact[of]) / (optax.tree.norm(gradient) * optax.tree.norm(exact[of]))
             line[of] = {
-                "value": float(sum(v for v, _ in found) / len(found)), "cosine": float(cosine), "distance": float(distance)
+                "value": float(sum(v for v, _ in values) / len(values)),
+                "cosine": float(cosine), "distance": float(distance)
             }  # fmt: skip
             print(name, of, line[of], flush=True)
 
 
-def runs(lines: list, configured, where: dict) -> None:
-    """Adds each run's losses, and its student measured with the online teacher."""
+def runs(lines: list, configured, folders: dict) -> None:
+    """Adds the losses of each run, and measures its student with the online teacher."""
     online = train.build(configured())
     for line in lines:
         name = line["cache"]
         if name not in TRAINED:
             continue
-        run = online if name == "online" else train.build(configured(where[name]))
+        run = online if name == "online" else train.build(configured(folders[name]))
         state, losses = run.init_state(), []
         for step in range(run.config.steps):
             state, sums = run.train_step(state, run.models.teacher_params, run.batch(step, state.params))
@@ -133,13 +138,13 @@ def runs(lines: list, configured, where: dict) -> None:
         print(name, line["losses"][-1], flush=True)
 
 
-def times(lines: list, configured, where: dict) -> None:
-    """Adds the CPU seconds of a step, the median of five after the first, of one batch."""
+def times(lines: list, configured, folders: dict) -> None:
+    """Adds the CPU seconds of a step: the median over five steps on one batch, after a first step."""
     for line in lines:
         name = line["cache"]
         if name not in TRAINED:
             continue
-        run = train.build(configured(where.get(name, "")))
+        run = train.build(configured(folders.get(name, "")))
         state, seconds = run.init_state(), []
         batch = run.batch(0, state.params)
         for _ in range(6):
@@ -152,7 +157,7 @@ def times(lines: list, configured, where: dict) -> None:
 
 
 def table(lines: list) -> str:
-    """Markdown of the results."""
+    """Returns the results as Markdown tables."""
     rows = [["cache", "bytes a token", "KL(p,q): cosine", "distance", "KL(q,p): cosine", "distance"]]
     for line in lines[1:]:
         cells = [
