@@ -1,5 +1,6 @@
 """Sets up eight CPU devices before JAX starts, and checks arrays against the shapes in the signatures."""
 
+import atexit
 import os
 import signal
 import tempfile
@@ -17,6 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Runs share a compilation cache, so that a resumed run does not compile again.
 _CACHE = tempfile.TemporaryDirectory()
+atexit.register(_CACHE.cleanup)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
