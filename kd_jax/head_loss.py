@@ -273,9 +273,7 @@ def _on_mesh(sweep: Callable[..., Sweep], mesh: Mesh, with_gradient: bool, *arra
     The head is gathered before the loop, and the head's gradient is reduced after the loop.
     """
 
-    def local(
-        hidden: Array, head: Array, teacher: tuple[Array, Array] | None, rest: tuple[Array, ...]
-    ) -> Sweep:  # fmt: skip
+    def local(hidden: Array, head: Array, teacher: tuple[Array, Array] | None, rest: tuple[Array, ...]) -> Sweep:
         # Arrays in the loop may be divided over `tensor`, so every device must run as many chunks as the device with
         # the most tokens.
         largest = partial(jax.lax.pmax, axis_name=BATCH_AXES)

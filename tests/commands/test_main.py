@@ -194,7 +194,9 @@ def test_the_help_has_every_method_setting_key_and_flag():
     for key in declared:
         shown = next((key[: key.index(spec) + len(spec)] for spec in specs if f".{spec}." in f".{key}."), key)
         assert f"\n  --config.{shown}\n" in said, key
-    assert "--config.steps\n      updates [1000]\n" in said and "[adamw(no_decay=(), weight_decay=0.01)]" in said
+    assert (
+        "--config.steps\n      number of updates [1000]\n" in said and "[adamw(no_decay=(), weight_decay=0.01)]" in said
+    )
     assert "  --processes\n" in said and "base\n" not in said.partition("Settings")[0]
     assert (
         "  --k\n      With top_k or samples: the number of tokens stored at each position. [64]"

@@ -35,6 +35,7 @@ class Recorded(collections.UserDict):
         return super().__getitem__(key)
 
 
+@pytest.mark.slow
 def test_every_declared_key_is_read(tmp_path, data_dir, monkeypatch):
     """A run with a teacher, and the assembly of runs with other sources, read every key of the settings."""
     mesh = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)

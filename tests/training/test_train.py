@@ -24,7 +24,14 @@ def training(workdir):
     return [line for line in metrics.read(workdir) if line["split"] != "speed"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+# These configs differ from forward_kl in the divergence alone.
+DIVERGENCES = {
+    "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence", "akl", "skew_kl", "abkd",
+}  # fmt: skip
+EVERY = [pytest.param(method, marks=[pytest.mark.slow] if method in DIVERGENCES else []) for method in METHODS]
+
+
+@pytest.mark.parametrize("method", EVERY)
 def test_every_config_takes_two_steps(method, data_dir):
     run = train.build(smoke(method, data_dir))
     state = run.init_state()
