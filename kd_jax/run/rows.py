@@ -9,7 +9,7 @@ from kd_jax.data.options import dataset_options
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source, responses, rollouts
 from kd_jax.prefixes.feed import Author, Feed
-from kd_jax.run.cache import AnyRows, kept_rows, unpacked
+from kd_jax.run.cache import AnyRows, cached_values, unpacked
 from kd_jax.run.checks import check_room, check_sampling, check_term
 from kd_jax.run.models import Models, Writer
 from kd_jax.settings import Settings, name_of
@@ -240,7 +240,7 @@ def make_feed(
     if text is not None:
         absent = cache.absent() if cache else None
         text_batches = iter(data.batches(text, batch_size=config.text.batch_size, beside=absent, **options))
-    beside = kept_rows(config, tokenizer, cache, "train", rows)
+    beside = cached_values(config, tokenizer, cache, "train", rows)
     mixture = (loaded.require_teacher(), loaded.teacher_params, share) if share else None
     authors = {"student": Author(loaded.student, None, mixture)}
     if "teacher" in source.authors:
