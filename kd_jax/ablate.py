@@ -157,7 +157,7 @@ def write(config: ConfigDict, done: list[Json], failed: list[str], folder: Path)
     return text
 
 
-def kept() -> str:
+def remaining_results() -> str:
     """Returns a clause that names what remains of an ablation after Ctrl-C."""
     done = len(list(Path(str(main.WORKDIR.value)).glob("*/result.json")))
     return (
@@ -170,7 +170,7 @@ def _main(argv: list[str]) -> None:
     command.start()
     logging.set_verbosity(logging.ERROR)
     main.use_cache()
-    with command.ends_well("kd_jax.ablate", kept):
+    with command.ends_well("kd_jax.ablate", remaining_results):
         if main.PROCESSES.value:
             raise ValueError(
                 f"--processes={main.PROCESSES.value!r} is for one run on several hosts; use --shard to divide an ablation."

@@ -288,7 +288,7 @@ def _make_read(teacher: models.Model, manifest: files.Manifest, mesh: jax.shardi
     return jax.jit(read, static_argnames="split", out_shardings=sharding.batch_sharding(mesh))
 
 
-def kept() -> str:
+def remaining_results() -> str:
     """Returns a clause that names what remains of the cache after Ctrl-C."""
     count = len(list(remote.local_folder(str(main.WORKDIR.value)).glob("*/*.array_record")))
     return f"{count} complete files remain in {main.WORKDIR.value}, and the same command writes the missing files"
@@ -301,7 +301,7 @@ def run(argv: list[str]) -> None:
         sys.exit(f"kd_jax: {argv[1]!r} is no flag; flags look like --kind=top_k.")
     main.use_cache()
     arguments = str(main.WORKDIR.value), KIND.value, K.value, POWER.value, PART_ROWS.value
-    with main.ends_well(kept):
+    with main.ends_well(remaining_results):
         main.join(main.PROCESSES.value)
         main.check_same(main.CONFIG.value.to_dict(), *arguments)
         with storage.room(arguments[0]):

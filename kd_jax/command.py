@@ -25,7 +25,7 @@ _watched = threading.Event()  # set while a thread waits for the second Ctrl-C
 
 
 def start() -> None:
-    """Prepares the terminal: characters that its encoding lacks are replaced, and a full disk is reported only once.
+    """Prepares the terminal: unencodable characters are replaced, and a full disk is reported only once.
 
     A full disk can stop several threads. Only the thread whose caller asked for the write reports the error, in a
     paragraph. A notebook does not call this function, so a notebook is not changed.
@@ -89,25 +89,25 @@ def _meanings(declared: flags.FlagValues, defaults: Mapping[str, str]) -> dict[s
 
 
 @contextlib.contextmanager
-def ends_well(name: str, kept: Callable[[], str]) -> Iterator[None]:
+def ends_well(name: str, remaining: Callable[[], str]) -> Iterator[None]:
     """Ends a command with a paragraph for a user's error, and with a line and the exit code 130 for Ctrl-C.
 
     Args:
       name: the name of the command, which begins the paragraph.
-      kept: a function that returns a clause on the results that remain after Ctrl-C.
+      remaining: a function that returns a clause on the results that remain after Ctrl-C.
     """
-    with second_interrupt(name, kept):
+    with second_interrupt(name, remaining):
         try:
             yield
         except (ValueError, FloatingPointError, OSError) as error:
             sys.exit(f"{name}: {error}")
         except KeyboardInterrupt:
-            print(f"\n{name}: interrupted; {kept()}.", file=sys.stderr)
+            print(f"\n{name}: interrupted; {remaining()}.", file=sys.stderr)
             sys.exit(INTERRUPTED)
 
 
 @contextlib.contextmanager
-def second_interrupt(name: str, kept: Callable[[], str]) -> Iterator[None]:
+def second_interrupt(name: str, remaining: Callable[[], str]) -> Iterator[None]:
     """Ends the process at once at the second Ctrl-C, even while the main thread is in a compiler or waits for a disk.
 
     Python calls a signal handler only between two Python instructions, and only once for several signals. But for each
@@ -115,7 +115,7 @@ def second_interrupt(name: str, kept: Callable[[], str]) -> Iterator[None]:
 
     Args:
       name: the name of the command.
-      kept: the argument of `ends_well`.
+      remaining: the argument of `ends_well`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -129,7 +129,7 @@ def second_interrupt(name: str, kept: Callable[[], str]) -> Iterator[None]:
         while signals := reader.recv(64):
             count += signals.count(signal.SIGINT)
             if count > 1:
-                line = f"\n{name}: interrupted twice, and stopped at once; {kept()}.\n"
+                line = f"\n{name}: interrupted twice, and stopped at once; {remaining()}.\n"
                 os.write(2, line.encode(sys.stderr.encoding or "utf-8", errors="replace"))
                 os._exit(INTERRUPTED)  # no file has to be closed, because complete files already have their final names
 

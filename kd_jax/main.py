@@ -54,13 +54,13 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"kd_jax: {argv[1]!r} is no flag; flags look like --config.steps=100.")
     use_cache()
-    with ends_well(kept):
+    with ends_well(remaining_results):
         join(PROCESSES.value)
         check_same(CONFIG.value.to_dict(), str(WORKDIR.value))
         train.train(CONFIG.value, str(WORKDIR.value))
 
 
-def kept() -> str:
+def remaining_results() -> str:
     """Returns a clause that names what remains of the run in the work directory after Ctrl-C."""
     workdir = str(WORKDIR.value)
     if remote.is_remote(workdir):
@@ -72,14 +72,14 @@ def kept() -> str:
 
 
 @contextlib.contextmanager
-def ends_well(kept: Callable[[], str], name: str = "kd_jax") -> Iterator[None]:
+def ends_well(remaining: Callable[[], str], name: str = "kd_jax") -> Iterator[None]:
     """Turns any error into a one-paragraph message, and makes sure that no process waits for one that has stopped.
 
     Args:
-      kept: a function that returns a clause on the results that remain after Ctrl-C.
+      remaining: a function that returns a clause on the results that remain after Ctrl-C.
       name: the name of the command.
     """
-    with command.second_interrupt(name, kept):
+    with command.second_interrupt(name, remaining):
         try:
             yield
         except (ValueError, FloatingPointError, OSError) as error:
@@ -91,7 +91,7 @@ def ends_well(kept: Callable[[], str], name: str = "kd_jax") -> Iterator[None]:
         except KeyboardInterrupt as interrupted:
             step = getattr(interrupted, "step", None)
             if step is None:
-                leave(f"interrupted; {kept()}.", command.INTERRUPTED)
+                leave(f"interrupted; {remaining()}.", command.INTERRUPTED)
             print(
                 f"\nkd_jax: interrupted; step {step} is saved, and the same command resumes the run.", file=sys.stderr
             )

@@ -59,7 +59,7 @@ class Writer:
         self._board_path = self._board._file_name
         self._next_flush = 0.0
         dropped = proto.Event(step=first_step + 1, session_log=proto.SessionLog(status=proto.SessionLog.START))
-        self._board.write_event(dropped)  # TensorBoard hides the steps from here on that an earlier file has
+        self._board.write_event(dropped)  # TensorBoard then hides the later steps of earlier files
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Writes the values of a step to both files."""

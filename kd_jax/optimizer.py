@@ -19,8 +19,8 @@ def make_optimizer(
     """Builds the gradient transformation that `config.optimizer` and `config.clip_norm` describe.
 
     Args:
-      spec: an optimiser of optax with its keywords. The additional keyword `no_decay` belongs to this project. It holds
-        patterns of the parameters without weight decay, as in `decays`.
+      spec: an optimiser of optax with its keywords. kd_jax adds the keyword `no_decay`, which holds patterns of the
+        parameters without weight decay, as in `decays`.
       learning_rate: a function step -> value.
       clip_norm: the largest norm of the gradient; 0 for no clipping.
 

@@ -26,7 +26,7 @@ flags.DEFINE(
 )  # fmt: skip
 
 
-def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
+def replay(workdir: str, step: int | None = None) -> nonfinite.BadRows:
     """Prints the values of a saved step for each term and each bad row, and returns the result of `nonfinite.diagnose`.
 
     Args:
@@ -48,11 +48,8 @@ def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
     config = ConfigDict(json.loads((Path(workdir) / directory.CONFIG).read_text(encoding="utf-8")))
     config.max_skipped = 0  # no step may change the saved state
     if config.mesh.to_dict() != {"data": -1, "fsdp": 1, "tensor": 1} and jax.device_count() == 1:
-        config.mesh = {
-            "data": 1,
-            "fsdp": 1,
-            "tensor": 1,
-        }  # a step of a large machine can then be repeated on one device
+        # A step of a large machine can be repeated on one device.
+        config.mesh = {"data": 1, "fsdp": 1, "tensor": 1}
     run = train.build(config)
     state, batch = nonfinite.load(workdir, step, run.abstract_state)
     state, sums = run.train_step(state, run.models.teacher_params, run.put(batch))
@@ -62,15 +59,15 @@ def replay(workdir: str, step: int | None = None) -> nonfinite.Found:
     if math.isfinite(values["loss"] + values["gradient_norm"]):
         print("Now the loss and the gradient are finite, so the code, the models or the machine have changed.")
         return []
-    found = nonfinite.diagnose(run, state, batch)
-    print(nonfinite.said(found, len(batch["tokens"])))
-    for line in found[:8]:
+    bad_rows = nonfinite.diagnose(run, state, batch)
+    print(nonfinite.sentence(bad_rows, len(batch["tokens"])))
+    for line in bad_rows[:8]:
         row = line["row"]
         prompt = data.prompt_of(batch["tokens"][row], batch["loss_mask"][row])
         answer = batch["targets"][row][batch["loss_mask"][row]]
         numbers = ", ".join(f"{name}={value}" for name, value in line.items() if name != "row")
         print(f"--- row {row}: {numbers}\n{run.tokenizer.decode(prompt)}\n>>> {run.tokenizer.decode(answer.tolist())}")
-    return found
+    return bad_rows
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
 """Sentences with the numbers of a dataset's rows that were read, kept, truncated and dropped."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from kd_jax.data import pipeline
 from kd_jax.data.prompts import Template
+from kd_jax.data.rows import Texts
 from kd_jax.data.tokenizer import Tokenizer
 
 MANY = 0.1  # share of truncated or dropped rows above which a warning is given
@@ -70,7 +71,7 @@ data.max_prompt_length=32. Nine of ten prompts have at most 310 tokens.
 
 
 def with_length(
-    counts: dict[str, int], source: Sequence[Mapping[str, str]], tokenizer: Tokenizer, template: str | Template
+    counts: dict[str, int], source: Texts, tokenizer: Tokenizer, template: str | Template
 ) -> dict[str, int]:
     """Adds the count `KEEPS_MOST` if more than a tenth of the prompts are too long.
 

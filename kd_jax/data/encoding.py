@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from kd_jax.data import prompts
+from kd_jax.data.rows import Texts
 from kd_jax.data.tokenizer import Tokenizer
 
 ENCODED_AT_ONCE = 4096  # rows: enough for all cores, and few enough to hold as Python lists
@@ -44,7 +45,7 @@ class Encoder:
     max_prompt_length: int = sys.maxsize
     truncates: bool = False
 
-    def rows(self, source: Sequence[Mapping[str, str]]) -> Iterator[Encoded]:
+    def rows(self, source: Texts) -> Iterator[Encoded]:
         """Yields each row of a source in encoded form.
 
         The source needs a length and an index, because the sources of tfds raise no IndexError at their end.

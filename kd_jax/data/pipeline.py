@@ -12,14 +12,14 @@ from jaxtyping import Bool, Int
 
 from kd_jax.data.encoding import Encoded, Encoder
 from kd_jax.data.prompts import Template
-from kd_jax.data.rows import Beside, Packed, Rows, from_pieces
+from kd_jax.data.rows import Beside, Packed, Rows, Texts, from_pieces
 from kd_jax.data.tokenizer import Tokenizer
 
 COUNTS = ("read", "prompts_cut", "prompts_dropped", "responses_cut", "responses_dropped", "empty", "own_prefix")
 
 
 def tokenize(
-    source: Sequence[dict[str, str]],
+    source: Texts,
     tokenizer: Tokenizer,
     *,
     template: str | Template,
@@ -129,7 +129,7 @@ def _assemble(
     return from_pieces(pieces, lengths, lengths if loss_on == "response" else np.zeros_like(lengths)), counts
 
 
-def pack(source: Sequence[dict[str, str]], tokenizer: Tokenizer, *, max_length: int) -> tuple[Rows, dict[str, int]]:
+def pack(source: Texts, tokenizer: Tokenizer, *, max_length: int) -> tuple[Rows, dict[str, int]]:
     """Returns the responses as one stream, split into rows of max_length + 1 tokens. All tokens are counted.
 
     The function is for plain text. An end token follows each response, and only the last row needs padding. Adjacent

@@ -31,6 +31,14 @@ class Rows:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
+class Texts(Protocol):
+    """The rows of a dataset, each with prompt, context and response, such as a list of dicts."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, str]: ...
+
+
 class Beside(Protocol):
     """Additional numbers for the counted tokens, which are stored beside the rows and read together with the rows.
 

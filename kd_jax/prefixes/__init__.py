@@ -1,4 +1,4 @@
-"""The text on which the models are compared: its sources, and the batches that they decide.
+"""The text on which the models are compared: the sources of the text, and the batches of each step.
 
 The sources, their protocol `Source` and their decisions `Plan` may be imported from here. The modules are imported by
 name: `rollouts` samples responses from a model, `responses` stores the responses of a teacher as a dataset,

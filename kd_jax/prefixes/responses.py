@@ -38,7 +38,7 @@ def write_responses(
       params: the parameters of the model.
       batch_size: the number of rows that are sampled at a time.
       seed: the seed of the responses.
-      settings: a description of the file, which is written beside it.
+      settings: a description of the file, which is written into the same folder.
       progress: a function that adds a progress bar to an iterable.
 
     Returns:

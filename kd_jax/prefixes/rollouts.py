@@ -144,7 +144,7 @@ def draw_key(seed: int, *numbers: int) -> jax.Array:
 
 
 def as_batch(rows: Rows) -> dict[str, np.ndarray]:
-    """Returns the rows as a batch like those of `data.batches`, with the origins and the sampled log-probabilities.
+    """Returns the rows as a batch in the form of `data.batches`, with the origins and the sampled log-probabilities.
 
     The tokens of the response, including the end token, are counted.
     """

@@ -79,7 +79,7 @@ class Source(Protocol):
 
 
 class _Plain:
-    """A source that always uses the dataset. The sources below change a part of it."""
+    """A source that always uses the dataset. The sources below override some of the methods."""
 
     origins: tuple[str, ...] = ()
     authors: tuple[str, ...] = ()
@@ -148,7 +148,7 @@ class student(_Plain):
 
 
 class paired(_Plain):
-    """A response of the teacher and a response of the student to each prompt, beside each other in a batch.
+    """A response of the teacher and a response of the student to each prompt, next to each other in a batch.
 
     Args:
       every: the number of batches of prompts that are answered at a time; 0 for one epoch. Each batch of prompts gives

@@ -14,7 +14,7 @@ from kd_jax.objectives import Term, make_terms
 from kd_jax.optimizer import make_optimizer
 from kd_jax.prefixes import rollouts
 from kd_jax.prefixes.feed import Feed
-from kd_jax.run.cache import kept_rows, open_cache, unpacked
+from kd_jax.run.cache import cached_values, open_cache, unpacked
 from kd_jax.run.checks import check_learning_rate, check_mesh
 from kd_jax.run.models import Models, load_models, load_tokenizer
 from kd_jax.run.rows import (
@@ -149,7 +149,7 @@ def build(config: Config | Settings) -> Run:
     fresh_state, abstract_state, placed = _make_state(settings, loaded, tx, terms, mesh)
     held_out = data.batches(
         eval_rows, batch_size=options.eval_batch_size, shuffle=False, num_epochs=1,
-        beside=kept_rows(settings, tokenizer, cache, "held_out", eval_rows), **batch_options(settings, tokenizer),
+        beside=cached_values(settings, tokenizer, cache, "held_out", eval_rows), **batch_options(settings, tokenizer),
     )  # fmt: skip
     # The responses are sampled last because sampling may take long. They stay on disk if a later run fails.
     if isinstance(source, prefixes.teacher):

@@ -11,10 +11,10 @@ from kd_jax.storage import remote
 from kd_jax.storage.checksum import digest
 from kd_jax.storage.files import Json
 from kd_jax.teachers.cache_files import about_rows, differences
-from kd_jax.teachers.cache_reading import Cache, Kept
+from kd_jax.teachers.cache_reading import Cache, CachedValues
 
 AnyRows = data.Rows | data.Packed
-# The keys of config.data that decide the rows. The packing "stream" also decides the rows, "none" and "rows" do not.
+# The keys of config.data that decide the rows. Of the values of data.packing, only "stream" changes the rows.
 DECIDE = (
     "name", "train_split", "eval_split", "eval_rows", "template", "max_length", "max_prompt_length", "long_prompts",
     "long_responses", "loss_on",
@@ -72,9 +72,9 @@ def open_cache(config: Settings, terms: tuple[Term, ...], source: Source) -> Cac
     return cache
 
 
-def kept_rows(
+def cached_values(
     config: Settings, tokenizer: data.Tokenizer, cache: Cache | None, split: str, rows: AnyRows
-) -> Kept | None:
+) -> CachedValues | None:
     """Returns the cached values of a split, 'train' or 'held_out'; None without a cache.
 
     Raises:
@@ -91,7 +91,7 @@ def kept_rows(
     explanation = lines.pop("settings")
     if any(lines.values()):
         raise ValueError(cache.refusal([line for entry in (*lines.values(), explanation) for line in entry]))
-    return Kept(cache, split, rows)
+    return CachedValues(cache, split, rows)
 
 
 def check_use(config: Settings, terms: tuple[Term, ...], source: Source, kind: str) -> None:

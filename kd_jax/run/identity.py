@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 
 def check(workdir: str, config: Settings, written: Written = None) -> None:
-    """Checks that the contents are those with which the run of a work directory began.
+    """Checks that the contents have not changed since the run of a work directory began.
 
     All processes must call this function. Only the first process compares, so that each file is read once. All
     processes raise the same error.

@@ -18,7 +18,7 @@ from kd_jax.storage.files import Json
 from kd_jax.train_step import TrainState
 
 FOLDER, STATE, BATCH, REPORT = "nonfinite", "state", "batch.npz", "report.json"
-Found = list[Json]  # the result of `diagnose`
+BadRows = list[Json]  # the result of `diagnose`
 
 
 def stop(
@@ -47,21 +47,21 @@ def stop(
         np.savez(folder / BATCH, allow_pickle=False, **batch)
     sharding.barrier("the folder of the non-finite step exists")
     checkpoint.save_state(epath.Path(place.shared) / name / STATE, state)
-    found = diagnose(run, state, batch)
+    bad_rows = diagnose(run, state, batch)
     if first:
-        report = {"step": step, "values": {k: str(v) for k, v in values.items()}, "rows": found}
+        report = {"step": step, "values": {k: str(v) for k, v in values.items()}, "rows": bad_rows}
         # The report is written last: a folder with a report is complete.
         storage.write_whole(folder / REPORT, json.dumps(report, indent=2) + "\n")
     terms = ", ".join(f"{name}={value:g}" for name, value in values.items() if "/loss" in name)
     raise FloatingPointError(
         f"at step {step} the loss is {values['loss']} and the gradient's norm is {values['gradient_norm']}. The losses of the "
-        f"terms are {terms}. {said(found, len(batch['tokens']))} The batch of the step and the state before the step are in "
+        f"terms are {terms}. {sentence(bad_rows, len(batch['tokens']))} The batch of the step and the state before the step are in "
         f"{place.url}/{name}, and python -m kd_jax.replay --workdir={place.url} repeats the step. To skip non-finite steps, at "
         f"most N in a row, call again with --config.max_skipped=N: the run resumes from the last checkpoint."
     )
 
 
-def diagnose(run: Run, state: TrainState, batch: dict[str, np.ndarray]) -> Found:
+def diagnose(run: Run, state: TrainState, batch: dict[str, np.ndarray]) -> BadRows:
     """Returns the rows of a batch that, counted alone, give a non-finite loss or gradient.
 
     The compiled step of the run is called once for each row, with all other rows masked.
@@ -75,7 +75,7 @@ def diagnose(run: Run, state: TrainState, batch: dict[str, np.ndarray]) -> Found
       A dict for each of these rows: the index `row`, gradient_norm, and the loss of each term. Numbers that are not
       finite are texts.
     """
-    found: Found = []
+    bad_rows: BadRows = []
     size, index = len(batch["tokens"]) // jax.process_count(), jax.process_index()
     for row in range(len(batch["tokens"])):
         counted = batch["loss_mask"] & (np.arange(len(batch["tokens"])) == row)[:, None]
@@ -87,21 +87,21 @@ def diagnose(run: Run, state: TrainState, batch: dict[str, np.ndarray]) -> Found
         values = metrics.averages(jax.device_get(sums))
         shown = {"gradient_norm": values["gradient_norm"], **{k: v for k, v in values.items() if k.endswith("/loss")}}
         if not all(map(math.isfinite, shown.values())):
-            found.append({"row": row} | {k: v if math.isfinite(v) else str(v) for k, v in shown.items()})
-    return found
+            bad_rows.append({"row": row} | {k: v if math.isfinite(v) else str(v) for k, v in shown.items()})
+    return bad_rows
 
 
-def said(found: Found, count: int) -> str:
+def sentence(bad_rows: BadRows, count: int) -> str:
     """Returns the result of `diagnose` as a sentence."""
-    if not found:
+    if not bad_rows:
         return "No row has a non-finite loss or gradient on its own: only the sum over the rows overflows."
-    if len(found) == count:
+    if len(bad_rows) == count:
         return (
             f"Every one of the {count} rows gives a non-finite loss or gradient on its own, so the cause is in a model's "
             f"parameters or in the loss, not in the data."
         )
-    indices = ", ".join(str(line["row"]) for line in found[:8]) + (", ..." if len(found) > 8 else "")
-    return f"{len(found)} of the {count} rows give a non-finite loss or gradient on their own: {indices}."
+    indices = ", ".join(str(line["row"]) for line in bad_rows[:8]) + (", ..." if len(bad_rows) > 8 else "")
+    return f"{len(bad_rows)} of the {count} rows give a non-finite loss or gradient on their own: {indices}."
 
 
 def saved_steps(workdir: str) -> list[int]:

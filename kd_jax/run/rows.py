@@ -1,8 +1,5 @@
 """Loads the rows of a config (dataset, second stream, teacher's responses), and makes the feed of a run's batches."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import jax
 import numpy as np
 
@@ -12,7 +9,7 @@ from kd_jax.data.options import dataset_options
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source, responses, rollouts
 from kd_jax.prefixes.feed import Author, Feed
-from kd_jax.run.cache import AnyRows, kept_rows, unpacked
+from kd_jax.run.cache import AnyRows, cached_values, unpacked
 from kd_jax.run.checks import check_room, check_sampling, check_term
 from kd_jax.run.models import Models, Writer
 from kd_jax.settings import Settings, name_of
@@ -21,7 +18,6 @@ from kd_jax.storage.files import Json
 from kd_jax.teachers.cache_reading import Cache
 
 Counts = dict[str, int]  # the numbers of kept, truncated and dropped rows
-Texts = Sequence[dict[str, str]]  # the rows of a dataset, with prompt, context and response
 
 
 def make_source(config: Settings, terms: tuple[Term, ...]) -> Source:
@@ -91,7 +87,7 @@ def load_rows(config: Settings, tokenizer: data.Tokenizer, split: str, limit: in
     return _packed(config, *_tokenize(config, tokenizer, source, options.loss_on))
 
 
-def _source(config: Settings, split: str) -> Any:
+def _source(config: Settings, split: str) -> data.Texts:
     options = config.data
     return data.load(options.name, split=split, data_dir=options.data_dir or None, **dataset_options(config))
 
@@ -106,7 +102,9 @@ def _packed(config: Settings, rows: data.Rows, row_counts: Counts) -> tuple[AnyR
     return packed, row_counts | {"packed into": len(packed)}
 
 
-def _tokenize(config: Settings, tokenizer: data.Tokenizer, source: Texts, loss_on: str) -> tuple[data.Rows, Counts]:
+def _tokenize(
+    config: Settings, tokenizer: data.Tokenizer, source: data.Texts, loss_on: str
+) -> tuple[data.Rows, Counts]:
     options, template = config.data, data.Template.of(config.data)
     rows, row_counts = data.tokenize(
         source, tokenizer, template=template, max_length=options.max_length,
@@ -142,7 +140,7 @@ def load_text(config: Settings, tokenizer: data.Tokenizer) -> data.Rows:
     """Loads the second stream: rows joined end to end, in which every token counts."""
     options, length = config.text, config.data.max_length
     keywords = dataset_options(config, "text")
-    source: Any = data.load(options.name, split=options.split, data_dir=config.data.data_dir or None, **keywords)
+    source = data.load(options.name, split=options.split, data_dir=config.data.data_dir or None, **keywords)
     if options.name == "text":
         return data.pack(source, tokenizer, max_length=length)[0]
     return data.join(_tokenize(config, tokenizer, source, "all")[0], max_length=length)
@@ -242,7 +240,7 @@ def make_feed(
     if text is not None:
         absent = cache.absent() if cache else None
         text_batches = iter(data.batches(text, batch_size=config.text.batch_size, beside=absent, **options))
-    beside = kept_rows(config, tokenizer, cache, "train", rows)
+    beside = cached_values(config, tokenizer, cache, "train", rows)
     mixture = (loaded.require_teacher(), loaded.teacher_params, share) if share else None
     authors = {"student": Author(loaded.student, None, mixture)}
     if "teacher" in source.authors:

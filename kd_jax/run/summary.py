@@ -1,4 +1,4 @@
-"""The lines that a run prints first: its method, models, data, devices and step."""
+"""The lines that a run prints first: method, models, data, devices and step."""
 
 from collections.abc import Mapping
 

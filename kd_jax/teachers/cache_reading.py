@@ -183,7 +183,7 @@ class Absent:
         return {}
 
 
-class Kept:
+class CachedValues:
     """A `data.Beside` of a cache. It reads the record of a row when needed, and checks that the record is of that row."""
 
     def __init__(self, cache: Cache, split: str, rows: data.Rows):

@@ -174,9 +174,9 @@ def sampled_forward_kl(draws: Draws, log_q: Float[Array, "*batch k"]) -> Float[A
 def draw(log_p: Array, uniform: Array, power: float = 1.0) -> dict[str, Array]:
     """Samples tokens from a normalised power of p, with weights for means under p.
 
-    The expected weighted sum over the tokens of a function is the function's mean under p. Each sample chooses a block
-    of ids, and then an id in the block. A running sum of probabilities over the whole vocabulary would lose the small
-    probabilities to rounding.
+    The expected value of the weighted sum of a function over the sampled tokens is the mean of the function under p.
+    Each sample chooses a block of ids, and then an id in the block. A running sum of probabilities over the whole
+    vocabulary would lose the small probabilities to rounding.
 
     Args:
       log_p: the log-probabilities [..., V], normalised.

@@ -21,7 +21,7 @@ def as_teacher(teacher: Teacher | HiddenModel | None) -> Teacher:
 
 
 def for_terms(teacher: Teacher | HiddenModel | None, terms: Sequence[Term]) -> Teacher:
-    """Returns the teacher with which the terms compare; `NoTeacher` if no term needs one, so that the teacher is not run.
+    """Returns the teacher with which the terms compare; `NoTeacher`, which runs no model, if no term needs a teacher.
 
     Raises:
       ValueError: a term needs a teacher, and there is none.

@@ -266,9 +266,9 @@ def train_rows(data_dir):
 
 
 def kept(cache, rows):
-    from kd_jax.teachers.cache_reading import Kept
+    from kd_jax.teachers.cache_reading import CachedValues
 
-    return Kept(cache, "train", rows)
+    return CachedValues(cache, "train", rows)
 
 
 def test_a_stopped_call_goes_on_and_leaves_the_same_files(caches, data_dir, tmp_path, monkeypatch):

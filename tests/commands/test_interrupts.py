@@ -74,7 +74,7 @@ def test_before_the_first_step_and_after_the_last_the_command_says_what_is_kept(
     workdir = str(until(5, whole, tmp_path / "run"))
     interrupt(monkeypatch, where, name)
     monkeypatch.setattr(main, "WORKDIR", types.SimpleNamespace(value=workdir))
-    with pytest.raises(SystemExit) as ended, main.ends_well(main.kept):
+    with pytest.raises(SystemExit) as ended, main.ends_well(main.remaining_results):
         train.train(smoke("sft", data_dir, **WHOLE), workdir, quiet=True)
     assert ended.value.code == 130
     assert (
@@ -82,7 +82,7 @@ def test_before_the_first_step_and_after_the_last_the_command_says_what_is_kept(
         in capsys.readouterr().err
     )
     shutil.rmtree(Path(workdir) / "checkpoints")
-    assert "no step is saved" in main.kept()
+    assert "no step is saved" in main.remaining_results()
 
 
 def test_an_ignored_ctrl_c_stays_ignored():
@@ -109,7 +109,11 @@ def test_an_interrupted_cache_says_how_much_of_it_is_there(tmp_path, data_dir, m
     config = smoke("forward_kl", data_dir, data__eval_rows=8)
     folder = str(tmp_path / "cache")
     monkeypatch.setattr(main, "WORKDIR", types.SimpleNamespace(value=folder))
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended, main.ends_well(cache_teacher.kept):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(SystemExit) as ended,
+        main.ends_well(cache_teacher.remaining_results),
+    ):
         interrupt(patch, cache_teacher.files, "write_part", at=3)
         cache_teacher.write(config, folder, "samples", k=2, part_rows=8, quiet=True)
     assert ended.value.code == 130 and "2 complete files remain" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kd_jax import sharding
 from kd_jax.data import Tokenizer
 from kd_jax.data.rows import from_pieces
-from kd_jax.run.cache import kept_rows, made_from
+from kd_jax.run.cache import cached_values, made_from
 from kd_jax.settings import Settings
 from kd_jax.teachers import cache_files as files
 from kd_jax.teachers.cache_reading import Cache
@@ -110,7 +110,7 @@ class TeacherCache:
         mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
         assert len(jax.tree.leaves(cache.load_params(mesh, "whole"))) == (cache.teacher.kind == "hidden")
         for split in COUNTS:
-            kept = kept_rows(Settings(), self.tokenizer, cache, split, rows(split))
+            kept = cached_values(Settings(), self.tokenizer, cache, split, rows(split))
             for index in range(COUNTS[split]):
                 for name, values in kept.read(index).items():
                     assert values.shape == (files.counted(rows(split), index), *kept.fills[name].shape)

@@ -9,7 +9,7 @@ import pytest
 
 from kd_jax import sharding
 from kd_jax.data import Tokenizer
-from kd_jax.run.cache import kept_rows
+from kd_jax.run.cache import cached_values
 from kd_jax.settings import Settings
 from kd_jax.storage import directory
 from kd_jax.teachers import cache_files as files
@@ -96,7 +96,7 @@ def test_a_manifest_is_read_in_bounded_time_and_quoted_at_bounded_length(changes
     manifest_of(cache, **changes)
     tokenizer, started = Tokenizer.load(made / "tokenizers" / "wordlevel"), time.monotonic()
     with pytest.raises(ValueError, match=words) as error:
-        kept_rows(Settings(), tokenizer, Cache.open(cache), "train", rows("train"))
+        cached_values(Settings(), tokenizer, Cache.open(cache), "train", rows("train"))
     assert time.monotonic() - started < 5 and len(str(error.value)) < 6000 and str(cache) in str(error.value)
 
 
