@@ -110,7 +110,7 @@ def test_divergences_of_what_is_kept_are_proper_ones(name):
         assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("power", [1.0, 0.7])
+@pytest.mark.parametrize("power", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
 def test_draws_have_the_frequencies_that_they_should_have(power):
     log_p = two(1, 600)[0]  # more ids than a block
     draws, chunk = 400_000, 2000
