@@ -453,7 +453,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_can_be_replayed(fragile, tm
     assert [line["row"] for line in found] == rows
     printed = capsys.readouterr().out
     assert "distil/loss" in printed and f"--- row {rows[0]}" in printed
-    with pytest.raises(ValueError, match=r"no step 5 to replay .* there are \[4\]"):
+    with pytest.raises(ValueError, match=r"no step 5 to replay .* the saved steps are \[4\]"):
         replay.replay(str(tmp_path / "run"), 5)
 
 
