@@ -407,7 +407,7 @@ def test_a_page_is_made_again_at_an_address(store, tmp_path, monkeypatch):
 
 
 def test_a_model_at_an_address_is_refused(data_dir):
-    with pytest.raises(ValueError, match="gs://bucket/teacher is an address; models and .* Copy it first"):
+    with pytest.raises(ValueError, match="gs://bucket/teacher is an address; models and .* Copy the folder first"):
         train.build(smoke("forward_kl", data_dir, teacher__path="gs://bucket/teacher", tokenizer__path=""))
 
 
