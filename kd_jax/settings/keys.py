@@ -127,7 +127,7 @@ class Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    name: str = key("docstrings", "name of the dataset: docstrings, dolly, gsm8k, jsonl, text")
+    name: str = key("docstrings", "name of a dataset in the table of kd_jax/data/README.md")
     options: Mapping[str, Any] = key({}, "keywords of the dataset's builder, such as path", is_open=True)
     defaults: Mapping[str, Any] = key(
         {}, "dataset name -> keywords of the builder; data.options takes precedence", is_open=True
