@@ -47,7 +47,7 @@ def _term(name: str, term: ConfigDict) -> tuple[str, str, str, str]:
     if term.kind == "hard_labels":
         return f"{factor}-log q(token){rows}", "", "", "; ".join(schedules)
     if term.kind == "policy_gradient":
-        return f"{factor}policy gradient of KL(q, p){rows}", "", "", "; ".join(schedules)
+        return f"{factor}policy gradient of KL(q \\|\\| p){rows}", "", "", "; ".join(schedules)
     pair = ", ".join(SHORT[member] for member in term.pair)
     assistant = ""
     if term.assistant.name != "none":
