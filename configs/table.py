@@ -1,4 +1,4 @@
-"""Prints the tables of methods and keys in configs/README.md, and of divergences and assistants in kd_jax/README.md.
+"""Prints the tables of configs/README.md (methods and keys), kd_jax/README.md (functions) and kd_jax/data/README.md.
 
 The tables are made from the configs, from the declarations of the keys, and from the docstrings of the functions.
 
@@ -10,11 +10,12 @@ schedules.
 
 import importlib
 import inspect
+import sys
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from kd_jax import assistants, divergences
+from kd_jax import assistants, data, divergences
 from kd_jax.command_help import first_sentence
 from kd_jax.settings import Settings, Term, is_section, keys_of
 
@@ -46,7 +47,7 @@ def _term(name: str, term: ConfigDict) -> tuple[str, str, str, str]:
     if term.kind == "hard_labels":
         return f"{factor}-log q(token){rows}", "", "", "; ".join(schedules)
     if term.kind == "policy_gradient":
-        return f"{factor}policy gradient of KL(q, p){rows}", "", "", "; ".join(schedules)
+        return f"{factor}policy gradient of KL(q \\|\\| p){rows}", "", "", "; ".join(schedules)
     pair = ", ".join(SHORT[member] for member in term.pair)
     assistant = ""
     if term.assistant.name != "none":
@@ -105,5 +106,13 @@ def functions() -> str:
     return "\n\n".join(tables)
 
 
+def datasets() -> str:
+    """Returns a Markdown table of the datasets, with the first sentence of each module's docstring."""
+    lines = ["| `data.name` | rows |", "| --- | --- |"]
+    for name, source in data.SOURCES.items():
+        lines.append(f"| `{name}` | {first_sentence(sys.modules[source.__module__].__doc__ or '')} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(f"{methods()}\n\n{keys()}\n\n{functions()}")
+    print(f"{methods()}\n\n{keys()}\n\n{functions()}\n\n{datasets()}")

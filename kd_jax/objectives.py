@@ -25,7 +25,7 @@ ORIGINS = ("data", "teacher", "student", "text")
 ROWS = ("all", *ORIGINS)  # all: every row of the first stream
 KINDS = ("divergence", "hard_labels", "policy_gradient")
 
-# (log_p, log_q, weight) -> a value per token. log_p may be None where the pair does not name the teacher.
+# (log_p, log_q, weight) -> a value per token.
 TokenLoss = Callable[..., Float[Array, "..."]]
 
 
@@ -77,7 +77,7 @@ def token_loss(
     if "assistant" not in pair and assistant is not None:
         raise ValueError(f"pair={pair!r} does not name the assistant, but an assistant is given.")
 
-    def loss(log_p: Array | None, log_q: Array, weight: Weight | None = None, **numbers: Weight) -> Float[Array, "..."]:
+    def loss(log_p: Array, log_q: Array, weight: Weight | None = None, **numbers: Weight) -> Float[Array, "..."]:
         members = {"teacher": log_p, "student": log_q}
         if assistant is not None:
             assistant_log_q = jax.lax.stop_gradient(log_q) if stop_gradient else log_q
@@ -108,7 +108,8 @@ class Term:
 
     Attributes:
       name: the term's key in the config and in the metrics.
-      loss: (log_p, log_q, target, weight, *numbers, *signals) -> a value per token. log_p is None without a teacher.
+      loss: (log_p, log_q, target, weight, *numbers, *signals) -> a value per token. Only a loss of hard labels accepts
+        None as log_p.
       needs_teacher: True if `loss` reads log_p.
       weight: the schedule of the teacher's weight in the assistant.
       coefficient: the schedule of the factor that multiplies the term.
@@ -290,7 +291,7 @@ def _divergence_loss(spec: Config) -> tuple[Callable[..., Array], tuple[Stateful
         )
     inner = token_loss(divergence, assistant, spec["pair"], spec["stop_gradient"])
 
-    def loss(log_p: Array | None, log_q: Array, target: Array | None, weight: Weight, *numbers: Array) -> Array:
+    def loss(log_p: Array, log_q: Array, target: Array | None, weight: Weight, *numbers: Array) -> Array:
         return inner(log_p, log_q, weight, **dict(zip(scheduled, numbers, strict=True)))
 
     return loss, tuple(scheduled.values())

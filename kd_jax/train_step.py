@@ -27,12 +27,12 @@ class TrainState:
     """The state that a run carries from step to step. A checkpoint holds this state and the position in the data.
 
     Attributes:
-      step: the number of updates made.
+      step: the number of steps made, skipped steps included.
       params: the student's parameters.
       opt_state: the optimiser's state.
       schedules: the states of the schedules of each term.
-      key: a random key for steps of one's own, such as fold_in(key, step). The step of `make_train_step` draws nothing, and
-        returns the key unchanged.
+      key: a random key for a step function that you write; use `jax.random.fold_in(key, step)`. The step of
+        `make_train_step` returns the key unchanged.
       skipped: the number of consecutive steps, up to the last one, whose loss or gradient was not finite.
     """
 
@@ -69,8 +69,8 @@ def make_train_step(
     rounding. A batch without a counted token gives loss 0 and gradient 0.
 
     A step whose loss or gradient is not finite changes neither the parameters nor the states of optimiser and
-    schedules. After more than `max_skipped` non-finite steps in a row, the state no longer changes. Code that reads the
-    metrics later then finds the state that produced the metrics.
+    schedules. After more than `max_skipped` non-finite steps in a row, the state no longer changes. The caller reads
+    the metrics of a step some steps later, and then still has the state from before the step that went wrong.
 
     Args:
       student: a model with `hidden(params, tokens, mask)` and `stored_head(params)`.

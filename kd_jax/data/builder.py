@@ -150,7 +150,7 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: objec
     folder contains the fingerprint of the content, so no outdated dataset is read.
 
     Args:
-      name: the dataset: docstrings, dolly, gsm8k, jsonl or text.
+      name: the dataset, a name in `SOURCES`.
       split: the split: train, validation or test, if the dataset has it.
       data_dir: the folder or address of built datasets; None means the default folder of tensorflow_datasets.
       **options: keyword arguments of the dataset's `source` function.
@@ -207,8 +207,7 @@ def load_references(name: str, *, split: str, data_dir: str | None = None, **opt
     """Returns the rows of a split for evaluation. Each row has prompt, context and references.
 
     Args:
-      name: an evaluation dataset (dolly_eval, self_instruct, vicuna, super_natural, unnatural) or a dataset of `load`,
-        whose response is then the only reference.
+      name: a name in `EVALUATION`, or a name in `SOURCES`. The response of a row of `SOURCES` is the only reference.
       split, data_dir, **options: the arguments of `load`.
 
     Returns:
@@ -258,7 +257,7 @@ def _open(
 
 
 def _fits(value: object, annotation: Any) -> bool:
-    """Returns True if a value has the annotated type. Annotations are str, float, bool, tuples of str, and unions."""
+    """Returns True if a value has the annotated type: str, int, float, bool, a tuple of str, or a union of these."""
     if isinstance(annotation, types.UnionType):
         return any(_fits(value, kind) for kind in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:

@@ -25,7 +25,7 @@ class Pool:
         Args:
           seed: the seed of the order.
           batch_size: the number of rows of a step.
-          group: the number of rows for each prompt. The rows of a prompt stay next to each other.
+          group: the number of authors. One row of each author, for the same prompt, forms a group that stays together.
           epochs: the number of passes over the rows.
         """
         self._seed, self._batch_size, self._group, self._epochs = seed, batch_size, group, epochs
@@ -42,10 +42,10 @@ class Pool:
             raise ValueError("the pool is empty: a step takes rows before any row was sampled.")
         count = len(self.rows["lengths"])
         batches = count // self._batch_size
-        epoch, place = divmod(step - self.start, batches)
+        epoch, batch = divmod(step - self.start, batches)
         order = np.random.default_rng((self._seed, self.start, 1 + epoch)).permutation(count // self._group)
-        prompts = self._batch_size // self._group
-        groups = order[place * prompts : (place + 1) * prompts]
+        group_count = self._batch_size // self._group
+        groups = order[batch * group_count : (batch + 1) * group_count]
         rows = rollouts.take(self.rows, (groups[:, None] * self._group + np.arange(self._group)).ravel())
         if step + 1 == self.start + batches * self._epochs:
             self.rows = self.start = None  # a checkpoint does not save rows that no step will use

@@ -127,8 +127,11 @@ class teacher(_Plain):
 class student(_Plain):
     """The student's own responses to the prompts of the dataset, as in on-policy distillation.
 
+    The source samples `every` batches of rows from the same student, and then trains on them for `every` x `epochs`
+    steps.
+
     Args:
-      every: the number of steps for which rows are sampled at a time, from the same student.
+      every: the number of batches of rows that are sampled at a time.
       epochs: the number of passes over these rows before new rows are sampled.
 
     References:
@@ -210,13 +213,14 @@ class adaptive(_Plain):
     """Student responses from a replay buffer, used more often when the held-out loss rises.
 
     With probability `threshold`, a step trains on student responses from the buffer. With probability
-    `threshold (1 - k / total)`, step k first samples responses and adds them to the buffer. If the loss of an evaluation
-    exceeds the loss of the evaluation before by `tolerance` or more, `threshold` increases by `increase`.
+    `threshold (1 - k / total)`, step k first samples responses and adds them to the buffer; k counts from 1. While the
+    buffer is empty, every step that trains on student responses samples first. If the loss of an evaluation exceeds the
+    loss of the evaluation before by `tolerance` or more, `threshold` increases by `increase`.
 
     Args:
       threshold: the threshold before the first evaluation, in [0, 1].
       increase: the increase of the threshold.
-      tolerance: the increase of the held-out cross-entropy that leaves the threshold unchanged, in nats.
+      tolerance: the smallest rise of the held-out cross-entropy, in nats, that raises the threshold.
       capacity: the number of rows in the buffer; the oldest rows are dropped.
       fresh: the share of steps that sample, as a function of k: decreasing (1 - k / total), constant (a half) or
         increasing (k / total).

@@ -30,7 +30,7 @@ class Policy:
     include_current: bool = key(False, "count the token's own reward as well as the rewards of the tokens after it")
     length_normalised: bool = key(True, "average the rewards over their tokens instead of adding them")
     whiten: str = key(
-        "none", "scale advantages to mean 0, variance 1: none, counted (tokens), or all (also after the end)"
+        "none", "none; counted: scale advantages to mean 0, variance 1 over counted tokens; all: also after the end"
     )
     baseline: str = key("none", "none, or kl: subtract the exact mean -KL(q || p) from the reward of each token")
     clip: float = key(0.2, "clip the ratio q / (q when sampled) to the range from 1 - clip to 1 + clip; 0: no clipping")
@@ -61,7 +61,7 @@ class Term:
     )
     rows: str = key("all", "rows that count: all (of the first stream), or of one origin: data, teacher, student, text")
     importance: bool = key(
-        False, "weigh each token by q / mixture; for a divergence on rows with sampling.teacher_share"
+        False, "multiply each token's loss by q / mixture, if sampling.teacher_share made a mixture sample the rows"
     )
     policy: Policy = section(Policy, "for kind=policy_gradient: the settings of the policy gradient")
     average: str = key("token", "token: mean over the batch's tokens; sequence: mean over rows of each row's mean")
@@ -69,7 +69,9 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    temperature: float = key(1.0, "divisor of the logits of both models; a factor T^2 belongs in the coefficients")
+    temperature: float = key(
+        1.0, "divisor T of both models' logits; to get the usual factor T^2, put it into the coefficients"
+    )
     terms: Mapping[str, Any] = key({}, "name -> term(); the loss is the sum of the terms")
 
 
@@ -100,7 +102,7 @@ class Teacher:
     )  # fmt: skip
     int8_report: bool = key(True, "measure the error of int8 at the start, also with one layer at a time in dtype")
     sharding: str = key(
-        "student", "student: as the student; spread: also over data; tensor: over tensor only; whole: replicated",
+        "student", "student: like the student; spread: also over data; tensor: only over tensor; whole: a copy on each device",
         choices=("student", "spread", "tensor", "whole"),
     )  # fmt: skip
 
@@ -127,7 +129,7 @@ class Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    name: str = key("docstrings", "name of the dataset: docstrings, dolly, gsm8k, jsonl, text")
+    name: str = key("docstrings", "name of a dataset in the table of kd_jax/data/README.md")
     options: Mapping[str, Any] = key({}, "keywords of the dataset's builder, such as path", is_open=True)
     defaults: Mapping[str, Any] = key(
         {}, "dataset name -> keywords of the builder; data.options takes precedence", is_open=True
@@ -145,7 +147,7 @@ class Data:
     max_prompt_length: int = key(256, "largest number of tokens of a prompt, as part of max_length")
     long_prompts: str = key("drop", "drop: omit the row; cut: truncate the user's text, but never the template")
     long_responses: str = key("cut", "cut: truncate the response; drop: omit the row")
-    loss_on: str = key("response", "counted in training: response (with its end), or all; held-out: response")
+    loss_on: str = key("response", "tokens of training rows that count: response (with its end token), or all")
     packing: str = key(
         "none", "none; rows: several rows in one, kept separate; stream: joined, all tokens count",
         choices=("none", "rows", "stream"),
@@ -160,15 +162,15 @@ class Text:
     options: Mapping[str, Any] = key(
         {}, "keywords of the builder; empty: data.options, if the dataset is the same", is_open=True
     )
-    split: str = key("train", "split of the dataset; default: data.train_split")
+    split: str = key("train", "split of the dataset; the same as data.train_split, unless it is set")
     batch_size: int = key(8, "number of rows added to each update, of data.max_length tokens each", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     data: int = key(-1, "number of devices that divide the batch; -1: all devices not used by fsdp and tensor")
-    fsdp: int = key(1, "number of devices that divide both the batch and the parameters")
-    tensor: int = key(1, "number of devices that divide each matrix")
+    fsdp: int = key(1, "number of devices that divide the batch, and also the parameters, which are gathered when used")
+    tensor: int = key(1, "number of devices that divide each matrix product; they do not divide the batch")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Runs a student and a teacher on the same batch, and computes a loss of their next-token distributions without logits."""
+"""Runs a student and a teacher on the same batch, and computes a loss without holding the logits of all tokens."""
 
 from collections.abc import Callable, Sequence
 from typing import cast

@@ -106,13 +106,17 @@ def test_a_term_has_no_other_keys():
         base.term(divergenc={"name": "forward_kl"})
 
 
-CONFIGS, LIBRARY = (ROOT / name / "README.md" for name in ("configs", "kd_jax"))
+CONFIGS, LIBRARY, DATA = (ROOT / name / "README.md" for name in ("configs", "kd_jax", "kd_jax/data"))
 
 
 def test_the_tables_of_methods_and_keys_are_current():
     for made in (table.methods(), table.keys()):
         assert made in CONFIGS.read_text(), "python -m configs.table prints the tables of configs/README.md"
     assert set(table.METHODS) == set(METHODS)
+
+
+def test_the_table_of_datasets_is_current():
+    assert table.datasets() in DATA.read_text(), "python -m configs.table prints the table of kd_jax/data/README.md"
 
 
 def test_every_source_is_listed():
