@@ -245,7 +245,7 @@ def _schedule(spec: Any, of_rows: str = "") -> StatefulSchedule:
     if _needs_scores(schedule) and (rows := getattr(schedule, "rows", None)) != of_rows:
         use = f"the weight of a term with rows={of_rows!r}" if of_rows else "another number"
         raise ValueError(
-            f"distillm2_skew(rows={rows!r}) is for the weight of a term with rows={rows!r}, not for {use}."
+            f"{type(schedule).__name__}(rows={rows!r}) is for the weight of a term with rows={rows!r}, not for {use}."
         )
     return schedule
 

@@ -124,9 +124,10 @@ def look_up(
         )
     keywords = {} if isinstance(spec, str) else dict(spec)
     name = spec if isinstance(spec, str) else keywords.pop("name", None)
+    is_call = isinstance(name, str) and "(" in name
     if isinstance(name, str):
         module, name = _home(name, module)
-        if "(" in name:
+        if is_call:
             name, keywords = _parse_call(name)
     known = names(module)
     if name not in known:
@@ -144,9 +145,8 @@ def look_up(
     if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters):
         place = f"in the spec {_show(spec)}{nearest(unknown[0], [*options, *beside])}"
         takes = f"{name} takes {', '.join([*options, *beside]) or 'no keywords'}"
-        hint = (
-            "" if isinstance(spec, str) else f"; the name as a call, '{name}()', ignores the keywords beside the name"
-        )
+        is_beside = not isinstance(spec, str) and not is_call
+        hint = f"; the name as a call, '{name}()', ignores the keywords beside the name" if is_beside else ""
         raise ValueError(f"unknown keyword {unknown[0]!r} {place}; {takes}{hint}.")
     missing = [o for o, default in options.items() if default is inspect.Parameter.empty and o not in keywords]
     if missing:

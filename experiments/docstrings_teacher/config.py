@@ -1,4 +1,4 @@
-"""The packaged teacher: a Llama of 4.06M parameters, trained on all tokens of the docstrings dataset."""
+"""The packaged teacher: a Llama of 4.07M parameters, trained on all tokens of the docstrings dataset."""
 
 from ml_collections import ConfigDict
 

@@ -111,6 +111,13 @@ def test_errors_of_bind(spec, words):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("name, is_advised", [("forward_kl", True), ("forward_kl(skew=0.1)", False)])
+def test_a_call_is_advised_where_keywords_are_beside_the_name(name, is_advised):
+    with pytest.raises(ValueError, match="forward_kl takes no keywords") as error:
+        resolve.bind({"name": name, "skew": 0.1}, divergences)
+    assert ("the name as a call" in str(error.value)) == is_advised
+
+
 @pytest.mark.parametrize(
     "spec, words",
     [
