@@ -265,7 +265,7 @@ def test_llama3_scaling_against_the_published_rule():
         ({"num_layers": 0}, "num_layers=0"),
         ({"vocab_size": "9"}, "vocab_size='9'"),
         ({"head_dim": -2}, "head_dim=-2"),
-        ({"head_dim": 7}, "head_dim=7 is odd"),
+        ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"activation": "tanhshrink"}, "unknown activation 'tanhshrink'; known: gelu"),
         ({"qk_norm": True}, "family 'llama' fixes qk_norm=False; got True"),
         ({"attention_bias": True}, "attention_bias=True, output_bias=False"),
