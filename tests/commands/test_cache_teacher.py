@@ -86,6 +86,7 @@ def test_the_others_mass_is_summed_and_not_what_is_left_of_one():
     np.testing.assert_allclose(gradient[0], -1, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_step_from_hidden_states_is_the_teachers_step(caches, data_dir):
     online, _ = losses(cached(data_dir), steps=1)
     from_cache, _ = losses(cached(data_dir, caches("hidden")), steps=1)
@@ -271,6 +272,7 @@ def kept(cache, rows):
     return CachedValues(cache, "train", rows)
 
 
+@pytest.mark.slow
 def test_a_stopped_call_goes_on_and_leaves_the_same_files(caches, data_dir, tmp_path, monkeypatch):
     write, done = files.write_part, []
 

@@ -165,6 +165,7 @@ def test_rows_with_one_prompt_stay_apart():
     ]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_page(tmp_path, data_dir, one_device):
     config = forward_kl.get_config("smoke")
     config.data.data_dir, config.mesh.data = str(data_dir), 1

@@ -141,6 +141,7 @@ def alone(data_dir):
     return losses(data_dir, teacher__weights="int8")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_run_trains_by_its_int8_teacher_and_knows_how_far_that_is_from_float(data_dir):
     run, found = alone(data_dir)
@@ -173,7 +174,7 @@ def test_its_error_is_that_beside_the_whole_float_teacher_of_which_one_layer_is_
 
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize(
-    "layout", ["whole", *(pytest.param(name, marks=pytest.mark.slow) for name in ("student", "spread", "tensor"))]
+    "layout", ["tensor", *(pytest.param(name, marks=pytest.mark.slow) for name in ("student", "spread", "whole"))]
 )
 def test_on_a_mesh_it_gives_the_losses_of_one_device_wherever_it_lies(layout, data_dir):
     sizes = dict(mesh__data=1, mesh__fsdp=2, mesh__tensor=2)

@@ -96,6 +96,7 @@ def whole(tmp_path_factory, data_dir, one_device):
     return folder
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_so(whole, tmp_path, data_dir, monkeypatch):
     put, calls, before = train.Run.put, itertools.count(1), signal.getsignal(signal.SIGTERM)
 
@@ -155,6 +156,7 @@ def test_sigterm_before_the_first_step_and_after_the_last(where, name, told, who
     assert (stopped.value.code, stopped.value.step, closed) == (75, None, [str(workdir)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["finish", "push"])
 def test_sigterm_at_an_address_loses_nothing(name, told, whole, tmp_path, assembled, monkeypatch):
     """After the last step everything is copied. A SIGTERM during the last copy does not stop the run."""
@@ -177,6 +179,7 @@ def test_sigterm_at_an_address_loses_nothing(name, told, whole, tmp_path, assemb
     assert_same_run(whole, tmp_path / "fetched")
 
 
+@pytest.mark.slow
 def test_a_notice_at_an_evaluation_saves_before_it(whole, told, tmp_path, assembled, monkeypatch):
     """The resumed run begins with the evaluation, and repeats it if it was killed before it saved anything."""
     config = smoke("sft", assembled.config.data.data_dir, **WHOLE | dict(eval_every=4))
@@ -438,6 +441,7 @@ def fragile(data_dir, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_stops_the_run_and_can_be_replayed(fragile, tmp_path, capsys):
     config, rows, _ = fragile
     with pytest.raises(FloatingPointError, match="at step 4 the loss is nan") as error:
@@ -457,6 +461,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_can_be_replayed(fragile, tm
         replay.replay(str(tmp_path / "run"), 5)
 
 
+@pytest.mark.slow
 def test_such_a_step_is_left_out_and_counted_on_request(fragile, tmp_path):
     config, _, steps = fragile
     config.max_skipped = 2
@@ -484,6 +489,7 @@ def test_too_many_in_a_row_stop_the_run_before_the_first_that_was_too_many(data_
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_less_max_skipped_stops_at_no_finite_step(whole, tmp_path, assembled, monkeypatch):
     """The checkpoint counts one skipped step, which is more than the new limit allows."""
     until(2, whole, tmp_path / "run")

@@ -45,6 +45,7 @@ def of_rows(method, tmp_path, data_dir, **changes):
 SHORT = dict(steps=3, checkpoint_every=2, eval_every=3, log_every=1, data__eval_rows=4)
 
 
+@pytest.mark.slow
 def test_a_run_whose_rows_were_replaced_is_refused_and_goes_on_with_the_old_ones(tmp_path, data_dir, monkeypatch):
     """Equal bytes in another file with another modification time count as the old contents."""
     write_rows(tmp_path / "rows.jsonl", 200)
@@ -226,6 +227,7 @@ def test_a_notebooks_function_belongs_to_a_run_by_its_own_source(tmp_path, data_
     refused(tmp_path / "run", config, "divergence.name=__main__:mine")
 
 
+@pytest.mark.slow
 def test_a_teachers_cache_belongs_to_a_run(tmp_path, data_dir):
     config = smoke("forward_kl", data_dir, data__eval_rows=4)
     cache_teacher.write(config, str(tmp_path / "cache"), "samples", k=2, quiet=True)

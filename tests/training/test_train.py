@@ -344,6 +344,7 @@ def test_a_directory_of_a_version_without_a_key_is_the_runs_where_the_key_change
             assert [line.partition(":")[0].removeprefix("base.") for line in lines][:1] == differing
 
 
+@pytest.mark.slow
 def test_a_window_that_no_row_reaches_is_accepted_and_kept(tmp_path, data_dir):
     teacher = shutil.copytree(models_folder(), tmp_path / "teacher")
     fields = json.loads((teacher / "config.json").read_text())
@@ -365,6 +366,7 @@ def test_a_window_that_no_row_reaches_is_accepted_and_kept(tmp_path, data_dir):
         command.load(filled(parse([*options, f"--out={tmp_path}/out", "--batch_size=8"]))[0])
 
 
+@pytest.mark.slow
 def test_a_teacher_may_be_in_float16(data_dir):
     run = train.build(smoke("forward_kl", data_dir, teacher__dtype="float16"))
     state = run.init_state()
