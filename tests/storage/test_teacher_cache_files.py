@@ -13,7 +13,7 @@ from kd_jax.run.cache import cached_values
 from kd_jax.settings import Settings
 from kd_jax.storage import directory
 from kd_jax.teachers import cache_files as files
-from kd_jax.teachers.cache_reading import Cache, Kept, check_manifest
+from kd_jax.teachers.cache_reading import Cache, CachedValues, check_manifest
 from tests.fuzz.readers_of_caches import make_cache, rows
 from tests.fuzz.readers_of_text import TokenizerFiles
 
@@ -51,7 +51,7 @@ def manifest_of(folder, **changes):
 
 def test_a_part_of_another_teachers_cache_of_the_same_rows_is_not_taken(made, tmp_path):
     part, here = "train/000001.array_record", shutil.copytree(made / "samples", tmp_path / "cache")
-    read = lambda: Kept(Cache.open(here), "train", rows("train")).read(5)
+    read = lambda: CachedValues(Cache.open(here), "train", rows("train")).read(5)
     mine = read()
     shutil.copy(made / "moved" / part, here / part)
     assert all((read()[name] == values).all() for name, values in mine.items())
@@ -70,7 +70,7 @@ def test_records_are_of_one_tokenizer_template_and_way_to_draw(changes, made, tm
     here = shutil.copytree(made / "samples", tmp_path / "cache")
     manifest_of(here, **changes)
     with pytest.raises(ValueError, match="of other tokens or of another cache"):
-        Kept(Cache.open(here), "train", rows("train")).read(0)
+        CachedValues(Cache.open(here), "train", rows("train")).read(0)
 
 
 @pytest.mark.parametrize(
