@@ -160,9 +160,9 @@ def _sizes(shape: tuple[int, ...], width: int, chunk: int | None, devices: int) 
     """Returns the numbers of tokens in a chunk, in a piece, and in a block.
 
     Pieces hold the tokens that do not fill a chunk. Chunks and pieces consist of blocks. On a CPU the logits of a block
-    stay in the cache, and a chunk is just long enough for efficient matrix products. Longer chunks would save additions
-    to the head's gradient, which pays only with many tokens. On an accelerator chunks are long, and each chunk is one
-    block.
+    stay in the cache, and a chunk is just long enough for efficient matrix products. Longer chunks need fewer additions
+    to the head's gradient, but with few tokens these additions cost little. On an accelerator chunks are long, and each
+    chunk is one block.
     """
     tokens = max(1, shape[0] * shape[1] // devices)
     cpu = jax.default_backend() == "cpu"
@@ -225,7 +225,7 @@ def _sweep(
     )
     count, done, carry = largest(jnp.sum(is_counted)), 0, start
     if piece < chunk:
-        # A remainder that needs as many pieces as a chunk has is computed as a chunk.
+        # If the pieces for the remainder would be as long as a chunk, the remainder is computed as one chunk.
         done = (count + piece - 1) // chunk * chunk
         carry = jax.lax.fori_loop(0, done // chunk, partial(body, chunk, 0), carry)
     carry = jax.lax.fori_loop(0, -(-(count - done) // piece), partial(body, piece, done), carry)
@@ -274,8 +274,8 @@ def _on_mesh(sweep: Callable[..., Sweep], mesh: Mesh, with_gradient: bool, *arra
     """
 
     def local(hidden: Array, head: Array, teacher: tuple[Array, Array] | None, rest: tuple[Array, ...]) -> Sweep:
-        # Arrays in the loop may be divided over `tensor`, so every device must run as many chunks as the device with
-        # the most tokens.
+        # The loop may contain collective operations over `tensor`, which need all devices. So every device runs as many
+        # chunks as the device with the most tokens.
         largest = partial(jax.lax.pmax, axis_name=BATCH_AXES)
         total, values, d_hidden, d_head = sweep(with_gradient, hidden, head, teacher, rest, largest=largest)
         total = jax.lax.psum(total, BATCH_AXES)

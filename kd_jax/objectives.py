@@ -172,7 +172,7 @@ def make_terms(
 def token_coefficients(
     average: str, mask: Bool[Array, "B L"], segments: Int[Array, "B L"] | None = None
 ) -> Float[Array, "B L"]:
-    """Returns the factor of each token's loss with which the sum over the batch is the average named by `average`.
+    """Returns weights w such that sum(w * loss) is the average that `average` names.
 
     The average is over the global batch. Microbatches, devices and hosts each get a part of the coefficients and add up
     their sums, so the result does not depend on the division.
@@ -245,7 +245,7 @@ def _schedule(spec: Any, of_rows: str = "") -> StatefulSchedule:
     if _needs_scores(schedule) and (rows := getattr(schedule, "rows", None)) != of_rows:
         use = f"the weight of a term with rows={of_rows!r}" if of_rows else "another number"
         raise ValueError(
-            f"{type(schedule).__name__}(rows={rows!r}) is for the weight of a term with rows={rows!r}, not for {use}."
+            f"{type(schedule).__name__}(rows={rows!r}) can only be the weight of a term with rows={rows!r}, but is {use}."
         )
     return schedule
 
@@ -253,7 +253,7 @@ def _schedule(spec: Any, of_rows: str = "") -> StatefulSchedule:
 def _has_assistant(spec: str | Config | None) -> bool:
     """Returns True if the spec names an assistant.
 
-    Both {"name": "none"} and None name no assistant. A flag can change the former, but not None.
+    Both {"name": "none"} and None name no assistant. Configs have {"name": "none"}, because a flag cannot change None.
     """
     return spec is not None and spec != "none" and (isinstance(spec, str) or spec["name"] != "none")
 

@@ -18,7 +18,9 @@ from kd_jax.storage.files import Json
 Rows = dict[str, np.ndarray]
 Mixture = tuple[models.Model, PyTree, float]  # model, parameters and share, as in `models.generate`
 Progress = Callable[[Iterable[int]], Iterable[int]]  # returns the same numbers, with a progress bar
-DRAWS = 2**31 - 1  # the first number that a key of a draw folds in; the other keys of a run fold in a step
+DRAWS = (
+    2**31 - 1
+)  # every key of a draw folds this number in first; other keys of a run fold in a step, which is smaller
 
 
 @dataclasses.dataclass(frozen=True)

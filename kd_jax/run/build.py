@@ -151,7 +151,7 @@ def build(config: Config | Settings) -> Run:
         eval_rows, batch_size=options.eval_batch_size, shuffle=False, num_epochs=1,
         beside=cached_values(settings, tokenizer, cache, "held_out", eval_rows), **batch_options(settings, tokenizer),
     )  # fmt: skip
-    # The responses are sampled last because sampling may take long. They stay on disk if a later run fails.
+    # Sampling may take long, so it comes last, after all checks. The responses are on disk for later runs.
     if isinstance(source, prefixes.teacher):
         train_rows, counts[options.train_split] = load_responses(settings, source, loaded, mesh)
     else:

@@ -60,7 +60,7 @@ def fills(manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 def identity(manifest: Manifest, split: str) -> bytes:
-    """Returns a hash of the teacher without the path, the tokenizer, and all else that decides a record's values."""
+    """Returns a hash of the manifest's entries that decide the values of a record, such as the teacher without its path."""
     excluded = ("splits", "settings", "part_rows", "head_hash")  # these keys decide the rows and the files of the rows
     content = {name: value for name, value in manifest.items() if name not in excluded}
     content["teacher"] = {name: value for name, value in manifest["teacher"].items() if name != "path"}
@@ -97,7 +97,7 @@ def differences(written: object, wanted: object, prefix: str = "") -> list[str]:
 
 
 def foreign(folder: Path) -> str:
-    """Returns a name in a folder without a manifest that no call of kd_jax can have written; "" if there is none."""
+    """Returns the first name in an unfinished cache that kd_jax does not write; "" if there is no such name."""
     ours = rf"{re.escape(HEAD)}(\.partial-\d+)?|{re.escape(MANIFEST)}\.partial-\d+|{TOKENIZER}|{LOCK}"
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     return next((name for name in names if not re.fullmatch(ours, name)), "")
@@ -189,7 +189,7 @@ def write_head(folder: Path, name: str, matrix: np.ndarray) -> str:
 
 
 def write_tokenizer(folder: Path, tokenizer: data.Tokenizer) -> None:
-    """Writes the tokenizer and the ids of the special tokens. Only the model's configuration names some of these ids."""
+    """Writes the tokenizer, and the ids of the special tokens, because tokenizer.json does not name all of them."""
     tokenizer.save(folder / TOKENIZER)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_ids, "pad_token_id": tokenizer.pad_id}
     (folder / TOKENIZER / "generation_config.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")

@@ -225,7 +225,7 @@ class CachedValues:
         header, start = np.frombuffer(content, HEADER, 1)[0], HEADER.itemsize
         expected = row_key(self._identity, rows[index], int(rows.first_counted[index]))
         if header["row"] != index or header["key"].tobytes() != expected:
-            raise ValueError(f"the record belongs to row {header['row']} of other tokens or of another cache")
+            raise ValueError(f"the record is of row {header['row']}, with other tokens or of another cache")
         shapes = {name: (count, *shape) for name, (_, shape) in self._fields.items()}
         size = start + sum(math.prod(shapes[name]) * dtype.itemsize for name, (dtype, _) in self._fields.items())
         if len(content) != size:

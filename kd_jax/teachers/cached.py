@@ -51,8 +51,9 @@ class Cached(Teacher):
 
     def described(self, path: str) -> str:
         """Returns the kind of the cache, and the path of the cache's teacher if the config has another path."""
-        other = f" (of {clip(self.path)}; teacher.path={path} is not read)" if path not in ("", self.path) else ""
-        return f"teacher's {self.kind} from a cache{other}, without the teacher's texts and without KLs on student text"
+        teacher = f" of the teacher {clip(self.path)} (teacher.path={path} is not read)"
+        named = teacher if path not in ("", self.path) else ""
+        return f"a cache of kind {self.kind}{named}; no texts of the teacher and no KLs on student text are measured"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,11 +173,11 @@ def sampled_forward_kl(draws: Draws, log_q: Float[Array, "*batch k"]) -> Float[A
 
 
 def draw(log_p: Array, uniform: Array, power: float = 1.0) -> dict[str, Array]:
-    """Samples tokens from a normalised power of p, with weights for means under p.
+    """Samples tokens from the distribution proportional to p^power, with weights that correct for the power.
 
-    The expected value of the weighted sum of a function over the sampled tokens is the mean of the function under p.
-    Each sample chooses a block of ids, and then an id in the block. A running sum of probabilities over the whole
-    vocabulary would lose the small probabilities to rounding.
+    For any function f, the expected value of ``sum_j w_j f(token j)`` is the mean of f under p. Each sample chooses a
+    block of ids, and then an id in the block. A running sum of probabilities over the whole vocabulary would lose the
+    small probabilities to rounding.
 
     Args:
       log_p: the log-probabilities [..., V], normalised.

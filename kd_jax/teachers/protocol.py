@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
 
 
 class Teacher(Protocol):
-    """The distributions with which a student is compared. The bodies below are for a teacher with hidden states.
+    """The distributions with which a student is compared. The default methods are for a teacher with hidden states.
 
     A teacher is hashable, so `jax.jit` can close over it or take it as a static argument.
 
@@ -63,7 +63,7 @@ class Teacher(Protocol):
         return log_p, log_q
 
     def terms(self, terms: Sequence[Term]) -> tuple[Term, ...]:
-        """Returns the terms of an objective with losses of the two sides that `see` returns."""
+        """Returns the terms with losses that accept the two sides that `see` returns."""
         return tuple(terms)
 
     def measure(self, ours: PyTree, seen: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:

@@ -58,11 +58,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Notices:
-    """Handles SIGTERM and Ctrl-C inside a `with` statement.
+    """Handles SIGTERM and Ctrl-C inside a `with` statement. Each of these signals is a notice that the run should end.
 
-    A notice is recorded, so that the loop stops after the current step. If there is nothing to save, the notice raises
-    an exception at once. With several processes, JAX's own service handles SIGTERM: the processes agree on a step, and
-    the service ends no process. The first Ctrl-C is passed to that service as SIGTERM. A second Ctrl-C raises at once.
+    While steps are made, a notice is only recorded, and the loop stops after the current step. Before and after the
+    steps, a notice raises an exception at once. With several processes, JAX's own service handles SIGTERM: the processes
+    agree on the step after which they stop. The first Ctrl-C sends SIGTERM to that service. A second Ctrl-C raises at once.
     """
 
     def __init__(self) -> None:
@@ -84,9 +84,10 @@ class Notices:
 
     @contextlib.contextmanager
     def raised(self, raises: bool = True) -> Iterator[None]:
-        """Lets a notice raise `Stopped` or `Interrupted` at once if `raises` is true.
+        """Decides what a notice does inside a block.
 
-        A notice that arrived earlier raises at the start or the end of the block.
+        With `raises=True` a notice raises `Stopped` or `Interrupted` at once, also a notice from before the block. With
+        `raises=False` a notice waits until the block ends.
         """
         before, self._raises = self._raises, raises
         self._raise()
@@ -148,7 +149,7 @@ def run_steps(
       manager: the manager of the checkpoints.
       notices: the caller's notices; in this function the notices wait for the end of a step.
       quiet: whether to omit the progress bar.
-      place: the place that the work directory stands for.
+      place: the folder or address that the user gave, to which `workdir` is copied.
 
     Returns:
       The state after the last step, which is saved.
@@ -199,7 +200,7 @@ def run_steps(
                 bar.set_postfix(loss | {name: f"{value:,.4g}" for name, value in lap.items()})
             bar.update()
             if saving:
-                place.store()  # metrics.jsonl is never behind a checkpoint
+                place.store()  # copied before the checkpoint, so that metrics.jsonl has all steps of the checkpoint
                 checkpoint.save(manager, step, state, run.feed)
             if stopping:
                 checkpoint.wait(manager)
@@ -242,7 +243,7 @@ def _read(
         values = metrics.averages(jax.device_get(sums))
         skipped = values.pop("skipped")
         if skipped > run.config.max_skipped:
-            # No later step has changed the state from before the non-finite step.
+            # Metrics are read some steps late. The later steps did not change the state, so it is the state before the bad step.
             nonfinite.stop(run, state, step, rows, values, workdir, place)
         tokens += values["tokens"]
         values |= {"learning_rate": float(np.asarray(run.learning_rate(step - 1)))}

@@ -100,8 +100,8 @@ def test_a_divergence_and_an_assistant_of_another_module():
         ({"divergence": None}, "None is not a spec"),
         ({"coefficient": [1.0]}, "[1.0] is not a spec"),
         ({"kind": "hard_labels", "importance": True}, "importance=True goes with kind='divergence'"),
-        (MIX | {"weight": SKEW, "rows": "student"}, "rows='teacher', not for the weight of a term with rows='student'"),
-        ({"coefficient": SKEW, "rows": "teacher"}, "not for another number"),
+        (MIX | {"weight": SKEW, "rows": "student"}, "rows='teacher', but is the weight of a term with rows='student'"),
+        ({"coefficient": SKEW, "rows": "teacher"}, "but is another number"),
         (
             {"assistant": {"name": "geometric_mixture"}, "pair": ("teacher", "assistant"), "stop_gradient": True},
             "no gradient",

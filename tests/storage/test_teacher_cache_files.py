@@ -13,7 +13,7 @@ from kd_jax.run.cache import cached_values
 from kd_jax.settings import Settings
 from kd_jax.storage import directory
 from kd_jax.teachers import cache_files as files
-from kd_jax.teachers.cache_reading import Cache, Kept, check_manifest
+from kd_jax.teachers.cache_reading import Cache, CachedValues, check_manifest
 from tests.fuzz.readers_of_caches import make_cache, rows
 from tests.fuzz.readers_of_text import TokenizerFiles
 
@@ -51,13 +51,13 @@ def manifest_of(folder, **changes):
 
 def test_a_part_of_another_teachers_cache_of_the_same_rows_is_not_taken(made, tmp_path):
     part, here = "train/000001.array_record", shutil.copytree(made / "samples", tmp_path / "cache")
-    read = lambda: Kept(Cache.open(here), "train", rows("train")).read(5)
+    read = lambda: CachedValues(Cache.open(here), "train", rows("train")).read(5)
     mine = read()
     shutil.copy(made / "moved" / part, here / part)
     assert all((read()[name] == values).all() for name, values in mine.items())
     shutil.copy(made / "other" / part, here / part)
     with pytest.raises(
-        ValueError, match=r"000001.array_record: .*row 5 is damaged \(the record belongs to row 5 of other tokens or of"
+        ValueError, match=r"000001.array_record: .*row 5 is damaged \(the record is of row 5, with other tokens or of"
     ):
         read()
 
@@ -70,7 +70,7 @@ def test_records_are_of_one_tokenizer_template_and_way_to_draw(changes, made, tm
     here = shutil.copytree(made / "samples", tmp_path / "cache")
     manifest_of(here, **changes)
     with pytest.raises(ValueError, match="of other tokens or of another cache"):
-        Kept(Cache.open(here), "train", rows("train")).read(0)
+        CachedValues(Cache.open(here), "train", rows("train")).read(0)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_what_is_written_can_be_read(made):
 
 def test_a_run_says_where_its_cache_is_of_another_teacher_than_its_config(made):
     teacher = Cache.open(made / "samples").teacher
-    start, limits = "teacher's samples from a cache", ", without the teacher's texts and without KLs on student text"
+    start, limits = "a cache of kind samples", "; no texts of the teacher and no KLs on student text are measured"
     assert teacher.described("") == teacher.described("models/teacher") == start + limits
-    said = f"{start} (of models/teacher; teacher.path=models/larger is not read){limits}"
+    said = f"{start} of the teacher models/teacher (teacher.path=models/larger is not read){limits}"
     assert teacher.described("models/larger") == said
 
 
