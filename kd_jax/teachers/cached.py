@@ -84,14 +84,17 @@ class CachedTopK(Cached):
         """Returns the stored ids and log-probabilities as extras."""
         return Outputs(None, None, extras=(batch["teacher_ids"], batch["teacher_log_probs"]))
 
-    def see(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[Array, Array]:
+    def align(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[Array, Array]:
         """Returns both distributions over the k tokens and the outcome of all other tokens, [..., k + 1]."""
         ids, log_probs = extras
         return log_probs, coarsen(log_q, ids)
 
-    def measure(self, ours: Array, seen: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
+    def measure(self, teacher_side: Array, student_side: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
         """Returns the distances over the k + 1 outcomes, which are at most the distances of the whole distributions."""
-        return (*distances(ours, seen), seen[..., 0] == log_q.max(axis=-1))  # the first stored token is the likeliest
+        return (
+            *distances(teacher_side, student_side),
+            student_side[..., 0] == log_q.max(axis=-1),
+        )  # the first stored token is the likeliest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,19 +110,19 @@ class CachedSamples(Cached):
             None, None, extras=tuple(batch[f"teacher_{name}"] for name in ("ids", "weights", "entropy"))
         )  # fmt: skip
 
-    def see(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[Draws, Array]:
+    def align(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[Draws, Array]:
         """Returns the `Draws`, and the student's log-probabilities of the sampled tokens, [..., k]."""
         ids, *weights_and_entropy = extras
         return Draws(*weights_and_entropy), jnp.take_along_axis(log_q, ids, axis=-1, mode="clip")
 
     def terms(self, terms: Sequence[Term]) -> tuple[Term, ...]:
         """Returns the terms with `sampled_forward_kl` as the loss of each term that needs the teacher."""
-        loss = lambda draws, seen, *rest: sampled_forward_kl(draws, seen)
+        loss = lambda draws, student_side, *rest: sampled_forward_kl(draws, student_side)
         return tuple(dataclasses.replace(term, loss=loss) if term.needs_teacher else term for term in terms)
 
-    def measure(self, ours: Draws, seen: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
+    def measure(self, teacher_side: Draws, student_side: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
         """Returns `sampled_forward_kl`, whose expected mean is the mean of KL(p || q)."""
-        return (sampled_forward_kl(ours, seen),)
+        return (sampled_forward_kl(teacher_side, student_side),)
 
 
 CACHED: dict[str, type[Cached]] = {cached.kind: cached for cached in (CachedHidden, CachedTopK, CachedSamples)}
