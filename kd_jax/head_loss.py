@@ -131,7 +131,7 @@ def _check_shapes(
     """Checks the shapes of both models' hidden states and heads, and of the arrays with a value per token."""
     arrays = {f"{model}_{part}": pair[i] for model, pair in named.items() for i, part in enumerate(("hidden", "head"))}
     shapes = {name: None if array is None else array.shape for name, array in (arrays | token_arrays).items()}
-    shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items() if shape is not None)
+    shapes_in_words = ", ".join(f"{name} {shape}" for name, shape in shapes.items() if shape is not None)
     student, problem = shapes["student_hidden"] or (), ""
     if len(student) != 3 or 0 in student:
         problem = "student_hidden must be [B, L, D] with no side of 0"
@@ -153,7 +153,7 @@ def _check_shapes(
         ):
             problem = f"{name} must begin with student_hidden's B and L"
     if problem:
-        raise ValueError(f"token_sum: {problem}; got {shown}.")
+        raise ValueError(f"token_sum: {problem}; got {shapes_in_words}.")
 
 
 def _sizes(shape: tuple[int, ...], width: int, chunk: int | None, devices: int) -> tuple[int, int, int | None]:
@@ -291,11 +291,13 @@ def _on_mesh(sweep: Callable[..., Sweep], mesh: Mesh, with_gradient: bool, *arra
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _once(sweep: Callable[..., Sweep], *arrays: PyTree) -> Sweep:
+    """Runs the sweep. A derivative of the result raises the error of `_twice`."""
     return sweep(*arrays)
 
 
 @_once.defjvp
 def _twice(sweep: Callable[..., Sweep], primals: PyTree, tangents: PyTree) -> NoReturn:
+    """Raises an error, because JAX calls this function only for a second derivative."""
     raise TypeError(
         "token_sum is differentiable once, because the forward pass computes the gradient. For a second derivative, "
         "write the loss on full logits: jnp.sum(coefficient * token_loss(log_p, log_q))."

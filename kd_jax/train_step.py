@@ -111,8 +111,10 @@ class PreparedTerm:
       means: the means over each row that the term's schedules read, by name.
       weight: the current weight of the assistant, a scalar or [B].
       term_coefficient: the current coefficient of the term, a scalar.
-      token_coefficient: the factor of each token's loss, [B, L]: `term_coefficient` times the token's share of the average.
-      extras: the arrays [B, L] that follow the target in the arguments of `Term.loss`: weight, numbers and signals.
+      token_coefficient: the factor of each token's loss, [B, L]: `term_coefficient` times the token's share of the
+        average.
+      extras: the arrays [B, L] that follow the target in the arguments of `Term.loss`: weight, assistant_numbers
+        and signals.
     """
 
     term: Term
@@ -159,11 +161,11 @@ def prepare(
         schedule(schedule_state, step=state.step, **means)
         for schedule, schedule_state in zip(term.schedules, states, strict=True)
     ]
-    weight, term_coefficient, *numbers = _as_real(values, state.params)
+    weight, term_coefficient, *assistant_numbers = _as_real(values, state.params)
     segments = None if batch["mask"].dtype == bool else batch["mask"]
     token_share = _as_real(token_coefficients(term.average, counted, segments), state.params)
     per_token = lambda number: jnp.broadcast_to(number, counted.shape)
-    extras = (per_token(weight[..., None] if weight.ndim else weight), *map(per_token, numbers), *signals)
+    extras = (per_token(weight[..., None] if weight.ndim else weight), *map(per_token, assistant_numbers), *signals)
     return PreparedTerm(term, counted, means, weight, term_coefficient, term_coefficient * token_share, extras)
 
 
@@ -204,7 +206,7 @@ class _Step:
 
     def _unless_skipped(self, state: TrainState, updated: TrainState, finite: Array) -> TrainState:
         """Returns `updated` with the count of skipped steps; without the update if the step is not finite."""
-        # A step that is not finite adds 1, because `~finite` is True. Once the limit is exceeded, the count never returns to 0.
+        # `~finite` adds 1 for a step that is not finite. Once the count exceeds the limit, it never returns to 0.
         skipped = jnp.where(finite & (state.skipped <= self.max_skipped), 0, state.skipped + ~finite)
         stopped = skipped > self.max_skipped
         chosen = _where(finite & ~stopped, updated, state)

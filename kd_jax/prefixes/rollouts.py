@@ -150,13 +150,13 @@ def as_batch(rows: Rows) -> dict[str, np.ndarray]:
 
     The tokens of the response, including the end token, are counted.
     """
-    place = np.arange(rows["tokens"].shape[1] - 1)
+    position = np.arange(rows["tokens"].shape[1] - 1)
     length, prompt = (rows[name][:, None] for name in ("lengths", "prompt_lengths"))
     return {
-        "tokens": np.where(place < length - 1, rows["tokens"][:, :-1], rows["tokens"][:, -1:]),
+        "tokens": np.where(position < length - 1, rows["tokens"][:, :-1], rows["tokens"][:, -1:]),
         "targets": rows["tokens"][:, 1:],
-        "mask": place < length - 1,
-        "loss_mask": (place >= prompt - 1) & (place < length - 1),
+        "mask": position < length - 1,
+        "loss_mask": (position >= prompt - 1) & (position < length - 1),
         "origin": rows["origin"],
         "log_probs": rows["log_probs"],
     }

@@ -198,10 +198,10 @@ class CachedValues:
         Raises:
           ValueError: the record is damaged, or belongs to another row.
         """
-        part, place = divmod(index, self._cache.manifest["part_rows"])
+        part, position = divmod(index, self._cache.manifest["part_rows"])
         path = part_path(self._cache.folder, self._split, part)
         try:
-            return self._decode(self._open(part).read([place])[0], index)
+            return self._decode(self._open(part).read([position])[0], index)
         except (RuntimeError, IndexError, ValueError) as error:
             raise ValueError(
                 f"{path}: the record of row {index} is damaged ({error}). Delete this file, and repeat the command that wrote "

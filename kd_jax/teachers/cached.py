@@ -199,6 +199,7 @@ def draw(log_p: Array, uniform: Array, power: float = 1.0) -> dict[str, Array]:
     ids = block * width + _at_share(inside, uniform[..., 1])
     ids = jnp.minimum(ids, log_p.shape[-1] - 1)
     ratio = jnp.take_along_axis(log_p, ids, axis=-1) - jnp.take_along_axis(log_t, ids, axis=-1)
+    # A token with probability 0 has the ratio -inf - (-inf), which is NaN and differs from itself.
     weights = jnp.where(ratio == ratio, jnp.exp(ratio), 0) / uniform.shape[-2]
     entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
     return {"teacher_ids": ids, "teacher_weights": weights, "teacher_entropy": entropy}
@@ -217,8 +218,8 @@ def merged(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
     order = np.argsort(drawn["teacher_ids"], axis=-1, kind="stable")
     ids, weights = (np.take_along_axis(drawn[f"teacher_{name}"], order, axis=-1) for name in ("ids", "weights"))
-    place = np.cumsum(np.diff(ids, axis=-1, prepend=ids[:, :1]) != 0, axis=-1)
+    column = np.cumsum(np.diff(ids, axis=-1, prepend=ids[:, :1]) != 0, axis=-1)
     new_ids, new_weights = np.zeros_like(ids), np.zeros_like(weights)
-    np.put_along_axis(new_ids, place, ids, axis=-1)
-    np.add.at(new_weights, (np.arange(len(ids))[:, None], place), weights)
+    np.put_along_axis(new_ids, column, ids, axis=-1)
+    np.add.at(new_weights, (np.arange(len(ids))[:, None], column), weights)
     return drawn | {"teacher_ids": new_ids, "teacher_weights": new_weights}

@@ -83,7 +83,7 @@ class Notices:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def raised(self, raises: bool = True) -> Iterator[None]:
+    def raising(self, raises: bool = True) -> Iterator[None]:
         """Decides what a notice does inside a block.
 
         With `raises=True` a notice raises `Stopped` or `Interrupted` at once, also a notice from before the block. With
@@ -99,13 +99,13 @@ class Notices:
         self._raises = before
         self._raise()
 
-    def came(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Returns whether the run should stop after a step."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
         return self._noticed
 
-    def ended(self, step: int | None = None) -> Stopped | Interrupted:
+    def exception(self, step: int | None = None) -> Stopped | Interrupted:
         """Returns the exception to raise after the step is saved."""
         return Interrupted(step) if self._interrupted else Stopped(step)
 
@@ -115,7 +115,7 @@ class Notices:
 
     def _interrupt(self, *_: object) -> None:
         if self._interrupted and command.watched():
-            return
+            return  # `command.second_interrupt` ends the process
         if self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = True
@@ -129,7 +129,7 @@ class Notices:
     def _raise(self) -> None:
         if self._noticed and self._raises:
             self._raises = False  # raised only once: no notice may disturb the cleanup
-            raise self.ended()
+            raise self.exception()
 
 
 def run_steps(
@@ -160,34 +160,34 @@ def run_steps(
       Stopped: SIGTERM or a preemption notice arrived on any host; the state is saved.
       Interrupted: Ctrl-C was pressed; the state is saved.
     """
-    config, first = run.config, int(state.step)
+    config, start = run.config, int(state.step)
     evaluates = lambda step: step % config.eval_every == 0 or step == config.steps
-    if evaluates(first):
-        _evaluate(run, writer, first, state)
-    if first == 0:
+    if evaluates(start):
+        _evaluate(run, writer, start, state)
+    if start == 0:
         results.begin(run, state.params, workdir)
-    profiled = tuple(config.profile_steps) if first < min(config.profile_steps, default=0) else ()
+    profiled = tuple(config.profile_steps) if start < min(config.profile_steps, default=0) else ()
     pending: Pending = []
     needs_teacher = any(term.needs_teacher for term in run.terms)
     clock = speed.Clock(run.models.student, run.models.teacher if needs_teacher else None, config.data.max_length)
-    shown, bar = 0, metrics.progress(0, 0, quiet=True)
-    with notices.raised(False), contextlib.ExitStack() as stack:
-        for step in range(first + 1, config.steps + 1):
+    last_shown, bar = 0, metrics.progress(0, 0, quiet=True)
+    with notices.raising(False), contextlib.ExitStack() as stack:
+        for step in range(start + 1, config.steps + 1):
             if step in profiled[:1]:
                 jax.profiler.start_trace(str(Path(workdir) / "profile"))
-            if step == first + 1 and not quiet and jax.process_index() == 0:
+            if step == start + 1 and not quiet and jax.process_index() == 0:
                 metrics.tqdm.write("compiling the training step …")
             rows = run.feed.next(step - 1, state.params)
             state, sums = run.train_step(state, run.models.teacher_params, run.put(rows))
-            if step == first + 1:  # the clock of the bar starts after the compilation
+            if step == start + 1:  # the clock of the bar starts after the compilation
                 jax.block_until_ready(sums)
-                bar = stack.enter_context(metrics.progress(config.steps, first, quiet))
+                bar = stack.enter_context(metrics.progress(config.steps, start, quiet))
             pending.append((step, sums, rows))
-            shown = _report_samples(run, writer, step, shown)
+            last_shown = _report_samples(run, writer, step, last_shown)
             if step in profiled[1:]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
-            stopping, evaluating = notices.came(step), evaluates(step)
+            stopping, evaluating = notices.should_stop(step), evaluates(step)
             saving = step % config.checkpoint_every == 0 or step == config.steps or stopping
             # The metrics of this step are read later, because the step still runs. Before a save or an evaluation all
             # metrics are read.
@@ -204,7 +204,7 @@ def run_steps(
                 checkpoint.save(manager, step, state, run.feed)
             if stopping:
                 checkpoint.wait(manager)
-                raise notices.ended(step)
+                raise notices.exception(step)
             if evaluating:
                 _evaluate(run, writer, step, state)
             if evaluating or saving:
@@ -219,16 +219,16 @@ def _evaluate(run: Run, writer: metrics.Writer, step: int, state: TrainState) ->
     writer.write(step, "eval", values)
 
 
-def _report_samples(run: Run, writer: metrics.Writer, step: int, shown: int) -> int:
-    """Writes the report on a step's rows, and prints new responses `show_every` steps after `shown`.
+def _report_samples(run: Run, writer: metrics.Writer, step: int, last_shown: int) -> int:
+    """Writes the report on a step's rows, and prints new responses `show_every` steps after `last_shown`.
 
     Returns the last step whose responses were printed.
     """
     if run.feed.report:
         writer.write(step, "samples", run.feed.report)
     every = run.config.sampling.show_every
-    if not every or run.feed.fresh is None or (shown and step < shown + every):
-        return shown
+    if not every or run.feed.fresh is None or (last_shown and step < last_shown + every):
+        return last_shown
     sampler = rollouts.make_sampler(run.mesh, run.tokenizer, run.config.data.max_length, run.config.sampling)
     metrics.tqdm.write(show(sampler, step, run.feed.fresh))
     return step

@@ -152,7 +152,7 @@ def test_an_assistants_keyword_may_have_a_schedule():
     log_p, log_q = jax.nn.log_softmax(jnp.array([[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]))
     (moving,) = make_terms({"it": TERM | changes | {"assistant": {"name": "alpha_mixture", "alpha": alpha}}})
     for step in (0, 4, 6, 8):  # alpha is -5, -1, 1, 3
-        number = moving.numbers[0]((), step=jnp.asarray(step))
+        number = moving.assistant_numbers[0]((), step=jnp.asarray(step))
         fixed = {"name": "alpha_mixture", "alpha": -5.0 + step}
         (still,) = make_terms({"it": TERM | changes | {"assistant": fixed}})
         expected = still.loss(log_p, log_q, None, 0.3)
