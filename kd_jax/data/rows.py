@@ -39,16 +39,16 @@ class Texts(Protocol):
     def __getitem__(self, index: int, /) -> dict[str, str]: ...
 
 
-class Beside(Protocol):
-    """Additional numbers for the counted tokens, which are stored beside the rows and read together with the rows.
+class TokenValues(Protocol):
+    """Additional values of the counted tokens, such as those of a teacher's cache, which are read together with the rows.
 
     Attributes:
-      fills: the values at positions without numbers, by name. The shape and the type of a fill are those of each
+      fill_values: the values at positions without numbers, by name. The shape and the type of a fill are those of each
         position's numbers.
     """
 
     @property
-    def fills(self) -> Mapping[str, np.ndarray]: ...
+    def fill_values(self) -> Mapping[str, np.ndarray]: ...
 
     def read(self, index: int) -> Mapping[str, np.ndarray]:
         """Returns the numbers of row `index` for some or all names, with one entry for each counted token."""

@@ -37,8 +37,8 @@ class Models:
       tokenizer: the tokenizer of both models. `end_ids` joins the end tokens that the tokenizer, the prompt template
         and the folders of the two models name.
       teacher: the teacher's model, which can also write text; None if no model is loaded for the teacher.
-      teacher_params: the parameters of `compared`.
-      compared: the teacher with which a step compares the student: the model, a cache, or `NoTeacher`.
+      teacher_params: the parameters of `compared_teacher`.
+      compared_teacher: the teacher with which a step compares the student: the model, a cache, or `NoTeacher`.
       writer: a teacher that only writes text, or None.
     """
 
@@ -47,7 +47,7 @@ class Models:
     tokenizer: data.Tokenizer
     teacher: models.Model | None = None
     teacher_params: PyTree = None
-    compared: Teacher = dataclasses.field(default_factory=NoTeacher)
+    compared_teacher: Teacher = dataclasses.field(default_factory=NoTeacher)
     writer: Writer | None = None
 
     @property

@@ -45,7 +45,7 @@ def fields(manifest: Manifest) -> Fields:
     return by_kind[manifest["kind"]]
 
 
-def fills(manifest: Manifest) -> dict[str, np.ndarray]:
+def fill_values(manifest: Manifest) -> dict[str, np.ndarray]:
     """Returns the values of a batch at positions that do not count.
 
     The values are finite, because a loss may be computed over them. For top_k they are a distribution.
@@ -74,7 +74,7 @@ def row_key(identity: bytes, row: np.ndarray, first_counted: int) -> bytes:
     return hashlib.blake2b(content, digest_size=HEADER["key"].shape[0]).digest()
 
 
-def about_rows(rows: data.Rows) -> Json:
+def describe_rows(rows: data.Rows) -> Json:
     """Returns the number of rows, the number of counted tokens, and a hash of all rows."""
     arrays = (array.astype("<i8").tobytes() for array in (rows.tokens, rows.offsets, rows.first_counted))
     tokens = sum(counted(rows, index) for index in range(len(rows)))
@@ -96,11 +96,11 @@ def differences(written: object, wanted: object, prefix: str = "") -> list[str]:
     return [] if written == wanted else [f"{clip(prefix, 80)}: {shown(written)} in the cache, {shown(wanted)} now"]
 
 
-def foreign(folder: Path) -> str:
+def unknown_name(folder: Path) -> str:
     """Returns the first name in an unfinished cache that kd_jax does not write; "" if there is no such name."""
-    ours = rf"{re.escape(HEAD)}(\.partial-\d+)?|{re.escape(MANIFEST)}\.partial-\d+|{TOKENIZER}|{LOCK}"
+    known = rf"{re.escape(HEAD)}(\.partial-\d+)?|{re.escape(MANIFEST)}\.partial-\d+|{TOKENIZER}|{LOCK}"
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    return next((name for name in names if not re.fullmatch(ours, name)), "")
+    return next((name for name in names if not re.fullmatch(known, name)), "")
 
 
 def partials(folder: Path) -> list[Path]:

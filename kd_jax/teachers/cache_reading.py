@@ -29,7 +29,7 @@ from kd_jax.teachers.cache_files import (
     Manifest,
     counted,
     fields,
-    fills,
+    fill_values,
     identity,
     missing_parts,
     part_path,
@@ -40,7 +40,7 @@ from kd_jax.teachers.cached import CACHED, KINDS, Cached
 
 SPLITS = ("train", "held_out")
 OPEN_PARTS = 128  # the number of files that are kept open for random reads
-AGAIN = "write the cache again."  # the end of a message about a manifest that this version cannot read
+WRITE_AGAIN = "write the cache again."  # the end of a message about a manifest that this version cannot read
 
 
 def check_manifest(path: Path, manifest: Manifest) -> None:
@@ -52,22 +52,22 @@ def check_manifest(path: Path, manifest: Manifest) -> None:
     kinds = {"head": str, "head_hash": str, "tokenizer": str, "template": str, "settings": dict, "splits": dict}
     for key, kind in (kinds | {"teacher": dict} | dict.fromkeys(LARGEST, int)).items():
         if type(value := manifest.get(key)) is not kind:
-            raise ValueError(f"{path}: {key!r} is {shown(value)} and not of type {kind.__name__}; {AGAIN}")
+            raise ValueError(f"{path}: {key!r} is {shown(value)} and not of type {kind.__name__}; {WRITE_AGAIN}")
     least = {"k": 0 if manifest["kind"] == "hidden" else 1}
     for key, largest in (LARGEST | {"k": min(LARGEST["k"], manifest["vocab_size"] - 1)}).items():
         if not (low := least.get(key, 1)) <= manifest[key] <= largest:
-            raise ValueError(f"{path}: {key}={shown(manifest[key])} is out of range, {low} to {largest}; {AGAIN}")
+            raise ValueError(f"{path}: {key}={shown(manifest[key])} is out of range, {low} to {largest}; {WRITE_AGAIN}")
     if manifest["head"] not in (TIED, UNTIED):
-        raise ValueError(f"{path}: head={shown(manifest['head'])} is not {TIED!r} or {UNTIED!r}; {AGAIN}")
+        raise ValueError(f"{path}: head={shown(manifest['head'])} is not {TIED!r} or {UNTIED!r}; {WRITE_AGAIN}")
     if not isinstance(manifest["teacher"].get("path"), str):
-        raise ValueError(f"{path}: the key 'teacher' has no text 'path'; {AGAIN}")
+        raise ValueError(f"{path}: the key 'teacher' has no text 'path'; {WRITE_AGAIN}")
     if set(manifest["splits"]) - set(SPLITS):
-        raise ValueError(f"{path}: the splits are {shown(list(manifest['splits']))} and not {SPLITS}; {AGAIN}")
+        raise ValueError(f"{path}: the splits are {shown(list(manifest['splits']))} and not {SPLITS}; {WRITE_AGAIN}")
     for split in SPLITS:
         about = manifest["splits"].get(split)
         if not isinstance(about, dict) or (missing := {"rows", "tokens", "hash", "temperature"} - about.keys()):
             keys = "" if not isinstance(about, dict) else f", which lacks {', '.join(sorted(missing))}"
-            raise ValueError(f"{path}: the split {split!r} is {shown(about)}{keys}; {AGAIN}")
+            raise ValueError(f"{path}: the split {split!r} is {shown(about)}{keys}; {WRITE_AGAIN}")
         if type(about["rows"]) is not int or not 1 <= about["rows"] <= MAX_PARTS * manifest["part_rows"]:
             raise ValueError(
                 f"{path}: the split {split!r} has {shown(about['rows'])} rows in parts of {manifest['part_rows']}, but there may "
@@ -76,7 +76,7 @@ def check_manifest(path: Path, manifest: Manifest) -> None:
         if not isinstance(temperature := about["temperature"], int | float) or not 0 < temperature < 1e9:
             raise ValueError(
                 f"{path}: the split {split!r} has the temperature {shown(temperature)}, but a temperature is above 0 and below "
-                f"1e9; {AGAIN}"
+                f"1e9; {WRITE_AGAIN}"
             )
 
 
@@ -107,7 +107,7 @@ class Cache:
         if manifest.get("version") != VERSION or manifest.get("kind") not in KINDS:
             raise ValueError(
                 f"{folder / MANIFEST} has version {shown(manifest.get('version'))} and kind {shown(manifest.get('kind'))}, but this "
-                f"kd_jax reads version {VERSION} of the kinds {', '.join(KINDS)}; {AGAIN}"
+                f"kd_jax reads version {VERSION} of the kinds {', '.join(KINDS)}; {WRITE_AGAIN}"
             )
         check_manifest(folder / MANIFEST, manifest)
         if missing := missing_parts(folder, manifest):
@@ -142,7 +142,7 @@ class Cache:
         group, leaf = name.split(".")
         try:
             if not path.is_file() or file_digest(path) != self.manifest["head_hash"]:
-                raise ValueError(f"{path} is missing, or has other content than was written; {AGAIN}")
+                raise ValueError(f"{path} is missing, or has other content than was written; {WRITE_AGAIN}")
             check_header(path)
             with safe_open(path, framework="numpy") as file:
                 matrix = file.get_slice(name)
@@ -151,18 +151,18 @@ class Cache:
                 if width != self.manifest["hidden_size"] or vocabulary < self.manifest["vocab_size"]:
                     raise ValueError(
                         f"{path}: the output matrix has the shape {shape}, which does not fit hidden_size="
-                        f"{self.manifest['hidden_size']} and vocab_size={self.manifest['vocab_size']}; {AGAIN}"
+                        f"{self.manifest['hidden_size']} and vocab_size={self.manifest['vocab_size']}; {WRITE_AGAIN}"
                     )
                 tree = {group: {leaf: jax.ShapeDtypeStruct(shape, jnp.float32)}}
                 placed = sharding.tree_shardings(mesh, tree, layout)
                 array = jax.make_array_from_callback(shape, placed[group][leaf], lambda index: matrix[index])
                 return {group: {leaf: array}}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: the output matrix {name!r} cannot be read ({error}); {AGAIN}") from error
+            raise ValueError(f"{path}: the output matrix {name!r} cannot be read ({error}); {WRITE_AGAIN}") from error
 
-    def absent(self) -> "Absent":
-        """Returns the `data.Beside` of rows for which the cache has no values."""
-        return Absent(fills(self.manifest))
+    def no_values(self) -> "NoValues":
+        """Returns the `data.TokenValues` of rows for which the cache has no values."""
+        return NoValues(fill_values(self.manifest))
 
     def refusal(self, lines: list[str]) -> str:
         """Returns the error message for a cache that does not fit the run."""
@@ -173,10 +173,10 @@ class Cache:
 
 
 @dataclasses.dataclass(frozen=True)
-class Absent:
-    """A `data.Beside` without any values."""
+class NoValues:
+    """A `data.TokenValues` without any values."""
 
-    fills: Mapping[str, np.ndarray]
+    fill_values: Mapping[str, np.ndarray]
 
     def read(self, index: int) -> dict[str, np.ndarray]:
         """Returns an empty dict for any row."""
@@ -184,10 +184,10 @@ class Absent:
 
 
 class CachedValues:
-    """A `data.Beside` of a cache. It reads the record of a row when needed, and checks that the record is of that row."""
+    """A `data.TokenValues` of a cache. It reads the record of a row when needed, and checks that the record is of that row."""
 
     def __init__(self, cache: Cache, split: str, rows: data.Rows):
-        self.fills = fills(cache.manifest)
+        self.fill_values = fill_values(cache.manifest)
         self._cache, self._split, self._rows = cache, split, rows
         self._fields, self._identity = fields(cache.manifest), identity(cache.manifest, split)
         self._open = functools.lru_cache(OPEN_PARTS)(self._open_part)

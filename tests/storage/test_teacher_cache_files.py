@@ -147,7 +147,7 @@ def test_the_output_matrix_is_the_one_that_was_written(cache):
     "name", ["tokenizer_of_mine", "head.safetensors.bak", "manifest.json.txt", "head.safetensors.partial-x", "train"]
 )
 def test_only_what_a_call_can_have_left_is_taken_for_its_own(name, tmp_path):
-    assert files.foreign(tmp_path / "nowhere") == ""
+    assert files.unknown_name(tmp_path / "nowhere") == ""
     for ours in (
         "tokenizer",
         "head.safetensors",
@@ -156,9 +156,9 @@ def test_only_what_a_call_can_have_left_is_taken_for_its_own(name, tmp_path):
         directory.LOCK,
     ):
         (tmp_path / ours).mkdir()
-    assert files.foreign(tmp_path) == ""
+    assert files.unknown_name(tmp_path) == ""
     (tmp_path / name).mkdir()
-    assert files.foreign(tmp_path) == name
+    assert files.unknown_name(tmp_path) == name
 
 
 def test_what_killed_calls_have_left_half_written_is_found_and_nothing_else(cache):
