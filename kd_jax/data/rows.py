@@ -40,18 +40,17 @@ class Texts(Protocol):
 
 
 class TokenValues(Protocol):
-    """Additional values of the counted tokens, such as those of a teacher's cache, which are read together with the rows.
+    """Additional values of the counted tokens, such as a teacher's cache, which are read together with the rows.
 
     Attributes:
-      fill_values: the values at positions without numbers, by name. The shape and the type of a fill are those of each
-        position's numbers.
+      fill_values: the values at positions that do not count, by name, each of the shape and type of one token's values.
     """
 
     @property
     def fill_values(self) -> Mapping[str, np.ndarray]: ...
 
     def read(self, index: int) -> Mapping[str, np.ndarray]:
-        """Returns the numbers of row `index` for some or all names, with one entry for each counted token."""
+        """Returns the values of row `index` for some or all names, with one entry for each counted token."""
         ...
 
 

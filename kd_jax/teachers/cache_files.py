@@ -60,7 +60,7 @@ def fill_values(manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 def identity(manifest: Manifest, split: str) -> bytes:
-    """Returns a hash of the manifest's entries that decide the values of a record, such as the teacher without its path."""
+    """Returns a hash of the manifest's entries that decide the values of a record. The teacher's path is not included."""
     excluded = ("splits", "settings", "part_rows", "head_hash")  # these keys decide the rows and the files of the rows
     content = {name: value for name, value in manifest.items() if name not in excluded}
     content["teacher"] = {name: value for name, value in manifest["teacher"].items() if name != "path"}

@@ -69,7 +69,7 @@ def test_a_part_of_another_teachers_cache_of_the_same_rows_is_not_taken(made, tm
 def test_records_are_of_one_tokenizer_template_and_way_to_draw(changes, made, tmp_path):
     here = shutil.copytree(made / "samples", tmp_path / "cache")
     manifest_of(here, **changes)
-    with pytest.raises(ValueError, match="of other tokens or of another cache"):
+    with pytest.raises(ValueError, match="with other tokens or of another cache"):
         CachedValues(Cache.open(here), "train", rows("train")).read(0)
 
 
