@@ -234,9 +234,9 @@ def _records(
         read_values = read(sharding.put_batch(mesh, arrays), split)
         values = {name: _own_rows(array, share) for name, array in read_values.items()}
         done()
-        for place, index in enumerate(of_batch):
-            counted = batch["loss_mask"][place]
-            of_row = {name: array[place][counted] for name, array in values.items()}
+        for batch_row, index in enumerate(of_batch):
+            counted = batch["loss_mask"][batch_row]
+            of_row = {name: array[batch_row][counted] for name, array in values.items()}
             yield files.record(
                 manifest, split, rows, index, merged(of_row) if manifest["kind"] == "samples" else of_row
             )

@@ -192,8 +192,8 @@ def batches(
         rows. So each row is read, and every process gets the same number of batches.
       process_index, process_count: the values of `jax.process_index()` and `jax.process_count()`.
       pad_id: the padding token, on the right of shorter rows.
-      token_values: more numbers of the rows' tokens, which become arrays by name, [batch_size / process_count, max_length,
-        ...]. For packed rows, `token_values` is indexed by the rows before packing.
+      token_values: additional values of the rows' tokens, which become arrays by name, [batch_size / process_count,
+        max_length, ...]. For packed rows, `token_values` is indexed by the rows before packing.
 
     Returns:
       An iterable of dicts of NumPy arrays, each [batch_size / process_count, max_length]: tokens and targets (int32),
@@ -232,14 +232,14 @@ def batches(
         start = index * batch_size
         places = range(start + process_index, start + batch_size, process_count)
         # grain's type allows None, which only a filtered dataset has.
-        indices = [i for place in places if place < num_rows and (i := order[place]) is not None]
+        indices = [i for position in places if position < num_rows and (i := order[position]) is not None]
         if not isinstance(rows, Packed):
             batch = pad(rows, [(index,) for index in indices], len(places), max_length, pad_id, token_values)
             return batch | {"mask": batch["mask"] > 0}
         return pad(rows.rows, [rows.groups[index] for index in indices], len(places), max_length, pad_id, token_values)
 
     # The elements are batches, so that one index is the complete state. The rows are in memory, so two threads are
-    # enough to prepare the next batches. The numbers of `token_values` may be large, so fewer batches are buffered.
+    # enough to prepare the next batches. The arrays of `token_values` may be large, so fewer batches are buffered.
     num_batches = num_rows // batch_size if num_epochs is None else -(-num_rows // batch_size)
     read_options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8 if token_values is None else 2)
     return grain.MapDataset.range(num_batches).map(make_batch).to_iter_dataset(read_options)
@@ -273,19 +273,19 @@ def pad(
     loss_mask = np.zeros((num_rows, max_length), bool)
     fill_values = {} if token_values is None else token_values.fill_values
     more = {name: np.full((num_rows, max_length, *fill.shape), fill, fill.dtype) for name, fill in fill_values.items()}
-    for place, group in enumerate(groups):
+    for batch_row, group in enumerate(groups):
         end = 0
         for segment, index in enumerate(group, start=1):
             row = rows[index]
             start, end = end, end + len(row) - 1
-            tokens[place, start:end] = row[:-1]
-            targets[place, start:end] = row[1:]
-            segments[place, start:end] = segment
+            tokens[batch_row, start:end] = row[:-1]
+            targets[batch_row, start:end] = row[1:]
+            segments[batch_row, start:end] = segment
             # The target at t is the row's token t + 1; a row's first token is never a target.
             counted = slice(start + max(rows.first_counted[index] - 1, 0), end)
-            loss_mask[place, counted] = True
+            loss_mask[batch_row, counted] = True
             for name, values in {} if token_values is None else token_values.read(index).items():
-                more[name][place, counted] = values
+                more[name][batch_row, counted] = values
     return {"tokens": tokens, "targets": targets, "mask": segments, "loss_mask": loss_mask, **more}
 
 

@@ -117,10 +117,10 @@ def pack_rows(rows: Rows, *, max_length: int) -> Packed:
         length = max(int(lengths[index]), 1)
         room = next((room for room in range(length, max_length + 1) if with_room.get(room)), None)
         if room is None:
-            place, room = len(groups), max_length
+            group, room = len(groups), max_length
             groups.append([])
         else:
-            place = with_room[room].pop()
-        groups[place].append(index)
-        with_room.setdefault(room - length, []).append(place)
+            group = with_room[room].pop()
+        groups[group].append(index)
+        with_room.setdefault(room - length, []).append(group)
     return Packed(rows, tuple(map(tuple, groups)))

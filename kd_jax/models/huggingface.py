@@ -125,7 +125,9 @@ def load_pretrained(
         abstract = model.abstract_params()
         sharding_tree = None if shardings is None else shardings(abstract)
 
-        def place(path: KeyPath, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None) -> PyTree:
+        def load_leaf(
+            path: KeyPath, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None
+        ) -> PyTree:
             key = jax.tree_util.keystr(path, simple=True, separator="/")
             if not key.startswith(only):
                 return leaf
@@ -144,7 +146,7 @@ def load_pretrained(
             return int8.quantise(array) if in_int8 else array
 
         trees = (abstract,) if sharding_tree is None else (abstract, sharding_tree)
-        return model, jax.tree.map_with_path(place, *trees)
+        return model, jax.tree.map_with_path(load_leaf, *trees)
 
 
 def _once(slice_of: Callable[[Index], np.ndarray]) -> Callable[[Index | None], np.ndarray]:

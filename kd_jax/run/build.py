@@ -51,7 +51,7 @@ class Run:
       feed: the source of the training batches, with a position that can be saved.
       eval_batches: makes an iterator that goes once over the held-out rows.
       examples: the held-out prompts that are answered at each evaluation.
-      shown: the held-out prompts of one evaluation batch, whose answers are shown before and after training.
+      sample_examples: the held-out prompts of one evaluation batch, whose answers are shown before and after training.
       counts: for each split, the numbers of rows that were kept, truncated or dropped.
       written: the rows of the teacher's responses; None if the run trains on the data's responses.
     """
@@ -68,7 +68,7 @@ class Run:
     feed: Feed
     eval_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
     examples: list[evaluate.Example]
-    shown: list[evaluate.Example]
+    sample_examples: list[evaluate.Example]
     counts: dict[str, dict[str, int]]
     written: data.Rows | data.Packed | None = None
 
@@ -166,7 +166,7 @@ def build(config: Config | Settings) -> Run:
         feed=make_feed(settings, source, tokenizer, loaded, mesh, train_rows, text_rows, cache),
         eval_batches=lambda: iter(held_out), examples=examples, counts=counts,
         written=train_rows if isinstance(source, prefixes.teacher) else None,
-        shown=evaluate.held_out_examples(unpacked(eval_rows), tokenizer, options.eval_batch_size),
+        sample_examples=evaluate.held_out_examples(unpacked(eval_rows), tokenizer, options.eval_batch_size),
     )  # fmt: skip
 
 
