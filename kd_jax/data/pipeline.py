@@ -230,13 +230,15 @@ def batches(
 
     def make_batch(index: int) -> dict[str, np.ndarray]:
         start = index * batch_size
-        places = range(start + process_index, start + batch_size, process_count)
+        positions = range(start + process_index, start + batch_size, process_count)
         # grain's type allows None, which only a filtered dataset has.
-        indices = [i for position in places if position < num_rows and (i := order[position]) is not None]
+        indices = [i for position in positions if position < num_rows and (i := order[position]) is not None]
         if not isinstance(rows, Packed):
-            batch = pad(rows, [(index,) for index in indices], len(places), max_length, pad_id, token_values)
+            batch = pad(rows, [(index,) for index in indices], len(positions), max_length, pad_id, token_values)
             return batch | {"mask": batch["mask"] > 0}
-        return pad(rows.rows, [rows.groups[index] for index in indices], len(places), max_length, pad_id, token_values)
+        return pad(
+            rows.rows, [rows.groups[index] for index in indices], len(positions), max_length, pad_id, token_values
+        )
 
     # The elements are batches, so that one index is the complete state. The rows are in memory, so two threads are
     # enough to prepare the next batches. The arrays of `token_values` may be large, so fewer batches are buffered.

@@ -72,12 +72,14 @@ def _family(file: Path, fields: Json) -> str:
     kinds = {kind: name for name, family in FAMILIES.items() for kind in family.ARCHITECTURES}
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"{file}: model_type {untrusted.shown(kind)} is not supported; supported: {', '.join(kinds)}.")
+        raise ValueError(
+            f"{file}: model_type {untrusted.printable(kind)} is not supported; supported: {', '.join(kinds)}."
+        )
     expected = FAMILIES[kinds[kind]].ARCHITECTURES[kind]
     architectures = fields.get("architectures") or [expected]
     if not isinstance(architectures, list) or expected not in architectures:
         raise ValueError(
-            f"{file}: architectures {untrusted.shown(architectures)} is not supported; expected [{expected!r}]."
+            f"{file}: architectures {untrusted.printable(architectures)} is not supported; expected [{expected!r}]."
         )
     if fields.get("quantization_config"):
         raise ValueError(f"{file}: a quantization_config is set; expected weights in float32, bfloat16 or float16.")
@@ -208,7 +210,7 @@ def _names_on_disk(reader: Reader, config: ModelConfig, layout: dict[str, Tensor
             _check_tied(reader, on_disk[name], on_disk[layout["embed/embedding"].name])
         elif not any(re.fullmatch(pattern, name) for pattern in family.TOLERATED):
             raise ValueError(
-                f"{reader.file(on_disk[name])}: tensor {untrusted.shown(on_disk[name])} has no place in a {config.family} model "
+                f"{reader.file(on_disk[name])}: tensor {untrusted.printable(on_disk[name])} has no place in a {config.family} model "
                 f"with {config.num_layers} layers and the settings in config.json."
             )
     return {name: on_disk[name] for name in needed}

@@ -16,7 +16,7 @@ from kd_jax.storage import is_partial, storing, write_whole, writing_whole
 from kd_jax.storage.checksum import digest, file_digest
 from kd_jax.storage.directory import LOCK
 from kd_jax.storage.files import Json
-from kd_jax.storage.untrusted import clip, shown
+from kd_jax.storage.untrusted import clip, printable
 
 MANIFEST, HEAD, TOKENIZER = "manifest.json", "head.safetensors", "tokenizer"
 TIED, UNTIED = "embed.embedding", "head.kernel"  # names of the output matrix, as in a model's parameters
@@ -93,7 +93,9 @@ def differences(written: object, wanted: object, prefix: str = "") -> list[str]:
         keys = [*written, *(key for key in wanted if key not in written)]
         lines = (differences(written.get(key), wanted.get(key), f"{prefix}.{key}" if prefix else key) for key in keys)
         return [line for entry in lines for line in entry]
-    return [] if written == wanted else [f"{clip(prefix, 80)}: {shown(written)} in the cache, {shown(wanted)} now"]
+    return (
+        [] if written == wanted else [f"{clip(prefix, 80)}: {printable(written)} in the cache, {printable(wanted)} now"]
+    )
 
 
 def unknown_name(folder: Path) -> str:

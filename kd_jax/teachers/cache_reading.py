@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from kd_jax import data, sharding
 from kd_jax.models.safetensors_io import check_header
 from kd_jax.storage.checksum import file_digest
-from kd_jax.storage.untrusted import read_json, shown
+from kd_jax.storage.untrusted import read_json, printable
 from kd_jax.teachers.cache_files import (
     HEAD,
     HEADER,
@@ -52,30 +52,34 @@ def check_manifest(path: Path, manifest: Manifest) -> None:
     kinds = {"head": str, "head_hash": str, "tokenizer": str, "template": str, "settings": dict, "splits": dict}
     for key, kind in (kinds | {"teacher": dict} | dict.fromkeys(LARGEST, int)).items():
         if type(value := manifest.get(key)) is not kind:
-            raise ValueError(f"{path}: {key!r} is {shown(value)} and not of type {kind.__name__}; {WRITE_AGAIN}")
+            raise ValueError(f"{path}: {key!r} is {printable(value)} and not of type {kind.__name__}; {WRITE_AGAIN}")
     least = {"k": 0 if manifest["kind"] == "hidden" else 1}
     for key, largest in (LARGEST | {"k": min(LARGEST["k"], manifest["vocab_size"] - 1)}).items():
         if not (low := least.get(key, 1)) <= manifest[key] <= largest:
-            raise ValueError(f"{path}: {key}={shown(manifest[key])} is out of range, {low} to {largest}; {WRITE_AGAIN}")
+            raise ValueError(
+                f"{path}: {key}={printable(manifest[key])} is out of range, {low} to {largest}; {WRITE_AGAIN}"
+            )
     if manifest["head"] not in (TIED, UNTIED):
-        raise ValueError(f"{path}: head={shown(manifest['head'])} is not {TIED!r} or {UNTIED!r}; {WRITE_AGAIN}")
+        raise ValueError(f"{path}: head={printable(manifest['head'])} is not {TIED!r} or {UNTIED!r}; {WRITE_AGAIN}")
     if not isinstance(manifest["teacher"].get("path"), str):
         raise ValueError(f"{path}: the key 'teacher' has no text 'path'; {WRITE_AGAIN}")
     if set(manifest["splits"]) - set(SPLITS):
-        raise ValueError(f"{path}: the splits are {shown(list(manifest['splits']))} and not {SPLITS}; {WRITE_AGAIN}")
+        raise ValueError(
+            f"{path}: the splits are {printable(list(manifest['splits']))} and not {SPLITS}; {WRITE_AGAIN}"
+        )
     for split in SPLITS:
         about = manifest["splits"].get(split)
         if not isinstance(about, dict) or (missing := {"rows", "tokens", "hash", "temperature"} - about.keys()):
             keys = "" if not isinstance(about, dict) else f", which lacks {', '.join(sorted(missing))}"
-            raise ValueError(f"{path}: the split {split!r} is {shown(about)}{keys}; {WRITE_AGAIN}")
+            raise ValueError(f"{path}: the split {split!r} is {printable(about)}{keys}; {WRITE_AGAIN}")
         if type(about["rows"]) is not int or not 1 <= about["rows"] <= MAX_PARTS * manifest["part_rows"]:
             raise ValueError(
-                f"{path}: the split {split!r} has {shown(about['rows'])} rows in parts of {manifest['part_rows']}, but there may "
+                f"{path}: the split {split!r} has {printable(about['rows'])} rows in parts of {manifest['part_rows']}, but there may "
                 f"be from 1 to {MAX_PARTS} parts; choose another --part_rows."
             )
         if not isinstance(temperature := about["temperature"], int | float) or not 0 < temperature < 1e9:
             raise ValueError(
-                f"{path}: the split {split!r} has the temperature {shown(temperature)}, but a temperature is above 0 and below "
+                f"{path}: the split {split!r} has the temperature {printable(temperature)}, but a temperature is above 0 and below "
                 f"1e9; {WRITE_AGAIN}"
             )
 
@@ -106,7 +110,7 @@ class Cache:
         manifest = read_json(folder / MANIFEST)
         if manifest.get("version") != VERSION or manifest.get("kind") not in KINDS:
             raise ValueError(
-                f"{folder / MANIFEST} has version {shown(manifest.get('version'))} and kind {shown(manifest.get('kind'))}, but this "
+                f"{folder / MANIFEST} has version {printable(manifest.get('version'))} and kind {printable(manifest.get('kind'))}, but this "
                 f"kd_jax reads version {VERSION} of the kinds {', '.join(KINDS)}; {WRITE_AGAIN}"
             )
         check_manifest(folder / MANIFEST, manifest)
