@@ -77,8 +77,8 @@ def run(config: ConfigDict, workdir: str, shard: tuple[int, int] | None = (0, 1)
         if shard:  # otherwise the table would compare runs of different contents
             identity.check(str(folder / "run"), Settings.read(run_config))
     own_runs = list(zip(folders, configs, strict=True))[part::parts] if shard else []
-    for place, (folder, run_config) in enumerate(own_runs, start=1):
-        run_one(run_config, folder, f"{place} of {len(own_runs)}")
+    for position, (folder, run_config) in enumerate(own_runs, start=1):
+        run_one(run_config, folder, f"{position} of {len(own_runs)}")
     done = [
         {"point": point, "seed": seed, "folder": folder.name}
         | json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -126,11 +126,11 @@ def name_of(point: Point, seed: int) -> str:
     return re.sub(r"[^\w=.,()-]+", "", ",".join(f"{label}={value}" for label, value in pairs))
 
 
-def run_one(config: ConfigDict, folder: Path, place: str) -> None:
+def run_one(config: ConfigDict, folder: Path, position: str) -> None:
     """Runs one point, unless the result of the run exists. An error is written to the folder."""
     if (folder / "result.json").exists():
         return
-    metrics.tqdm.write(f"=== {place}: {folder.name}")
+    metrics.tqdm.write(f"=== {position}: {folder.name}")
     error = folder / "error.txt"
     try:
         result = train.train(config, str(folder / "run"), quiet=True)

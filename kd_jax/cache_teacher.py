@@ -106,7 +106,7 @@ def write(
             "fingerprint": responses.fingerprint(loaded.teacher_params, str(teacher.config)),
         },
         "splits": {
-            split: files.about_rows(of_split) | {"temperature": temperatures[split]} for split, of_split in rows.items()
+            split: files.describe_rows(of_split) | {"temperature": temperatures[split]} for split, of_split in rows.items()
         },
         "part_rows": part_rows,
         "head_hash": "",
@@ -168,9 +168,9 @@ def _check_folder(folder: Path, manifest: files.Manifest) -> None:
                 f"{folder} has another cache. Choose another folder, or undo these changes:\n  "
                 + "\n  ".join(lines[: files.SHOWN])
             )
-    elif foreign := files.foreign(folder):
+    elif unknown := files.unknown_name(folder):
         raise ValueError(
-            f"{folder} has a file that is not of a cache, {clip(foreign)}; choose an empty folder, or one that does not exist."
+            f"{folder} has a file that is not of a cache, {clip(unknown)}; choose an empty folder, or one that does not exist."
         )
 
 
@@ -234,9 +234,9 @@ def _records(
         read_values = read(sharding.put_batch(mesh, arrays), split)
         values = {name: _own_rows(array, share) for name, array in read_values.items()}
         done()
-        for place, index in enumerate(of_batch):
-            counted = batch["loss_mask"][place]
-            of_row = {name: array[place][counted] for name, array in values.items()}
+        for batch_row, index in enumerate(of_batch):
+            counted = batch["loss_mask"][batch_row]
+            of_row = {name: array[batch_row][counted] for name, array in values.items()}
             yield files.record(
                 manifest, split, rows, index, merged(of_row) if manifest["kind"] == "samples" else of_row
             )

@@ -131,7 +131,7 @@ def _check_shapes(
     """Checks the shapes of both models' hidden states and heads, and of the arrays with a value per token."""
     arrays = {f"{model}_{part}": pair[i] for model, pair in named.items() for i, part in enumerate(("hidden", "head"))}
     shapes = {name: None if array is None else array.shape for name, array in (arrays | token_arrays).items()}
-    shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items() if shape is not None)
+    shapes_in_words = ", ".join(f"{name} {shape}" for name, shape in shapes.items() if shape is not None)
     student, problem = shapes["student_hidden"] or (), ""
     if len(student) != 3 or 0 in student:
         problem = "student_hidden must be [B, L, D] with no side of 0"
@@ -153,16 +153,16 @@ def _check_shapes(
         ):
             problem = f"{name} must begin with student_hidden's B and L"
     if problem:
-        raise ValueError(f"token_sum: {problem}; got {shown}.")
+        raise ValueError(f"token_sum: {problem}; got {shapes_in_words}.")
 
 
 def _sizes(shape: tuple[int, ...], width: int, chunk: int | None, devices: int) -> tuple[int, int, int | None]:
     """Returns the numbers of tokens in a chunk, in a piece, and in a block.
 
     Pieces hold the tokens that do not fill a chunk. Chunks and pieces consist of blocks. On a CPU the logits of a block
-    stay in the cache, and a chunk is just long enough for efficient matrix products. Longer chunks would save additions
-    to the head's gradient, which pays only with many tokens. On an accelerator chunks are long, and each chunk is one
-    block.
+    stay in the cache, and a chunk is just long enough for efficient matrix products. Longer chunks need fewer additions
+    to the head's gradient, but with few tokens these additions cost little. On an accelerator chunks are long, and each
+    chunk is one block.
     """
     tokens = max(1, shape[0] * shape[1] // devices)
     cpu = jax.default_backend() == "cpu"
@@ -225,7 +225,7 @@ def _sweep(
     )
     count, done, carry = largest(jnp.sum(is_counted)), 0, start
     if piece < chunk:
-        # A remainder that needs as many pieces as a chunk has is computed as a chunk.
+        # If the pieces for the remainder would be as long as a chunk, the remainder is computed as one chunk.
         done = (count + piece - 1) // chunk * chunk
         carry = jax.lax.fori_loop(0, done // chunk, partial(body, chunk, 0), carry)
     carry = jax.lax.fori_loop(0, -(-(count - done) // piece), partial(body, piece, done), carry)
@@ -274,8 +274,8 @@ def _on_mesh(sweep: Callable[..., Sweep], mesh: Mesh, with_gradient: bool, *arra
     """
 
     def local(hidden: Array, head: Array, teacher: tuple[Array, Array] | None, rest: tuple[Array, ...]) -> Sweep:
-        # Arrays in the loop may be divided over `tensor`, so every device must run as many chunks as the device with
-        # the most tokens.
+        # The loop may contain collective operations over `tensor`, which need all devices. So every device runs as many
+        # chunks as the device with the most tokens.
         largest = partial(jax.lax.pmax, axis_name=BATCH_AXES)
         total, values, d_hidden, d_head = sweep(with_gradient, hidden, head, teacher, rest, largest=largest)
         total = jax.lax.psum(total, BATCH_AXES)
@@ -291,11 +291,13 @@ def _on_mesh(sweep: Callable[..., Sweep], mesh: Mesh, with_gradient: bool, *arra
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _once(sweep: Callable[..., Sweep], *arrays: PyTree) -> Sweep:
+    """Runs the sweep. A derivative of the result raises the error of `_twice`."""
     return sweep(*arrays)
 
 
 @_once.defjvp
 def _twice(sweep: Callable[..., Sweep], primals: PyTree, tangents: PyTree) -> NoReturn:
+    """Raises an error, because JAX calls this function only for a second derivative."""
     raise TypeError(
         "token_sum is differentiable once, because the forward pass computes the gradient. For a second derivative, "
         "write the loss on full logits: jnp.sum(coefficient * token_loss(log_p, log_q))."

@@ -245,16 +245,16 @@ def _unknown_section(argv: list[str]) -> str:
         if not (match := re.match(r"--?(config\.([\w.]+))\.\w+(=|$)", flag)):
             continue
         node: object = config
-        place = "config"
+        location = "config"
         for part in match[2].split("."):
             known = list(node) if isinstance(node, ConfigDict) else []
             if not isinstance(node, ConfigDict) or not known:
-                return f"{flag}: {place} has no keys."
+                return f"{flag}: {location} has no keys."
             if part not in known:
-                return f"{flag}: {place} has no key {part!r}{nearest(part, known)}; the keys are {', '.join(known)}."
-            node, place = node[part], f"{place}.{part}"
+                return f"{flag}: {location} has no key {part!r}{nearest(part, known)}; the keys are {', '.join(known)}."
+            node, location = node[part], f"{location}.{part}"
         if not isinstance(node, ConfigDict):
-            return f"{flag}: {place} is {node!r} and has no keys."
+            return f"{flag}: {location} is {node!r} and has no keys."
     return ""
 
 
@@ -278,8 +278,8 @@ def _of_config(error: BaseException) -> str:
         key, value, kind, wanted = wrong.groups()
         expected = {known.__name__: text for known, text in EXPECTED.items()}.get(wanted, wanted)
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "get_config"]
-        place = f" ({frames[0].filename}, line {frames[0].lineno})" if frames else ""
-        return f"the key {key!r} takes {expected}, and not {value!r}, which is of type {kind}{place}."
+        location = f" ({frames[0].filename}, line {frames[0].lineno})" if frames else ""
+        return f"the key {key!r} takes {expected}, and not {value!r}, which is of type {kind}{location}."
     return message
 
 

@@ -47,8 +47,8 @@ def token_loss(
       stop_gradient: True if the student inside the assistant is a constant to the gradient (TAID: True, AMiD: False).
 
     Returns:
-      (log_p, log_q, weight=None, **numbers) -> a value per token, in nats. `weight` is the teacher's weight in the
-      assistant. `numbers` are the assistant's other keywords.
+      (log_p, log_q, weight=None, **assistant_numbers) -> a value per token, in nats. `weight` is the teacher's weight
+      in the assistant. `assistant_numbers` are the assistant's other keywords.
 
     Raises:
       ValueError: the pair is not valid, or an assistant is missing, or the pair does not name the given assistant.
@@ -77,11 +77,13 @@ def token_loss(
     if "assistant" not in pair and assistant is not None:
         raise ValueError(f"pair={pair!r} does not name the assistant, but an assistant is given.")
 
-    def loss(log_p: Array, log_q: Array, weight: Weight | None = None, **numbers: Weight) -> Float[Array, "..."]:
+    def loss(
+        log_p: Array, log_q: Array, weight: Weight | None = None, **assistant_numbers: Weight
+    ) -> Float[Array, "..."]:
         members = {"teacher": log_p, "student": log_q}
         if assistant is not None:
             assistant_log_q = jax.lax.stop_gradient(log_q) if stop_gradient else log_q
-            members["assistant"] = assistant(log_p, assistant_log_q, weight, **numbers)
+            members["assistant"] = assistant(log_p, assistant_log_q, weight, **assistant_numbers)
         return divergence(members[pair[0]], members[pair[1]])
 
     return loss
@@ -108,15 +110,15 @@ class Term:
 
     Attributes:
       name: the term's key in the config and in the metrics.
-      loss: (log_p, log_q, target, weight, *numbers, *signals) -> a value per token. Only a loss of hard labels accepts
-        None as log_p.
+      loss: (log_p, log_q, target, weight, *assistant_numbers, *signals) -> a value per token. Only a loss of hard
+        labels accepts None as log_p.
       needs_teacher: True if `loss` reads log_p.
       weight: the schedule of the teacher's weight in the assistant.
       coefficient: the schedule of the factor that multiplies the term.
       rows: the rows to which the term applies, named by the origin of their text.
       average: 'token' or 'sequence', see `token_coefficients`.
       signals: the tokens' scores -> arrays [B, L] without gradient, the last arguments of `loss`; None without signals.
-      numbers: the schedules of the assistant's other keywords, in the order of the arguments of `loss`.
+      assistant_numbers: the schedules of the assistant's other keywords, in the order of the arguments of `loss`.
     """
 
     name: str
@@ -127,12 +129,12 @@ class Term:
     rows: str
     average: str
     signals: Callable[[Scores], tuple[Array, ...]] | None = None
-    numbers: tuple[StatefulSchedule, ...] = ()
+    assistant_numbers: tuple[StatefulSchedule, ...] = ()
 
     @property
     def schedules(self) -> tuple[StatefulSchedule, ...]:
-        """The schedules of the weight, of the coefficient, and of the numbers."""
-        return (self.weight, self.coefficient, *self.numbers)
+        """The schedules of the weight, of the coefficient, and of the assistant's other keywords."""
+        return (self.weight, self.coefficient, *self.assistant_numbers)
 
     @property
     def needs_scores(self) -> bool:
@@ -172,7 +174,7 @@ def make_terms(
 def token_coefficients(
     average: str, mask: Bool[Array, "B L"], segments: Int[Array, "B L"] | None = None
 ) -> Float[Array, "B L"]:
-    """Returns the factor of each token's loss with which the sum over the batch is the average named by `average`.
+    """Returns weights w such that sum(w * loss) is the average that `average` names.
 
     The average is over the global batch. Microbatches, devices and hosts each get a part of the coefficients and add up
     their sums, so the result does not depend on the division.
@@ -213,13 +215,13 @@ def _make_term(name: str, spec: Config, temperature: float, teacher_share: float
         for key, known in (("rows", ROWS), ("average", AVERAGES), ("kind", KINDS)):
             if spec[key] not in known:
                 raise ValueError(f"{key}={spec[key]!r} is not one of {', '.join(known)}.")
-        signals, numbers, kind = None, (), spec["kind"]
+        signals, assistant_numbers, kind = None, (), spec["kind"]
         if kind == "hard_labels":
             loss = _hard_labels(temperature)
         elif kind == "policy_gradient":
             loss, signals = _policy_gradient(spec["policy"], teacher_share, max_new_tokens)
         else:
-            loss, numbers = _divergence_loss(spec)
+            loss, assistant_numbers = _divergence_loss(spec)
         if spec["importance"]:
             if kind != "divergence":
                 raise ValueError(f"importance=True goes with kind='divergence', not with kind={kind!r}.")
@@ -229,7 +231,9 @@ def _make_term(name: str, spec: Config, temperature: float, teacher_share: float
     except ValueError as error:
         raise ValueError(f"objective.terms.{name}: {error}") from error
     needs_teacher = kind != "hard_labels" or _needs_scores(weight)
-    return Term(name, loss, needs_teacher, weight, coefficient, spec["rows"], spec["average"], signals, numbers)
+    return Term(
+        name, loss, needs_teacher, weight, coefficient, spec["rows"], spec["average"], signals, assistant_numbers
+    )
 
 
 def _needs_scores(schedule: StatefulSchedule) -> bool:
@@ -245,7 +249,7 @@ def _schedule(spec: Any, of_rows: str = "") -> StatefulSchedule:
     if _needs_scores(schedule) and (rows := getattr(schedule, "rows", None)) != of_rows:
         use = f"the weight of a term with rows={of_rows!r}" if of_rows else "another number"
         raise ValueError(
-            f"{type(schedule).__name__}(rows={rows!r}) is for the weight of a term with rows={rows!r}, not for {use}."
+            f"{type(schedule).__name__}(rows={rows!r}) can only be the weight of a term with rows={rows!r}, but is {use}."
         )
     return schedule
 
@@ -253,7 +257,7 @@ def _schedule(spec: Any, of_rows: str = "") -> StatefulSchedule:
 def _has_assistant(spec: str | Config | None) -> bool:
     """Returns True if the spec names an assistant.
 
-    Both {"name": "none"} and None name no assistant. A flag can change the former, but not None.
+    Both {"name": "none"} and None name no assistant. Configs have {"name": "none"}, because a flag cannot change None.
     """
     return spec is not None and spec != "none" and (isinstance(spec, str) or spec["name"] != "none")
 
@@ -306,7 +310,13 @@ def _hard_labels(temperature: float) -> Callable[..., Array]:
 
 
 def _weighted(loss: Callable[..., Array]) -> Callable[..., Array]:
-    return lambda log_p, log_q, target, weight, *rest: rest[-1] * loss(log_p, log_q, target, weight, *rest[:-1])
+    """Returns the loss times the importance weight, which is the last argument."""
+
+    def weighted(log_p: Array, log_q: Array, target: Array | None, weight: Weight, *arguments: Array) -> Array:
+        *assistant_numbers, importance = arguments
+        return importance * loss(log_p, log_q, target, weight, *assistant_numbers)
+
+    return weighted
 
 
 def _policy_gradient(

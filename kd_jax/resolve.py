@@ -132,8 +132,8 @@ def look_up(
     known = names(module)
     if name not in known:
         problem = "no name" if name is None else f"unknown name {name!r}"
-        place = f"in the spec {_show(spec)}{nearest(name, known)}"
-        raise ValueError(f"{problem} {place}; {module.__name__} has {', '.join(known)}.")
+        location = f"in the spec {_show(spec)}{nearest(name, known)}"
+        raise ValueError(f"{problem} {location}; {module.__name__} has {', '.join(known)}.")
     function = getattr(module, name)
     keywords = defaults | keywords
 
@@ -143,11 +143,11 @@ def look_up(
     options = {p.name: p.default for p in parameters if p.kind in by_name and p.name not in arrays}
     unknown = [keyword for keyword in keywords if keyword not in options and keyword not in beside]
     if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters):
-        place = f"in the spec {_show(spec)}{nearest(unknown[0], [*options, *beside])}"
+        location = f"in the spec {_show(spec)}{nearest(unknown[0], [*options, *beside])}"
         takes = f"{name} takes {', '.join([*options, *beside]) or 'no keywords'}"
         is_beside = not isinstance(spec, str) and not is_call
         hint = f"; the name as a call, '{name}()', ignores the keywords beside the name" if is_beside else ""
-        raise ValueError(f"unknown keyword {unknown[0]!r} {place}; {takes}{hint}.")
+        raise ValueError(f"unknown keyword {unknown[0]!r} {location}; {takes}{hint}.")
     missing = [o for o, default in options.items() if default is inspect.Parameter.empty and o not in keywords]
     if missing:
         raise ValueError(f"the spec {_show(spec)} lacks {', '.join(missing)}, for which {name} has no default.")

@@ -95,7 +95,7 @@ def tree_shardings(mesh: Mesh, tree: PyTree, layout: str = "student") -> PyTree:
     """
     axes = LAYOUTS[layout]
 
-    def place(path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+    def sharding_of(path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         name = re.sub("/kernel/(qvalue|scale)$", "/kernel", path_name(path))
         if leaf.ndim == 0:
             return NamedSharding(mesh, P())
@@ -104,7 +104,7 @@ def tree_shardings(mesh: Mesh, tree: PyTree, layout: str = "student") -> PyTree:
                 return NamedSharding(mesh, _fit(mesh, P(*(axes.get(axis, axis) for axis in spec)), leaf.shape))
         raise ValueError(f"no sharding rule matches the parameter {name!r} of shape {leaf.shape}; add one to RULES.")
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def for_lookup(mesh: Mesh | None, params: PyTree) -> PyTree:

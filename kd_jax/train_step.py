@@ -110,17 +110,19 @@ class PreparedTerm:
       counted: True where a token counts in the term, [B, L].
       means: the means over each row that the term's schedules read, by name.
       weight: the current weight of the assistant, a scalar or [B].
-      factor: the current coefficient of the term, a scalar.
-      coefficient: the factor of each token's loss, [B, L]: `factor` times `objectives.token_coefficients`.
-      extras: the arrays [B, L] that follow the target in the arguments of `Term.loss`: weight, numbers and signals.
+      term_coefficient: the current coefficient of the term, a scalar.
+      token_coefficient: the factor of each token's loss, [B, L]: `term_coefficient` times the token's share of the
+        average.
+      extras: the arrays [B, L] that follow the target in the arguments of `Term.loss`: weight, assistant_numbers
+        and signals.
     """
 
     term: Term
     counted: Array
     means: dict[str, Array]
     weight: Array
-    factor: Array
-    coefficient: Array
+    term_coefficient: Array
+    token_coefficient: Array
     extras: tuple[Array, ...]
 
     def next_schedules(self, states: States, step: Array, loss: Array) -> States:
@@ -136,7 +138,7 @@ class PreparedTerm:
         return {
             f"{self.term.name}/loss": (loss[0], loss[1]),
             f"{self.term.name}/weight": ((self.weight * rows).sum(), rows.sum()),
-            f"{self.term.name}/coefficient": (jnp.asarray(self.factor), jnp.ones((), jnp.float32)),
+            f"{self.term.name}/coefficient": (jnp.asarray(self.term_coefficient), jnp.ones((), jnp.float32)),
         }
 
 
@@ -155,13 +157,16 @@ def prepare(
     """
     means = {} if scores is None else row_means(scores)
     signals = term.signals(scores) if term.signals and scores else ()
-    values = [schedule(of, step=state.step, **means) for schedule, of in zip(term.schedules, states, strict=True)]
-    weight, factor, *numbers = _as_real(values, state.params)
+    values = [
+        schedule(schedule_state, step=state.step, **means)
+        for schedule, schedule_state in zip(term.schedules, states, strict=True)
+    ]
+    weight, term_coefficient, *assistant_numbers = _as_real(values, state.params)
     segments = None if batch["mask"].dtype == bool else batch["mask"]
-    average = _as_real(token_coefficients(term.average, counted, segments), state.params)
+    token_share = _as_real(token_coefficients(term.average, counted, segments), state.params)
     per_token = lambda number: jnp.broadcast_to(number, counted.shape)
-    extras = (per_token(weight[..., None] if weight.ndim else weight), *map(per_token, numbers), *signals)
-    return PreparedTerm(term, counted, means, weight, factor, factor * average, extras)
+    extras = (per_token(weight[..., None] if weight.ndim else weight), *map(per_token, assistant_numbers), *signals)
+    return PreparedTerm(term, counted, means, weight, term_coefficient, term_coefficient * token_share, extras)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,6 +206,7 @@ class _Step:
 
     def _unless_skipped(self, state: TrainState, updated: TrainState, finite: Array) -> TrainState:
         """Returns `updated` with the count of skipped steps; without the update if the step is not finite."""
+        # `~finite` adds 1 for a step that is not finite. Once the count exceeds the limit, it never returns to 0.
         skipped = jnp.where(finite & (state.skipped <= self.max_skipped), 0, state.skipped + ~finite)
         stopped = skipped > self.max_skipped
         chosen = _where(finite & ~stopped, updated, state)
@@ -211,7 +217,7 @@ class _Step:
     ) -> tuple[tuple[Array, Array], PyTree]:
         """Returns (loss, [sums, counts] of each term), and the gradient with respect to the student's parameters."""
         parts: dict[str, PyTree] = {name: batch[name] for name in ("tokens", "targets", "mask")}
-        parts["coefficients"] = jnp.stack([term.coefficient for term in prepared], axis=-1)
+        parts["coefficients"] = jnp.stack([term.token_coefficient for term in prepared], axis=-1)
         parts["extras"] = tuple(term.extras for term in prepared)
         parts |= teacher_arrays(batch)
 
@@ -235,9 +241,9 @@ class _Step:
         """
         coefficient, leaves, structure = part["coefficients"], *jax.tree.flatten(part["extras"])
 
-        def token_loss(log_p: PyTree, seen: Array, log_q: Array, target: Array, *leaves: Array) -> Array:
+        def token_loss(log_p: PyTree, student_side: Array, log_q: Array, target: Array, *leaves: Array) -> Array:
             values = [
-                term.loss(log_p, seen if term.needs_teacher else log_q, target, *extras)
+                term.loss(log_p, student_side if term.needs_teacher else log_q, target, *extras)
                 for term, extras in zip(self.terms, jax.tree.unflatten(structure, leaves), strict=True)
             ]
             return jnp.stack(values, axis=-1)
@@ -278,7 +284,7 @@ class _Step:
 
         The scores need a separate pass, because some weights depend on whole rows.
         """
-        of_targets = lambda log_p, seen, log_q, target: (
+        of_targets = lambda log_p, student_side, log_q, target: (
             -jnp.stack([cross_entropy(log_p, target), cross_entropy(log_q, target)], axis=-1)
         )
 

@@ -31,9 +31,11 @@ def main() -> None:
             cached = ids, jnp.full((1, TOKENS, k), 1 / k), jnp.ones((1, TOKENS))
         cases[f"{kind}, {k}"] = cached, (None, None)
     for name, (cached, teacher) in cases.items():
-        see = CACHED[name.split(",")[0]]().see
+        align = CACHED[name.split(",")[0]]().align
         divergence = sampled_forward_kl if name.startswith("samples") else divergences.forward_kl
-        loss = lambda log_p, log_q, *cached, see=see, divergence=divergence: divergence(*see(log_p, log_q, *cached))
+        loss = lambda log_p, log_q, *cached, align=align, divergence=divergence: divergence(
+            *align(log_p, log_q, *cached)
+        )
 
         def total(hidden, head, teacher, cached, loss=loss):
             return token_sum(loss, hidden, head, *teacher, coefficient, *cached, tied=(True, True))[0]

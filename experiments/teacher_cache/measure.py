@@ -99,8 +99,8 @@ def gradients(lines: list, configured, folders: dict) -> None:
 
             def loss(params, batch, run=run, divergence=divergence):
                 return compare(
-                    lambda log_p, seen, log_q: divergence(log_p, seen), run.models.student, params, run.models.compared,
-                    run.models.teacher_params, batch, token_coefficients("token", batch["loss_mask"]),
+                    lambda log_p, student_side, log_q: divergence(log_p, student_side), run.models.student, params,
+                    run.models.compared_teacher, run.models.teacher_params, batch, token_coefficients("token", batch["loss_mask"]),
                     vocab_size=run.tokenizer.vocab_size,
                 )[0]  # fmt: skip
 

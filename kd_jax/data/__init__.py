@@ -14,7 +14,7 @@ Other packages import from this package, and from the modules `counts`, `encodin
 from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, SOURCES, fingerprint, load, load_references, splits
 from kd_jax.data.pipeline import batches, encode_prompts, from_ids, pack, pad, prompt_of, tokenize
 from kd_jax.data.prompts import TEMPLATES, Template, make_render, with_template_end
-from kd_jax.data.rows import Beside, Packed, Rows, Texts, join, pack_rows
+from kd_jax.data.rows import Packed, Rows, Texts, TokenValues, join, pack_rows
 from kd_jax.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -22,11 +22,11 @@ __all__ = [
     "EVALUATION",
     "SOURCES",
     "TEMPLATES",
-    "Beside",
     "Packed",
     "Rows",
     "Template",
     "Texts",
+    "TokenValues",
     "Tokenizer",
     "batches",
     "encode_prompts",

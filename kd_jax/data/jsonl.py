@@ -124,7 +124,7 @@ def read(path: Path, fields: dict[str, str], several: tuple[str, ...] = ()) -> I
             value = row.get(field)
             many = ours in several and isinstance(value, list) and value and all(isinstance(v, str) for v in value)
             if not isinstance(value, str) and not many:
-                problem = f"is {untrusted.shown(row[field])}, not a string" if field in row else "is missing"
+                problem = f"is {untrusted.printable(row[field])}, not a string" if field in row else "is missing"
                 names = untrusted.clip(", ".join(row))
                 raise ValueError(f"{where}: the field {field!r} {problem}; the row has {names}.")
             if not all(map(_is_text, value if many else [value])):

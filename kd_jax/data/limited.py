@@ -72,7 +72,7 @@ def tokens_beyond(vocabulary: Mapping[str, int], fields: Json, size: int) -> lis
     for number, token in beyond:
         if token in vocabulary_of_model:
             raise ValueError(
-                f"{untrusted.shown(token)} with id {number} is in the model's vocabulary; only added tokens can be removed"
+                f"{untrusted.printable(token)} with id {number} is in the model's vocabulary; only added tokens can be removed"
             )
     most = min(MOST, size // SHARE)
     if len(beyond) > most:
@@ -116,7 +116,7 @@ def shown_difference(different: Sequence[tuple[str, int | None, int | None]], wh
     """
     as_id = lambda number: "no id" if number is None else f"id {number}"
     first = "; ".join(
-        f"{untrusted.shown(token)} has {as_id(ours)} in the run's and {as_id(theirs)} in the {who}'s"
+        f"{untrusted.printable(token)} has {as_id(ours)} in the run's and {as_id(theirs)} in the {who}'s"
         for token, ours, theirs in different[:SHOWN]
     )
     count = "1 token differs" if len(different) == 1 else f"{len(different)} tokens differ"
@@ -132,7 +132,7 @@ def shown_tokens(tokens: Sequence[str]) -> str:
     """
     more = "" if len(tokens) <= SHOWN else f" and {len(tokens) - SHOWN} more"
     noun = "the added token" if len(tokens) == 1 else "the added tokens"
-    return f"{noun} {', '.join(map(untrusted.shown, tokens[:SHOWN]))}{more}"
+    return f"{noun} {', '.join(map(untrusted.printable, tokens[:SHOWN]))}{more}"
 
 
 def _without_listed(fields: Json, tokens: set[str]) -> Json:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 
 from kd_jax.data.encoding import Encoded, Encoder
 from kd_jax.data.prompts import Template
-from kd_jax.data.rows import Beside, Packed, Rows, Texts, from_pieces
+from kd_jax.data.rows import Packed, Rows, Texts, TokenValues, from_pieces
 from kd_jax.data.tokenizer import Tokenizer
 
 COUNTS = ("read", "prompts_cut", "prompts_dropped", "responses_cut", "responses_dropped", "empty", "own_prefix")
@@ -173,7 +173,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     pad_id: int,
-    beside: Beside | None = None,
+    token_values: TokenValues | None = None,
 ) -> grain.IterDataset:
     """Returns batches of a fixed shape: this process's share of each global batch.
 
@@ -192,8 +192,8 @@ def batches(
         rows. So each row is read, and every process gets the same number of batches.
       process_index, process_count: the values of `jax.process_index()` and `jax.process_count()`.
       pad_id: the padding token, on the right of shorter rows.
-      beside: more numbers of the rows' tokens, which become arrays by name, [batch_size / process_count, max_length,
-        ...]. For packed rows, `beside` is indexed by the rows before packing.
+      token_values: additional values of the rows' tokens, which become arrays by name, [batch_size / process_count,
+        max_length, ...]. For packed rows, `token_values` is indexed by the rows before packing.
 
     Returns:
       An iterable of dicts of NumPy arrays, each [batch_size / process_count, max_length]: tokens and targets (int32),
@@ -230,18 +230,20 @@ def batches(
 
     def make_batch(index: int) -> dict[str, np.ndarray]:
         start = index * batch_size
-        places = range(start + process_index, start + batch_size, process_count)
+        positions = range(start + process_index, start + batch_size, process_count)
         # grain's type allows None, which only a filtered dataset has.
-        indices = [i for place in places if place < num_rows and (i := order[place]) is not None]
+        indices = [i for position in positions if position < num_rows and (i := order[position]) is not None]
         if not isinstance(rows, Packed):
-            batch = pad(rows, [(index,) for index in indices], len(places), max_length, pad_id, beside)
+            batch = pad(rows, [(index,) for index in indices], len(positions), max_length, pad_id, token_values)
             return batch | {"mask": batch["mask"] > 0}
-        return pad(rows.rows, [rows.groups[index] for index in indices], len(places), max_length, pad_id, beside)
+        return pad(
+            rows.rows, [rows.groups[index] for index in indices], len(positions), max_length, pad_id, token_values
+        )
 
     # The elements are batches, so that one index is the complete state. The rows are in memory, so two threads are
-    # enough to prepare the next batches. The numbers of `beside` may be large, so fewer batches are buffered.
+    # enough to prepare the next batches. The arrays of `token_values` may be large, so fewer batches are buffered.
     num_batches = num_rows // batch_size if num_epochs is None else -(-num_rows // batch_size)
-    read_options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8 if beside is None else 2)
+    read_options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8 if token_values is None else 2)
     return grain.MapDataset.range(num_batches).map(make_batch).to_iter_dataset(read_options)
 
 
@@ -257,7 +259,7 @@ def prompt_of(tokens: Int[np.ndarray, " L"], loss_mask: Bool[np.ndarray, " L"]) 
 
 def pad(
     rows: Rows, groups: Sequence[Sequence[int]], num_rows: int, max_length: int, pad_id: int,
-    beside: Beside | None = None,
+    token_values: TokenValues | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Returns the arrays of a batch as in `batches`, except that the mask always holds segments.
 
@@ -265,27 +267,27 @@ def pad(
       rows: the rows from which the batch is made.
       groups: the indices of the rows that share a row of the batch.
       num_rows: the number of rows of the batch. Rows without a group are padding and count nowhere.
-      max_length, pad_id, beside: the arguments of `batches`.
+      max_length, pad_id, token_values: the arguments of `batches`.
     """
     tokens = np.full((num_rows, max_length), pad_id, np.int32)
     targets = np.full((num_rows, max_length), pad_id, np.int32)
     segments = np.zeros((num_rows, max_length), np.int32)
     loss_mask = np.zeros((num_rows, max_length), bool)
-    fills = {} if beside is None else beside.fills
-    more = {name: np.full((num_rows, max_length, *fill.shape), fill, fill.dtype) for name, fill in fills.items()}
-    for place, group in enumerate(groups):
+    fill_values = {} if token_values is None else token_values.fill_values
+    more = {name: np.full((num_rows, max_length, *fill.shape), fill, fill.dtype) for name, fill in fill_values.items()}
+    for batch_row, group in enumerate(groups):
         end = 0
         for segment, index in enumerate(group, start=1):
             row = rows[index]
             start, end = end, end + len(row) - 1
-            tokens[place, start:end] = row[:-1]
-            targets[place, start:end] = row[1:]
-            segments[place, start:end] = segment
+            tokens[batch_row, start:end] = row[:-1]
+            targets[batch_row, start:end] = row[1:]
+            segments[batch_row, start:end] = segment
             # The target at t is the row's token t + 1; a row's first token is never a target.
             counted = slice(start + max(rows.first_counted[index] - 1, 0), end)
-            loss_mask[place, counted] = True
-            for name, values in {} if beside is None else beside.read(index).items():
-                more[name][place, counted] = values
+            loss_mask[batch_row, counted] = True
+            for name, values in {} if token_values is None else token_values.read(index).items():
+                more[name][batch_row, counted] = values
     return {"tokens": tokens, "targets": targets, "mask": segments, "loss_mask": loss_mask, **more}
 
 

@@ -39,19 +39,18 @@ class Texts(Protocol):
     def __getitem__(self, index: int, /) -> dict[str, str]: ...
 
 
-class Beside(Protocol):
-    """Additional numbers for the counted tokens, which are stored beside the rows and read together with the rows.
+class TokenValues(Protocol):
+    """Additional values of the counted tokens, such as a teacher's cache, which are read together with the rows.
 
     Attributes:
-      fills: the values at positions without numbers, by name. The shape and the type of a fill are those of each
-        position's numbers.
+      fill_values: the values at positions that do not count, by name, each of the shape and type of one token's values.
     """
 
     @property
-    def fills(self) -> Mapping[str, np.ndarray]: ...
+    def fill_values(self) -> Mapping[str, np.ndarray]: ...
 
     def read(self, index: int) -> Mapping[str, np.ndarray]:
-        """Returns the numbers of row `index` for some or all names, with one entry for each counted token."""
+        """Returns the values of row `index` for some or all names, with one entry for each counted token."""
         ...
 
 
@@ -118,10 +117,10 @@ def pack_rows(rows: Rows, *, max_length: int) -> Packed:
         length = max(int(lengths[index]), 1)
         room = next((room for room in range(length, max_length + 1) if with_room.get(room)), None)
         if room is None:
-            place, room = len(groups), max_length
+            group, room = len(groups), max_length
             groups.append([])
         else:
-            place = with_room[room].pop()
-        groups[place].append(index)
-        with_room.setdefault(room - length, []).append(place)
+            group = with_room[room].pop()
+        groups[group].append(index)
+        with_room.setdefault(room - length, []).append(group)
     return Packed(rows, tuple(map(tuple, groups)))

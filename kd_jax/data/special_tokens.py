@@ -172,30 +172,30 @@ def _listed(files: Files) -> dict[int, Json]:
     """Returns id -> token for the added tokens that tokenizer.json lists."""
     where, tokens = f"{files.folder / 'tokenizer.json'}: added_tokens", files.tokenizer.get("added_tokens")
     if not isinstance(tokens, list | None):
-        raise ValueError(f"{where} is {untrusted.shown(tokens)}; expected a list of tokens.")
+        raise ValueError(f"{where} is {untrusted.printable(tokens)}; expected a list of tokens.")
     by_id = {}
     for token in tokens or ():
         flagged = _token(token, where)
-        by_id[_id(token.get("id"), f"{where}: {untrusted.shown(flagged['content'])}")] = flagged
+        by_id[_id(token.get("id"), f"{where}: {untrusted.printable(flagged['content'])}")] = flagged
     return by_id
 
 
 def _of_decoder(decoder: object, where: str) -> dict[int, Json]:
     """Returns id -> token for `added_tokens_decoder` of tokenizer_config.json."""
     if not isinstance(decoder, dict):
-        raise ValueError(f"{where} is {untrusted.shown(decoder)}; expected an object from ids to tokens.")
+        raise ValueError(f"{where} is {untrusted.printable(decoder)}; expected an object from ids to tokens.")
     by_id = {}
     for number, token in decoder.items():
         flagged = _token(token, where)
         digits = number.isascii() and number.isdigit() and len(number) < 12
-        by_id[_id(int(number) if digits else number, f"{where}: {untrusted.shown(flagged['content'])}")] = flagged
+        by_id[_id(int(number) if digits else number, f"{where}: {untrusted.printable(flagged['content'])}")] = flagged
     return by_id
 
 
 def _of_encoder(encoder: Json, special: set[str], where: str) -> dict[int, Json]:
     """Returns id -> token for the content of added_tokens.json."""
     return {
-        _id(number, f"{where}: {untrusted.shown(text)}"): _with_flags({"content": text, "special": text in special})
+        _id(number, f"{where}: {untrusted.printable(text)}"): _with_flags({"content": text, "special": text in special})
         for text, number in encoder.items()
     }
 
@@ -234,7 +234,7 @@ def _extra(named: Json, where: str) -> list[object]:
     """Returns the list of extra special tokens, whose entries are not checked yet."""
     tokens = named.get("extra_special_tokens")
     if not isinstance(tokens, list | None):
-        raise ValueError(f"{where}: extra_special_tokens is {untrusted.shown(tokens)}; expected a list of tokens.")
+        raise ValueError(f"{where}: extra_special_tokens is {untrusted.printable(tokens)}; expected a list of tokens.")
     return tokens or []
 
 
@@ -252,10 +252,12 @@ def _checked(token: object, where: str) -> Token | None:
 def _token(token: object, where: str) -> Json:
     """Checks a token that a file gives as an object, and returns the token with all its flags."""
     if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-        raise ValueError(f"{where} is {untrusted.shown(token)}; expected a text, or an object with a text as content.")
+        raise ValueError(
+            f"{where} is {untrusted.printable(token)}; expected a text, or an object with a text as content."
+        )
     for flag in FLAGS:
         if not isinstance(token.get(flag), bool | None):
-            raise ValueError(f"{where}: {flag} is {untrusted.shown(token[flag])}; expected true or false.")
+            raise ValueError(f"{where}: {flag} is {untrusted.printable(token[flag])}; expected true or false.")
     return _with_flags(token)
 
 
@@ -268,5 +270,5 @@ def _with_flags(token: Json) -> Json:
 
 def _id(number: object, where: str) -> int:
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**32:
-        raise ValueError(f"{where} has the id {untrusted.shown(number)}; expected a whole number below 2**32.")
+        raise ValueError(f"{where} has the id {untrusted.printable(number)}; expected a whole number below 2**32.")
     return number

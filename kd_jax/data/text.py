@@ -77,14 +77,14 @@ def _divide(piece: str, share: float, path: Path) -> dict[str, str]:
     Raises:
       ValueError: the piece has only one line of text.
     """
-    ends = [place + 1 for place, character in enumerate(piece) if character == "\n"]
+    ends = [index + 1 for index, character in enumerate(piece) if character == "\n"]
     ends = [end for end in ends if piece[:end].strip() and piece[end:].strip()]
     if not ends:
         raise ValueError(
             f"{path} has only one line of text and no line to hold out: add lines, name a file in data.options.validation_path, "
             f"or hold nothing out with data.options.validation_fraction=0.0 and data.eval_split=train."
         )
-    end = min(ends, key=lambda place: abs(place - (1 - share) * len(piece)))
+    end = min(ends, key=lambda index: abs(index - (1 - share) * len(piece)))
     return {"train": piece[:end], "validation": piece[end:]}
 
 

@@ -88,7 +88,7 @@ class Tokenizer:
         for kind in ("eos", "bos", "pad"):
             number = getattr(self, f"{kind}_id")
             if number is not None and number >= size:
-                token = untrusted.shown(self._backend.id_to_token(number))
+                token = untrusted.printable(self._backend.id_to_token(number))
                 raise ValueError(
                     f"{self.folder}: the {kind}_token {token} has the id {number}; it must be below {size}."
                 )
@@ -221,10 +221,10 @@ class Tokenizer:
         """
         return digest(self._backend.to_str() + str((self.bos_id, self.eos_id)))[:12]
 
-    def shown(self, number: int) -> str:
+    def describe_id(self, number: int) -> str:
         """Returns an id and its token, in a form that a message can quote."""
         with self._named("name"):
-            return f"{number} ({untrusted.shown(self._backend.id_to_token(number))})"
+            return f"{number} ({untrusted.printable(self._backend.id_to_token(number))})"
 
     def is_added(self, number: int) -> bool:
         """Returns True if an id belongs to an added token, such as a control token.

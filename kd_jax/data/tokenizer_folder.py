@@ -162,8 +162,8 @@ def _check_room(
             number = backend.token_to_id(token)
         if not isinstance(size, int) or number is None or number >= size:
             raise ValueError(
-                f"{files.where(kind)}: the {kind} {untrusted.shown(token)} is not in the vocabulary of tokenizer.json. It would "
-                f"get the id {number}, and config.json's vocab_size is {untrusted.shown(size)}: name a token that the model has."
+                f"{files.where(kind)}: the {kind} {untrusted.printable(token)} is not in the vocabulary of tokenizer.json. It would "
+                f"get the id {number}, and config.json's vocab_size is {untrusted.printable(size)}: name a token that the model has."
             )
 
 
@@ -179,6 +179,6 @@ def _chat_template(folder: Folder, named: Json) -> str | None:
         )
     if chat is not None and not isinstance(chat, str):
         raise ValueError(
-            f"{folder.path / 'tokenizer_config.json'}: the chat_template must be a text, not {untrusted.shown(chat)}."
+            f"{folder.path / 'tokenizer_config.json'}: the chat_template must be a text, not {untrusted.printable(chat)}."
         )
     return chat

@@ -111,13 +111,13 @@ def _check_sizes(path: Path, fields: Json) -> None:
     for text in (*_texts([model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")]), *tokens, *added):
         if len(text) > MAX_TOKEN:
             raise ValueError(
-                f"{path}: the token, prefix or suffix {untrusted.shown(text)} has {len(text)} characters; at most {MAX_TOKEN} "
+                f"{path}: the token, prefix or suffix {untrusted.printable(text)} has {len(text)} characters; at most {MAX_TOKEN} "
                 f"are accepted."
             )
     longest = max(tokens if isinstance(model.get("vocab"), list) else (), key=len, default="")
     if len(longest) > MAX_PIECE:
         raise ValueError(
-            f"{path}: the Unigram token {untrusted.shown(longest)} has {len(longest)} characters; at most {MAX_PIECE} are "
+            f"{path}: the Unigram token {untrusted.printable(longest)} has {len(longest)} characters; at most {MAX_PIECE} are "
             f"accepted."
         )
     if (length := times * sum(map(len, added))) > MAX_ADDED:
@@ -156,7 +156,9 @@ def check_ids(backend: tokenizers.Tokenizer, ids: Iterable[object], where: str) 
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     for number in ids:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < size:
-            raise ValueError(f"{where} is {untrusted.shown(number)}; expected an id of tokenizer.json, below {size}.")
+            raise ValueError(
+                f"{where} is {untrusted.printable(number)}; expected an id of tokenizer.json, below {size}."
+            )
 
 
 def growth(fields: Json) -> int:

@@ -45,7 +45,7 @@ class Models:
     teacher_params: PyTree
 
     @property
-    def both(self) -> tuple[models.Model, PyTree, models.Model | None, PyTree]:
+    def models_and_params(self) -> tuple[models.Model, PyTree, models.Model | None, PyTree]:
         """The model, its parameters, the teacher, and the teacher's parameters, in the order of `texts.assess`."""
         return self.model, self.params, self.teacher, self.teacher_params
 
@@ -82,11 +82,11 @@ def _run(args: SimpleNamespace, out: Path) -> Json:
     # The tasks come first, because the download of a task may fail.
     tasks = lm_eval(model_folder(args.model, "--model")) if lm_eval is not None and jax.process_index() == 0 else []
     batches, prompts = given_batches(args, loaded.tokenizer, rows)
-    given = tokens.collect(*loaded.both, batches, loaded.mesh, vocab_size=loaded.tokenizer.vocab_size)
+    given = tokens.collect(*loaded.models_and_params, batches, loaded.mesh, vocab_size=loaded.tokenizer.vocab_size)
     lines, written, own = [], [], []
     for seed in seeds:
         line, seed_texts, seed_tokens = texts.assess(
-            make_sampler(args, loaded), loaded.both, examples, batch_size=args.batch_size, seed=seed,
+            make_sampler(args, loaded), loaded.models_and_params, examples, batch_size=args.batch_size, seed=seed,
             numbers=args.numbers,
             progress=lambda starts, seed=seed: metrics.tqdm(starts, desc=f"seed {seed}", unit="batch"),
         )  # fmt: skip

@@ -106,5 +106,5 @@ def parse(argv: list[str]) -> SimpleNamespace:
 
 def _shown_defaults() -> dict[str, str]:
     """Returns the defaults of `OF_RUN` as the help shows them."""
-    shown = {name: "none" if value in ("", {}) else value for name, value in {"data": "", **DEFAULTS}.items()}
-    return {name: f"that of the run of --model, or else {value}" for name, value in shown.items()}
+    in_words = {name: "none" if value in ("", {}) else value for name, value in {"data": "", **DEFAULTS}.items()}
+    return {name: f"that of the run of --model, or else {value}" for name, value in in_words.items()}

@@ -116,7 +116,7 @@ def score(texts: Sequence[str], examples: Sequence[Example], numbers: bool = Fal
 
 
 def assess(
-    sampler: rollouts.Sampler, both: tuple[models.Model, PyTree, Teacher | HiddenModel | None, PyTree],
+    sampler: rollouts.Sampler, models_and_params: tuple[models.Model, PyTree, Teacher | HiddenModel | None, PyTree],
     examples: Sequence[Example], *, batch_size: int, seed: int, numbers: bool = False,
     progress: Callable[[range], Iterable[int]] = iter, chunk: int | None = None,
 ) -> tuple[dict[str, float], list[Json], dict[str, np.ndarray]]:  # fmt: skip
@@ -124,8 +124,8 @@ def assess(
 
     Args:
       sampler: the sampler of responses.
-      both: the model, its parameters, the teacher or None, and the teacher's parameters. A cached teacher is not used,
-        because a cache has no values for new text.
+      models_and_params: the model, its parameters, the teacher or None, and the teacher's parameters. A cached teacher
+        is not used, because a cache has no values for new text.
       examples: the prompts and references.
       batch_size, seed, progress: the arguments of `respond`.
       numbers: the argument of `score`.
@@ -137,14 +137,14 @@ def assess(
         teacher each text also has `pieces`, and KL(q || p) at each piece as `reverse_kl`.
     """
     prompts = [example.prompt for example in examples]
-    sampled = respond(sampler, *both[:2], prompts, batch_size=batch_size, seed=seed, progress=progress)
+    sampled = respond(sampler, *models_and_params[:2], prompts, batch_size=batch_size, seed=seed, progress=progress)
     answers = sampler.text(sampled)
     scores = score([response for _, response in answers], examples, numbers)
     texts: list[Json] = [
         {"seed": seed, "prompt": prompt, "references": example.references, "response": response} | text_scores
         for example, (prompt, response), text_scores in zip(examples, answers, scores, strict=True)
     ]
-    model, params, teacher, teacher_params = both
+    model, params, teacher, teacher_params = models_and_params
     own = collect(
         model, params, as_teacher(teacher).on_new_text(), teacher_params, own_batches(sampled, batch_size),
         sampler.mesh, vocab_size=sampler.tokenizer.vocab_size, chunk=chunk,

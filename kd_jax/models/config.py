@@ -121,7 +121,9 @@ class ModelConfig:
                 f"head_dim={self.head_dim} must be even, because rotary positions turn pairs of coordinates."
             )
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {untrusted.shown(self.activation)}; known: {', '.join(ACTIVATIONS)}.")
+            raise ValueError(
+                f"unknown activation {untrusted.printable(self.activation)}; known: {', '.join(ACTIVATIONS)}."
+            )
         family.check(self)
 
     @property
@@ -152,13 +154,15 @@ class ModelConfig:
     def _check_window(self) -> None:
         window = self.sliding_window
         if window is not None and not (_is_whole(window) and window >= 1):
-            raise ValueError(f"sliding_window={untrusted.shown(window)} must be a whole number of at least 1, or None.")
+            raise ValueError(
+                f"sliding_window={untrusted.printable(window)} must be a whole number of at least 1, or None."
+            )
         if self.sliding_layers is None:
             return
         layers = tuple(sorted(set(self.sliding_layers)))
         if window is None or not layers or not all(_is_whole(i) and i < self.num_layers for i in layers):
             raise ValueError(
-                f"sliding_layers={untrusted.shown(self.sliding_layers)} must be indices of the {self.num_layers} layers, and "
+                f"sliding_layers={untrusted.printable(self.sliding_layers)} must be indices of the {self.num_layers} layers, and "
                 f"needs sliding_window, which is {window}."
             )
         self._set("sliding_layers", None if len(layers) == self.num_layers else layers)
@@ -167,12 +171,12 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions"):
             if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(
-                    f"{name}={untrusted.shown(getattr(self, name))} must be a whole number of at least 1, and below 2^31."
+                    f"{name}={untrusted.printable(getattr(self, name))} must be a whole number of at least 1, and below 2^31."
                 )
         for name in ("intermediate_size", "num_kv_heads", "head_dim"):
             if not _is_whole(getattr(self, name)):
                 raise ValueError(
-                    f"{name}={untrusted.shown(getattr(self, name))} must be a positive whole number, or 0 for its default."
+                    f"{name}={untrusted.printable(getattr(self, name))} must be a positive whole number, or 0 for its default."
                 )
         if self.num_layers > MAX_LAYERS:
             raise ValueError(f"num_layers={self.num_layers} must be at most {MAX_LAYERS}.")
@@ -181,7 +185,7 @@ class ModelConfig:
             ids = value if name == "eos_id" and isinstance(value, tuple) else (value,)
             if value is not None and not all(map(_is_whole, ids)):
                 raise ValueError(
-                    f"{name}={untrusted.shown(value)} must be an id, a whole number of at least 0, or None."
+                    f"{name}={untrusted.printable(value)} must be an id, a whole number of at least 0, or None."
                 )
 
     def _set(self, name: str, value: object) -> None:

@@ -53,5 +53,5 @@ def check_folder(folder: Path, named: str = "") -> None:
 def _adapter(fields: Json) -> str:
     """Returns the kind of an adapter and the base model, for a message."""
     kind, base = fields.get("peft_type"), fields.get("base_model_name_or_path")
-    name = "a LoRA adapter" if kind in (None, "LORA") else f"an adapter of the type {untrusted.shown(kind)}"
-    return f"{name} for {untrusted.shown(base)}" if base else name
+    name = "a LoRA adapter" if kind in (None, "LORA") else f"an adapter of the type {untrusted.printable(kind)}"
+    return f"{name} for {untrusted.printable(base)}" if base else name

@@ -72,12 +72,14 @@ def _family(file: Path, fields: Json) -> str:
     kinds = {kind: name for name, family in FAMILIES.items() for kind in family.ARCHITECTURES}
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"{file}: model_type {untrusted.shown(kind)} is not supported; supported: {', '.join(kinds)}.")
+        raise ValueError(
+            f"{file}: model_type {untrusted.printable(kind)} is not supported; supported: {', '.join(kinds)}."
+        )
     expected = FAMILIES[kinds[kind]].ARCHITECTURES[kind]
     architectures = fields.get("architectures") or [expected]
     if not isinstance(architectures, list) or expected not in architectures:
         raise ValueError(
-            f"{file}: architectures {untrusted.shown(architectures)} is not supported; expected [{expected!r}]."
+            f"{file}: architectures {untrusted.printable(architectures)} is not supported; expected [{expected!r}]."
         )
     if fields.get("quantization_config"):
         raise ValueError(f"{file}: a quantization_config is set; expected weights in float32, bfloat16 or float16.")
@@ -125,7 +127,9 @@ def load_pretrained(
         abstract = model.abstract_params()
         sharding_tree = None if shardings is None else shardings(abstract)
 
-        def place(path: KeyPath, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None) -> PyTree:
+        def load_leaf(
+            path: KeyPath, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None
+        ) -> PyTree:
             key = jax.tree_util.keystr(path, simple=True, separator="/")
             if not key.startswith(only):
                 return leaf
@@ -144,7 +148,7 @@ def load_pretrained(
             return int8.quantise(array) if in_int8 else array
 
         trees = (abstract,) if sharding_tree is None else (abstract, sharding_tree)
-        return model, jax.tree.map_with_path(place, *trees)
+        return model, jax.tree.map_with_path(load_leaf, *trees)
 
 
 def _once(slice_of: Callable[[Index], np.ndarray]) -> Callable[[Index | None], np.ndarray]:
@@ -206,7 +210,7 @@ def _names_on_disk(reader: Reader, config: ModelConfig, layout: dict[str, Tensor
             _check_tied(reader, on_disk[name], on_disk[layout["embed/embedding"].name])
         elif not any(re.fullmatch(pattern, name) for pattern in family.TOLERATED):
             raise ValueError(
-                f"{reader.file(on_disk[name])}: tensor {untrusted.shown(on_disk[name])} has no place in a {config.family} model "
+                f"{reader.file(on_disk[name])}: tensor {untrusted.printable(on_disk[name])} has no place in a {config.family} model "
                 f"with {config.num_layers} layers and the settings in config.json."
             )
     return {name: on_disk[name] for name in needed}

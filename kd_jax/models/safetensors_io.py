@@ -70,7 +70,7 @@ class Reader:
         if (kind := tensor.get_dtype()) not in _DTYPES:
             quantised = "Quantised checkpoints are not supported: use a checkpoint in float32, bfloat16 or float16."
             raise ValueError(
-                f"{self.file(name)}: tensor {untrusted.shown(name)} has type {kind}; expected one of {', '.join(_DTYPES)}. "
+                f"{self.file(name)}: tensor {untrusted.printable(name)} has type {kind}; expected one of {', '.join(_DTYPES)}. "
                 f"{quantised if kind.startswith(_QUANTISED) else 'A weight is a floating-point number.'}"
             )
         return tuple(tensor.get_shape())
@@ -81,7 +81,7 @@ class Reader:
             return self._slice(name)[index]
         except SafetensorError as error:
             raise ValueError(
-                f"{self.file(name)}: tensor {untrusted.shown(name)} cannot be read ({untrusted.clip(str(error))})."
+                f"{self.file(name)}: tensor {untrusted.printable(name)} cannot be read ({untrusted.clip(str(error))})."
             ) from error
 
     def _slice(self, name: str) -> _Slice:
@@ -170,7 +170,7 @@ def _read_index(file: Path) -> dict[str, str]:
     for name, owner in owners.items():
         if not isinstance(owner, str) or not _NAME.fullmatch(owner):
             raise ValueError(
-                f"{file}: tensor {untrusted.shown(name)} has the file {untrusted.shown(owner)}; expected the name of a "
+                f"{file}: tensor {untrusted.printable(name)} has the file {untrusted.printable(owner)}; expected the name of a "
                 ".safetensors file beside the index, of letters, digits and . _ -"
             )
     return owners
@@ -181,11 +181,11 @@ def _check_index(folder: Path, owners: Mapping[str, str], names_in_files: Mappin
     for name, owner in owners.items():
         if name not in names_in_files[owner]:
             raise ValueError(
-                f"{folder / owner}: tensor {untrusted.shown(name)} is missing, but {INDEX} names this file for the tensor."
+                f"{folder / owner}: tensor {untrusted.printable(name)} is missing, but {INDEX} names this file for the tensor."
             )
     for owner, names in names_in_files.items():
         if surplus := names - set(owners):
-            raise ValueError(f"{folder / owner}: tensor {untrusted.shown(min(surplus))} is not listed in {INDEX}.")
+            raise ValueError(f"{folder / owner}: tensor {untrusted.printable(min(surplus))} is not listed in {INDEX}.")
 
 
 def write_folder(

@@ -94,7 +94,7 @@ def _write(
         raise ValueError(
             f"none of the teacher's {len(rows)} responses ended within max_new_tokens={sampler.max_new_tokens}, and a response "
             f"that has not ended is not used. Raise sampling.max_new_tokens, or check the end tokens in the teacher's folder, "
-            f"which are {', '.join(map(sampler.tokenizer.shown, sampler.tokenizer.end_ids))}."
+            f"which are {', '.join(map(sampler.tokenizer.describe_id, sampler.tokenizer.end_ids))}."
         )
     return path
 

@@ -18,7 +18,9 @@ from kd_jax.storage.files import Json
 Rows = dict[str, np.ndarray]
 Mixture = tuple[models.Model, PyTree, float]  # model, parameters and share, as in `models.generate`
 Progress = Callable[[Iterable[int]], Iterable[int]]  # returns the same numbers, with a progress bar
-DRAWS = 2**31 - 1  # the first number that a key of a draw folds in; the other keys of a run fold in a step
+DRAWS = (
+    2**31 - 1
+)  # every key of a draw folds this number in first; other keys of a run fold in a step, which is smaller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,13 +150,13 @@ def as_batch(rows: Rows) -> dict[str, np.ndarray]:
 
     The tokens of the response, including the end token, are counted.
     """
-    place = np.arange(rows["tokens"].shape[1] - 1)
+    position = np.arange(rows["tokens"].shape[1] - 1)
     length, prompt = (rows[name][:, None] for name in ("lengths", "prompt_lengths"))
     return {
-        "tokens": np.where(place < length - 1, rows["tokens"][:, :-1], rows["tokens"][:, -1:]),
+        "tokens": np.where(position < length - 1, rows["tokens"][:, :-1], rows["tokens"][:, -1:]),
         "targets": rows["tokens"][:, 1:],
-        "mask": place < length - 1,
-        "loss_mask": (place >= prompt - 1) & (place < length - 1),
+        "mask": position < length - 1,
+        "loss_mask": (position >= prompt - 1) & (position < length - 1),
         "origin": rows["origin"],
         "log_probs": rows["log_probs"],
     }

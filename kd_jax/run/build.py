@@ -51,7 +51,7 @@ class Run:
       feed: the source of the training batches, with a position that can be saved.
       eval_batches: makes an iterator that goes once over the held-out rows.
       examples: the held-out prompts that are answered at each evaluation.
-      shown: the held-out prompts of one evaluation batch, whose answers are shown before and after training.
+      sample_examples: the held-out prompts of one evaluation batch, whose answers are shown before and after training.
       counts: for each split, the numbers of rows that were kept, truncated or dropped.
       written: the rows of the teacher's responses; None if the run trains on the data's responses.
     """
@@ -68,7 +68,7 @@ class Run:
     feed: Feed
     eval_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
     examples: list[evaluate.Example]
-    shown: list[evaluate.Example]
+    sample_examples: list[evaluate.Example]
     counts: dict[str, dict[str, int]]
     written: data.Rows | data.Packed | None = None
 
@@ -89,7 +89,7 @@ class Run:
         Args:
           params: the student's parameters.
         """
-        return self._evaluate(self.models.student, params, self.models.compared, self.models.teacher_params)
+        return self._evaluate(self.models.student, params, self.models.compared_teacher, self.models.teacher_params)
 
     def evaluate_teacher(self) -> dict[str, float]:
         """Evaluates the teacher on the held-out rows, without a comparison to another model.
@@ -102,10 +102,10 @@ class Run:
     def _evaluate(
         self, model: models.Model, params: PyTree, teacher: Teacher | None, teacher_params: PyTree
     ) -> dict[str, float]:
-        both = (model, params, teacher, teacher_params)
+        models_and_params = (model, params, teacher, teacher_params)
         options, chunk = self.config.data, self.config.loss.chunk or None
         values = evaluate.evaluate(
-            *both, self.eval_batches(), self.mesh, vocab_size=self.tokenizer.vocab_size, chunk=chunk
+            *models_and_params, self.eval_batches(), self.mesh, vocab_size=self.tokenizer.vocab_size, chunk=chunk
         )
         if not self.examples:
             return values
@@ -113,7 +113,10 @@ class Run:
         sampling = Sampling(max_new_tokens=self.config.sampling.max_new_tokens)
         sampler = rollouts.make_sampler(self.mesh, self.tokenizer, options.max_length, sampling)
         size, seed = options.eval_batch_size, self.config.seed
-        return values | evaluate.assess(sampler, both, self.examples, batch_size=size, seed=seed, chunk=chunk)[0]
+        return (
+            values
+            | evaluate.assess(sampler, models_and_params, self.examples, batch_size=size, seed=seed, chunk=chunk)[0]
+        )
 
 
 def build(config: Config | Settings) -> Run:
@@ -134,7 +137,7 @@ def build(config: Config | Settings) -> Run:
     mesh = make_mesh(settings)
     cache = open_cache(settings, terms, source)
     loaded = _load_models(settings, source, terms, mesh, cache)
-    terms = loaded.compared.terms(terms)
+    terms = loaded.compared_teacher.terms(terms)
     tokenizer, options = loaded.tokenizer, settings.data
     check_length(settings, loaded)
     counts = {}
@@ -142,16 +145,16 @@ def build(config: Config | Settings) -> Run:
     examples = load_examples(settings, tokenizer)
     text_rows = load_text(settings, tokenizer) if settings.text.name else None
     step = make_train_step(
-        loaded.student, loaded.compared, terms, tx, vocab_size=tokenizer.vocab_size,
+        loaded.student, loaded.compared_teacher, terms, tx, vocab_size=tokenizer.vocab_size,
         temperature=settings.objective.temperature, microbatches=settings.microbatches,
         chunk=settings.loss.chunk or None, mesh=mesh, max_skipped=settings.max_skipped,
     )  # fmt: skip
     fresh_state, abstract_state, placed = _make_state(settings, loaded, tx, terms, mesh)
     held_out = data.batches(
         eval_rows, batch_size=options.eval_batch_size, shuffle=False, num_epochs=1,
-        beside=cached_values(settings, tokenizer, cache, "held_out", eval_rows), **batch_options(settings, tokenizer),
+        token_values=cached_values(settings, tokenizer, cache, "held_out", eval_rows), **batch_options(settings, tokenizer),
     )  # fmt: skip
-    # The responses are sampled last because sampling may take long. They stay on disk if a later run fails.
+    # Sampling may take long, so it comes last, after all checks. The responses are on disk for later runs.
     if isinstance(source, prefixes.teacher):
         train_rows, counts[options.train_split] = load_responses(settings, source, loaded, mesh)
     else:
@@ -163,7 +166,7 @@ def build(config: Config | Settings) -> Run:
         feed=make_feed(settings, source, tokenizer, loaded, mesh, train_rows, text_rows, cache),
         eval_batches=lambda: iter(held_out), examples=examples, counts=counts,
         written=train_rows if isinstance(source, prefixes.teacher) else None,
-        shown=evaluate.held_out_examples(unpacked(eval_rows), tokenizer, options.eval_batch_size),
+        sample_examples=evaluate.held_out_examples(unpacked(eval_rows), tokenizer, options.eval_batch_size),
     )  # fmt: skip
 
 
@@ -210,7 +213,7 @@ def _load_models(
     if not cache:
         return loaded
     params = cache.load_params(mesh, settings.teacher.sharding)
-    return dataclasses.replace(loaded, compared=cache.teacher, teacher_params=params)
+    return dataclasses.replace(loaded, compared_teacher=cache.teacher, teacher_params=params)
 
 
 def _make_state(

@@ -10,7 +10,7 @@ from kd_jax.settings import Settings, name_of
 from kd_jax.storage import remote
 from kd_jax.storage.checksum import digest
 from kd_jax.storage.files import Json
-from kd_jax.teachers.cache_files import about_rows, differences
+from kd_jax.teachers.cache_files import describe_rows, differences
 from kd_jax.teachers.cache_reading import Cache, CachedValues
 
 AnyRows = data.Rows | data.Packed
@@ -84,7 +84,7 @@ def cached_values(
     if cache is None:
         return None
     rows = unpacked(rows)
-    key, about = f"{split} rows", about_rows(rows)
+    key, about = f"{split} rows", describe_rows(rows)
     written = cache.manifest | {key: {name: cache.manifest["splits"][split][name] for name in about}}
     wanted = made_from(config, tokenizer) | {key: about}
     lines = {name: differences(written[name], value, name) for name, value in wanted.items()}

@@ -127,7 +127,7 @@ def _make_gradient(term: Term, config: Settings) -> Callable[[float], jax.Array]
     def gradient(weight: jax.Array) -> jax.Array:
         teacher, student = jnp.asarray(logits)
         counted = jnp.broadcast_to(jnp.arange(length) < config.sampling.max_new_tokens, (rows, length))
-        numbers = [schedule(schedule.init(), step=jnp.asarray(0)) for schedule in term.numbers]
+        numbers = [schedule(schedule.init(), step=jnp.asarray(0)) for schedule in term.assistant_numbers]
         log_p, log_q = (jax.nn.log_softmax(logits / temperature) for logits in (teacher, student))
         picked = lambda log_probs: jnp.take_along_axis(log_probs, target[..., None], -1)[..., 0]
         signals = term.signals(Scores(picked(log_p), picked(log_q), picked(log_q), counted)) if term.signals else ()

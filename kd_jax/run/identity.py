@@ -19,7 +19,7 @@ from kd_jax.settings import Settings
 from kd_jax.storage import checkpoint, directory, remote, untrusted
 from kd_jax.storage.checksum import digest, file_digest
 from kd_jax.storage.files import Json
-from kd_jax.teachers.cache_files import MANIFEST, about_rows
+from kd_jax.teachers.cache_files import MANIFEST, describe_rows
 
 # Matches module:function, also inside the keywords of a call.
 OWN = re.compile(r"(?<![\w.:])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
@@ -130,7 +130,7 @@ def parts(config: Settings, written: Written = None) -> dict[str, Part]:
     contents |= {f"source of {name}": part for name, part in _own_functions(config).items()}
     if written is not None:
         contents["responses"] = Part(
-            "the set of the teacher's responses (prefixes.name=teacher)", about_rows(unpacked(written))["hash"]
+            "the set of the teacher's responses (prefixes.name=teacher)", describe_rows(unpacked(written))["hash"]
         )
     return contents
 

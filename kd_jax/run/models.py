@@ -37,8 +37,8 @@ class Models:
       tokenizer: the tokenizer of both models. `end_ids` joins the end tokens that the tokenizer, the prompt template
         and the folders of the two models name.
       teacher: the teacher's model, which can also write text; None if no model is loaded for the teacher.
-      teacher_params: the parameters of `compared`.
-      compared: the teacher with which a step compares the student: the model, a cache, or `NoTeacher`.
+      teacher_params: the parameters of `compared_teacher`.
+      compared_teacher: the teacher with which a step compares the student: the model, a cache, or `NoTeacher`.
       writer: a teacher that only writes text, or None.
     """
 
@@ -47,7 +47,7 @@ class Models:
     tokenizer: data.Tokenizer
     teacher: models.Model | None = None
     teacher_params: PyTree = None
-    compared: Teacher = dataclasses.field(default_factory=NoTeacher)
+    compared_teacher: Teacher = dataclasses.field(default_factory=NoTeacher)
     writer: Writer | None = None
 
     @property
@@ -186,7 +186,7 @@ def _make_student(
     teacher_params: PyTree,
 ) -> tuple[models.Model, Callable[[jax.Array], PyTree], data.Tokenizer]:  # fmt: skip
     """Returns the student, the function that makes the initial parameters, and the tokenizer, limited to the student's ids."""
-    place = partial(sharding.tree_shardings, mesh)
+    shardings_of = partial(sharding.tree_shardings, mesh)
     options = dict(dtype=config.student.dtype, remat=config.student.remat, attention=config.attention)
     if config.student.init == "random":
         ids: Json = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
@@ -196,7 +196,7 @@ def _make_student(
             known = ", ".join(field.name for field in dataclasses.fields(models.ModelConfig))
             raise ValueError(f"student.config={dict(config.student.config)}: {error}; the keys are {known}.") from error
         _check_vocabulary(student.config, tokenizer)
-        return student, partial(student.init, shardings=place), tokenizer
+        return student, partial(student.init, shardings=shardings_of), tokenizer
 
     if config.student.init == "pretrained":
         if not config.student.path:
@@ -206,7 +206,11 @@ def _make_student(
         tokenizer = fit_tokenizer(config.student.path, models.load_config(path).vocab_size, tokenizer, "student")
         student = models.from_config(models.load_config(path), **options)
         # The parameters are read when the state is made, so that only the state holds the initial parameters.
-        return student, lambda key: models.load_pretrained(path, dtype=jnp.float32, shardings=place)[1], tokenizer
+        return (
+            student,
+            lambda key: models.load_pretrained(path, dtype=jnp.float32, shardings=shardings_of)[1],
+            tokenizer,
+        )
 
     assert teacher is not None  # `open_cache` and `load_models` refuse layers of a teacher that is not loaded
     student, params = models.take_layers(teacher, teacher_params, tuple(config.student.layers))
@@ -215,7 +219,7 @@ def _make_student(
     as_float = lambda tree: models.dequantise(tree, jnp.float32)
     copy = jax.jit(
         lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), as_float(tree)),
-        out_shardings=place(student.abstract_params()),
+        out_shardings=shardings_of(student.abstract_params()),
     )
     return student, lambda key: copy(params), tokenizer
 

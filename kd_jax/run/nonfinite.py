@@ -85,9 +85,12 @@ def diagnose(run: Run, state: TrainState, batch: dict[str, np.ndarray]) -> BadRo
         local_rows = {name: array[index * size : (index + 1) * size] for name, array in one_row.items()}
         state, sums = run.train_step(state, run.models.teacher_params, run.put(local_rows))
         values = metrics.averages(jax.device_get(sums))
-        shown = {"gradient_norm": values["gradient_norm"], **{k: v for k, v in values.items() if k.endswith("/loss")}}
-        if not all(map(math.isfinite, shown.values())):
-            bad_rows.append({"row": row} | {k: v if math.isfinite(v) else str(v) for k, v in shown.items()})
+        row_values = {
+            "gradient_norm": values["gradient_norm"],
+            **{k: v for k, v in values.items() if k.endswith("/loss")},
+        }
+        if not all(map(math.isfinite, row_values.values())):
+            bad_rows.append({"row": row} | {k: v if math.isfinite(v) else str(v) for k, v in row_values.items()})
     return bad_rows
 
 

@@ -31,10 +31,10 @@ def error(run: Run) -> dict[str, float]:
     options = run.config.teacher
     if not (options.int8_report and options.path and options.weights == "int8") or run.models.teacher is None:
         return {}
-    place = partial(sharding.tree_shardings, run.mesh, layout=options.sharding)
+    shardings_of = partial(sharding.tree_shardings, run.mesh, layout=options.sharding)
 
     def layer(i: int) -> PyTree:
-        load = partial(models.load_pretrained, models.folder(options.path), dtype=options.dtype, shardings=place)
+        load = partial(models.load_pretrained, models.folder(options.path), dtype=options.dtype, shardings=shardings_of)
         return load(only=f"layers/{i}/")[1]["layers"][str(i)]
 
     params = run.models.teacher_params

@@ -99,19 +99,19 @@ def _answers(
 
     Unless `alone` is true, the measures compare the model with the teacher.
     """
-    longest = max(len(example.prompt) for example in run.shown)
+    longest = max(len(example.prompt) for example in run.sample_examples)
     room = max(1, min(run.config.sample_tokens, run.models.max_positions - longest))
     sampling = Sampling(max_new_tokens=room)
     sampler = rollouts.make_sampler(run.mesh, run.tokenizer, run.config.data.max_length, sampling)
     teacher = None if alone else run.models.teacher
     return evaluate.assess(
-        sampler, (model, params, teacher, None if alone else run.models.teacher_params), run.shown,
+        sampler, (model, params, teacher, None if alone else run.models.teacher_params), run.sample_examples,
         batch_size=run.config.data.eval_batch_size, seed=run.config.seed, chunk=run.config.loss.chunk or None,
     )[1:]  # fmt: skip
 
 
 def _first_batch(run: Run, params: PyTree) -> dict[str, np.ndarray]:
-    """Returns the student's measures at each token of the first held-out batch, whose prompts are `Run.shown`."""
+    """Returns the student's measures at each token of the first held-out batch, whose prompts are `Run.sample_examples`."""
     return evaluate.collect(
         run.models.student, params, run.models.teacher, run.models.teacher_params,
         itertools.islice(run.eval_batches(), 1), run.mesh, vocab_size=run.tokenizer.vocab_size,

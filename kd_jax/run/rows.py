@@ -238,15 +238,15 @@ def make_feed(
     share, repeats = config.sampling.teacher_share, config.sampling.rollouts_per_prompt
     text_batches = None
     if text is not None:
-        absent = cache.absent() if cache else None
-        text_batches = iter(data.batches(text, batch_size=config.text.batch_size, beside=absent, **options))
-    beside = cached_values(config, tokenizer, cache, "train", rows)
+        no_values = cache.no_values() if cache else None
+        text_batches = iter(data.batches(text, batch_size=config.text.batch_size, token_values=no_values, **options))
+    token_values = cached_values(config, tokenizer, cache, "train", rows)
     mixture = (loaded.require_teacher(), loaded.teacher_params, share) if share else None
     authors = {"student": Author(loaded.student, None, mixture)}
     if "teacher" in source.authors:
         authors["teacher"] = Author(loaded.require_teacher(), loaded.teacher_params)
     return Feed(
-        source, iter(data.batches(rows, batch_size=config.data.batch_size, beside=beside, **options)),
+        source, iter(data.batches(rows, batch_size=config.data.batch_size, token_values=token_values, **options)),
         text_batches=text_batches,
         sampler=rollouts.make_sampler(mesh, tokenizer, config.data.max_length, config.sampling),
         authors={name: authors[name] for name in source.authors},

@@ -78,7 +78,7 @@ def _teacher(run: Run) -> str:
     if run.models.writer:
         count = _count(run.models.writer.model.abstract_params())
         return f"teacher {path}, {count} parameters (another tokenizer than the student's, so only the text is used)"
-    return run.models.compared.described(path)
+    return run.models.compared_teacher.described(path)
 
 
 def too_long(run: Run) -> list[str]:

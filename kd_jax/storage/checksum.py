@@ -42,11 +42,11 @@ def _checksum(array: jax.Array) -> UInt32[jax.Array, ""]:
     """
     bits = _bits(array)
     strides = np.cumprod((1, *bits.shape[:0:-1]), dtype=np.uint64).astype(np.uint32)[::-1]
-    place = sum(
+    position = sum(
         jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * stride
         for axis, stride in enumerate(strides[: bits.ndim])
     )
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+    return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
 
 
 def _bits(array: jax.Array) -> jax.Array:

@@ -102,9 +102,9 @@ def work_directory(
     system, root = filesystem(url)
     with storing(url):
         names = {path.rpartition("/")[2] for path in system.ls(root, detail=False)} if system.exists(root) else set()
-    if "config.json" not in names and (foreign := names - {remote_lease.LOCK}):
+    if "config.json" not in names and (unknown := names - {remote_lease.LOCK}):
         raise ValueError(
-            f"the work directory {url} has files that belong to no run, such as {min(foreign)}; choose an empty or a new address."
+            f"the work directory {url} has files that belong to no run, such as {min(unknown)}; choose an empty or a new address."
         )
     with remote_lease.held(system, root, url) if writes and alone else contextlib.nullcontext(lambda: None) as check:
         temporary = tempfile.mkdtemp(prefix="kd_jax-")

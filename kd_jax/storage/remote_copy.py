@@ -15,7 +15,7 @@ from kd_jax.storage import StorageError, storing
 from kd_jax.storage.remote_lease import LOCK, Taken
 
 EVERY = 60.0  # seconds between two updates of the copy
-PATIENCE, AGAIN = 120.0, 5.0  # seconds that a run waits for a failing store, and between two tries
+PATIENCE, RETRY_AFTER = 120.0, 5.0  # seconds that a run waits for a failing store, and between two tries
 CHECKPOINTS = "checkpoints"
 UNFINISHED = (".orbax-checkpoint-tmp", ".partial")  # parts of the names of unfinished files
 
@@ -107,7 +107,7 @@ class Copy:
                 raise StorageError(
                     f"{self._folder} could not be copied to {self._root}; the folder still exists: {self.problem}"
                 )
-            time.sleep(AGAIN)
+            time.sleep(RETRY_AFTER)
 
     @contextlib.contextmanager
     def kept_up(self) -> Iterator[None]:

@@ -138,11 +138,11 @@ def parse_json(text: bytes, where: str, *, finite: bool = True) -> Any:
         raise ValueError(f"{where}: not valid JSON ({error}).") from error
 
 
-def shown(value: object) -> str:
+def printable(value: object) -> str:
     """Returns `repr` of a value, truncated if it is long or deep, so that a message can quote any value.
 
     Example:
-      >>> shown("x" * 1000), shown([[[[[[[[[]]]]]]]]])
+      >>> printable("x" * 1000), printable([[[[[[[[[]]]]]]]]])
       ("'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'", '[[[[[[[...]]]]]]]')
     """
     return _REPR.repr(value)
@@ -162,7 +162,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         seen: set[str] = set()
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {shown(repeated)} appears twice in one object")
+        raise ValueError(f"the key {printable(repeated)} appears twice in one object")
     return fields
 
 

@@ -16,7 +16,7 @@ from kd_jax.storage import is_partial, storing, write_whole, writing_whole
 from kd_jax.storage.checksum import digest, file_digest
 from kd_jax.storage.directory import LOCK
 from kd_jax.storage.files import Json
-from kd_jax.storage.untrusted import clip, shown
+from kd_jax.storage.untrusted import clip, printable
 
 MANIFEST, HEAD, TOKENIZER = "manifest.json", "head.safetensors", "tokenizer"
 TIED, UNTIED = "embed.embedding", "head.kernel"  # names of the output matrix, as in a model's parameters
@@ -45,7 +45,7 @@ def fields(manifest: Manifest) -> Fields:
     return by_kind[manifest["kind"]]
 
 
-def fills(manifest: Manifest) -> dict[str, np.ndarray]:
+def fill_values(manifest: Manifest) -> dict[str, np.ndarray]:
     """Returns the values of a batch at positions that do not count.
 
     The values are finite, because a loss may be computed over them. For top_k they are a distribution.
@@ -60,7 +60,7 @@ def fills(manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 def identity(manifest: Manifest, split: str) -> bytes:
-    """Returns a hash of the teacher without the path, the tokenizer, and all else that decides a record's values."""
+    """Returns a hash of the manifest's entries that decide the values of a record. The teacher's path is not included."""
     excluded = ("splits", "settings", "part_rows", "head_hash")  # these keys decide the rows and the files of the rows
     content = {name: value for name, value in manifest.items() if name not in excluded}
     content["teacher"] = {name: value for name, value in manifest["teacher"].items() if name != "path"}
@@ -74,7 +74,7 @@ def row_key(identity: bytes, row: np.ndarray, first_counted: int) -> bytes:
     return hashlib.blake2b(content, digest_size=HEADER["key"].shape[0]).digest()
 
 
-def about_rows(rows: data.Rows) -> Json:
+def describe_rows(rows: data.Rows) -> Json:
     """Returns the number of rows, the number of counted tokens, and a hash of all rows."""
     arrays = (array.astype("<i8").tobytes() for array in (rows.tokens, rows.offsets, rows.first_counted))
     tokens = sum(counted(rows, index) for index in range(len(rows)))
@@ -93,14 +93,16 @@ def differences(written: object, wanted: object, prefix: str = "") -> list[str]:
         keys = [*written, *(key for key in wanted if key not in written)]
         lines = (differences(written.get(key), wanted.get(key), f"{prefix}.{key}" if prefix else key) for key in keys)
         return [line for entry in lines for line in entry]
-    return [] if written == wanted else [f"{clip(prefix, 80)}: {shown(written)} in the cache, {shown(wanted)} now"]
+    return (
+        [] if written == wanted else [f"{clip(prefix, 80)}: {printable(written)} in the cache, {printable(wanted)} now"]
+    )
 
 
-def foreign(folder: Path) -> str:
-    """Returns a name in a folder without a manifest that no call of kd_jax can have written; "" if there is none."""
-    ours = rf"{re.escape(HEAD)}(\.partial-\d+)?|{re.escape(MANIFEST)}\.partial-\d+|{TOKENIZER}|{LOCK}"
+def unknown_name(folder: Path) -> str:
+    """Returns the first name in an unfinished cache that kd_jax does not write; "" if there is no such name."""
+    known = rf"{re.escape(HEAD)}(\.partial-\d+)?|{re.escape(MANIFEST)}\.partial-\d+|{TOKENIZER}|{LOCK}"
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    return next((name for name in names if not re.fullmatch(ours, name)), "")
+    return next((name for name in names if not re.fullmatch(known, name)), "")
 
 
 def partials(folder: Path) -> list[Path]:
@@ -189,7 +191,7 @@ def write_head(folder: Path, name: str, matrix: np.ndarray) -> str:
 
 
 def write_tokenizer(folder: Path, tokenizer: data.Tokenizer) -> None:
-    """Writes the tokenizer and the ids of the special tokens. Only the model's configuration names some of these ids."""
+    """Writes the tokenizer, and the ids of the special tokens, because tokenizer.json does not name all of them."""
     tokenizer.save(folder / TOKENIZER)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_ids, "pad_token_id": tokenizer.pad_id}
     (folder / TOKENIZER / "generation_config.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from kd_jax import data, sharding
 from kd_jax.models.safetensors_io import check_header
 from kd_jax.storage.checksum import file_digest
-from kd_jax.storage.untrusted import read_json, shown
+from kd_jax.storage.untrusted import read_json, printable
 from kd_jax.teachers.cache_files import (
     HEAD,
     HEADER,
@@ -29,7 +29,7 @@ from kd_jax.teachers.cache_files import (
     Manifest,
     counted,
     fields,
-    fills,
+    fill_values,
     identity,
     missing_parts,
     part_path,
@@ -40,7 +40,7 @@ from kd_jax.teachers.cached import CACHED, KINDS, Cached
 
 SPLITS = ("train", "held_out")
 OPEN_PARTS = 128  # the number of files that are kept open for random reads
-AGAIN = "write the cache again."  # the end of a message about a manifest that this version cannot read
+WRITE_AGAIN = "write the cache again."  # the end of a message about a manifest that this version cannot read
 
 
 def check_manifest(path: Path, manifest: Manifest) -> None:
@@ -52,31 +52,35 @@ def check_manifest(path: Path, manifest: Manifest) -> None:
     kinds = {"head": str, "head_hash": str, "tokenizer": str, "template": str, "settings": dict, "splits": dict}
     for key, kind in (kinds | {"teacher": dict} | dict.fromkeys(LARGEST, int)).items():
         if type(value := manifest.get(key)) is not kind:
-            raise ValueError(f"{path}: {key!r} is {shown(value)} and not of type {kind.__name__}; {AGAIN}")
+            raise ValueError(f"{path}: {key!r} is {printable(value)} and not of type {kind.__name__}; {WRITE_AGAIN}")
     least = {"k": 0 if manifest["kind"] == "hidden" else 1}
     for key, largest in (LARGEST | {"k": min(LARGEST["k"], manifest["vocab_size"] - 1)}).items():
         if not (low := least.get(key, 1)) <= manifest[key] <= largest:
-            raise ValueError(f"{path}: {key}={shown(manifest[key])} is out of range, {low} to {largest}; {AGAIN}")
+            raise ValueError(
+                f"{path}: {key}={printable(manifest[key])} is out of range, {low} to {largest}; {WRITE_AGAIN}"
+            )
     if manifest["head"] not in (TIED, UNTIED):
-        raise ValueError(f"{path}: head={shown(manifest['head'])} is not {TIED!r} or {UNTIED!r}; {AGAIN}")
+        raise ValueError(f"{path}: head={printable(manifest['head'])} is not {TIED!r} or {UNTIED!r}; {WRITE_AGAIN}")
     if not isinstance(manifest["teacher"].get("path"), str):
-        raise ValueError(f"{path}: the key 'teacher' has no text 'path'; {AGAIN}")
+        raise ValueError(f"{path}: the key 'teacher' has no text 'path'; {WRITE_AGAIN}")
     if set(manifest["splits"]) - set(SPLITS):
-        raise ValueError(f"{path}: the splits are {shown(list(manifest['splits']))} and not {SPLITS}; {AGAIN}")
+        raise ValueError(
+            f"{path}: the splits are {printable(list(manifest['splits']))} and not {SPLITS}; {WRITE_AGAIN}"
+        )
     for split in SPLITS:
         about = manifest["splits"].get(split)
         if not isinstance(about, dict) or (missing := {"rows", "tokens", "hash", "temperature"} - about.keys()):
             keys = "" if not isinstance(about, dict) else f", which lacks {', '.join(sorted(missing))}"
-            raise ValueError(f"{path}: the split {split!r} is {shown(about)}{keys}; {AGAIN}")
+            raise ValueError(f"{path}: the split {split!r} is {printable(about)}{keys}; {WRITE_AGAIN}")
         if type(about["rows"]) is not int or not 1 <= about["rows"] <= MAX_PARTS * manifest["part_rows"]:
             raise ValueError(
-                f"{path}: the split {split!r} has {shown(about['rows'])} rows in parts of {manifest['part_rows']}, but there may "
+                f"{path}: the split {split!r} has {printable(about['rows'])} rows in parts of {manifest['part_rows']}, but there may "
                 f"be from 1 to {MAX_PARTS} parts; choose another --part_rows."
             )
         if not isinstance(temperature := about["temperature"], int | float) or not 0 < temperature < 1e9:
             raise ValueError(
-                f"{path}: the split {split!r} has the temperature {shown(temperature)}, but a temperature is above 0 and below "
-                f"1e9; {AGAIN}"
+                f"{path}: the split {split!r} has the temperature {printable(temperature)}, but a temperature is above 0 and below "
+                f"1e9; {WRITE_AGAIN}"
             )
 
 
@@ -106,8 +110,8 @@ class Cache:
         manifest = read_json(folder / MANIFEST)
         if manifest.get("version") != VERSION or manifest.get("kind") not in KINDS:
             raise ValueError(
-                f"{folder / MANIFEST} has version {shown(manifest.get('version'))} and kind {shown(manifest.get('kind'))}, but this "
-                f"kd_jax reads version {VERSION} of the kinds {', '.join(KINDS)}; {AGAIN}"
+                f"{folder / MANIFEST} has version {printable(manifest.get('version'))} and kind {printable(manifest.get('kind'))}, but this "
+                f"kd_jax reads version {VERSION} of the kinds {', '.join(KINDS)}; {WRITE_AGAIN}"
             )
         check_manifest(folder / MANIFEST, manifest)
         if missing := missing_parts(folder, manifest):
@@ -142,7 +146,7 @@ class Cache:
         group, leaf = name.split(".")
         try:
             if not path.is_file() or file_digest(path) != self.manifest["head_hash"]:
-                raise ValueError(f"{path} is missing, or has other content than was written; {AGAIN}")
+                raise ValueError(f"{path} is missing, or has other content than was written; {WRITE_AGAIN}")
             check_header(path)
             with safe_open(path, framework="numpy") as file:
                 matrix = file.get_slice(name)
@@ -151,18 +155,18 @@ class Cache:
                 if width != self.manifest["hidden_size"] or vocabulary < self.manifest["vocab_size"]:
                     raise ValueError(
                         f"{path}: the output matrix has the shape {shape}, which does not fit hidden_size="
-                        f"{self.manifest['hidden_size']} and vocab_size={self.manifest['vocab_size']}; {AGAIN}"
+                        f"{self.manifest['hidden_size']} and vocab_size={self.manifest['vocab_size']}; {WRITE_AGAIN}"
                     )
                 tree = {group: {leaf: jax.ShapeDtypeStruct(shape, jnp.float32)}}
                 placed = sharding.tree_shardings(mesh, tree, layout)
                 array = jax.make_array_from_callback(shape, placed[group][leaf], lambda index: matrix[index])
                 return {group: {leaf: array}}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: the output matrix {name!r} cannot be read ({error}); {AGAIN}") from error
+            raise ValueError(f"{path}: the output matrix {name!r} cannot be read ({error}); {WRITE_AGAIN}") from error
 
-    def absent(self) -> "Absent":
-        """Returns the `data.Beside` of rows for which the cache has no values."""
-        return Absent(fills(self.manifest))
+    def no_values(self) -> "NoValues":
+        """Returns the `data.TokenValues` of rows for which the cache has no values."""
+        return NoValues(fill_values(self.manifest))
 
     def refusal(self, lines: list[str]) -> str:
         """Returns the error message for a cache that does not fit the run."""
@@ -173,10 +177,10 @@ class Cache:
 
 
 @dataclasses.dataclass(frozen=True)
-class Absent:
-    """A `data.Beside` without any values."""
+class NoValues:
+    """A `data.TokenValues` without any values."""
 
-    fills: Mapping[str, np.ndarray]
+    fill_values: Mapping[str, np.ndarray]
 
     def read(self, index: int) -> dict[str, np.ndarray]:
         """Returns an empty dict for any row."""
@@ -184,10 +188,10 @@ class Absent:
 
 
 class CachedValues:
-    """A `data.Beside` of a cache. It reads the record of a row when needed, and checks that the record is of that row."""
+    """A `data.TokenValues` of a cache. It reads the record of a row when needed, and checks that the record is of that row."""
 
     def __init__(self, cache: Cache, split: str, rows: data.Rows):
-        self.fills = fills(cache.manifest)
+        self.fill_values = fill_values(cache.manifest)
         self._cache, self._split, self._rows = cache, split, rows
         self._fields, self._identity = fields(cache.manifest), identity(cache.manifest, split)
         self._open = functools.lru_cache(OPEN_PARTS)(self._open_part)
@@ -198,10 +202,10 @@ class CachedValues:
         Raises:
           ValueError: the record is damaged, or belongs to another row.
         """
-        part, place = divmod(index, self._cache.manifest["part_rows"])
+        part, position = divmod(index, self._cache.manifest["part_rows"])
         path = part_path(self._cache.folder, self._split, part)
         try:
-            return self._decode(self._open(part).read([place])[0], index)
+            return self._decode(self._open(part).read([position])[0], index)
         except (RuntimeError, IndexError, ValueError) as error:
             raise ValueError(
                 f"{path}: the record of row {index} is damaged ({error}). Delete this file, and repeat the command that wrote "
@@ -225,7 +229,7 @@ class CachedValues:
         header, start = np.frombuffer(content, HEADER, 1)[0], HEADER.itemsize
         expected = row_key(self._identity, rows[index], int(rows.first_counted[index]))
         if header["row"] != index or header["key"].tobytes() != expected:
-            raise ValueError(f"the record belongs to row {header['row']} of other tokens or of another cache")
+            raise ValueError(f"the record is of row {header['row']}, with other tokens or of another cache")
         shapes = {name: (count, *shape) for name, (_, shape) in self._fields.items()}
         size = start + sum(math.prod(shapes[name]) * dtype.itemsize for name, (dtype, _) in self._fields.items())
         if len(content) != size:

@@ -51,8 +51,9 @@ class Cached(Teacher):
 
     def described(self, path: str) -> str:
         """Returns the kind of the cache, and the path of the cache's teacher if the config has another path."""
-        other = f" (of {clip(self.path)}; teacher.path={path} is not read)" if path not in ("", self.path) else ""
-        return f"teacher's {self.kind} from a cache{other}, without the teacher's texts and without KLs on student text"
+        teacher = f" of the teacher {clip(self.path)} (teacher.path={path} is not read)"
+        named = teacher if path not in ("", self.path) else ""
+        return f"a cache of kind {self.kind}{named}; no texts of the teacher and no KLs on student text are measured"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +84,17 @@ class CachedTopK(Cached):
         """Returns the stored ids and log-probabilities as extras."""
         return Outputs(None, None, extras=(batch["teacher_ids"], batch["teacher_log_probs"]))
 
-    def see(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[Array, Array]:
+    def align(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[Array, Array]:
         """Returns both distributions over the k tokens and the outcome of all other tokens, [..., k + 1]."""
         ids, log_probs = extras
         return log_probs, coarsen(log_q, ids)
 
-    def measure(self, ours: Array, seen: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
+    def measure(self, teacher_side: Array, student_side: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
         """Returns the distances over the k + 1 outcomes, which are at most the distances of the whole distributions."""
-        return (*distances(ours, seen), seen[..., 0] == log_q.max(axis=-1))  # the first stored token is the likeliest
+        return (
+            *distances(teacher_side, student_side),
+            student_side[..., 0] == log_q.max(axis=-1),
+        )  # the first stored token is the likeliest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,19 +110,19 @@ class CachedSamples(Cached):
             None, None, extras=tuple(batch[f"teacher_{name}"] for name in ("ids", "weights", "entropy"))
         )  # fmt: skip
 
-    def see(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[Draws, Array]:
+    def align(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[Draws, Array]:
         """Returns the `Draws`, and the student's log-probabilities of the sampled tokens, [..., k]."""
         ids, *weights_and_entropy = extras
         return Draws(*weights_and_entropy), jnp.take_along_axis(log_q, ids, axis=-1, mode="clip")
 
     def terms(self, terms: Sequence[Term]) -> tuple[Term, ...]:
         """Returns the terms with `sampled_forward_kl` as the loss of each term that needs the teacher."""
-        loss = lambda draws, seen, *rest: sampled_forward_kl(draws, seen)
+        loss = lambda draws, student_side, *rest: sampled_forward_kl(draws, student_side)
         return tuple(dataclasses.replace(term, loss=loss) if term.needs_teacher else term for term in terms)
 
-    def measure(self, ours: Draws, seen: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
+    def measure(self, teacher_side: Draws, student_side: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
         """Returns `sampled_forward_kl`, whose expected mean is the mean of KL(p || q)."""
-        return (sampled_forward_kl(ours, seen),)
+        return (sampled_forward_kl(teacher_side, student_side),)
 
 
 CACHED: dict[str, type[Cached]] = {cached.kind: cached for cached in (CachedHidden, CachedTopK, CachedSamples)}
@@ -172,11 +176,11 @@ def sampled_forward_kl(draws: Draws, log_q: Float[Array, "*batch k"]) -> Float[A
 
 
 def draw(log_p: Array, uniform: Array, power: float = 1.0) -> dict[str, Array]:
-    """Samples tokens from a normalised power of p, with weights for means under p.
+    """Samples tokens from the distribution proportional to p^power, with weights that correct for the power.
 
-    The expected value of the weighted sum of a function over the sampled tokens is the mean of the function under p.
-    Each sample chooses a block of ids, and then an id in the block. A running sum of probabilities over the whole
-    vocabulary would lose the small probabilities to rounding.
+    For any function f, the expected value of ``sum_j w_j f(token j)`` is the mean of f under p. Each sample chooses a
+    block of ids, and then an id in the block. A running sum of probabilities over the whole vocabulary would lose the
+    small probabilities to rounding.
 
     Args:
       log_p: the log-probabilities [..., V], normalised.
@@ -195,6 +199,7 @@ def draw(log_p: Array, uniform: Array, power: float = 1.0) -> dict[str, Array]:
     ids = block * width + _at_share(inside, uniform[..., 1])
     ids = jnp.minimum(ids, log_p.shape[-1] - 1)
     ratio = jnp.take_along_axis(log_p, ids, axis=-1) - jnp.take_along_axis(log_t, ids, axis=-1)
+    # A token with probability 0 has the ratio -inf - (-inf), which is NaN and differs from itself.
     weights = jnp.where(ratio == ratio, jnp.exp(ratio), 0) / uniform.shape[-2]
     entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
     return {"teacher_ids": ids, "teacher_weights": weights, "teacher_entropy": entropy}
@@ -213,8 +218,8 @@ def merged(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
     order = np.argsort(drawn["teacher_ids"], axis=-1, kind="stable")
     ids, weights = (np.take_along_axis(drawn[f"teacher_{name}"], order, axis=-1) for name in ("ids", "weights"))
-    place = np.cumsum(np.diff(ids, axis=-1, prepend=ids[:, :1]) != 0, axis=-1)
+    column = np.cumsum(np.diff(ids, axis=-1, prepend=ids[:, :1]) != 0, axis=-1)
     new_ids, new_weights = np.zeros_like(ids), np.zeros_like(weights)
-    np.put_along_axis(new_ids, place, ids, axis=-1)
-    np.add.at(new_weights, (np.arange(len(ids))[:, None], place), weights)
+    np.put_along_axis(new_ids, column, ids, axis=-1)
+    np.add.at(new_weights, (np.arange(len(ids))[:, None], column), weights)
     return drawn | {"teacher_ids": new_ids, "teacher_weights": new_weights}

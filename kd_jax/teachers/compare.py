@@ -45,8 +45,8 @@ def compare(
     """Returns `head_loss.token_sum` of both models on a batch.
 
     Args:
-      token_loss: (ours, seen, log_q, *extras) -> a value per token or K values per token, as in `token_sum`. `ours` and
-        `seen` are the two sides that `Teacher.see` returns. `log_q` are the student's log-probabilities.
+      token_loss: (teacher_side, student_side, log_q, *extras) -> a value per token or K values per token, as in
+        `token_sum`. `Teacher.align` returns the two sides. `log_q` are the student's log-probabilities.
       student: a model with `hidden(params, tokens, mask)` and `stored_head(params)`.
       params: the student's parameters, which get gradients.
       teacher: a teacher; a model or None as in `as_teacher`.
@@ -64,8 +64,8 @@ def compare(
     head, tied = student.stored_head(params)
     count = len(outputs.extras)
 
-    def loss(log_p: Array | None, log_q: Array, *rest: Array) -> Array:
-        return token_loss(*teacher.see(log_p, log_q, *rest[:count]), log_q, *rest[count:])
+    def loss(log_p: Array | None, log_q: Array, *arrays: Array) -> Array:
+        return token_loss(*teacher.align(log_p, log_q, *arrays[:count]), log_q, *arrays[count:])
 
     return token_sum(
         loss, student.hidden(params, batch["tokens"], batch["mask"]), head, outputs.hidden, outputs.head, coefficient,

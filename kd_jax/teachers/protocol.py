@@ -20,7 +20,7 @@ class Outputs(NamedTuple):
       hidden: the hidden states after the final norm, from which the head makes logits; None if the teacher has none.
       head: the output matrix, [D, V], or [V, D] if it is tied; None if the teacher has no hidden states.
       tied: True if the output matrix is the tied embedding [V, D].
-      extras: further arrays [B, L, ...], which `Teacher.see` takes.
+      extras: further arrays [B, L, ...], which `Teacher.align` takes.
     """
 
     hidden: Float[Array, "B L D"] | None
@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
 
 
 class Teacher(Protocol):
-    """The distributions with which a student is compared. The bodies below are for a teacher with hidden states.
+    """The distributions with which a student is compared. The default methods are for a teacher with hidden states.
 
     A teacher is hashable, so `jax.jit` can close over it or take it as a static argument.
 
@@ -49,7 +49,7 @@ class Teacher(Protocol):
         """
         ...
 
-    def see(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[PyTree, Array]:
+    def align(self, log_p: Array | None, log_q: Float[Array, "*batch V"], *extras: Array) -> tuple[PyTree, Array]:
         """Returns the two sides of a comparison, over the outcomes for which the teacher has probabilities.
 
         Args:
@@ -63,19 +63,19 @@ class Teacher(Protocol):
         return log_p, log_q
 
     def terms(self, terms: Sequence[Term]) -> tuple[Term, ...]:
-        """Returns the terms of an objective with losses of the two sides that `see` returns."""
+        """Returns the terms with losses that accept the two sides that `align` returns."""
         return tuple(terms)
 
-    def measure(self, ours: PyTree, seen: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
+    def measure(self, teacher_side: PyTree, student_side: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
         """Returns the distances for an evaluation, one value per token for each name in `measures`.
 
         Args:
-          ours: the teacher's side from `see`.
-          seen: the student's side from `see`.
+          teacher_side: the teacher's side from `align`.
+          student_side: the student's side from `align`.
           log_q: the student's log-probabilities over the whole vocabulary.
         """
-        same = jnp.argmax(ours, axis=-1) == jnp.argmax(log_q, axis=-1)
-        return (*distances(ours, seen), same)
+        same = jnp.argmax(teacher_side, axis=-1) == jnp.argmax(log_q, axis=-1)
+        return (*distances(teacher_side, student_side), same)
 
     def on_new_text(self) -> "Teacher":
         """Returns the teacher for rows that are not in the dataset, such as text that the student writes."""
@@ -100,7 +100,7 @@ class NoTeacher(Teacher):
         """Returns outputs without any array."""
         return Outputs(None, None)
 
-    def measure(self, ours: PyTree, seen: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
+    def measure(self, teacher_side: PyTree, student_side: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
         """Returns an empty tuple."""
         return ()
 

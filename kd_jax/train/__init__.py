@@ -48,7 +48,7 @@ def train(config: ConfigDict | Settings, workdir: str, quiet: bool = False) -> J
         workdir, place = stack.enter_context(copied)  # for an address, `workdir` is now a local folder
         # No process reads the folder before the first process has the copy.
         sharding.barrier("the work directory is copied")
-        stack.enter_context(notices.raised())  # this block ends before the last copy to the address
+        stack.enter_context(notices.raising())  # this block ends before the last copy to the address
         exists = epath.Path(workdir).is_dir()
         directory.check(workdir, resolved)  # checked first, so that no lock file is left in a folder of another program
         if first and exists:

@@ -58,11 +58,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Notices:
-    """Handles SIGTERM and Ctrl-C inside a `with` statement.
+    """Handles SIGTERM and Ctrl-C inside a `with` statement. Each of these signals is a notice that the run should end.
 
-    A notice is recorded, so that the loop stops after the current step. If there is nothing to save, the notice raises
-    an exception at once. With several processes, JAX's own service handles SIGTERM: the processes agree on a step, and
-    the service ends no process. The first Ctrl-C is passed to that service as SIGTERM. A second Ctrl-C raises at once.
+    While steps are made, a notice is only recorded, and the loop stops after the current step. Before and after the
+    steps, a notice raises an exception at once. With several processes, JAX's own service handles SIGTERM: the processes
+    agree on the step after which they stop. The first Ctrl-C sends SIGTERM to that service. A second Ctrl-C raises at once.
     """
 
     def __init__(self) -> None:
@@ -83,10 +83,11 @@ class Notices:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def raised(self, raises: bool = True) -> Iterator[None]:
-        """Lets a notice raise `Stopped` or `Interrupted` at once if `raises` is true.
+    def raising(self, raises: bool = True) -> Iterator[None]:
+        """Decides what a notice does inside a block.
 
-        A notice that arrived earlier raises at the start or the end of the block.
+        With `raises=True` a notice raises `Stopped` or `Interrupted` at once, also a notice from before the block. With
+        `raises=False` a notice waits until the block ends.
         """
         before, self._raises = self._raises, raises
         self._raise()
@@ -98,13 +99,13 @@ class Notices:
         self._raises = before
         self._raise()
 
-    def came(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Returns whether the run should stop after a step."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
         return self._noticed
 
-    def ended(self, step: int | None = None) -> Stopped | Interrupted:
+    def exception(self, step: int | None = None) -> Stopped | Interrupted:
         """Returns the exception to raise after the step is saved."""
         return Interrupted(step) if self._interrupted else Stopped(step)
 
@@ -114,7 +115,7 @@ class Notices:
 
     def _interrupt(self, *_: object) -> None:
         if self._interrupted and command.watched():
-            return
+            return  # `command.second_interrupt` ends the process
         if self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = True
@@ -128,7 +129,7 @@ class Notices:
     def _raise(self) -> None:
         if self._noticed and self._raises:
             self._raises = False  # raised only once: no notice may disturb the cleanup
-            raise self.ended()
+            raise self.exception()
 
 
 def run_steps(
@@ -148,7 +149,7 @@ def run_steps(
       manager: the manager of the checkpoints.
       notices: the caller's notices; in this function the notices wait for the end of a step.
       quiet: whether to omit the progress bar.
-      place: the place that the work directory stands for.
+      place: the folder or address that the user gave, to which `workdir` is copied.
 
     Returns:
       The state after the last step, which is saved.
@@ -159,34 +160,34 @@ def run_steps(
       Stopped: SIGTERM or a preemption notice arrived on any host; the state is saved.
       Interrupted: Ctrl-C was pressed; the state is saved.
     """
-    config, first = run.config, int(state.step)
+    config, start = run.config, int(state.step)
     evaluates = lambda step: step % config.eval_every == 0 or step == config.steps
-    if evaluates(first):
-        _evaluate(run, writer, first, state)
-    if first == 0:
+    if evaluates(start):
+        _evaluate(run, writer, start, state)
+    if start == 0:
         results.begin(run, state.params, workdir)
-    profiled = tuple(config.profile_steps) if first < min(config.profile_steps, default=0) else ()
+    profiled = tuple(config.profile_steps) if start < min(config.profile_steps, default=0) else ()
     pending: Pending = []
     needs_teacher = any(term.needs_teacher for term in run.terms)
     clock = speed.Clock(run.models.student, run.models.teacher if needs_teacher else None, config.data.max_length)
-    shown, bar = 0, metrics.progress(0, 0, quiet=True)
-    with notices.raised(False), contextlib.ExitStack() as stack:
-        for step in range(first + 1, config.steps + 1):
+    last_shown, bar = 0, metrics.progress(0, 0, quiet=True)
+    with notices.raising(False), contextlib.ExitStack() as stack:
+        for step in range(start + 1, config.steps + 1):
             if step in profiled[:1]:
                 jax.profiler.start_trace(str(Path(workdir) / "profile"))
-            if step == first + 1 and not quiet and jax.process_index() == 0:
+            if step == start + 1 and not quiet and jax.process_index() == 0:
                 metrics.tqdm.write("compiling the training step …")
             rows = run.feed.next(step - 1, state.params)
             state, sums = run.train_step(state, run.models.teacher_params, run.put(rows))
-            if step == first + 1:  # the clock of the bar starts after the compilation
+            if step == start + 1:  # the clock of the bar starts after the compilation
                 jax.block_until_ready(sums)
-                bar = stack.enter_context(metrics.progress(config.steps, first, quiet))
+                bar = stack.enter_context(metrics.progress(config.steps, start, quiet))
             pending.append((step, sums, rows))
-            shown = _report_samples(run, writer, step, shown)
+            last_shown = _report_samples(run, writer, step, last_shown)
             if step in profiled[1:]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
-            stopping, evaluating = notices.came(step), evaluates(step)
+            stopping, evaluating = notices.should_stop(step), evaluates(step)
             saving = step % config.checkpoint_every == 0 or step == config.steps or stopping
             # The metrics of this step are read later, because the step still runs. Before a save or an evaluation all
             # metrics are read.
@@ -199,11 +200,11 @@ def run_steps(
                 bar.set_postfix(loss | {name: f"{value:,.4g}" for name, value in lap.items()})
             bar.update()
             if saving:
-                place.store()  # metrics.jsonl is never behind a checkpoint
+                place.store()  # copied before the checkpoint, so that metrics.jsonl has all steps of the checkpoint
                 checkpoint.save(manager, step, state, run.feed)
             if stopping:
                 checkpoint.wait(manager)
-                raise notices.ended(step)
+                raise notices.exception(step)
             if evaluating:
                 _evaluate(run, writer, step, state)
             if evaluating or saving:
@@ -218,16 +219,16 @@ def _evaluate(run: Run, writer: metrics.Writer, step: int, state: TrainState) ->
     writer.write(step, "eval", values)
 
 
-def _report_samples(run: Run, writer: metrics.Writer, step: int, shown: int) -> int:
-    """Writes the report on a step's rows, and prints new responses `show_every` steps after `shown`.
+def _report_samples(run: Run, writer: metrics.Writer, step: int, last_shown: int) -> int:
+    """Writes the report on a step's rows, and prints new responses `show_every` steps after `last_shown`.
 
     Returns the last step whose responses were printed.
     """
     if run.feed.report:
         writer.write(step, "samples", run.feed.report)
     every = run.config.sampling.show_every
-    if not every or run.feed.fresh is None or (shown and step < shown + every):
-        return shown
+    if not every or run.feed.fresh is None or (last_shown and step < last_shown + every):
+        return last_shown
     sampler = rollouts.make_sampler(run.mesh, run.tokenizer, run.config.data.max_length, run.config.sampling)
     metrics.tqdm.write(show(sampler, step, run.feed.fresh))
     return step
@@ -242,7 +243,7 @@ def _read(
         values = metrics.averages(jax.device_get(sums))
         skipped = values.pop("skipped")
         if skipped > run.config.max_skipped:
-            # No later step has changed the state from before the non-finite step.
+            # Metrics are read some steps late. The later steps did not change the state, so it is the state before the bad step.
             nonfinite.stop(run, state, step, rows, values, workdir, place)
         tokens += values["tokens"]
         values |= {"learning_rate": float(np.asarray(run.learning_rate(step - 1)))}

@@ -325,7 +325,7 @@ def test_flipped_and_missing_bytes_are_found_and_named(caches, data_dir, tmp_pat
     with pytest.raises(ValueError, match=r"000001.array_record: .*records instead of 100"):
         kept(cache, rows).read(150)
     shutil.copy(files.part_path(cache.folder, "train", 0), path)
-    with pytest.raises(ValueError, match=r"belongs to row 50 of other tokens"):
+    with pytest.raises(ValueError, match=r"is of row 50, with other tokens"):
         kept(cache, rows).read(150)
     path.unlink()
     with pytest.raises(ValueError, match=r"not complete: 1 parts"):

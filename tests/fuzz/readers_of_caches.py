@@ -40,7 +40,7 @@ def make_cache(folder, kind, tokenizer, **teacher):
         "version": files.VERSION, "kind": kind, "k": 0 if kind == "hidden" else 3, "power": 1.0, "seed": 0, "hidden_size": 4,
         "head": files.UNTIED, "head_hash": "", "part_rows": PART_ROWS,
         "teacher": {"path": "models/teacher", "fingerprint": "0123"} | teacher,
-        "splits": {split: files.about_rows(rows(split)) | {"temperature": 1.0} for split in COUNTS},
+        "splits": {split: files.describe_rows(rows(split)) | {"temperature": 1.0} for split in COUNTS},
     } | made_from(Settings(), tokenizer)  # fmt: skip
     if kind == "hidden":
         matrix = np.ones((4, tokenizer.vocab_size), np.float32)
@@ -113,4 +113,4 @@ class TeacherCache:
             kept = cached_values(Settings(), self.tokenizer, cache, split, rows(split))
             for index in range(COUNTS[split]):
                 for name, values in kept.read(index).items():
-                    assert values.shape == (files.counted(rows(split), index), *kept.fills[name].shape)
+                    assert values.shape == (files.counted(rows(split), index), *kept.fill_values[name].shape)

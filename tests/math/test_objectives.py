@@ -100,8 +100,8 @@ def test_a_divergence_and_an_assistant_of_another_module():
         ({"divergence": None}, "None is not a spec"),
         ({"coefficient": [1.0]}, "[1.0] is not a spec"),
         ({"kind": "hard_labels", "importance": True}, "importance=True goes with kind='divergence'"),
-        (MIX | {"weight": SKEW, "rows": "student"}, "rows='teacher', not for the weight of a term with rows='student'"),
-        ({"coefficient": SKEW, "rows": "teacher"}, "not for another number"),
+        (MIX | {"weight": SKEW, "rows": "student"}, "rows='teacher', but is the weight of a term with rows='student'"),
+        ({"coefficient": SKEW, "rows": "teacher"}, "but is another number"),
         (
             {"assistant": {"name": "geometric_mixture"}, "pair": ("teacher", "assistant"), "stop_gradient": True},
             "no gradient",
@@ -152,7 +152,7 @@ def test_an_assistants_keyword_may_have_a_schedule():
     log_p, log_q = jax.nn.log_softmax(jnp.array([[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]))
     (moving,) = make_terms({"it": TERM | changes | {"assistant": {"name": "alpha_mixture", "alpha": alpha}}})
     for step in (0, 4, 6, 8):  # alpha is -5, -1, 1, 3
-        number = moving.numbers[0]((), step=jnp.asarray(step))
+        number = moving.assistant_numbers[0]((), step=jnp.asarray(step))
         fixed = {"name": "alpha_mixture", "alpha": -5.0 + step}
         (still,) = make_terms({"it": TERM | changes | {"assistant": fixed}})
         expected = still.loss(log_p, log_q, None, 0.3)

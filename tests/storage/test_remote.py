@@ -166,7 +166,7 @@ def test_what_cannot_be_copied_stays_and_is_named(store, monkeypatch, capsys):
 
 def test_a_run_waits_for_a_store_that_fails_but_not_for_long(store, monkeypatch, capsys):
     url, names, system = store
-    monkeypatch.setattr(remote_copy, "AGAIN", 0.01)
+    monkeypatch.setattr(remote_copy, "RETRY_AFTER", 0.01)
     with remote.work_directory(f"{url}/run") as (folder, place):
         write(remote.Path(folder) / "config.json", "{}")
         with monkeypatch.context() as patch:

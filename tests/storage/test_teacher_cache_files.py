@@ -57,7 +57,7 @@ def test_a_part_of_another_teachers_cache_of_the_same_rows_is_not_taken(made, tm
     assert all((read()[name] == values).all() for name, values in mine.items())
     shutil.copy(made / "other" / part, here / part)
     with pytest.raises(
-        ValueError, match=r"000001.array_record: .*row 5 is damaged \(the record belongs to row 5 of other tokens or of"
+        ValueError, match=r"000001.array_record: .*row 5 is damaged \(the record is of row 5, with other tokens or of"
     ):
         read()
 
@@ -69,7 +69,7 @@ def test_a_part_of_another_teachers_cache_of_the_same_rows_is_not_taken(made, tm
 def test_records_are_of_one_tokenizer_template_and_way_to_draw(changes, made, tmp_path):
     here = shutil.copytree(made / "samples", tmp_path / "cache")
     manifest_of(here, **changes)
-    with pytest.raises(ValueError, match="of other tokens or of another cache"):
+    with pytest.raises(ValueError, match="with other tokens or of another cache"):
         CachedValues(Cache.open(here), "train", rows("train")).read(0)
 
 
@@ -109,9 +109,9 @@ def test_what_is_written_can_be_read(made):
 
 def test_a_run_says_where_its_cache_is_of_another_teacher_than_its_config(made):
     teacher = Cache.open(made / "samples").teacher
-    start, limits = "teacher's samples from a cache", ", without the teacher's texts and without KLs on student text"
+    start, limits = "a cache of kind samples", "; no texts of the teacher and no KLs on student text are measured"
     assert teacher.described("") == teacher.described("models/teacher") == start + limits
-    said = f"{start} (of models/teacher; teacher.path=models/larger is not read){limits}"
+    said = f"{start} of the teacher models/teacher (teacher.path=models/larger is not read){limits}"
     assert teacher.described("models/larger") == said
 
 
@@ -147,7 +147,7 @@ def test_the_output_matrix_is_the_one_that_was_written(cache):
     "name", ["tokenizer_of_mine", "head.safetensors.bak", "manifest.json.txt", "head.safetensors.partial-x", "train"]
 )
 def test_only_what_a_call_can_have_left_is_taken_for_its_own(name, tmp_path):
-    assert files.foreign(tmp_path / "nowhere") == ""
+    assert files.unknown_name(tmp_path / "nowhere") == ""
     for ours in (
         "tokenizer",
         "head.safetensors",
@@ -156,9 +156,9 @@ def test_only_what_a_call_can_have_left_is_taken_for_its_own(name, tmp_path):
         directory.LOCK,
     ):
         (tmp_path / ours).mkdir()
-    assert files.foreign(tmp_path) == ""
+    assert files.unknown_name(tmp_path) == ""
     (tmp_path / name).mkdir()
-    assert files.foreign(tmp_path) == name
+    assert files.unknown_name(tmp_path) == name
 
 
 def test_what_killed_calls_have_left_half_written_is_found_and_nothing_else(cache):

@@ -48,7 +48,11 @@ def required(fields: Fields, name: str) -> Any:
     """Returns the field's value. An absent or null field is an error that names the field."""
     if fields.get(name) is None:
         kind = fields.get("model_type")  # the fields of a rotary embedding have no model_type
-        where = f"a {untrusted.shown(kind)} config" if kind else f"an object such as {untrusted.shown(dict(fields))}"
+        where = (
+            f"a {untrusted.printable(kind)} config"
+            if kind
+            else f"an object such as {untrusted.printable(dict(fields))}"
+        )
         raise ValueError(f"the field {name!r} is missing; {where} must have this field.")
     return fields[name]
 
@@ -86,7 +90,7 @@ def flag(fields: Fields, name: str, default: bool) -> bool:
 def refuse_unless(supported: bool, fields: Fields, name: str, expected: str) -> None:
     """Raises an error for a field whose value the transformer does not implement."""
     if not supported:
-        raise ValueError(f"{name} = {untrusted.shown(fields.get(name))} is not supported; expected {expected}.")
+        raise ValueError(f"{name} = {untrusted.printable(fields.get(name))} is not supported; expected {expected}.")
 
 
 def refuse_another_function(fields: Fields) -> None:
@@ -161,7 +165,7 @@ def rotary_from_hf(fields: Fields) -> Json:
     both |= {key: source[key] for source in (fields, rope) for key in both if source.get(key) is not None}
     if kind not in ("default", "llama3") or any(isinstance(value, Mapping) for value in rope.values()):
         raise ValueError(
-            f"the rotary embedding {name} = {untrusted.shown(dict(rope))} is not supported; expected rope_type 'default' "
+            f"the rotary embedding {name} = {untrusted.printable(dict(rope))} is not supported; expected rope_type 'default' "
             "or 'llama3'."
         )
     refuse_unless(both["partial_rotary_factor"] == 1.0, both, "partial_rotary_factor", "1.0")
