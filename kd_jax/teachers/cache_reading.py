@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from kd_jax import data, sharding
 from kd_jax.models.safetensors_io import check_header
 from kd_jax.storage.checksum import file_digest
-from kd_jax.storage.untrusted import read_json, printable
+from kd_jax.storage.untrusted import printable, read_json
 from kd_jax.teachers.cache_files import (
     HEAD,
     HEADER,
