@@ -74,8 +74,8 @@ def check_manifest(path: Path, manifest: Manifest) -> None:
             raise ValueError(f"{path}: the split {split!r} is {printable(about)}{keys}; {WRITE_AGAIN}")
         if type(about["rows"]) is not int or not 1 <= about["rows"] <= MAX_PARTS * manifest["part_rows"]:
             raise ValueError(
-                f"{path}: the split {split!r} has {printable(about['rows'])} rows in parts of {manifest['part_rows']}, but there may "
-                f"be from 1 to {MAX_PARTS} parts; choose another --part_rows."
+                f"{path}: the split {split!r} has {printable(about['rows'])} rows in parts of {manifest['part_rows']}, but there "
+                f"may be from 1 to {MAX_PARTS} parts; choose another --part_rows."
             )
         if not isinstance(temperature := about["temperature"], int | float) or not 0 < temperature < 1e9:
             raise ValueError(
@@ -110,8 +110,9 @@ class Cache:
         manifest = read_json(folder / MANIFEST)
         if manifest.get("version") != VERSION or manifest.get("kind") not in KINDS:
             raise ValueError(
-                f"{folder / MANIFEST} has version {printable(manifest.get('version'))} and kind {printable(manifest.get('kind'))}, but this "
-                f"kd_jax reads version {VERSION} of the kinds {', '.join(KINDS)}; {WRITE_AGAIN}"
+                f"{folder / MANIFEST} has version {printable(manifest.get('version'))} and kind "
+                f"{printable(manifest.get('kind'))}, but this kd_jax reads version {VERSION} of the kinds "
+                f"{', '.join(KINDS)}; {WRITE_AGAIN}"
             )
         check_manifest(folder / MANIFEST, manifest)
         if missing := missing_parts(folder, manifest):
