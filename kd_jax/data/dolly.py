@@ -1,4 +1,4 @@
-"""databricks-dolly-15k: 15,011 instructions and responses (CC BY-SA 3.0), the training set of the papers."""
+"""databricks-dolly-15k, downloaded: 15,011 instructions and responses (CC BY-SA 3.0)."""
 
 from collections.abc import Callable, Iterable, Iterator
 

@@ -1,4 +1,4 @@
-"""GSM8K: 7,473 and 1,319 grade-school mathematics problems with worked answers that end in "#### NUMBER" (MIT)."""
+"""GSM8K, downloaded: 7,473 training and 1,319 test problems, with worked answers that end in "#### NUMBER" (MIT)."""
 
 from collections.abc import Callable, Iterable, Iterator
 

@@ -1,4 +1,4 @@
-"""The dataset of plain text files, whose tokens are packed into rows of full length."""
+"""Plain text files, whose tokens are packed into rows of full length."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
