@@ -33,7 +33,7 @@ from tests.helpers.runs import METHODS, smoke
         ),
         (["--config=configs/forward_kl.py:smok"], "smoke"),
         (["--config=configs/forward_lk.py"], "no config file configs/forward_lk.py (did you mean 'forward_kl'?)"),
-        (["--config=configs/forward_kl.py:smoke", "--config.mesh.data=3"], "multiply to 1"),
+        (["--config=configs/forward_kl.py:smoke", "--config.mesh.data=3"], "the product of the sizes must be 1"),
         (["--config=configs/forward_kl.py:smoke", "--processes=10.0.0.1:80,2,2"], "INDEX below COUNT"),
         ([], "config"),
     ],
