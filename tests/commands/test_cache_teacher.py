@@ -111,7 +111,8 @@ def test_divergences_of_what_is_kept_are_proper_ones(name):
         assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("power", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
+@pytest.mark.slow
+@pytest.mark.parametrize("power", [1.0, 0.7])
 def test_draws_have_the_frequencies_that_they_should_have(power):
     log_p = two(1, 600)[0]  # more ids than a block
     draws, chunk = 400_000, 2000
@@ -303,6 +304,7 @@ def test_a_stopped_call_goes_on_and_leaves_the_same_files(caches, data_dir, tmp_
         cache_teacher.write(config, str(folder), "top_k", K, part_rows=100, quiet=True)
 
 
+@pytest.mark.slow
 def test_flipped_and_missing_bytes_are_found_and_named(caches, data_dir, tmp_path):
     shutil.copytree(caches("top_k"), tmp_path / "cache")
     rows, cache = train_rows(data_dir), Cache.open(tmp_path / "cache")

@@ -29,6 +29,7 @@ def test_unspoilt_files_load(bench):
     assert bench.counts == {"loaded": 1}
 
 
+@pytest.mark.slow
 def test_fresh_inputs_load_or_are_refused(bench):
     found = []
     bench.counts.clear()

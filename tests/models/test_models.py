@@ -62,7 +62,9 @@ def test_logits_and_greedy_text_of_smollm2():
     np.testing.assert_array_equal(tokens[0][mask[0]], new)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[pytest.mark.slow] if family != "llama" else []) for family in FAMILIES]
+)
 def test_segments_are_rows_of_their_own(family):
     model, params, tokens, _ = load_tiny(family)
     row = np.concatenate([tokens[0, :9], tokens[1, :5], tokens[0, 9:12]])[None]

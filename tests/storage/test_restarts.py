@@ -269,6 +269,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, whole, tmp_path, 
     assert checkpoint_steps(tmp_path / "run") == [2, 4] and (folder / "damaged-5").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_before_the_damage(whole, tmp_path, data_dir, capsys):
     shutil.copytree(whole, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
