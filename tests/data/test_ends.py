@@ -144,7 +144,8 @@ def test_responses_that_never_end_are_not_kept(tmp_path):
     changes = dict(data__data_dir=str(tmp_path), prefixes__num_rows=16, sampling__max_new_tokens=12)
     config = smoke("seqkd", tmp_path, teacher__path=str(teacher), tokenizer__path="", **changes)
     with pytest.raises(
-        ValueError, match=r"none of the teacher's 16 responses ended .* end tokens are 1 \('<\|pad\|>'\)"
+        ValueError,
+        match=r"none of the teacher's 16 responses ended .* end tokens in the teacher's folder, which are 1 \('<\|pad\|>'\)",
     ):
         train.build(config)
     assert not list(tmp_path.glob("kd_jax_responses/*/responses*"))

@@ -206,7 +206,7 @@ def test_truncation_keeps_the_likeliest(top_k, top_p, kept):
         ({"top_k": -1}, "top_k=-1"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size=-1"),
         ({"mixture": (None, None, 1.5)}, "weight 1.5"),
-        ({"mixture": (None, None, 0.5), "temperature": 0.0}, "temperature must be above 0"),
+        ({"mixture": (None, None, 0.5), "temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"prompt_mask": np.ones((1, 3), bool)}, r"shape \(1, 2\) and prompt_mask \(1, 3\)"),
         ({"max_new_tokens": 64}, "65 tokens is longer than the 64 positions"),
     ],

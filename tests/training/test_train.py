@@ -142,7 +142,7 @@ def test_a_profile_is_written_for_the_steps_that_are_named(tmp_path, data_dir):
     [
         (dict(mesh__data=3), "mesh"),
         (dict(data__batch_size=6, microbatches=4), "must be a multiple of microbatches=4"),
-        (dict(student__dtype="float16"), "become 0 in float16, whose smallest number is 6e-8. Use bfloat16"),
+        (dict(student__dtype="float16"), "gradients below 6e-8 become 0 in float16. Use bfloat16"),
         (
             dict(teacher__dtype="float16", student__dtype="bfloat16", attention="cudnn"),
             "student.dtype=bfloat16, and teacher",
