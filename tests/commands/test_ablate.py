@@ -42,7 +42,7 @@ def test_an_ablation_goes_on_where_it_stopped(tmp_path, data_dir, monkeypatch):
     text = ablate.run(config, str(tmp_path))
     assert calls[1:] == [(0.0, 0), (0.5, 0), (0.0, 1)], "all points before the second seed"
     assert "Failed" in text and "alpha=0.0,beta=1.0,seed=0" in text
-    with pytest.raises(ValueError, match="no ablation in"):
+    with pytest.raises(ValueError, match="has no ablation"):
         ablate.run(config, str(tmp_path / "nothing"), shard=None)
     assert not (tmp_path / "nothing").exists()
     assert ablate.run(config, str(tmp_path), shard=None) == text and len(calls) == 4, "a table alone runs nothing"
