@@ -46,6 +46,7 @@ def interrupt(monkeypatch, where, name, at=1, times=1):
     monkeypatch.setattr(where, name, interrupted)
 
 
+@pytest.mark.slow
 def test_a_notebooks_interrupt_saves_the_step_and_is_a_keyboard_interrupt(
     whole, tmp_path, data_dir, monkeypatch, capfd
 ):

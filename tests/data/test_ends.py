@@ -51,6 +51,7 @@ def chat_config(tmp_path, data_dir, method, **changes):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eos_token", ["<|im_end|>", "<|endoftext|>"])
 def test_an_exported_student_stops_at_the_end_that_was_trained(eos_token, tmp_path, data_dir):
     """The student's initial folder ends texts with <|endoftext|>, and the chat template ends texts with <|im_end|>."""
@@ -154,6 +155,7 @@ def test_responses_that_never_end_are_not_kept(tmp_path):
     assert train.build(config).counts["train"]["kept"] > 0
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_tokenizer_writes_text(tmp_path, data_dir):
     """Sequence-level distillation compares only text, so the two tokenizers may differ."""
     teacher = chat_teacher(tmp_path / "teacher", "<|endoftext|>")

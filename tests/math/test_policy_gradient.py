@@ -86,7 +86,8 @@ def drawn_gradients(specs, logits, teacher, groups=24, rows=2000):
     return np.array(found)
 
 
-@pytest.mark.parametrize("baseline", ["kl", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("baseline", ["kl", "none"])
 def test_opds_expected_gradient_is_the_exact_one(baseline):
     assert ORIGINS[2] == "student"
     random = np.random.default_rng(1)

@@ -153,6 +153,7 @@ def test_a_run_trains_by_its_int8_teacher_and_knows_how_far_that_is_from_float(d
     assert error["bytes"] < 0.6 * error["float_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_its_error_is_that_beside_the_whole_float_teacher_of_which_one_layer_is_there_at_a_time(data_dir, monkeypatch):
     run, whole, there = alone(data_dir)[0], load()[1], []

@@ -253,6 +253,7 @@ def test_what_a_teacher_wrote_belongs_to_a_run(tmp_path, data_dir):
     refused(tmp_path / "run", config, "the set of the teacher's responses", run=run)
 
 
+@pytest.mark.slow
 def test_a_directory_of_an_older_version_takes_the_contents_of_now(tmp_path, data_dir):
     write_rows(tmp_path / "rows.jsonl", 200)
     config = of_rows("sft", tmp_path, data_dir, **SHORT)
@@ -262,6 +263,7 @@ def test_a_directory_of_an_older_version_takes_the_contents_of_now(tmp_path, dat
     assert directory.read_identity(str(tmp_path / "run")).keys() == {"data", "tokenizer", "teacher"}
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_of_an_older_version_is_refused(tmp_path, data_dir):
     """The older version truncated and encoded rows differently, so the remaining steps would see other rows."""
     write_rows(tmp_path / "rows.jsonl", 200)

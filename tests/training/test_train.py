@@ -77,7 +77,7 @@ def test_every_method_brings_the_student_nearer_to_the_teacher(method, data_dir,
     assert sum(after[name] for name in measures) < sum(before[name] for name in measures) - 0.02
 
 
-def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_dir, capsys):
+def test_a_run_leaves_what_it_promises(tmp_path, data_dir, capsys):
     options = dict(steps=3, eval_every=2, checkpoint_every=2, log_every=2)
     config = smoke("forward_kl", data_dir, eval_prompts=5, **options)
     result = train.train(config, str(tmp_path / "run"))
@@ -112,6 +112,13 @@ def test_a_run_leaves_what_it_promises_and_can_be_called_again(tmp_path, data_di
     for leaf in jax.tree.leaves(params):
         assert any(leaf.shape == saved.shape and np.array_equal(leaf, saved) for saved in leaves)
 
+
+@pytest.mark.slow
+def test_a_finished_run_can_be_called_again(tmp_path, data_dir, capsys):
+    options = dict(steps=3, eval_every=2, checkpoint_every=2, log_every=2)
+    config, folder = smoke("forward_kl", data_dir, eval_prompts=5, **options), tmp_path / "run"
+    result = train.train(config, str(folder), quiet=True)
+    lines = metrics.read(folder)
     assert train.train(config, str(folder), quiet=True) == result  # no step remains
     assert capsys.readouterr().out == ""
     assert len(metrics.read(folder)) == len(lines)

@@ -83,6 +83,7 @@ def test_microbatches_give_the_same_numbers(reference):
     same(run(microbatches=4), reference)
 
 
+@pytest.mark.slow
 def test_scored_terms_give_the_same_numbers_in_microbatches_and_on_a_mesh():
     drawn = dict(terms=SCORED, make_batch=drawn_batch)
     one = run(**drawn)

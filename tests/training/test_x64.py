@@ -40,6 +40,7 @@ def run(workdir, data_dir, x64):
     return {(line["split"], line["step"]): line for line in metrics.read(workdir) if line["split"] != "speed"}
 
 
+@pytest.mark.slow
 def test_a_run_and_a_resumed_run_are_those_without_it(tmp_path, data_dir):
     narrow, wide = (run(tmp_path / name / "run", data_dir, name == "wide") for name in ("narrow", "wide"))
     assert narrow.keys() == wide.keys() and ("samples", 2) in wide
