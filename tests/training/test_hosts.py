@@ -174,7 +174,7 @@ def test_who_is_killed_takes_the_others_down(victim, data_dir, tmp_path):
     assert re.search("another process has stopped|most likely indicates that another task died", said[1 - victim]), (
         said[1 - victim]
     )
-    assert f"process {1 - victim} of 2, through 127.0.0.1" in said[1 - victim]
+    assert f"process {1 - victim} of 2, connected through 127.0.0.1" in said[1 - victim]
     assert "Thread 0x" not in said[1 - victim]  # the output has no stack traces of threads
 
 
@@ -232,7 +232,7 @@ def test_a_step_of_two_that_is_not_finite_can_be_replayed_by_one(scheme, data_di
     flags = ["--config=configs/sft.py:smoke", "--config.learning_rate.init_value=1e38", "--config.data.batch_size=4"]
     workdir = f"{scheme}{tmp_path / 'run'}"
     codes, said = ended(run("pair", flags, data_dir, workdir), 300)
-    assert codes == [1, 1] and all(f"--workdir={workdir} repeats it" in text for text in said), said
+    assert codes == [1, 1] and all(f"--workdir={workdir} repeats the step" in text for text in said), said
     (found,) = (tmp_path / "run" / "nonfinite").iterdir()
     report = json.loads((found / "report.json").read_text())
     assert len(report["rows"]) == len(np.load(found / "batch.npz")["tokens"]) > 1
@@ -287,7 +287,7 @@ def test_slurms_tasks_meet_by_themselves_and_must_be_told_the_same(tmp_path):
     codes, said = ended([start([*command, "--config.steps=0"], 1, **task) for task in tasks])
     assert codes == [1, 1]
     for index, text in enumerate(said):
-        assert f"process {index} of 2, through SLURM" in text and "steps=0 must be at least 1" in text
+        assert f"process {index} of 2, connected through SLURM" in text and "steps=0 must be at least 1" in text
     seeds = [start([*command, f"--config.seed={task['SLURM_PROCID']}"], 1, **task) for task in tasks]
     codes, said = ended(seeds)
     assert codes == [1, 1] and all("different configs or work directories" in text for text in said)
