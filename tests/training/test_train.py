@@ -119,6 +119,7 @@ def test_a_finished_run_can_be_called_again(tmp_path, data_dir, capsys):
     config, folder = smoke("forward_kl", data_dir, eval_prompts=5, **options), tmp_path / "run"
     result = train.train(config, str(folder), quiet=True)
     lines = metrics.read(folder)
+    capsys.readouterr()
     assert train.train(config, str(folder), quiet=True) == result  # no step remains
     assert capsys.readouterr().out == ""
     assert len(metrics.read(folder)) == len(lines)
