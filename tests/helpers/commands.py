@@ -4,8 +4,7 @@ import os
 import socket
 
 # Compilation takes most of a test's time. These flags turn off LLVM's optimisations, parallel code generation and, where
-# jaxlib still has others, the newer fusion emitters. The training step of the smoke setting compiles in an eighth of the
-# CPU time with them (jax 0.10 and 0.11).
+# jaxlib still has others, the newer fusion emitters. tests/README.md has the times.
 FAST_COMPILATION = (
     "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
