@@ -33,19 +33,21 @@ import numpy as np
 Spec = str | Mapping[str, Any]  # or an ml_collections.ConfigDict, or any other object that `dict` accepts
 
 
-def bind(spec: Spec, module: ModuleType, **defaults: Any) -> Callable[..., Any]:
+def bind(spec: Spec, module: ModuleType, later: tuple[str, ...] = (), **defaults: Any) -> functools.partial[Any]:
     """Returns the function that a spec names, with the keywords bound, such as a divergence or an assistant.
 
-    The function is traced once on abstract arguments: vectors for parameters called ``log_...``, scalars for the other
-    positional parameters. A number out of range is therefore an error when a run is set up, not in the first step.
+    The function is traced once on abstract arguments: vectors for parameters called ``log_...`` or ``...logits``,
+    scalars for the other positional parameters. A number out of range is therefore an error when a run is set up, not
+    in the first step.
 
     Args:
       spec: a name, or a mapping with ``name`` and keywords.
       module: the module in which the name is looked up.
+      later: names of integer keywords that each call gives, such as `target`, if the function has them.
       **defaults: values of keywords that the spec does not give.
 
     Returns:
-      A ``functools.partial`` that takes the function's positional arguments.
+      A ``functools.partial`` that takes the function's positional arguments, and the keywords in `later`.
 
     Raises:
       ValueError: a name or a keyword is unknown, a keyword is missing, or a number is out of range.
@@ -55,18 +57,20 @@ def bind(spec: Spec, module: ModuleType, **defaults: Any) -> Callable[..., Any]:
       >>> bind({"name": "skew_forward_kl", "skew": 0.2}, divergences).keywords
       {'skew': 0.2}
     """
-    function, keywords = look_up(spec, module, positional=True, **defaults)
-    return close(function, **keywords)
+    function, keywords = look_up(spec, module, positional=True, later=later, **defaults)
+    return close(function, later, **keywords)
 
 
-def close(function: Callable[..., Any], **keywords: Any) -> Callable[..., Any]:
+def close(function: Callable[..., Any], later: tuple[str, ...] = (), **keywords: Any) -> functools.partial[Any]:
     """Returns ``functools.partial(function, **keywords)``, after tracing it once as `bind` does."""
     bound = functools.partial(function, **keywords)
+    vector = lambda parameter: parameter.startswith("log_") or parameter.endswith("logits")
     shapes = [
-        jax.ShapeDtypeStruct((2,) if parameter.startswith("log_") else (), jnp.float32)
-        for parameter in _array_parameters(function)
+        jax.ShapeDtypeStruct((2,) if vector(parameter) else (), jnp.float32)
+        for parameter in array_parameters(function, later)
     ]
-    jax.eval_shape(bound, *shapes)
+    integers = {name: jax.ShapeDtypeStruct((), jnp.int32) for name in later if takes(function, name)}
+    jax.eval_shape(bound, *shapes, **integers)
     return bound
 
 
@@ -98,8 +102,9 @@ def build(spec: Spec, module: ModuleType, **defaults: Any) -> Any:
 
 
 def look_up(
-    spec: Spec, module: ModuleType, *, positional: bool, beside: tuple[str, ...] = (), **defaults: Any
-) -> tuple[Callable[..., Any], dict[str, Any]]:
+    spec: Spec, module: ModuleType, *, positional: bool, beside: tuple[str, ...] = (), later: tuple[str, ...] = (),
+    **defaults: Any,
+) -> tuple[Callable[..., Any], dict[str, Any]]:  # fmt: skip
     """Returns the function that a spec names, and the keywords of the spec.
 
     The name is checked against the module, and the keywords against the function's signature.
@@ -110,6 +115,7 @@ def look_up(
       positional: True if the required positional parameters are arrays that are given later, so that a spec may not
         name them. False if these parameters are keywords that the spec must give.
       beside: additional keywords that a spec may have and the function does not take.
+      later: names of parameters that each call gives, so that a spec may not give them.
       **defaults: values of keywords that the spec does not give.
 
     Returns:
@@ -138,7 +144,7 @@ def look_up(
     keywords = defaults | keywords
 
     parameters = inspect.signature(function).parameters.values()
-    arrays = _array_parameters(function) if positional else []
+    arrays = [*array_parameters(function, later), *later] if positional else []
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     options = {p.name: p.default for p in parameters if p.kind in by_name and p.name not in arrays}
     unknown = [keyword for keyword in keywords if keyword not in options and keyword not in beside]
@@ -162,6 +168,20 @@ def look_up(
 def build_nested(keywords: Mapping[str, Any], module: ModuleType) -> dict[str, Any]:
     """Returns the keywords with each spec among their values replaced by the object that `build` makes of the spec."""
     return {name: _build_nested(value, module) for name, value in keywords.items()}
+
+
+def array_parameters(function: Callable[..., Any], later: tuple[str, ...] = ()) -> list[str]:
+    """Returns the names of a function's required positional parameters, except those in `later`."""
+    return [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty and p.name not in later
+    ]
+
+
+def takes(function: Callable[..., Any], keyword: str) -> bool:
+    """Returns True if a function has a parameter of a name."""
+    return keyword in inspect.signature(function).parameters
 
 
 def names(module: ModuleType) -> list[str]:
@@ -221,14 +241,6 @@ def _parse_call(text: str) -> tuple[str, dict[str, Any]]:
         return call.func.id, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg}
     except (SyntaxError, ValueError):
         raise ValueError(f"{text!r} is not a call with keywords, such as alpha_beta(alpha=0.2, beta=0.7).") from None
-
-
-def _array_parameters(function: Callable[..., Any]) -> list[str]:
-    return [
-        p.name
-        for p in inspect.signature(function).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-    ]
 
 
 def _build_nested(value: Any, module: ModuleType) -> Any:

@@ -8,6 +8,7 @@ python -m experiments.step_cost.loss_cost --mesh=2,2,2 --masked=0.5 --against=un
 
 import argparse
 import functools
+import inspect
 import json
 import time
 from pathlib import Path
@@ -24,30 +25,38 @@ KEYWORDS = {
     "alpha_divergence": {"alpha": 0.5},
     "alpha_beta": {"alpha": 0.2, "beta": 0.7},
     "alpha_mixture": {"alpha": -3.0},
+    "renyi": {"alpha": 0.5},
+    "tsallis": {"order": 0.7},
 }
 
 
 def losses() -> dict:
     """Returns a loss for every divergence, for forward KL from the teacher to every assistant, and for TAID."""
     bound = lambda module, name: functools.partial(getattr(module, name), **KEYWORDS.get(name, {}))
-    made = {name: token_loss(bound(divergences, name)) for name in divergences.__all__}
+    made = {}
+    for name in divergences.__all__:
+        divergence = bound(divergences, name)
+        if "target" in inspect.signature(divergence).parameters:
+            made[name] = lambda log_p, log_q, target, divergence=divergence: divergence(log_p, log_q, target=target)
+        else:
+            made[name] = lambda log_p, log_q, target, divergence=divergence: divergence(log_p, log_q)
     for name in assistants.__all__:
         loss = token_loss(divergences.forward_kl, bound(assistants, name), ("teacher", "assistant"))
-        made[name] = lambda log_p, log_q, loss=loss: loss(log_p, log_q, 0.3)
+        made[name] = lambda log_p, log_q, target, loss=loss: loss(log_p, log_q, 0.3)
     taid = token_loss(
         divergences.forward_kl, assistants.geometric_mixture, ("assistant", "student"), stop_gradient=True
     )
-    made["taid"] = lambda log_p, log_q: taid(log_p, log_q, jnp.float32(0.3))
+    made["taid"] = lambda log_p, log_q, target: taid(log_p, log_q, jnp.float32(0.3))
     return made
 
 
-def full(loss, hs, ws, ht, wt, coefficient):
+def full(loss, hs, ws, ht, wt, coefficient, target):
     """Returns the loss from logits of shape [B, L, V]."""
     log_p, log_q = jax.nn.log_softmax(ht @ wt), jax.nn.log_softmax(hs @ ws)
-    return jnp.sum(coefficient * loss(log_p, log_q))
+    return jnp.sum(coefficient * loss(log_p, log_q, target))
 
 
-def products(hs, ws, ht, wt, coefficient):
+def products(hs, ws, ht, wt, coefficient, target):
     """Computes the four matrix products that every implementation needs, on whole logits, as fast as XLA can."""
     hs, ht = (hidden.reshape(-1, hidden.shape[-1]) for hidden in (hs, ht))
     logits, teacher_logits = hs @ ws, ht @ wt
@@ -80,6 +89,7 @@ def main() -> None:
         normal(*shape, args.teacher), normal(args.teacher, args.vocab) * 2 / args.teacher**0.5,
     )  # fmt: skip
     counted = jnp.asarray(numbers.uniform(size=shape) >= args.masked, jnp.float32) / args.tokens
+    target = jnp.asarray(numbers.integers(0, args.vocab, shape))
     mesh, everywhere = None, jnp.full(shape, 1 / args.tokens)
     if args.mesh:
         mesh = sharding.make_mesh(*map(int, args.mesh.split(",")))
@@ -87,14 +97,14 @@ def main() -> None:
             sharding.batch_sharding(mesh),
             sharding.tree_shardings(mesh, {"head/kernel": states[1]})["head/kernel"],
         )
-        places = (rows, head, rows, head, rows, rows)
-        *states, counted, everywhere = map(jax.device_put, (*states, counted, everywhere), places)
+        places = (rows, head, rows, head, rows, rows, rows)
+        *states, counted, everywhere, target = map(jax.device_put, (*states, counted, everywhere, target), places)
     for name, loss in losses().items():
         if args.only and name not in args.only.split(","):
             continue
 
-        def ours(hs, ws, ht, wt, coefficient, loss=loss):
-            return token_sum(loss, hs, ws, ht, wt, coefficient, chunk=args.chunk or None, mesh=mesh)[0]
+        def ours(hs, ws, ht, wt, coefficient, target, loss=loss):
+            return token_sum(loss, hs, ws, ht, wt, coefficient, target, chunk=args.chunk or None, mesh=mesh)[0]
 
         gradient = functools.partial(jax.value_and_grad, argnums=(0, 1))
         contenders = {"chunked": (gradient(ours), counted)}
@@ -106,10 +116,11 @@ def main() -> None:
             contenders["unmasked"] = gradient(ours), everywhere
         line = {key: vars(args)[key] for key in ("tokens", "vocab", "student", "teacher", "masked", "mesh")}
         ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        line["chunk_piece_block"] = head_loss._sizes(shape, args.vocab, args.chunk or None, ways)
+        line["chunk_piece_block"] = head_loss.sweep.sizes_for(shape, args.vocab, args.chunk or None, ways)
         line = {"loss": name, **line, "backend": jax.default_backend()}
         line |= measure(
-            {who: (function, (*states, weights)) for who, (function, weights) in contenders.items()}, args.rounds
+            {who: (function, (*states, weights, target)) for who, (function, weights) in contenders.items()},
+            args.rounds,
         )
         print(json.dumps(line), flush=True)
         if args.out:

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from kd_jax import assistants, divergences, resolve, schedules
+from tests.helpers.divergences import KEYWORDS, PLAIN
 
 LOG_P, LOG_Q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
 
@@ -26,9 +27,8 @@ def test_bind(mapping):
 
 
 def test_every_name_with_defaults_binds():
-    for name in divergences.__all__:
-        numbers = {"alpha_divergence": {"alpha": 0.5}, "alpha_beta": {"alpha": 0.2, "beta": 0.7}}.get(name, {})
-        resolve.bind({"name": name, **numbers}, divergences)
+    for name in PLAIN:
+        resolve.bind({"name": name, **KEYWORDS.get(name, {})}, divergences)
     assert resolve.bind({"name": "skew_forward_kl"}, divergences, skew=0.3).keywords == {"skew": 0.3}
     assert resolve.bind({"name": "skew_forward_kl", "skew": 0.2}, divergences, skew=0.3).keywords == {"skew": 0.2}
 
