@@ -10,11 +10,12 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from kd_jax.models import sampling
 from kd_jax.objectives import Term
 from kd_jax.storage.untrusted import clip
+from kd_jax.supports.outcomes import coarsen
 from kd_jax.teachers.protocol import NoTeacher, Outputs, Teacher, distances
 
 BLOCK = 256  # the number of ids in a block; a draw first chooses a block, and then an id in the block
@@ -76,6 +77,7 @@ class CachedTopK(Cached):
     """The teacher's k likeliest tokens, and the mass of all other tokens as one more outcome."""
 
     kind: ClassVar[str] = "top_k"
+    is_whole: ClassVar[bool] = False
     measures: ClassVar[tuple[str, ...]] = (
         "coarse_forward_kl", "coarse_reverse_kl", "coarse_total_variation", "top1_agreement",
     )  # fmt: skip
@@ -102,6 +104,7 @@ class CachedSamples(Cached):
     """Tokens that were sampled from the teacher, with their weights, which suffice for KL(p || q) only."""
 
     kind: ClassVar[str] = "samples"
+    is_whole: ClassVar[bool] = False
     measures: ClassVar[tuple[str, ...]] = ("sampled_forward_kl",)
 
     def outputs(self, params: PyTree, batch: Mapping[str, Array]) -> Outputs:
@@ -117,7 +120,7 @@ class CachedSamples(Cached):
 
     def terms(self, terms: Sequence[Term]) -> tuple[Term, ...]:
         """Returns the terms with `sampled_forward_kl` as the loss of each term that needs the teacher."""
-        loss = lambda draws, student_side, *rest: sampled_forward_kl(draws, student_side)
+        loss = lambda sides, target, arrays: sampled_forward_kl(sides["teacher"], sides["student"])
         return tuple(dataclasses.replace(term, loss=loss) if term.needs_teacher else term for term in terms)
 
     def measure(self, teacher_side: Draws, student_side: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
@@ -127,29 +130,6 @@ class CachedSamples(Cached):
 
 CACHED: dict[str, type[Cached]] = {cached.kind: cached for cached in (CachedHidden, CachedTopK, CachedSamples)}
 KINDS = tuple(CACHED)
-
-
-def coarsen(log_q: Float[Array, "*batch V"], ids: Int[Array, "*batch k"]) -> Float[Array, "*batch k+1"]:
-    """Returns the log-probabilities of k different ids and, as one more outcome, of all other ids together.
-
-    The mass of the other ids is summed, because one minus the mass of the k ids would be only rounding error if the k
-    ids have nearly all of the mass.
-
-    Args:
-      log_q: log-probabilities, normalised over the last axis.
-      ids: different ids of the vocabulary, fewer than all ids.
-
-    Returns:
-      Log-probabilities, normalised over the last axis.
-
-    Example:
-      >>> log_q = jnp.log(jnp.array([0.5, 0.1, 0.3, 0.1]))
-      >>> jnp.exp(coarsen(log_q, jnp.array([2, 0]))).round(3).tolist()
-      [0.30000001192092896, 0.5, 0.20000000298023224]
-    """
-    chosen = jnp.take_along_axis(log_q, ids, axis=-1, mode="clip")
-    others = jnp.put_along_axis(log_q, ids, -jnp.inf, axis=-1, inplace=False, mode="clip")
-    return jnp.concatenate([chosen, jax.nn.logsumexp(others, axis=-1, keepdims=True)], axis=-1)
 
 
 def sampled_forward_kl(draws: Draws, log_q: Float[Array, "*batch k"]) -> Float[Array, "*batch"]:
