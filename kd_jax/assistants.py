@@ -1,12 +1,17 @@
-"""Assistants: distributions on a path from the student's distribution to the teacher's.
+"""Assistants: distributions on a path from one model's distribution to another's, such as the student's to the teacher's.
 
 Each assistant is a function ``r(log_p, log_q, weight, ...)`` that returns ``log_r``. ``log_p`` are the teacher's
 log-probabilities and ``log_q`` the student's. All three are normalised over the last axis, the vocabulary.
 
 ``weight`` is the teacher's weight, one number or one number per token, traced or not. Weight 0 gives exactly ``log_q``,
 and weight 1 exactly ``log_p``. At these two weights the gradient flows only to the distribution that is returned. A
-Python number outside ``[0, 1]`` raises a ValueError.
+Python number outside ``[0, 1]`` raises a ValueError, except in `extrapolation`.
+
+`AMONG` has, for three of these functions, the form for several distributions with a weight each.
 """
+
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +21,7 @@ from jaxtyping import Array, Float
 from kd_jax.logspace import Weight, has_mass, log_decay_mix, log_mix, over_vocab, promote
 from kd_jax.resolve import check_fraction, check_number
 
-__all__ = ["alpha_mixture", "arithmetic_mixture", "geometric_mixture"]
+__all__ = ["alpha_mixture", "arithmetic_mixture", "extrapolation", "geometric_mixture"]
 
 
 def arithmetic_mixture(
@@ -87,6 +92,42 @@ def geometric_mixture(
     return _on_path(log_p, log_q, weight, inside * log_p + (1 - inside) * log_q)
 
 
+def extrapolation(
+    log_p: Float[Array, "*batch vocab"],
+    log_q: Float[Array, "*batch vocab"],
+    weight: Weight,
+) -> Float[Array, "*batch vocab"]:
+    """Returns the log-probabilities of ``r ∝ p^w q^(1 - w)`` for any w: above 1, beyond p as seen from q.
+
+    With q the model from which the teacher was trained, a weight above 1 amplifies what the training changed. Between 0
+    and 1, the function equals `geometric_mixture`. Except at 0 and 1, the assistant has mass only where both p and q
+    have mass.
+
+    Args:
+      log_p: the log-probabilities at weight 1, normalised.
+      log_q: the log-probabilities at weight 0, normalised.
+      weight: w, any finite number.
+
+    Returns:
+      ``log r``, normalised.
+
+    Raises:
+      ValueError: if ``weight`` is a Python number that is not finite.
+
+    Example:
+      >>> log_p, log_q = jnp.log(jnp.array([0.8, 0.2])), jnp.log(jnp.array([0.5, 0.5]))
+      >>> [round(float(r), 3) for r in jnp.exp(extrapolation(log_p, log_q, 2.0))]
+      [0.941, 0.059]
+
+    References:
+      `G-OPD <https://arxiv.org/abs/2602.12125>`_, 2026; `AlignDistil <https://arxiv.org/abs/2503.02832>`_, 2025.
+    """
+    log_p, log_q = promote(log_p, log_q)
+    weight = weight if isinstance(weight, jax.Array | np.ndarray) else check_number("weight", weight)
+    w = jnp.asarray(over_vocab(weight), log_p.dtype)
+    return _on_path(log_p, log_q, w, _weighted_logs((log_p, log_q), (w, 1 - w)))
+
+
 def alpha_mixture(
     log_p: Float[Array, "*batch vocab"],
     log_q: Float[Array, "*batch vocab"],
@@ -145,6 +186,36 @@ def alpha_mixture(
     else:  # the sum is near 1 where x is small, and the division by c would amplify the rounding error of the sum
         log_sum = log_decay_mix(x, w_out, w_in)
     return _on_path(log_p, log_q, weight, jnp.where(teacher_out, log_p, log_q) + log_sum / c)
+
+
+def _arithmetic_among(log_probs: Sequence[Array], weights: Sequence[Weight]) -> Array:
+    """Returns ``log sum_i w_i p_i``, for weights that are not negative and sum to 1."""
+    logs = jnp.stack(
+        [log_p + jnp.log(jnp.asarray(w, log_p.dtype)) for log_p, w in zip(log_probs, weights, strict=True)]
+    )
+    greatest = jax.lax.stop_gradient(jnp.max(logs, axis=0))
+    shift = jnp.where(greatest > -jnp.inf, greatest, 0)
+    total = jnp.sum(jnp.where(logs > -jnp.inf, jnp.exp(jnp.where(logs > -jnp.inf, logs - shift, 0)), 0), axis=0)
+    return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + shift, -jnp.inf)
+
+
+def _geometric_among(log_probs: Sequence[Array], weights: Sequence[Weight]) -> Array:
+    """Returns the log-probabilities of ``r ∝ prod_i p_i^(w_i)``, which has mass only where all p_i have mass."""
+    return jax.nn.log_softmax(_weighted_logs(log_probs, weights), axis=-1)
+
+
+def _weighted_logs(log_probs: Sequence[Array], weights: Sequence[Weight]) -> Array:
+    """Returns ``sum_i w_i log p_i``, and ``-inf`` where one of the distributions has no mass."""
+    all_mass = functools.reduce(jnp.logical_and, map(has_mass, log_probs))
+    finite = [jnp.where(all_mass, log_p, 0) for log_p in log_probs]
+    total = sum(w * log_p for w, log_p in zip(weights, finite, strict=True))
+    return jnp.where(all_mass, total, -jnp.inf)
+
+
+# The assistants among several distributions: (log-probabilities, weights) -> log-probabilities.
+AMONG = {
+    arithmetic_mixture: _arithmetic_among, geometric_mixture: _geometric_among, extrapolation: _geometric_among
+}  # fmt: skip
 
 
 def _power(alpha: Weight) -> float | Array:

@@ -1,4 +1,4 @@
-"""Schedules: functions from a step to a number. The module has optax's schedules, and two that optax lacks.
+"""Schedules: functions from a step to a number. The module has optax's schedules, and three that optax lacks.
 
 optax has two protocols. A plain schedule is a function ``step -> value``. A stateful schedule has the methods ``init``,
 ``update`` and ``__call__``. ``as_stateful`` converts a plain schedule to a stateful schedule, so a training step reads
@@ -10,7 +10,7 @@ and advances all schedules in the same way::
 """
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -38,6 +38,7 @@ from optax.schedules import (
 from kd_jax.resolve import check_number
 
 __all__ = [
+    "by_stage",
     "constant_schedule",
     "cosine_decay_schedule",
     "cosine_onecycle_schedule",
@@ -236,6 +237,39 @@ class distillm2_skew:
         return SkewState(
             state.total + jnp.where(early, gap, 0), state.count + jnp.where(early, counted.sum(), 0).astype(float)
         )
+
+
+def by_stage(values: Sequence[float], total_steps: int) -> Callable[[ArrayLike], Array]:
+    """Returns a schedule that takes each of several values for an equal part of a run.
+
+    Args:
+      values: the values of the stages, in order.
+      total_steps: the number of steps of the run. Stage i of n begins at the step ``i * total_steps / n``, rounded up.
+
+    Returns:
+      ``step -> value``. After the run the value is the last one.
+
+    Raises:
+      ValueError: there is no value, a value is not a finite number, or there are fewer steps than values.
+
+    Example:
+      >>> schedule = by_stage((1.0, 1.5, 2.0), total_steps=9)
+      >>> [float(schedule(step)) for step in (0, 2, 3, 8, 20)]
+      [1.0, 1.0, 1.5, 2.0, 2.0]
+
+    References:
+      `POCL <https://arxiv.org/abs/2506.05695>`_, 2025: the temperature and the share of distillation by stage.
+    """
+    if not isinstance(values, list | tuple) or not values:
+        raise ValueError(f"values={values!r} must be a list of at least one number, such as (1.0, 1.5, 2.0).")
+    numbers_of_stages = [check_number(f"values[{i}]", value) for i, value in enumerate(values)]
+    check_number("total_steps", total_steps, low=len(values))
+
+    def schedule(step: ArrayLike) -> Array:
+        stage = jnp.minimum(jnp.asarray(step) * len(values) // int(total_steps), len(values) - 1)
+        return jnp.asarray(numbers_of_stages, float)[stage]
+
+    return schedule
 
 
 def as_stateful(schedule: float | Callable[[ArrayLike], ArrayLike] | StatefulSchedule) -> StatefulSchedule:

@@ -13,14 +13,16 @@ from hypothesis.extra import numpy as hnp
 from kd_jax import assistants
 
 ALPHAS = [-40.0, -5.0, -1.0, 0.0, 0.5, 0.74, 0.76, 0.9, 0.999, 1 - 1e-6, 1 - 1e-12, 1.0, 1 + 1e-6, 1.2, 1.3, 3.0, 50.0]
-CASES = [("arithmetic_mixture", {}), ("geometric_mixture", {})] + [("alpha_mixture", {"alpha": a}) for a in ALPHAS]
+CASES = [("arithmetic_mixture", {}), ("geometric_mixture", {}), ("extrapolation", {})] + [
+    ("alpha_mixture", {"alpha": a}) for a in ALPHAS
+]
 every_case = pytest.mark.parametrize("name, keywords", CASES, ids=[f"{n}-{k.get('alpha', '')}" for n, k in CASES])
 
 
 def oracle(name, log_p, log_q, w, alpha=None):
     """Returns log r with the 64 bits of mantissa of a longdouble, for 0 < w < 1."""
     w, log_p, log_q = np.longdouble(w), np.asarray(log_p, np.longdouble), np.asarray(log_q, np.longdouble)
-    c = (1 - np.longdouble({"arithmetic_mixture": -1, "geometric_mixture": 1}.get(name, alpha))) / 2
+    c = (1 - np.longdouble({"arithmetic_mixture": -1, "geometric_mixture": 1, "extrapolation": 1}.get(name, alpha))) / 2
     with np.errstate(all="ignore"):
         if c == 0:
             log_r = w * log_p + (1 - w) * log_q
@@ -138,7 +140,9 @@ def test_no_mass(name, keywords):
     teacher, student = logits()
     teacher[..., 6], student[..., 2] = -np.inf, -np.inf
     log_r = mixture(name, teacher, student, 0.4, **keywords)
-    in_one = {"arithmetic_mixture": True, "geometric_mixture": False}.get(name, keywords.get("alpha", 0) < 1)
+    in_one = {"arithmetic_mixture": True, "geometric_mixture": False, "extrapolation": False}.get(
+        name, keywords.get("alpha", 0) < 1
+    )
     expected = np.isfinite(teacher) | np.isfinite(student) if in_one else np.isfinite(teacher) & np.isfinite(student)
     np.testing.assert_array_equal(np.isfinite(log_r), expected)
     function = cost(name, jnp.ones(student.shape).at[:, 3].set(2.0), 0.4, keywords)
@@ -218,7 +222,7 @@ def test_half_precision_and_numbers_out_of_range():
     for name in assistants.__all__:
         keywords = {"alpha": 0.5} if name == "alpha_mixture" else {}
         assert getattr(assistants, name)(log_p, log_p, 0.5, **keywords).dtype == jnp.float32
-        for weight in (-0.1, 1.5, float("nan")):
+        for weight in (float("nan"),) if name == "extrapolation" else (-0.1, 1.5, float("nan")):
             with pytest.raises(ValueError, match=f"weight .*{weight!r}"):
                 getattr(assistants, name)(log_p, log_p, weight, **keywords)
     with pytest.raises(ValueError, match=r"alpha .*inf"):
@@ -238,3 +242,33 @@ def test_a_traced_alpha_gives_what_the_number_gives(alpha, dtype):
     np.testing.assert_allclose(traced, fixed, rtol=tolerance, atol=tolerance + near_one * 1e-7)
     alone = mixture("alpha_mixture", teacher, student, 0.3, dtype, alpha=array[0])
     np.testing.assert_array_equal(alone, traced)
+
+
+@pytest.mark.parametrize("weight", [-0.5, 1.25, 3.0])
+def test_an_extrapolation_goes_beyond_both(weight):
+    """Entries without mass in one model have none in the assistant, although the formula divides by their probability."""
+    teacher, student = logits()
+    teacher[..., 2] = student[..., 3] = -np.inf
+    expected = oracle("extrapolation", log_softmax(teacher), log_softmax(student), weight)
+    np.testing.assert_allclose(mixture("extrapolation", teacher, student, weight), expected, rtol=2e-5, atol=1e-5)
+    coefficient = np.random.default_rng(2).normal(size=teacher.shape).astype(np.float32)
+    gradients = jax.grad(cost("extrapolation", coefficient, weight, {}), argnums=(0, 1))(teacher, student)
+    assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", ["arithmetic_mixture", "geometric_mixture", "extrapolation"])
+def test_an_assistant_among_two_is_the_assistant_between_them(name):
+    function = getattr(assistants, name)
+    teacher, student = logits()
+    log_p, log_q = (jax.nn.log_softmax(jnp.asarray(z, jnp.float32)) for z in (teacher, student))
+    among = assistants.AMONG[function]((log_p, log_q), (0.3, 0.7))
+    np.testing.assert_allclose(among, function(log_p, log_q, 0.3), rtol=2e-5, atol=1e-5)
+    cost = lambda z: jnp.exp(assistants.AMONG[function]((log_p, jax.nn.log_softmax(z)), (0.3, 0.7)))[..., 0].sum()
+    assert np.all(np.isfinite(jax.grad(cost)(jnp.asarray(student, jnp.float32))))
+
+
+def test_a_mixture_among_three_is_their_mean():
+    log_probs = jax.nn.log_softmax(jnp.asarray(np.random.default_rng(3).normal(size=(3, 5)), jnp.float32))
+    weights = (0.5, 0.3, 0.2)
+    found = jnp.exp(assistants.AMONG[assistants.arithmetic_mixture](list(log_probs), weights))
+    np.testing.assert_allclose(found, np.asarray(weights) @ np.exp(log_probs), rtol=1e-5)

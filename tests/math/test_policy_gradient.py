@@ -45,11 +45,11 @@ def test_whitening_over_all_is_over_what_a_response_could_have_been():
     scores = lambda rows: policy_gradient.Scores(
         jnp.asarray(REWARDS)[rows], zero[rows], zero[rows], jnp.asarray(COUNTED)[rows]
     )
-    advantage = np.asarray(term.signals(scores(slice(None)))[0])
+    advantage = np.asarray(term.signals(scores(slice(None)))["advantage"])
     slots = np.array([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], bool)  # positions after the end count
     values = REWARDS[slots]
     np.testing.assert_allclose(advantage[COUNTED], ((REWARDS - values.mean()) / values.std(ddof=1))[COUNTED], rtol=1e-5)
-    np.testing.assert_allclose(advantage[:2], term.signals(scores(slice(2)))[0], rtol=1e-6)
+    np.testing.assert_allclose(advantage[:2], term.signals(scores(slice(2)))["advantage"], rtol=1e-6)
 
 
 def test_importance_weights_are_bounded_and_finite():

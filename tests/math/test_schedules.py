@@ -92,7 +92,9 @@ def test_one_protocol_for_all():
 
 def test_every_schedule_is_optax_s_own_or_ours():
     for name in schedules.__all__:
-        assert name in ("taid", "distillm2_skew") or getattr(schedules, name) is getattr(optax.schedules, name)
+        assert name in ("taid", "distillm2_skew", "by_stage") or getattr(schedules, name) is getattr(
+            optax.schedules, name
+        )
     missing = {name for name in dir(optax.schedules) if name.endswith("_schedule") and name[0] != "_"} - set(
         schedules.__all__
     )
@@ -103,3 +105,19 @@ def test_every_schedule_is_optax_s_own_or_ours():
 def test_what_is_no_schedule_is_named(schedule):
     with pytest.raises(ValueError, match=f"schedule.*{schedule!r}"):
         schedules.as_stateful(schedule)
+
+
+def test_stages_have_equal_lengths_and_the_last_value_stays():
+    schedule = schedules.by_stage((1.0, 1.33, 1.67, 2.0), total_steps=10)
+    found = np.asarray(jax.vmap(schedule)(jnp.arange(12)))
+    expected = [(1.0, 1.33, 1.67, 2.0)[min(4 * step // 10, 3)] for step in range(12)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "steps", "words"),
+    [((), 4, "at least one number"), ((1.0, float("nan")), 4, r"values\[1\]"), ((1.0, 2.0), 1, "total_steps")],
+)
+def test_stages_are_checked(values, steps, words):
+    with pytest.raises(ValueError, match=words):
+        schedules.by_stage(values, total_steps=steps)

@@ -1,6 +1,7 @@
 """The gradient of a sequence's KL(q || p) from samples: rewards, returns, advantages, and the clipped surrogate.
 
-The reward of a token that the student sampled is log p - log q. All functions take arrays [B, L] with the
+The reward of a token that the student sampled is log p - log q, or another function of both, see `reward_shapes`. All
+functions take arrays [B, L] with the
 log-probabilities of sampled tokens. Distributions over the vocabulary are used only in `objectives`.
 """
 
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from kd_jax import resolve
+from kd_jax.policy_gradient import reward_shapes
 from kd_jax.resolve import check_number
 from kd_jax.settings import Config
 
@@ -31,12 +34,17 @@ class Scores(NamedTuple):
     counted: Bool[Array, "B L"]
 
 
-def rewards(scores: Scores, scale: float = 1.0, limit: float = float("inf")) -> Float[Array, "B L"]:
-    """Returns (log p - log q) / scale of each token, clipped to [-limit, limit].
+def rewards(
+    scores: Scores,
+    scale: float = 1.0,
+    limit: float = float("inf"),
+    shape: Callable[..., Array] = reward_shapes.identity,
+) -> Float[Array, "B L"]:
+    """Returns shape(log p, log q) / scale of each token, clipped to [-limit, limit].
 
-    Here q is the distribution of the student that sampled the token.
+    Here q is the distribution of the student that sampled the token. `shape` is a function of `reward_shapes`.
     """
-    value = jnp.clip((scores.log_p - scores.drawn_log_q) / scale, -limit, limit)
+    value = jnp.clip(shape(scores.log_p, scores.drawn_log_q) / scale, -limit, limit)
     return jnp.where(scores.counted, value, 0)
 
 
@@ -161,21 +169,26 @@ def make_signals(
     """
     number = lambda name, low, high=float("inf"): check_number(f"policy.{name}", options[name], low, high)
     discount, limit = number("discount", 0, 1), number("reward_limit", 0) or float("inf")
+    shape = resolve.bind(options["reward"], reward_shapes)
     scale = number("reward_scale", 1e-6)
     number("clip", 0)  # checked here, used by the surrogate
     for name, known in (("baseline", ("none", "kl")), ("whiten", ("none", "counted", "all"))):
         if options[name] not in known:
             raise ValueError(f"policy.{name}={options[name]!r} is not one of {', '.join(known)}.")
     own_reward_only = discount == 0 and options["include_current"] and not options["length_normalised"]
-    if options["baseline"] == "kl" and not (own_reward_only and limit == float("inf") and options["whiten"] == "none"):
+    is_plain = limit == float("inf") and options["whiten"] == "none" and shape.func is reward_shapes.identity
+    if options["baseline"] == "kl" and not (
+        own_reward_only and is_plain and dict(options["members"]) == {"teacher": 1.0}
+    ):
         raise ValueError(
             "policy.baseline='kl' is the mean of a token's own reward, so this baseline needs discount=0, "
-            "include_current=True, length_normalised=False, reward_limit=0 and whiten='none'."
+            "include_current=True, length_normalised=False, reward_limit=0, whiten='none', reward='identity' and "
+            "members={'teacher': 1.0}."
         )
 
     def signals(scores: Scores) -> tuple[Array, Array, Array]:
         advantage = returns(
-            rewards(scores, scale, limit), scores.counted, discount=discount,
+            rewards(scores, scale, limit, shape), scores.counted, discount=discount,
             include_current=options["include_current"], length_normalised=options["length_normalised"],
         )  # fmt: skip
         if options["whiten"] != "none":
