@@ -186,7 +186,7 @@ def alpha_beta_entries(
     """
     log_p, log_q = promote(log_p, log_q)
     has_p, has_q = has_mass(log_p), has_mass(log_q)
-    total, d = alpha + beta, _log_ratio(log_p, log_q)
+    total, d = alpha + beta, log_ratio(log_p, log_q)
     mixed = _mixed_exponent(log_p, log_q, d, alpha, beta)
     exponent_p, exponent_q = _times(total, log_p), _times(total, log_q)
     widest = max(abs(alpha), abs(beta), abs(total))
@@ -200,7 +200,7 @@ def alpha_beta_entries(
         up, down, exponent_p, exponent_q = -down, -up, exponent_q, exponent_p
 
     top = _power(jnp.maximum(exponent_p, exponent_q), d, total)
-    first_is_up, x = d > 0, _magnitude(d)
+    first_is_up, x = d > 0, magnitude(d)
     rate = jnp.where(first_is_up, up, down)
     integral_up, integral_down = decay_integral(x, up), decay_integral(x, down)
     first = jnp.where(first_is_up, integral_up, integral_down)
@@ -228,7 +228,7 @@ def _alpha_beta_entries_jvp(
     alpha: Number, beta: Number, primals: tuple[Array, Array], tangents: tuple[Array | SymbolicZero, ...]
 ) -> tuple[Array, Array]:
     log_p, log_q = promote(*primals)
-    total, d = alpha + beta, _log_ratio(log_p, log_q)
+    total, d = alpha + beta, log_ratio(log_p, log_q)
     mixed = _mixed_exponent(log_p, log_q, d, alpha, beta)
 
     # 1 at d = 0 as well: the slope is 0 there, but the slope's own derivative is not
@@ -237,7 +237,7 @@ def _alpha_beta_entries_jvp(
     def slope(by: Array, other: Array, of_other: Number, sign: Array) -> Array:
         top = _power(jnp.maximum(_times(total, by), mixed), d, total)
         alone = top / of_other if _finite_at_0(of_other, total) else 0.0
-        both = sign * top * decay_integral(_magnitude(d), abs(of_other))
+        both = sign * top * decay_integral(magnitude(d), abs(of_other))
         return jnp.where(has_mass(by), jnp.where(has_mass(other), both, alone), 0.0)
 
     of_p, of_q = tangents
@@ -246,13 +246,13 @@ def _alpha_beta_entries_jvp(
     return alpha_beta_entries(*primals, alpha, beta), jnp.zeros_like(d) + by_p + by_q
 
 
-def _log_ratio(log_p: Array, log_q: Array) -> Array:
+def log_ratio(log_p: Array, log_q: Array) -> Array:
     """Returns ``log p - log q``, and 0 where p or q has no mass."""
     has_p, has_q = has_mass(log_p), has_mass(log_q)
     return jnp.where(has_p & has_q, log_p - jnp.where(has_q, log_q, 0.0), 0.0)
 
 
-def _magnitude(d: Array) -> Array:
+def magnitude(d: Array) -> Array:
     """Returns ``|d|`` with slope 1 at 0, where ``jnp.abs`` has slope 0.
 
     The slopes defined above multiply this value by a sign that is also 1 at 0.

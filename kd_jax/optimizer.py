@@ -1,11 +1,18 @@
-"""Builds the optimiser of a config: an optimiser of optax by name, with gradient clipping and a weight-decay mask."""
+"""Builds the optimiser of a config: an optimiser of optax by name, with gradient clipping and a weight-decay mask.
 
+`with_followers` adds frozen models that follow the student to the state of an optimiser.
+"""
+
+import dataclasses
 import fnmatch
 import inspect
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 
 from kd_jax import resolve
 
@@ -54,6 +61,72 @@ def make_optimizer(
     if clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(resolve.check_number("clip_norm", clip_norm, 0.0)), tx)
     return tx
+
+
+@dataclasses.dataclass(frozen=True)
+class Follow:
+    """The way in which a frozen model follows the student.
+
+    Attributes:
+      rate: the share of the student in each update of the follower, above 0 and at most 1. With 1 the follower is a copy
+        of the student.
+      every: the number of the student's updates between two updates of the follower.
+      copy_first: True if the follower becomes a copy of the student after the student's first update, as in OPSD's code.
+    """
+
+    rate: float
+    every: int = 1
+    copy_first: bool = False
+
+
+class FollowState(NamedTuple):
+    """The state of an optimiser with followers: the optimiser's own state, the updates made, the followers' parameters."""
+
+    inner: PyTree
+    count: Int[Array, ""]
+    followers: dict[str, PyTree]
+
+
+def with_followers(tx: optax.GradientTransformation, follows: Mapping[str, Follow]) -> optax.GradientTransformation:
+    """Returns the optimiser with followers: copies of the parameters at the start, then an exponential average of them.
+
+    An update of a follower is ``(1 - rate) follower + rate student``. The followers are a part of the optimiser's state,
+    so that checkpoints hold them, and a step that is skipped does not change them.
+
+    Args:
+      tx: the optimiser.
+      follows: the followers by name.
+
+    Example:
+      >>> tx = with_followers(optax.sgd(1.0), {"teacher": Follow(0.5)})
+      >>> params = jnp.array(0.0)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jnp.array(-4.0), state, params)  # the student moves from 0 to 4
+      >>> float(state.followers["teacher"])
+      2.0
+
+    References:
+      Tarvainen & Valpola, `Mean teachers are better role models <https://arxiv.org/abs/1703.01780>`_, 2017.
+    """
+
+    def init(params: PyTree) -> FollowState:
+        copies = {name: jax.tree.map(jnp.copy, params) for name in follows}
+        return FollowState(tx.init(params), jnp.zeros((), jnp.int32), copies)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, FollowState]:
+        if params is None:
+            raise ValueError("an optimiser with followers needs the parameters: tx.update(gradient, state, params).")
+        updates, inner = tx.update(updates, state.inner, params)
+        student, count = optax.apply_updates(params, updates), state.count + 1
+        followers = {}
+        for name, follow in follows.items():
+            is_copy = (count == 1) & follow.copy_first
+            rate = jnp.where(is_copy, 1.0, jnp.where(count % follow.every == 0, follow.rate, 0.0))
+            mix = lambda old, new, rate=rate: (1 - rate.astype(old.dtype)) * old + rate.astype(old.dtype) * new
+            followers[name] = jax.tree.map(mix, state.followers[name], student)
+        return updates, FollowState(inner, count, followers)
+
+    return optax.GradientTransformation(init, update)
 
 
 def decays(params: PyTree, patterns: tuple[str, ...]) -> PyTree:

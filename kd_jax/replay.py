@@ -52,7 +52,7 @@ def replay(workdir: str, step: int | None = None) -> nonfinite.BadRows:
         config.mesh = {"data": 1, "fsdp": 1, "tensor": 1}
     run = train.build(config)
     state, batch = nonfinite.load(workdir, step, run.abstract_state)
-    state, sums = run.train_step(state, run.models.teacher_params, run.put(batch))
+    state, sums = run.train_step(state, run.models.frozen_params, run.put(batch))
     print(f"step {step} of {workdir}")
     values = metrics.averages(jax.device_get(sums))
     print(metrics.table([["", "value"], *([k, f"{v:g}"] for k, v in values.items() if k != "skipped")]))

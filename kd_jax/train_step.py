@@ -1,25 +1,23 @@
 """One step of distillation as a pure function: (state, teacher_params, batch) -> (state, metrics)."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 from jaxtyping import Array, Int, PyTree
-from optax.schedules import StatefulSchedule
 
-from kd_jax.objectives import ORIGINS, Term, cross_entropy, row_means, token_coefficients
-from kd_jax.policy_gradient import Scores
-from kd_jax.teachers import Teacher, compare, for_terms, teacher_arrays
+from kd_jax.objectives import ORIGINS, Term
+from kd_jax.objectives.prepared import Metrics, PreparedTerm, States, as_real, prepare, where
+from kd_jax.objectives.terms import evaluate_score
+from kd_jax.teachers import Outputs, Teacher, for_terms, teacher_arrays
+from kd_jax.teachers.compare import compare_outputs, frozen_outputs, student_outputs
 from kd_jax.teachers.online import HiddenModel
 
 Batch = dict[str, Array]
-# name -> (sum, count). The average is computed by the code that has all the sums.
-Metrics = dict[str, tuple[Array, Array]]
-States = tuple[PyTree, ...]  # the states of the schedules of a term
 
 
 @struct.dataclass
@@ -46,13 +44,13 @@ class TrainState:
 
 def init_state(params: PyTree, tx: optax.GradientTransformation, terms: Sequence[Term], key: Array) -> TrainState:
     """Returns the state before the first step. `key` becomes `TrainState.key`."""
-    schedules = _as_real(tuple(tuple(schedule.init() for schedule in term.schedules) for term in terms), params)
+    schedules = as_real(tuple(tuple(schedule.init() for schedule in term.schedules) for term in terms), params)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), schedules, key, jnp.zeros((), jnp.int32))
 
 
 def make_train_step(
     student: HiddenModel,
-    teacher: Teacher | HiddenModel | None,
+    teacher: Teacher | HiddenModel | Mapping[str, Teacher | HiddenModel] | None,
     terms: Sequence[Term],
     tx: optax.GradientTransformation,
     *,
@@ -62,6 +60,7 @@ def make_train_step(
     chunk: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     max_skipped: int = 0,
+    followers: tuple[str, ...] = (),
 ) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]:
     """Returns the step that trains `student` towards `teacher` on a batch.
 
@@ -74,7 +73,8 @@ def make_train_step(
 
     Args:
       student: a model with `hidden(params, tokens, mask)` and `stored_head(params)`.
-      teacher: a `teachers.Teacher`, a model with the same methods as the student, or None if no term needs a teacher.
+      teacher: a `teachers.Teacher`, a model with the same methods as the student, or None if no term needs a teacher. Or
+        a mapping with all frozen models by name, the teacher as "teacher"; `teacher_params` then has the same names.
       terms: the terms from `objectives.make_terms`.
       tx: the optimiser, including gradient clipping.
       vocab_size: the number of token ids in use; the padding of the heads beyond these ids gets no mass
@@ -84,6 +84,8 @@ def make_train_step(
       chunk: the number of tokens whose logits are held at a time, as in `token_sum`.
       mesh: the mesh that the state and the batch are on; None for one device.
       max_skipped: the largest number of consecutive steps that may be skipped because they are not finite.
+      followers: the names of the frozen models that follow the student. Their parameters are in the state of `tx`, which
+        `optimizer.with_followers` made, and not in `teacher_params`.
 
     Returns:
       (state, teacher_params, batch) -> (state, metrics), to be jitted with the state donated. The batch contains:
@@ -96,110 +98,49 @@ def make_train_step(
       - log_probs, optional: [B, L], the log-probabilities of the targets under the student that drew the targets.
       - names that begin with teacher_: the arrays of a cached teacher.
     """
-    compare_both = partial(compare, vocab_size=vocab_size, temperature=temperature, chunk=chunk, mesh=mesh)
-    teacher = for_terms(teacher, terms)
-    return _Step(student, teacher, tuple(terms), tx, compare_both, microbatches, max_skipped).train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedTerm:
-    """A term with the values that a step computes before the models' distributions are compared.
-
-    Attributes:
-      term: the term.
-      counted: True where a token counts in the term, [B, L].
-      means: the means over each row that the term's schedules read, by name.
-      weight: the current weight of the assistant, a scalar or [B].
-      term_coefficient: the current coefficient of the term, a scalar.
-      token_coefficient: the factor of each token's loss, [B, L]: `term_coefficient` times the token's share of the
-        average.
-      extras: the arrays [B, L] that follow the target in the arguments of `Term.loss`: weight, assistant_numbers
-        and signals.
-    """
-
-    term: Term
-    counted: Array
-    means: dict[str, Array]
-    weight: Array
-    term_coefficient: Array
-    token_coefficient: Array
-    extras: tuple[Array, ...]
-
-    def next_schedules(self, states: States, step: Array, loss: Array) -> States:
-        """Returns the next states of the term's schedules, from the sum and the count of the term's values."""
-        return tuple(
-            _next_state(schedule, state, step, loss, self.means)
-            for schedule, state in zip(self.term.schedules, states, strict=True)
-        )
-
-    def metrics(self, loss: Array) -> Metrics:
-        """Returns the metrics of the term, from the sum and the count of the term's values."""
-        rows = self.counted.any(axis=1).astype(jnp.float32)
-        return {
-            f"{self.term.name}/loss": (loss[0], loss[1]),
-            f"{self.term.name}/weight": ((self.weight * rows).sum(), rows.sum()),
-            f"{self.term.name}/coefficient": (jnp.asarray(self.term_coefficient), jnp.ones((), jnp.float32)),
-        }
-
-
-def prepare(
-    term: Term, states: States, scores: Scores | None, counted: Array, batch: Batch, state: TrainState
-) -> PreparedTerm:
-    """Evaluates a term's schedules, and makes the coefficients and the further arguments of the term's loss.
-
-    Args:
-      term: the term.
-      states: the states of the term's schedules.
-      scores: the scores of the counted tokens; None if the term needs none.
-      counted: True where a token counts in the term, [B, L].
-      batch: the batch.
-      state: the state before the step.
-    """
-    means = {} if scores is None else row_means(scores)
-    signals = term.signals(scores) if term.signals and scores else ()
-    values = [
-        schedule(schedule_state, step=state.step, **means)
-        for schedule, schedule_state in zip(term.schedules, states, strict=True)
-    ]
-    weight, term_coefficient, *assistant_numbers = _as_real(values, state.params)
-    segments = None if batch["mask"].dtype == bool else batch["mask"]
-    token_share = _as_real(token_coefficients(term.average, counted, segments), state.params)
-    per_token = lambda number: jnp.broadcast_to(number, counted.shape)
-    extras = (per_token(weight[..., None] if weight.ndim else weight), *map(per_token, assistant_numbers), *signals)
-    return PreparedTerm(term, counted, means, weight, term_coefficient, term_coefficient * token_share, extras)
+    options: dict[str, Any] = dict(vocab_size=vocab_size, temperature=temperature, chunk=chunk, mesh=mesh)
+    by_name = isinstance(teacher, Mapping)
+    return _Step(
+        student, for_terms(teacher, terms), tuple(terms), tx, options, microbatches, max_skipped, by_name, followers
+    ).train_step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Step:
-    """The step of `make_train_step`, with the same arguments. `compare` is `teachers.compare` with the options set."""
+    """The step of `make_train_step`, with the same arguments.
+
+    `teachers` are the frozen models by name, `options` are the options of `head_loss.token_sum`, and `by_name` is True
+    if the parameters of the frozen models are given by name.
+    """
 
     student: HiddenModel
-    teacher: Teacher
+    teachers: dict[str, Teacher]
     terms: tuple[Term, ...]
     tx: optax.GradientTransformation
-    compare: Callable[..., tuple[Array, Array]]
+    options: dict[str, Any]
     microbatches: int
     max_skipped: int
+    by_name: bool
+    followers: tuple[str, ...]
 
     def train_step(self, state: TrainState, teacher_params: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
-        counted = [_counted(term, batch) for term in self.terms]
-        scores = self._term_scores(state.params, teacher_params, batch, counted)
-        prepared = [
-            prepare(term, states, term_scores, mask, batch, state)
-            for term, states, term_scores, mask in zip(self.terms, state.schedules, scores, counted, strict=True)
-        ]
-        (loss, per_term), gradient = self._gradient(state.params, teacher_params, batch, prepared)
+        frozen_params = dict(teacher_params) if self.by_name else {"teacher": teacher_params}
+        frozen_params |= {name: state.opt_state.followers[name] for name in self.followers}
+        by_microbatch = self.microbatches > 1
+        compute = self._in_microbatches if by_microbatch else self._at_once
+        prepared, loss, values, gradient = compute(state, frozen_params, batch)
         updates, opt_state = self.tx.update(gradient, state.opt_state, state.params)
-        schedules = tuple(
-            term.next_schedules(states, state.step, per_term[:, i])
-            for i, (term, states) in enumerate(zip(prepared, state.schedules, strict=True))
-        )
         params = optax.apply_updates(state.params, updates)
+        losses = [term.mean_loss(values[..., i]) for i, term in enumerate(prepared)]
+        schedules = tuple(
+            term.next_schedules(states, state.step, of_term)
+            for term, states, of_term in zip(prepared, state.schedules, losses, strict=True)
+        )
         updated = dataclasses.replace(state, params=params, opt_state=opt_state, schedules=schedules)
         one, norm = jnp.ones((), jnp.float32), optax.tree.norm(gradient)
         metrics = {"loss": (loss, one), "gradient_norm": (norm, one)}
-        for i, term in enumerate(prepared):
-            metrics |= term.metrics(per_term[:, i])
+        for i, (term, of_term) in enumerate(zip(prepared, losses, strict=True)):
+            metrics |= term.metrics(of_term, values[..., len(prepared) + i] if self._has_local_rules else of_term[0])
         metrics["tokens"] = ((batch["mask"] != 0).sum(dtype=jnp.float32), one)
         updated = self._unless_skipped(state, updated, jnp.isfinite(loss) & jnp.isfinite(norm))
         return updated, metrics | {"skipped": (updated.skipped, one)}
@@ -209,110 +150,179 @@ class _Step:
         # `~finite` adds 1 for a step that is not finite. Once the count exceeds the limit, it never returns to 0.
         skipped = jnp.where(finite & (state.skipped <= self.max_skipped), 0, state.skipped + ~finite)
         stopped = skipped > self.max_skipped
-        chosen = _where(finite & ~stopped, updated, state)
+        chosen = where(finite & ~stopped, updated, state)
         return dataclasses.replace(chosen, step=state.step + ~stopped, skipped=skipped)
 
-    def _gradient(
-        self, params: PyTree, teacher_params: PyTree, batch: Batch, prepared: Sequence[PreparedTerm]
-    ) -> tuple[tuple[Array, Array], PyTree]:
-        """Returns (loss, [sums, counts] of each term), and the gradient with respect to the student's parameters."""
-        parts: dict[str, PyTree] = {name: batch[name] for name in ("tokens", "targets", "mask")}
-        parts["coefficients"] = jnp.stack([term.token_coefficient for term in prepared], axis=-1)
-        parts["extras"] = tuple(term.extras for term in prepared)
-        parts |= teacher_arrays(batch)
+    def _at_once(
+        self, state: TrainState, frozen_params: PyTree, batch: Batch
+    ) -> tuple[list[PreparedTerm], Array, Array, PyTree]:
+        """Returns the prepared terms, the loss, the values of `_loss`, and the gradient, from one pass of each model."""
+        outputs, pull_back = jax.vjp(lambda params: self._student_arrays(params, batch), state.params)
+        frozen = frozen_outputs(self.teachers, frozen_params, batch, self.options["mesh"])
+        counted = [_counted(term, batch) for term in self.terms]
+        early = self._early_scores(state, outputs, frozen, _parts(batch) | {"counted": jnp.stack(counted, axis=-1)})
+        prepared = self._prepare(state, early, counted, batch)
+        (loss, values), gradient = self._gradient(state, outputs, frozen, _parts(batch) | _prepared_parts(prepared))
+        return prepared, loss, values, pull_back(gradient)[0]
 
-        def differentiate(part: PyTree) -> tuple[tuple[Array, Array], PyTree]:
-            return jax.value_and_grad(self._loss, has_aux=True)(params, teacher_params, part)
+    def _in_microbatches(
+        self, state: TrainState, frozen_params: PyTree, batch: Batch
+    ) -> tuple[list[PreparedTerm], Array, Array, PyTree]:
+        """Returns the same as `_at_once`, from one part of the rows at a time.
 
-        def accumulate(carry: PyTree, part: PyTree) -> tuple[PyTree, None]:
-            return jax.tree.map(jnp.add, carry, differentiate(part)), None
-
-        if self.microbatches == 1:
-            return differentiate(parts)
-        split = _split_rows(parts, self.microbatches)
-        shapes = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], split))
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(accumulate, zero, split)[0]
-
-    def _loss(self, params: PyTree, teacher_params: PyTree, part: PyTree) -> tuple[Array, Array]:
-        """Returns the loss of a part of the rows, and the sum and the count of each term's values.
-
-        `token_sum`, which `compare` calls, multiplies the loss of each token by the token's coefficient.
+        A rule over the batch needs the scores of all parts before the first gradient. The student then runs twice. The
+        hidden states of the frozen models are kept, so that each of these models runs once.
         """
-        coefficient, leaves, structure = part["coefficients"], *jax.tree.flatten(part["extras"])
+        counted = [_counted(term, batch) for term in self.terms]
+        parts = _parts(batch)
+        early: list[dict[str, Array]] = [{} for _ in self.terms]
+        if self._has_early_scores:
 
-        def token_loss(log_p: PyTree, student_side: Array, log_q: Array, target: Array, *leaves: Array) -> Array:
-            values = [
-                term.loss(log_p, student_side if term.needs_teacher else log_q, target, *extras)
-                for term, extras in zip(self.terms, jax.tree.unflatten(structure, leaves), strict=True)
-            ]
-            return jnp.stack(values, axis=-1)
+            def first_pass(part: Batch) -> tuple[list[dict[str, Array]], dict[str, Array | None]]:
+                frozen = frozen_outputs(self.teachers, frozen_params, part, self.options["mesh"])
+                scores = self._early_scores(state, self._student_arrays(state.params, part), frozen, part)
+                return scores, {name: outputs.hidden for name, outputs in frozen.items()}
 
-        total, values = self._compare(token_loss, params, teacher_params, part, coefficient, part["targets"], *leaves)
-        counted = (coefficient != 0).sum(axis=(0, 1))
-        return total, jnp.stack([values.sum(axis=(0, 1)), counted.astype(values.dtype)])
+            split = _split_rows(parts | {"counted": jnp.stack(counted, axis=-1)}, self.microbatches)
+            early, parts["frozen_hidden"] = _join_rows(jax.lax.map(first_pass, split))
+        prepared = self._prepare(state, early, counted, batch)
 
-    def _compare(
-        self, token_loss: Callable[..., Array], params: PyTree, teacher_params: PyTree, part: Batch, coefficient: Array,
-        *extras: Array,
-    ) -> tuple[Array, Array]:  # fmt: skip
-        return self.compare(token_loss, self.student, params, self.teacher, teacher_params, part, coefficient, *extras)
+        def differentiate(part: PyTree) -> tuple[Array, Array, PyTree]:
+            outputs, pull_back = jax.vjp(lambda params: self._student_arrays(params, part), state.params)
+            frozen = frozen_outputs(self.teachers, frozen_params, part, self.options["mesh"])
+            # The stored hidden states replace the new ones, whose computation XLA then removes.
+            stored = part.get("frozen_hidden", {})
+            frozen = {name: models._replace(hidden=stored.get(name, models.hidden)) for name, models in frozen.items()}
+            (loss, values), gradient = self._gradient(state, outputs, frozen, part)
+            return loss, values, pull_back(gradient)[0]
 
-    def _term_scores(
-        self, params: PyTree, teacher_params: PyTree, batch: Batch, counted: Sequence[Array]
-    ) -> list[Scores | None]:
-        """Returns the scores of the tokens that each term counts; None for a term that needs no scores."""
-        scored = [mask for term, mask in zip(self.terms, counted, strict=True) if term.needs_scores]
-        if not scored:
-            return [None for _ in self.terms]
-        any_counted = batch | {"loss_mask": jnp.stack(scored).any(axis=0)}
-        log_p, log_q = self._target_scores(params, teacher_params, any_counted)
-        drawn_log_q = log_q
-        if "origin" in batch:
-            by_student = batch["origin"] == ORIGINS.index("student")
-            drawn_log_q = jnp.where(by_student[:, None], batch["log_probs"], log_q)
-        masked = lambda values, mask: jnp.where(mask, values, 0)
+        def accumulate(carry: PyTree, part: PyTree) -> tuple[PyTree, Array]:
+            loss, values, gradient = differentiate(part)
+            return jax.tree.map(jnp.add, carry, (loss, gradient)), values
+
+        split = _split_rows(parts | _prepared_parts(prepared), self.microbatches)
+        loss, _, gradient = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], split))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, gradient))
+        (loss, gradient), values = jax.lax.scan(accumulate, zero, split)
+        return prepared, loss, _join_rows(values), gradient
+
+    @property
+    def _has_early_scores(self) -> bool:
+        return any(term.early_scores or term.needs_own_values_early for term in self.terms)
+
+    @property
+    def _has_local_rules(self) -> bool:
+        return any(term.has_local_rule for term in self.terms)
+
+    def _prepare(
+        self, state: TrainState, early: list[dict[str, Array]], counted: list[Array], batch: Batch
+    ) -> list[PreparedTerm]:
         return [
-            Scores(masked(log_p, mask), masked(log_q, mask), masked(drawn_log_q, mask), mask)
-            if term.needs_scores
-            else None
-            for term, mask in zip(self.terms, counted, strict=True)
+            prepare(term, states, of_term, mask, batch, state.step, state.params)
+            for term, states, of_term, mask in zip(self.terms, state.schedules, early, counted, strict=True)
         ]
 
-    def _target_scores(self, params: PyTree, teacher_params: PyTree, batch: Batch) -> tuple[Array, Array]:
-        """Returns log p and log q of every counted target.
+    def _student_arrays(self, params: PyTree, batch: Batch) -> tuple[Array, Array]:
+        outputs = student_outputs(self.student, params, batch, self.options["mesh"])
+        assert outputs.hidden is not None and outputs.head is not None
+        return outputs.hidden, outputs.head
 
-        The scores need a separate pass, because some weights depend on whole rows.
+    def _compare(
+        self, token_loss: Callable[..., Array], state: TrainState, outputs: tuple[Array, Array],
+        frozen: dict[str, Outputs], coefficient: Array, *extras: Array, measured: int = 0,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        """Returns `compare_outputs` of a loss (logits of each term's models, target, *extras) -> values per token."""
+        whole = all(teacher.is_whole for teacher in self.teachers.values())
+
+        def loss(sides: dict[str, tuple[PyTree, Array]], student: Array, *arrays: Array) -> Array:
+            aligned = {name: side for name, (side, _) in sides.items()}
+            # A cache without whole distributions has its own outcomes, over which the student is compared with it.
+            beside = student if whole or not sides else next(iter(sides.values()))[1]
+            of_term = lambda term: aligned | {"student": beside} if term.members else {"student": student}
+            return token_loss(list(map(of_term, self.terms)), *arrays)
+
+        tied = self.student.stored_head(state.params)[1]
+        return compare_outputs(
+            loss, Outputs(*outputs, tied), self.teachers, frozen, coefficient, *extras, normalised=not whole,
+            measured=measured, **self.options,
+        )  # fmt: skip
+
+    def _gradient(
+        self, state: TrainState, outputs: tuple[Array, Array], frozen: dict[str, Outputs], part: PyTree
+    ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        """Returns (loss, values) of a part of the rows, and the gradients of the student's hidden states and head.
+
+        The values [B, L, K] are the losses of the K terms at each token. If a term has a local rule, the weights of the
+        K terms follow. `token_sum`, which `_compare` calls, multiplies each loss by the token's coefficient.
         """
-        of_targets = lambda log_p, student_side, log_q, target: (
-            -jnp.stack([cross_entropy(log_p, target), cross_entropy(log_q, target)], axis=-1)
-        )
+        leaves, structure = jax.tree.flatten(part["arrays"])
 
-        def part_scores(part: Batch) -> Array:
-            counted = jnp.repeat(part["loss_mask"][..., None].astype(jnp.float32), 2, axis=-1)
-            return self._compare(of_targets, params, teacher_params, part, counted, part["targets"])[1]
+        def token_loss(logits: list[dict[str, PyTree]], target: Array, *leaves: Array) -> Array:
+            arrays = jax.tree.unflatten(structure, leaves)
+            pairs = [
+                term.weighted_loss(of_term, target, of_arrays)
+                for term, of_term, of_arrays in zip(self.terms, logits, arrays, strict=True)
+            ]
+            losses, weights = zip(*pairs, strict=True)
+            return jnp.stack([*losses, *(weights if self._has_local_rules else ())], axis=-1)
 
-        parts = {name: batch[name] for name in ("tokens", "targets", "mask", "loss_mask")} | teacher_arrays(batch)
-        if self.microbatches == 1:
-            values = part_scores(parts)
-        else:
-            values = _join_rows(jax.lax.map(part_scores, _split_rows(parts, self.microbatches)))
-        return values[..., 0], values[..., 1]
+        def loss(outputs: tuple[Array, Array]) -> tuple[Array, Array]:
+            measured = len(self.terms) if self._has_local_rules else 0
+            coefficient = part["coefficients"]
+            return self._compare(
+                token_loss, state, outputs, frozen, coefficient, part["targets"], *leaves, measured=measured
+            )
+
+        return jax.value_and_grad(loss, has_aux=True)(outputs)
+
+    def _early_scores(
+        self, state: TrainState, outputs: tuple[Array, Array], frozen: dict[str, Outputs], part: Batch
+    ) -> list[dict[str, Array]]:
+        """Returns the values of each term's early scores at the tokens that the term counts, and 0 elsewhere.
+
+        The scores need a separate sweep over the hidden states, because some weights depend on whole rows or on the
+        whole batch. The sweep runs no model.
+        """
+        columns = [(i, *item) for i, term in enumerate(self.terms) for item in term.early_scores.items()]
+        own = [(i, "divergence") for i, term in enumerate(self.terms) if term.needs_own_values_early]
+        if not columns and not own:
+            return [{} for _ in self.terms]
+        arrays = [
+            self._plain_arrays(term, states, state) for term, states in zip(self.terms, state.schedules, strict=True)
+        ]
+
+        def token_scores(logits: list[dict[str, PyTree]], target: Array) -> Array:
+            scores = [evaluate_score(found, logits[i], member, target) for i, _, (member, found) in columns]
+            scores += [self.terms[i].loss(logits[i], target, arrays[i]) for i, _ in own]
+            return jnp.stack([column.astype(jnp.result_type(column, jnp.float32)) for column in scores], axis=-1)
+
+        labels = [(i, label) for i, label, *_ in columns] + own
+        mask = jnp.stack([part["counted"][..., i] for i, _ in labels], axis=-1).astype(jnp.float32)
+        outputs = jax.lax.stop_gradient(outputs)
+        values = self._compare(token_scores, state, outputs, frozen, mask, part["targets"])[1]
+        early: list[dict[str, Array]] = [{} for _ in self.terms]
+        for column, (i, label) in enumerate(labels):
+            early[i][label] = values[..., column]
+        return early
+
+    def _plain_arrays(self, term: Term, states: States, state: TrainState) -> dict[str, Array]:
+        """Returns the numbers of a term's schedules that read no scores, for a rule that reads the term's own loss."""
+        if not term.needs_own_values_early:
+            return {}
+        values = [schedule(of, step=state.step) for schedule, of in zip(term.schedules, states, strict=True)]
+        weight, _, *numbers = as_real(values, state.params)
+        return {"weight": weight} | dict(zip(term.numbers, numbers, strict=True))
 
 
-def _as_real(tree: PyTree, params: PyTree) -> PyTree:
-    """Casts the floating-point numbers of a tree to float32, or to float64 if a parameter is float64.
-
-    JAX's default type is never used. With JAX_ENABLE_X64=1 the default is float64, and the numbers of a float32 model
-    must not depend on this setting.
-    """
-    floats = [leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    real = jnp.result_type(jnp.float32, *floats)
-    return jax.tree.map(lambda x: jnp.asarray(x, real) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x, tree)
+def _parts(batch: Batch) -> dict[str, PyTree]:
+    """Returns the arrays of a batch that the models and the loss read."""
+    return {name: batch[name] for name in ("tokens", "targets", "mask")} | teacher_arrays(batch)
 
 
-def _where(condition: Array, new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
+def _prepared_parts(prepared: Sequence[PreparedTerm]) -> dict[str, PyTree]:
+    """Returns the coefficients [B, L, K] and the arrays of the prepared terms."""
+    coefficients = jnp.stack([term.token_coefficient for term in prepared], axis=-1)
+    return {"coefficients": coefficients, "arrays": tuple(term.arrays for term in prepared)}
 
 
 def _counted(term: Term, batch: Batch) -> Array:
@@ -321,16 +331,6 @@ def _counted(term: Term, batch: Batch) -> Array:
     origin = batch["origin"]
     rows = origin == ORIGINS.index(term.rows) if term.rows != "all" else origin != ORIGINS.index("text")
     return batch["loss_mask"] & rows[:, None]
-
-
-def _next_state(schedule: StatefulSchedule, state: PyTree, step: Array, loss: Array, means: dict[str, Array]) -> PyTree:
-    """Returns a schedule's next state, from the sum and the count of the term's values.
-
-    With a count of 0 the state does not change.
-    """
-    total, count = loss
-    new = schedule.update(state, step=step, loss=total / jnp.maximum(count, 1), **means)
-    return _where(count > 0, jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), new, state), state)
 
 
 def _split_rows(parts: PyTree, count: int) -> PyTree:

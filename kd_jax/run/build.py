@@ -11,12 +11,12 @@ from jaxtyping import PyTree
 
 from kd_jax import data, evaluate, models, prefixes, resolve, schedules, sharding
 from kd_jax.objectives import Term, make_terms
-from kd_jax.optimizer import make_optimizer
+from kd_jax.optimizer import Follow, make_optimizer, with_followers
 from kd_jax.prefixes import rollouts
 from kd_jax.prefixes.feed import Feed
 from kd_jax.run.cache import cached_values, open_cache, unpacked
-from kd_jax.run.checks import check_learning_rate, check_mesh
-from kd_jax.run.models import Models, load_models, load_tokenizer
+from kd_jax.run.checks import check_learning_rate, check_mesh, check_vocabulary
+from kd_jax.run.models import Models, initial_key, load_models, load_tokenizer
 from kd_jax.run.rows import (
     batch_options,
     check_length,
@@ -137,17 +137,20 @@ def build(config: Config | Settings) -> Run:
     mesh = make_mesh(settings)
     cache = open_cache(settings, terms, source)
     loaded = _load_models(settings, source, terms, mesh, cache)
+    if follows := _follows(settings):
+        tx = with_followers(tx, follows)
     terms = loaded.compared_teacher.terms(terms)
     tokenizer, options = loaded.tokenizer, settings.data
+    check_vocabulary(settings, terms, tokenizer.vocab_size)
     check_length(settings, loaded)
     counts = {}
     eval_rows, counts[options.eval_split] = load_rows(settings, tokenizer, options.eval_split, options.eval_rows)
     examples = load_examples(settings, tokenizer)
     text_rows = load_text(settings, tokenizer) if settings.text.name else None
     step = make_train_step(
-        loaded.student, loaded.compared_teacher, terms, tx, vocab_size=tokenizer.vocab_size,
+        loaded.student, loaded.frozen, terms, tx, vocab_size=tokenizer.vocab_size,
         temperature=settings.objective.temperature, microbatches=settings.microbatches,
-        chunk=settings.loss.chunk or None, mesh=mesh, max_skipped=settings.max_skipped,
+        chunk=settings.loss.chunk or None, mesh=mesh, max_skipped=settings.max_skipped, followers=tuple(follows),
     )  # fmt: skip
     fresh_state, abstract_state, placed = _make_state(settings, loaded, tx, terms, mesh)
     held_out = data.batches(
@@ -177,7 +180,9 @@ def make_objective(settings: Settings) -> tuple[tuple[Term, ...], prefixes.Sourc
       ValueError: a term, the source, or their combination is invalid; the message names the key.
     """
     objective, sampling = settings.objective, settings.sampling
-    terms = make_terms(objective.terms, objective.temperature, sampling.teacher_share, sampling.max_new_tokens)
+    terms = make_terms(
+        objective.terms, objective.temperature, sampling.teacher_share, sampling.max_new_tokens, tuple(settings.members)
+    )
     return terms, make_source(settings, terms)
 
 
@@ -201,6 +206,16 @@ def _make_learning_rate(settings: Settings) -> optax.Schedule:
         )
     check_learning_rate(learning_rate, settings.steps)
     return learning_rate
+
+
+def _follows(settings: Settings) -> dict[str, Follow]:
+    """Returns the frozen models that follow the student, by name."""
+    frozen = {"teacher": settings.teacher, **settings.members}
+    return {
+        name: Follow(model.follow, model.follow_every, model.follow_copy_first)
+        for name, model in frozen.items()
+        if model.follow
+    }
 
 
 def _load_models(
@@ -227,7 +242,7 @@ def _make_state(
     placed = sharding.tree_shardings(mesh, abstract_state)
 
     def fresh_state() -> TrainState:
-        params = loaded.init_student(jax.random.fold_in(key, 0))
+        params = loaded.init_student(initial_key(settings))
         return jax.jit(make_state, out_shardings=placed)(params, key=key)
 
     return fresh_state, sharding.with_shardings(abstract_state, placed), placed

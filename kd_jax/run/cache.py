@@ -113,10 +113,10 @@ def check_use(config: Settings, terms: tuple[Term, ...], source: Source, kind: s
             raise ValueError(
                 f"{where} compares with a teacher on rows='text', but a cache has values only for the rows of the section data."
             )
-        if kind != "hidden" and term.needs_scores:
+        if kind != "hidden" and term.whole_readers:
             raise ValueError(
-                f"{where} needs the teacher's probability of every token of the rows, which a cache of kind {kind!r} lacks. "
-                f"Use a cache of kind 'hidden'."
+                f"{where} needs the teacher's distribution over the whole vocabulary for its {', '.join(term.whole_readers)}, but a "
+                f"cache of kind {kind!r} has only a part of it. Use a cache of kind 'hidden'."
             )
         if kind == "samples":
             _check_samples(where, config.objective.terms[term.name])

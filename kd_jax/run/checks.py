@@ -1,6 +1,6 @@
 """Checks the terms and the sampling of a config against the source of the rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from optax.schedules import StatefulSchedule
 
-from kd_jax import resolve
+from kd_jax import assistants, resolve
 from kd_jax.objectives import Term
 from kd_jax.policy_gradient import Scores
 from kd_jax.prefixes import Source
@@ -16,6 +16,7 @@ from kd_jax.settings import Settings, name_of
 
 # A term needs a larger gradient, times the coefficient, in some step. A smaller one vanishes in an optimiser's epsilon.
 LEAST_GRADIENT = 1e-12
+MOST_OUTCOMES = 1024  # a support with a larger k is not checked for its gradient
 
 
 def check_term(config: Settings, source: Source, term: Term) -> None:
@@ -32,10 +33,16 @@ def check_term(config: Settings, source: Source, term: Term) -> None:
         )
     check_authors(config, source, term)
     weights = over_steps(term.weight, config.steps)
-    if weights is not None and not -1e-6 <= weights.min() <= weights.max() <= 1 + 1e-6:
+    extrapolates = getattr(getattr(term.loss, "assistant", None), "func", None) is assistants.extrapolation
+    if weights is not None and not extrapolates and not -1e-6 <= weights.min() <= weights.max() <= 1 + 1e-6:
         raise ValueError(
             f"objective.terms.{term.name}.weight goes from {weights.min():g} to {weights.max():g} in {config.steps} steps, but "
             f"a weight must stay between 0 and 1."
+        )
+    if term.gate is not None and "has_view" in term.gate.inputs:
+        raise ValueError(
+            f"objective.terms.{term.name}.row_gate: has_view needs a teacher that sees another prompt than the student, but no key "
+            f"of a config makes such a teacher; only a batch of your own can have the array has_view. Set row_gate.name='none'."
         )
     check_gradient(config, term)
     if term.signals is None:
@@ -91,15 +98,17 @@ def check_gradient(config: Settings, term: Term) -> None:
             f"coefficient, or remove the term from objective.terms."
         )
     pair = tuple(spec["pair"])
-    if spec["kind"] == "divergence" and "assistant" in pair and weights is not None:
-        end, other = (1, "teacher") if "teacher" in pair else (0, "student")
+    ends = [(end, other) for end, other in enumerate(spec["between"]) if other in pair]
+    if spec["kind"] == "divergence" and "assistant" in pair and not spec["weights"] and ends and weights is not None:
+        end, other = ends[0]
         if np.all(weights == end):
             raise ValueError(
                 f"{name}.weight is {end} for the whole run. The assistant then equals the {other}, pair={pair} compares the {other} "
                 f"with itself, and the loss is 0. Set a weight {'below 1' if end else 'above 0'}; or set pair=('teacher', "
                 f"'student'), assistant.name='none' and weight=0.0."
             )
-    if not term.needs_teacher:  # the cross-entropy always has a gradient
+    # The cross-entropy always has a gradient. A large k would need a large made-up vocabulary.
+    if not term.needs_teacher or _outcomes(config, term) > MOST_OUTCOMES:
         return
     largest = 1.0 if coefficients is None else float(np.abs(coefficients).max())
     some_weights = [0.5] if weights is None else sorted({float(f(weights)) for f in (np.min, np.median, np.max)})
@@ -120,27 +129,48 @@ def _make_gradient(term: Term, config: Settings) -> Callable[[float], jax.Array]
     The teacher's and the student's distributions differ. The function is compiled as one program because compiling each
     operation on its own would take several times as long.
     """
-    rows, length, vocabulary = 2, 4, 8
-    logits = np.random.default_rng(0).normal(scale=2.0, size=(2, rows, length, vocabulary)).astype(np.float32)
-    target, temperature = logits[0].argmin(-1), config.objective.temperature
+    # The made-up vocabulary has more ids than the k outcomes that the term compares.
+    rows, length, vocabulary = 2, 4, max(8, _outcomes(config, term) + 1)
+    names = ("student", *dict.fromkeys(("teacher", *term.members)))
+    made = np.random.default_rng(0).normal(scale=2.0, size=(len(names), rows, length, vocabulary)).astype(np.float32)
+    target, temperature = made[1].argmin(-1), config.objective.temperature
 
     def gradient(weight: jax.Array) -> jax.Array:
-        teacher, student = jnp.asarray(logits)
+        logits = {name: jnp.asarray(array) / temperature for name, array in zip(names, made, strict=True)}
         counted = jnp.broadcast_to(jnp.arange(length) < config.sampling.max_new_tokens, (rows, length))
-        numbers = [schedule(schedule.init(), step=jnp.asarray(0)) for schedule in term.assistant_numbers]
-        log_p, log_q = (jax.nn.log_softmax(logits / temperature) for logits in (teacher, student))
-        picked = lambda log_probs: jnp.take_along_axis(log_probs, target[..., None], -1)[..., 0]
-        signals = term.signals(Scores(picked(log_p), picked(log_q), picked(log_q), counted)) if term.signals else ()
+        first = lambda schedule: jnp.full((rows, length), schedule(schedule.init(), step=jnp.asarray(0)))
+        arrays = {"weight": jnp.full((rows, length), weight)} | {n: first(of_n) for n, of_n in term.numbers.items()}
+        picked = lambda name: jnp.take_along_axis(jax.nn.log_softmax(logits[name]), target[..., None], -1)[..., 0]
+        if term.signals is not None:
+            log_q = picked("student")
+            log_p = sum(share * picked(member) for member, share in term.reward_members.items())
+            arrays |= term.signals(Scores(jnp.asarray(log_p), log_q, log_q, counted))
 
         def total(student: jax.Array) -> jax.Array:
-            log_q, weights = jax.nn.log_softmax(student / temperature), jnp.full((rows, length), weight)
-            return jnp.where(
-                counted, term.loss(log_p, log_q, jnp.asarray(target), weights, *numbers, *signals), 0
-            ).sum()
+            return jnp.where(counted, term.loss(logits | {"student": student}, jnp.asarray(target), arrays), 0).sum()
 
-        return jnp.nan_to_num(jnp.abs(jax.grad(total)(student))).max()
+        return jnp.nan_to_num(jnp.abs(jax.grad(total)(logits["student"]))).max()
 
     return jax.jit(gradient)
+
+
+def _outcomes(config: Settings, term: Term) -> int:
+    """Returns the k of a term's support; 1 for a support without k."""
+    return config.objective.terms[term.name]["vocabulary"].get("k", 1)
+
+
+def check_vocabulary(config: Settings, terms: Sequence[Term], vocab_size: int) -> None:
+    """Checks that no term compares more outcomes than the vocabulary has ids.
+
+    Raises:
+      ValueError: a k is too large; the message names the key.
+    """
+    for term in terms:
+        k = _outcomes(config, term)
+        if k > vocab_size:
+            raise ValueError(
+                f"objective.terms.{term.name}: vocabulary.k={k} is more than the vocabulary's {vocab_size} ids; set a smaller k."
+            )
 
 
 def check_learning_rate(schedule: optax.Schedule, steps: int) -> None:

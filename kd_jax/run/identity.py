@@ -14,7 +14,7 @@ import jax
 from kd_jax import data, models, sharding
 from kd_jax.data.options import dataset_options
 from kd_jax.run.cache import unpacked
-from kd_jax.run.models import load_tokenizer
+from kd_jax.run.models import STUDENT, load_tokenizer
 from kd_jax.settings import Settings
 from kd_jax.storage import checkpoint, directory, remote, untrusted
 from kd_jax.storage.checksum import digest, file_digest
@@ -24,7 +24,10 @@ from kd_jax.teachers.cache_files import MANIFEST, describe_rows
 # Matches module:function, also inside the keywords of a call.
 OWN = re.compile(r"(?<![\w.:])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 Written = data.Rows | data.Packed | None
-TERM_SPECS = ("divergence", "assistant", "weight", "coefficient")
+TERM_SPECS = (
+    "divergence", "assistant", "weight", "coefficient", "vocabulary", "logits", "temperature", "teacher_temperature",
+    "tokens", "row_gate",
+)  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -122,8 +125,11 @@ def parts(config: Settings, written: Written = None) -> dict[str, Part]:
         contents["text"] = _data("text", text.name, text.split, dataset_options(config, "text"))
     if config.teacher.cache:
         contents["teacher.cache"] = Part(f"teacher.cache={config.teacher.cache}", _cache(config.teacher.cache))
-    elif config.teacher.path:
+    elif config.teacher.path not in ("", STUDENT):
         contents["teacher"] = _model("teacher.path", config.teacher.path)
+    for name, member in config.members.items():
+        if member.path != STUDENT:
+            contents[f"member {name}"] = _model(f"members.{name}.path", member.path)
     if config.student.init == "pretrained":
         contents["student"] = _model("student.path", config.student.path)
     contents |= _tokenizers(config)
@@ -163,7 +169,7 @@ def _tokenizers(config: Settings) -> dict[str, Part]:
     keys = {
         "tokenizer.path": config.tokenizer.path,
         "teacher.cache": config.teacher.cache,
-        "teacher.path": config.teacher.path,
+        "teacher.path": "" if config.teacher.path == STUDENT else config.teacher.path,
         "student.path": config.student.path,
     }  # in the order of `load_tokenizer`
     key = next(key for key, path in keys.items() if path)

@@ -11,10 +11,13 @@ from jaxtyping import PyTree
 
 from kd_jax import data, models, sharding
 from kd_jax.data.shared import check_same_tokenizer, fit_tokenizer
-from kd_jax.settings import Settings
+from kd_jax.settings import Member, Settings
+from kd_jax.settings import Teacher as TeacherKeys
 from kd_jax.storage import untrusted
 from kd_jax.storage.files import Json
 from kd_jax.teachers import NoTeacher, Teacher, as_teacher
+
+STUDENT = "student"  # a path that stands for the student before training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Models:
       teacher_params: the parameters of `compared_teacher`.
       compared_teacher: the teacher with which a step compares the student: the model, a cache, or `NoTeacher`.
       writer: a teacher that only writes text, or None.
+      members: the further frozen models by name, without the teacher.
+      member_params: the parameters of the further frozen models by name.
     """
 
     student: models.Model
@@ -49,6 +54,18 @@ class Models:
     teacher_params: PyTree = None
     compared_teacher: Teacher = dataclasses.field(default_factory=NoTeacher)
     writer: Writer | None = None
+    members: dict[str, Teacher] = dataclasses.field(default_factory=dict)
+    member_params: dict[str, PyTree] = dataclasses.field(default_factory=dict)
+
+    @property
+    def frozen(self) -> Teacher | dict[str, Teacher]:
+        """The first argument but one of `make_train_step`: the teacher, or all frozen models by name."""
+        return {"teacher": self.compared_teacher, **self.members} if self.members else self.compared_teacher
+
+    @property
+    def frozen_params(self) -> PyTree:
+        """The parameters of `frozen`, which the training step takes."""
+        return {"teacher": self.teacher_params, **self.member_params} if self.members else self.teacher_params
 
     @property
     def max_positions(self) -> int:
@@ -88,7 +105,7 @@ def load_tokenizer(config: Settings, text_only: bool = False) -> data.Tokenizer:
       ValueError: no key names a tokenizer; a folder does not exist, or has no model or no tokenizer; or the prompt
         template does not fit the tokenizer.
     """
-    if config.teacher.path and not config.teacher.cache:
+    if config.teacher.path not in ("", STUDENT) and not config.teacher.cache:
         models.model_folder(config.teacher.path, "teacher.path")
     pretrained = bool(config.student.path) and config.student.init == "pretrained"
     if pretrained:
@@ -96,7 +113,7 @@ def load_tokenizer(config: Settings, text_only: bool = False) -> data.Tokenizer:
     paths = {
         "tokenizer.path": config.tokenizer.path,
         "teacher.cache": f"{config.teacher.cache}/tokenizer" if config.teacher.cache else "",
-        "teacher.path": config.teacher.path,
+        "teacher.path": "" if config.teacher.path == STUDENT else config.teacher.path,
         "student.path": config.student.path,
     }
     key = next((key for key, path in paths.items() if path), None)
@@ -130,8 +147,13 @@ def load_models(
       ValueError: a folder, a size or a vocabulary does not fit.
     """
     init = config.student.init
-    path_of_teacher = "" if config.teacher.cache else config.teacher.path
-    if (needs_teacher or init == "layers") and not (path_of_teacher or config.teacher.cache):
+    is_own_teacher = config.teacher.path == STUDENT and not config.teacher.cache
+    path_of_teacher = "" if config.teacher.cache or is_own_teacher else config.teacher.path
+    if is_own_teacher and init == "layers":
+        raise ValueError(
+            "teacher.path='student', but student.init='layers' needs a teacher of its own; set its folder."
+        )
+    if (needs_teacher or init == "layers") and not (path_of_teacher or is_own_teacher or config.teacher.cache):
         raise ValueError(
             "teacher.path is empty, but the objective or student.init='layers' needs a teacher; set the teacher's folder."
         )
@@ -148,7 +170,7 @@ def load_models(
         of_teacher = fit_tokenizer(
             path_of_teacher, models.load_config(path).vocab_size, of_teacher if writes_only else tokenizer, "teacher"
         )
-        teacher, params = _load_teacher(config, path, mesh)
+        teacher, params = _load_frozen(config.teacher, path, mesh, config.attention)
         if writes_only:
             writer = Writer(teacher, params, of_teacher.with_ends(of_teacher.eos_id, end_ids(teacher.config)))
             teacher = params = None
@@ -162,7 +184,32 @@ def load_models(
     pad_id = tokenizer.pad_id if student.config.pad_id is None else student.config.pad_id
     student_config = dataclasses.replace(student.config, eos_id=eos_id, pad_id=pad_id)
     student = dataclasses.replace(student, config=student_config)
-    return Models(student, init_student, tokenizer, teacher, params, as_teacher(teacher), writer)
+    if is_own_teacher:
+        teacher, params = student, init_student(initial_key(config))
+    loaded = Models(student, init_student, tokenizer, teacher, params, as_teacher(teacher), writer)
+    return _with_members(config, loaded, mesh)
+
+
+def initial_key(config: Settings) -> jax.Array:
+    """Returns the random key of the student's initial parameters."""
+    return jax.random.fold_in(jax.random.key(config.seed), 0)
+
+
+def _with_members(config: Settings, loaded: Models, mesh: jax.sharding.Mesh) -> Models:
+    """Returns the models with the further frozen models of a config."""
+    members: dict[str, Teacher] = {}
+    params: dict[str, PyTree] = {}
+    for name, member in config.members.items():
+        if member.path == STUDENT:
+            members[name], params[name] = as_teacher(loaded.student), loaded.init_student(initial_key(config))
+            continue
+        path = models.model_folder(member.path, f"members.{name}.path")
+        tokenizer = check_same_tokenizer(path, loaded.tokenizer, f"member {name}")
+        tokenizer = fit_tokenizer(member.path, models.load_config(path).vocab_size, tokenizer, f"member {name}")
+        loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
+        model, params[name] = _load_frozen(member, path, mesh, config.attention)
+        members[name] = as_teacher(model)
+    return dataclasses.replace(loaded, members=members, member_params=params)
 
 
 def end_ids(config: models.ModelConfig) -> tuple[int, ...]:
@@ -171,14 +218,17 @@ def end_ids(config: models.ModelConfig) -> tuple[int, ...]:
     return eos_id if isinstance(eos_id, tuple) else () if eos_id is None else (eos_id,)
 
 
-def _load_teacher(config: Settings, path: Path, mesh: jax.sharding.Mesh) -> tuple[models.Model, PyTree]:
-    teacher, params = models.load_pretrained(
+def _load_frozen(
+    options: TeacherKeys | Member, path: Path, mesh: jax.sharding.Mesh, attention: str
+) -> tuple[models.Model, PyTree]:
+    """Loads the teacher or a further frozen model."""
+    model, params = models.load_pretrained(
         path,
-        dtype=config.teacher.dtype,
-        shardings=partial(sharding.tree_shardings, mesh, layout=config.teacher.sharding),
-        matrices_in_int8=config.teacher.weights == "int8",
+        dtype=options.dtype,
+        shardings=partial(sharding.tree_shardings, mesh, layout=options.sharding),
+        matrices_in_int8=options.weights == "int8",
     )
-    return dataclasses.replace(teacher, attention=config.attention), params
+    return dataclasses.replace(model, attention=attention), params
 
 
 def _make_student(

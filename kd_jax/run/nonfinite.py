@@ -55,7 +55,8 @@ def stop(
     terms = ", ".join(f"{name}={value:g}" for name, value in values.items() if "/loss" in name)
     raise FloatingPointError(
         f"at step {step} the loss is {values['loss']} and the gradient's norm is {values['gradient_norm']}. The losses of the "
-        f"terms are {terms}. {sentence(bad_rows, len(batch['tokens']))} The batch of the step and the state before the step are in "
+        f"terms are {terms}. {wrong_weights(run, values)}{sentence(bad_rows, len(batch['tokens']))} "
+        f"The batch of the step and the state before the step are in "
         f"{place.url}/{name}, and python -m kd_jax.replay --workdir={place.url} repeats the step. To skip non-finite steps, at "
         f"most N in a row, call again with --config.max_skipped=N: the run resumes from the last checkpoint."
     )
@@ -83,7 +84,7 @@ def diagnose(run: Run, state: TrainState, batch: dict[str, np.ndarray]) -> BadRo
             continue
         one_row = batch | {"loss_mask": counted}
         local_rows = {name: array[index * size : (index + 1) * size] for name, array in one_row.items()}
-        state, sums = run.train_step(state, run.models.teacher_params, run.put(local_rows))
+        state, sums = run.train_step(state, run.models.frozen_params, run.put(local_rows))
         values = metrics.averages(jax.device_get(sums))
         row_values = {
             "gradient_norm": values["gradient_norm"],
@@ -105,6 +106,20 @@ def sentence(bad_rows: BadRows, count: int) -> str:
         )
     indices = ", ".join(str(line["row"]) for line in bad_rows[:8]) + (", ..." if len(bad_rows) > 8 else "")
     return f"{len(bad_rows)} of the {count} rows give a non-finite loss or gradient on their own: {indices}."
+
+
+def wrong_weights(run: Run, values: dict[str, float]) -> str:
+    """Returns a sentence for each term whose rule gave weights that are negative or not finite, or ''."""
+    specs = {
+        term.name: run.config.objective.terms[term.name]["tokens"]
+        for term in run.terms
+        if not math.isfinite(values.get(f"{term.name}/token_weight", 0.0))
+    }
+    return "".join(
+        f"objective.terms.{name}.tokens={spec if isinstance(spec, str) else dict(spec)} gave a weight that is negative or "
+        f"not finite. "
+        for name, spec in specs.items()
+    )
 
 
 def saved_steps(workdir: str) -> list[int]:

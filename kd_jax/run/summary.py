@@ -39,6 +39,9 @@ def method(config: Settings) -> list[str]:
       >>> objective = dataclasses.replace(Settings().objective, terms={"distil": term})
       >>> method(dataclasses.replace(Settings(), objective=objective))
       ['distil: skew_forward_kl(skew=0.2) of teacher and student on data rows, coefficient 0.5']
+      >>> term["tokens"] = {"name": "accept", "k": 5, "otherwise": 0.01, "divide_by": "all"}
+      >>> _options(term)
+      ", token weights accept(k=5, otherwise=0.01, divide_by='all')"
     """
     return [f"{name}: {_term(term)}" for name, term in config.objective.terms.items() if term is not None]
 
@@ -70,7 +73,19 @@ def _term(term: Json) -> str:
         "policy_gradient": "policy gradient of KL(student || teacher)",
     }[term["kind"]]
     rows = "" if term["rows"] == "all" else f" on {term['rows']} rows"
-    return f"{loss}{rows}, coefficient {spec_text(term['coefficient'])}"
+    return f"{loss}{rows}, coefficient {spec_text(term['coefficient'])}{_options(term)}"
+
+
+def _options(term: Json) -> str:
+    """Returns the settings of a term that most terms do not set: outcomes, temperature, token weights, gate of rows."""
+    vocabulary = dict(term.get("vocabulary", {"support": "whole"}))
+    support = vocabulary.pop("support")
+    shown = {"outcomes": "" if support == "whole" else spec_text({"name": support, **vocabulary})}
+    for key, name in {"temperature": "temperature", "tokens": "token weights", "row_gate": "row gate"}.items():
+        spec = term.get(key, 0.0)
+        is_set = spec["name"] != "none" if isinstance(spec, Mapping) else spec not in (0.0, "none")
+        shown[name] = spec_text(spec) if is_set else ""
+    return "".join(f", {name} {text}" for name, text in shown.items() if text)
 
 
 def _teacher(run: Run) -> str:

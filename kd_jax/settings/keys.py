@@ -8,63 +8,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-from kd_jax.settings.declare import Config, check_ranges, key, read, section
+from kd_jax.settings.declare import Config, check_ranges, defaults, key, read, section
+from kd_jax.settings.term_keys import Spec, Term
 
-Spec = str | Mapping[str, Any]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def name_of(spec: Spec) -> str:
     """Returns the name in a spec."""
     return spec if isinstance(spec, str) else spec.get("name", "")
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """The settings of a policy gradient on the student's own text.
-
-    The reward of each token is log p - log q. The defaults are those of the MiniLLM paper.
-    """
-
-    discount: float = key(1.0, "factor per token by which later rewards are discounted")
-    include_current: bool = key(False, "count the token's own reward as well as the rewards of the tokens after it")
-    length_normalised: bool = key(True, "average the rewards over their tokens instead of adding them")
-    whiten: str = key(
-        "none", "none; counted: scale advantages to mean 0, variance 1 over counted tokens; all: also after the end"
-    )
-    baseline: str = key("none", "none, or kl: subtract the exact mean -KL(q || p) from the reward of each token")
-    clip: float = key(0.2, "clip the ratio q / (q when sampled) to the range from 1 - clip to 1 + clip; 0: no clipping")
-    reward_scale: float = key(1.0, "divisor of the rewards")
-    reward_limit: float = key(0.0, "clip scaled rewards to plus and minus this number; 0: no clipping")
-
-
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """One summand of the objective.
-
-    Only terms of kind divergence use divergence, pair, assistant, weight, stop_gradient and importance. Only terms of
-    kind policy_gradient use policy.
-    """
-
-    kind: str = key("divergence", "divergence; hard_labels: -log q(token); policy_gradient of KL(q || p): see policy")
-    divergence: Spec = key({"name": "forward_kl"}, "spec: a divergence of kd_jax.divergences", is_open=True)
-    assistant: Spec = key({"name": "none"}, "spec: an assistant of kd_jax.assistants, or none", is_open=True)
-    pair: tuple[str, ...] = key(
-        ("teacher", "student"), "first and second argument of the divergence: teacher, student or assistant"
-    )
-    stop_gradient: bool = key(False, "treat the student inside the assistant as a constant in the gradient")
-    weight: float | Spec = key(
-        0.0, "weight of the teacher in the assistant: a number, or a spec of kd_jax.schedules", is_open=True
-    )
-    coefficient: float | Spec = key(
-        1.0, "factor of the term; may be a kd_jax.schedules spec, as may an assistant's keywords", is_open=True
-    )
-    rows: str = key("all", "rows that count: all (of the first stream), or of one origin: data, teacher, student, text")
-    importance: bool = key(
-        False, "multiply each token's loss by q / mixture, if sampling.teacher_share made a mixture sample the rows"
-    )
-    policy: Policy = section(Policy, "for kind=policy_gradient: the settings of the policy gradient")
-    average: str = key("token", "token: mean over the batch's tokens; sequence: mean over rows of each row's mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +45,17 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    path: str = key("", "a Hugging Face folder, or package:NAME for a model of kd_jax; empty: no teacher")
+    path: str = key(
+        "",
+        "a Hugging Face folder; package:NAME, a model of kd_jax; student: the student before training; empty: no teacher",
+    )
+    follow: float = key(
+        0.0,
+        "for path=student: share of the student in each update of the teacher's average; 0: frozen; 1: a copy",
+        least=0,
+    )
+    follow_every: int = key(1, "number of the student's updates between two updates of the average", least=1)
+    follow_copy_first: bool = key(False, "copy the student after its first update, before the average begins")
     cache: str = key("", "a folder from kd_jax.cache_teacher, used in place of the model at teacher.path")
     dtype: str = key("float32", "number type of the parameters and the computation", choices=DTYPES)
     weights: str = key(
@@ -105,6 +67,19 @@ class Teacher:
         "student", "student: like the student; spread: also over data; tensor: only over tensor; whole: a copy on each device",
         choices=("student", "spread", "tensor", "whole"),
     )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A frozen model beside the teacher."""
+
+    path: str = key("", "a Hugging Face folder, or package:NAME, or student: the student before training")
+    follow: float = key(0.0, "as teacher.follow", least=0)
+    follow_every: int = key(1, "as teacher.follow_every", least=1)
+    follow_copy_first: bool = key(False, "as teacher.follow_copy_first")
+    dtype: str = key("float32", "number type of the parameters and the computation", choices=DTYPES)
+    weights: str = key("float", "float or int8, as teacher.weights", choices=("float", "int8"))
+    sharding: str = key("student", "as teacher.sharding", choices=("student", "spread", "tensor", "whole"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +174,9 @@ class Settings:
     sampling: Sampling = section(Sampling)
     loss: Loss = section(Loss)
     teacher: Teacher = section(Teacher)
+    members: Mapping[str, Any] = key(
+        {}, "name -> member(): further frozen models, for pairs and assistants", is_open=True
+    )
     student: Student = section(Student)
     attention: str = key(
         "plain", "of both models: plain, xla, or cudnn (flash attention: NVIDIA GPU, not in float32)",
@@ -236,11 +214,11 @@ class Settings:
           ValueError: a key is missing, or a value has another type.
         """
         settings = read(cls, config)
-        terms = settings.objective.terms
-        for name, term in terms.items():
+        for name, term in settings.objective.terms.items():
             if term is not None:
                 read(Term, term, f"objective.terms.{name}.")
-        return settings
+        members = {name: _read_member(name, member) for name, member in settings.members.items() if member is not None}
+        return dataclasses.replace(settings, members=members)
 
     @classmethod
     def parse(cls, config: "Config | Settings") -> "Settings":
@@ -264,6 +242,22 @@ class Settings:
         return dataclasses.asdict(self)
 
 
+def _read_member(name: str, member: Any) -> Member:
+    """Returns a member of a config. A key that the config lacks has its default value."""
+    if name in ("teacher", "student", "assistant") or not name.isidentifier():
+        raise ValueError(f"members.{name}: a member needs a name of its own, such as reference or second_teacher.")
+    if not hasattr(member, "keys"):
+        raise ValueError(f"members.{name}={member!r} must be a dict such as {{'path': 'FOLDER'}}.")
+    known = defaults(Member)
+    if unknown := [key for key in member if key not in known]:
+        raise ValueError(f"members.{name} has no key {unknown[0]!r}; the keys of a member are {', '.join(known)}.")
+    found = read(Member, known | {key: member[key] for key in member}, f"members.{name}.")
+    check_ranges(found, f"members.{name}.")
+    if not found.path:
+        raise ValueError(f"members.{name}.path is empty: set the folder of the model, or student.")
+    return found
+
+
 def _check_choices(settings: Settings) -> None:
     """Checks values that depend on JAX or on other values."""
     import jax  # imported here because the help of the commands reads this module, and JAX takes seconds
@@ -273,6 +267,15 @@ def _check_choices(settings: Settings) -> None:
             "student.dtype='float16' is not supported, because gradients below 6e-8 become 0 in float16. Use bfloat16, "
             "which has the range of float32. teacher.dtype may be float16, because a teacher has no gradient."
         )
+    for name, model in {
+        "teacher": settings.teacher,
+        **{f"members.{n}": m for n, m in settings.members.items()},
+    }.items():
+        if model.follow and (model.path != "student" or model.follow > 1):
+            raise ValueError(
+                f"{name}.follow={model.follow} and {name}.path={model.path!r}: only the student before training can follow the "
+                f"student, by a share of at most 1. Set {name}.path='student', or {name}.follow=0."
+            )
     policies = ["none", *(name for name in dir(jax.checkpoint_policies) if name.endswith("saveable"))]
     if settings.student.remat not in policies:
         raise ValueError(f"student.remat={settings.student.remat!r} is not one of {', '.join(policies)}.")

@@ -36,8 +36,10 @@ class Teacher(Protocol):
 
     Attributes:
       measures: the names of the values of `measure`.
+      is_whole: True if the teacher's side of a comparison is a distribution over the whole vocabulary.
     """
 
+    is_whole: ClassVar[bool] = True
     measures: ClassVar[tuple[str, ...]] = ("forward_kl", "reverse_kl", "total_variation", "top1_agreement")
 
     def outputs(self, params: PyTree, batch: Mapping[str, Array]) -> Outputs:

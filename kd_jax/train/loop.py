@@ -178,7 +178,7 @@ def run_steps(
             if step == start + 1 and not quiet and jax.process_index() == 0:
                 metrics.tqdm.write("compiling the training step …")
             rows = run.feed.next(step - 1, state.params)
-            state, sums = run.train_step(state, run.models.teacher_params, run.put(rows))
+            state, sums = run.train_step(state, run.models.frozen_params, run.put(rows))
             if step == start + 1:  # the clock of the bar starts after the compilation
                 jax.block_until_ready(sums)
                 bar = stack.enter_context(metrics.progress(config.steps, start, quiet))

@@ -43,20 +43,35 @@ class Logits:
 
 
 def step(specs, student, teacher, batch, *, at=0, schedules=None, temperature=1.0, teacher_share=0.0):
-    """Returns the loss of a training step and the gradient of the loss with respect to the student's logits."""
-    terms = make_terms(specs, temperature, teacher_share)
-    tx = optax.sgd(1.0)
+    """Returns the loss of a training step and the gradient of the loss with respect to the student's logits.
+
+    Args:
+      specs: the terms, by name.
+      student: the student's logits [B, L, V].
+      teacher: the teacher's logits; or the logits of all frozen models by name, with the teacher as "teacher".
+      batch: `targets` and `loss_mask`, and any other array of a batch, such as `origin` and `log_probs`.
+      at: the number of the step.
+      schedules: a function from the first states of the schedules to those at the step.
+      temperature: the temperature of the objective.
+      teacher_share: the teacher's share of the mixture that sampled the student's rows.
+    """
+    frozen = teacher if isinstance(teacher, dict) else {"teacher": teacher}
+    members = tuple(name for name in frozen if name != "teacher")
+    terms, tx = make_terms(specs, temperature, teacher_share, members=members), optax.sgd(1.0)
     params = {"logits": jnp.asarray(student)}
     state = init_state(params, tx, terms, jax.random.key(0)).replace(step=jnp.int32(at))
     if schedules is not None:
         state = state.replace(schedules=schedules(state.schedules))
-    width = student.shape[-1]
-    train_step = make_train_step(Logits(), Logits(), terms, tx, vocab_size=width, temperature=temperature)
+    models = {name: Logits() for name in frozen}
+    train_step = make_train_step(
+        Logits(), models, terms, tx, vocab_size=student.shape[-1], temperature=temperature
+    )  # fmt: skip
     shape = batch["targets"].shape
     whole = {
         "tokens": np.zeros(shape, np.int32),
         "mask": np.ones(shape, bool),
         "log_probs": np.zeros(shape, np.float32),
     }
-    new, metrics = jax.jit(train_step)(state, {"logits": jnp.asarray(teacher)}, whole | batch)
+    frozen_params = {name: {"logits": jnp.asarray(logits)} for name, logits in frozen.items()}
+    new, metrics = jax.jit(train_step)(state, frozen_params, whole | batch)
     return float(metrics["loss"][0]), np.asarray(params["logits"] - new.params["logits"])

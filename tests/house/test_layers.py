@@ -13,10 +13,26 @@ LAYERS = [
     {"train_step", "evaluate"},
     {"prefixes", "teachers", "report"},
     {"models", "data", "objectives", "metrics", "command"},
-    {"divergences", "assistants", "schedules", "policy_gradient", "head_loss", "optimizer", "storage", "command_help"},
+    {
+        "divergences",
+        "assistants",
+        "supports",
+        "logit_transforms",
+        "temperatures",
+        "token_weights",
+        "schedules",
+        "policy_gradient",
+        "head_loss",
+        "optimizer",
+        "storage",
+        "command_help",
+    },
     {"logspace", "settings", "resolve", "sharding"},
 ]
-MATHEMATICAL = {"objectives", "policy_gradient", "head_loss", "divergences", "assistants", "schedules", "logspace"}
+MATHEMATICAL = {
+    "objectives", "policy_gradient", "head_loss", "divergences", "assistants", "supports", "logit_transforms",
+    "temperatures", "token_weights", "schedules", "logspace",
+}  # fmt: skip
 HOMES = {
     "flax": {"models", "train_step"},
     "qwix": {"models"},

@@ -11,6 +11,14 @@ from tests.helpers.steps import TERM
 
 MIX = {"assistant": {"name": "geometric_mixture"}, "pair": ("teacher", "assistant")}
 SKEW = {"name": "distillm2_skew", "reference_steps": 1}
+
+
+def loss_of(term, log_p, log_q, weight=0.0, **arrays):
+    """Returns the loss of a term, for log-probabilities, which are valid logits."""
+    weights = {"weight": jnp.full(log_q.shape[:-1], weight)}
+    return term.loss({"teacher": log_p, "student": log_q}, jnp.zeros(log_q.shape[:-1], int), weights | arrays)
+
+
 MASK = np.array([[True, True, False, False], [True, False, False, False], [False, False, False, False]])
 
 
@@ -38,7 +46,7 @@ def test_cross_entropy_is_minus_the_log_probability():
 def test_hard_labels_undo_the_temperature():
     logits, target = jnp.array([[0.3, -1.0, 2.0]]), jnp.array([1])
     (term,) = make_terms({"ce": TERM | {"kind": "hard_labels"}}, temperature=3.0)
-    found = term.loss(None, jax.nn.log_softmax(logits / 3), target, 0.0)
+    found = term.loss({"student": logits / 3}, target, {})
     np.testing.assert_allclose(found, cross_entropy(jax.nn.log_softmax(logits), target), rtol=1e-6)
 
 
@@ -75,7 +83,9 @@ def test_a_divergence_and_an_assistant_of_another_module():
     }
     (term,) = make_terms({"distil": TERM | change})
     expected = gap(nearer(log_p, log_q, 0.3, sharpness=1.5), log_q, power=2.0)
-    np.testing.assert_allclose(term.loss(log_p, log_q, None, 0.3, jnp.array(1.5)), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        loss_of(term, log_p, log_q, 0.3, **{"assistant.sharpness": jnp.asarray(1.5)}), expected, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +106,7 @@ def test_a_divergence_and_an_assistant_of_another_module():
         ({"weight": 0.5}, "there is no assistant for weight=0.5"),
         ({"weight": SKEW}, "there is no assistant"),
         ({"stop_gradient": True}, "set weight=0.0 and stop_gradient=False"),
-        (MIX | {"kind": "hard_labels"}, "kind='hard_labels' has no assistant"),
+        (MIX | {"kind": "hard_labels"}, "goes with kind='divergence', not with kind='hard_labels'"),
         ({"divergence": None}, "None is not a spec"),
         ({"coefficient": [1.0]}, "[1.0] is not a spec"),
         ({"kind": "hard_labels", "importance": True}, "importance=True goes with kind='divergence'"),
@@ -123,8 +133,7 @@ def test_amid_at_its_ends_is_the_skew_and_the_geometric_form(spec, pair):
     log_p, log_q = jax.nn.log_softmax(jnp.array([[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]))
     specs = {name: TERM | {"assistant": {"name": name}, "pair": pair, "weight": 0.1} for name in (spec, ENDS[spec])}
     one, other = (
-        jax.value_and_grad(lambda z, term=term: term.loss(log_p, jax.nn.log_softmax(z), None, 0.1))(log_q)
-        for term in make_terms(specs)
+        jax.value_and_grad(lambda z, term=term: loss_of(term, log_p, z, 0.1).sum())(log_q) for term in make_terms(specs)
     )
     np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
     np.testing.assert_allclose(one[1], other[1], atol=1e-6)
@@ -139,7 +148,7 @@ def test_gkd_and_distillm_at_their_ends_are_the_kls():
     terms = make_terms({name: TERM | {"divergence": spec} for name, (spec, _) in scaled.items()})
     for term, (_, scale) in zip(terms, scaled.values(), strict=True):
         kl = divergences.reverse_kl if "reverse" in term.name else divergences.forward_kl
-        found = jax.value_and_grad(lambda z, t=term: t.loss(log_p, jax.nn.log_softmax(z), None, 0.0))(log_q)
+        found = jax.value_and_grad(lambda z, t=term: loss_of(t, log_p, z))(log_q)
         expected = jax.value_and_grad(lambda z, kl=kl: kl(log_p, jax.nn.log_softmax(z)))(log_q)
         tolerance = 1e-5 if scale == 1 else 3e-3
         np.testing.assert_allclose(scale * found[0], expected[0], rtol=tolerance)
@@ -152,11 +161,13 @@ def test_an_assistants_keyword_may_have_a_schedule():
     log_p, log_q = jax.nn.log_softmax(jnp.array([[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]))
     (moving,) = make_terms({"it": TERM | changes | {"assistant": {"name": "alpha_mixture", "alpha": alpha}}})
     for step in (0, 4, 6, 8):  # alpha is -5, -1, 1, 3
-        number = moving.assistant_numbers[0]((), step=jnp.asarray(step))
+        number = moving.numbers["assistant.alpha"]((), step=jnp.asarray(step))
         fixed = {"name": "alpha_mixture", "alpha": -5.0 + step}
         (still,) = make_terms({"it": TERM | changes | {"assistant": fixed}})
-        expected = still.loss(log_p, log_q, None, 0.3)
-        np.testing.assert_allclose(moving.loss(log_p, log_q, None, 0.3, number), expected, rtol=1e-5)
+        expected = loss_of(still, log_p, log_q, 0.3)
+        np.testing.assert_allclose(
+            loss_of(moving, log_p, log_q, 0.3, **{"assistant.alpha": number}), expected, rtol=1e-5
+        )
 
 
 def test_an_objective_needs_terms_and_a_temperature():
