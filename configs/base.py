@@ -7,7 +7,7 @@ are locked.
 
 from ml_collections import ConfigDict, FieldReference
 
-from kd_jax.settings import Policy, Settings, Term, defaults, open_names
+from kd_jax.settings import Member, Policy, Settings, Term, defaults, open_names
 
 OPEN = open_names(Settings, Term)  # the keys whose values are specs, or keywords of a builder, a template or a model
 
@@ -30,7 +30,7 @@ def term(**changes: object) -> ConfigDict:
     if unknown := changes.keys() - values.keys():
         raise KeyError(f"a term has no key {sorted(unknown)}; the keys of a term are {', '.join(values)}.")
     values |= changes
-    values |= {key: number(values[key]) for key in ("weight", "coefficient")}
+    values |= {key: number(values[key]) for key in ("weight", "coefficient", "temperature", "teacher_temperature")}
     values["assistant"] = {key: number(value) for key, value in dict(values["assistant"]).items()}
     return ConfigDict(values)
 
@@ -53,6 +53,18 @@ def policy(**changes: object) -> ConfigDict:
     values = defaults(Policy)
     if unknown := changes.keys() - values.keys():
         raise KeyError(f"a policy has no key {sorted(unknown)}; the keys of a policy are {', '.join(values)}.")
+    return ConfigDict(values | changes)
+
+
+def member(**changes: object) -> ConfigDict:
+    """Returns a further frozen model, as `kd_jax.settings.Member` declares it.
+
+    Raises:
+      KeyError: a changed key is not declared.
+    """
+    values = defaults(Member)
+    if unknown := changes.keys() - values.keys():
+        raise KeyError(f"a member has no key {sorted(unknown)}; the keys of a member are {', '.join(values)}.")
     return ConfigDict(values | changes)
 
 

@@ -1,8 +1,9 @@
 """On-policy distillation: a policy gradient on the student's own responses, with the reward log p - log q for each
 token (Lu and Thinking Machines Lab, "On-Policy Distillation", 2025).
 
-The baseline of the policy gradient is the exact mean of the reward, -KL(q || p). This baseline is an addition of
-kd_jax.
+The baseline of the policy gradient is the exact mean of the reward, -KL(q || p), as in "KL for a KL"
+(https://arxiv.org/abs/2605.07865, 2026; configs/vopd.py). The original method has no baseline:
+--config.objective.terms.distil.policy.baseline=none.
 
     python -m kd_jax.main --config=configs/opd.py --workdir=runs/opd
 

@@ -4,31 +4,42 @@ The tables are made from the configs, from the declarations of the keys, and fro
 
     python -m configs.table
 
-A method is a choice in each of four axes: the source of the text, the pair of distributions, the divergence, the
-schedules.
+A method is a choice for each of these questions: whose text, which pair of distributions, which outcomes, which
+divergence, which token weights, which schedules.
 """
 
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
 
-from kd_jax import assistants, data, divergences
+from kd_jax import assistants, data, divergences, logit_transforms, supports, temperatures, token_weights
 from kd_jax.command_help import first_sentence
+from kd_jax.policy_gradient import reward_shapes
 from kd_jax.settings import Settings, Term, is_section, keys_of
+from kd_jax.token_weights import row_gates, scores
+from kd_jax.token_weights import temperatures as of_scores
 
 METHODS = (
     "sft", "seqkd", "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence",
-    "akl", "skew_kl", "abkd", "taid", "amid", "imitkd", "gkd", "distillm", "distillm2", "minillm", "opd",
+    "akl", "skew_kl", "abkd", "todi", "csd", "dkd", "atkd", "selectkd", "adakd", "taid", "amid", "ensemble", "imitkd", "gkd",
+    "distillm", "distillm2", "minillm", "opd", "vopd", "iw_opd", "fire_opd", "gopd", "eopd", "tip", "ta_opd", "tsd_kd",
+    "topk_opd",
 )  # fmt: skip
+TABLES = {
+    "divergence": divergences, "assistant": assistants, "support": supports, "rule of `tokens`": token_weights,
+    "score of a token": scores, "row gate": row_gates, "transform of logits": logit_transforms,
+    "temperature of each model": temperatures, "temperature of each token": of_scores, "reward": reward_shapes,
+}  # fmt: skip
 SHORT = {"teacher": "p", "student": "q", "assistant": "r"}
 
 
 def methods() -> str:
     """Returns a Markdown table with one row for each term of each method."""
-    lines = ["| config | whose text | term | pair | assistant r | schedules |", "| --- | --- | --- | --- | --- | --- |"]
+    columns = ("config", "whose text", "term", "pair", "assistant r", "outcomes", "token weights", "schedules")
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for method in METHODS:
         config = importlib.import_module(f"configs.{method}").get_config()
         source = _spec(config.prefixes)
@@ -40,20 +51,44 @@ def methods() -> str:
     return "\n".join(lines)
 
 
-def _term(name: str, term: ConfigDict) -> tuple[str, str, str, str]:
+def _term(name: str, term: ConfigDict) -> tuple[str, ...]:
+    """Returns the columns of a term: value, pair, assistant, outcomes, token weights, schedules."""
     schedules = [f"{key} {_spec(term[key])}" for key in ("weight", "coefficient") if not _is_number(term[key])]
     factor = f"{term.coefficient:g} " if _is_number(term.coefficient) and term.coefficient != 1 else ""
     rows = "" if term.rows == "all" else f" on {term.rows} rows"
+    weights = [_spec(term[key]) for key in ("tokens", "row_gate") if term[key]["name"] != "none"]
+    end = ("; ".join(weights), "; ".join(schedules))
     if term.kind == "hard_labels":
-        return f"{factor}-log q(token){rows}", "", "", "; ".join(schedules)
+        return f"{factor}-log q(token){rows}", "", "", "", *end
     if term.kind == "policy_gradient":
-        return f"{factor}policy gradient of KL(q \\|\\| p){rows}", "", "", "; ".join(schedules)
-    pair = ", ".join(SHORT[member] for member in term.pair)
+        members = dict(term.policy.members)
+        reward = "" if members == {"teacher": 1.0} else f", reward of {_weights(members)}"
+        return f"{factor}policy gradient of KL(q \\|\\| p){reward}{rows}", "", "", "", *end
+    pair = ", ".join(SHORT.get(member, member) for member in term.pair)
     assistant = ""
     if term.assistant.name != "none":
-        weight = f", weight {term.weight:g}" if _is_number(term.weight) else ""
-        assistant = _spec(term.assistant) + weight + (", a constant" if term.stop_gradient else "")
-    return f"{factor}{_spec(term.divergence)}{rows}", pair, assistant, "; ".join(schedules)
+        weight = f", weight {term.weight:g}" if _is_number(term.weight) and not term["weights"] else ""
+        among = f" of {_weights(term['weights'])}" if term["weights"] else ""
+        assistant = _spec(term.assistant) + among + weight + (", a constant" if term.stop_gradient else "")
+    return f"{factor}{_spec(term.divergence)}{_temperature(term)}{rows}", pair, assistant, _outcomes(term), *end
+
+
+def _weights(members: Mapping[str, float]) -> str:
+    return ", ".join(f"{weight:g} {SHORT.get(name, name)}" for name, weight in members.items())
+
+
+def _temperature(term: ConfigDict) -> str:
+    value = term.temperature
+    shown = "" if _is_number(value) and not value else f"{value:g}" if _is_number(value) else _spec(value)
+    factor = ", times T^2" if term.temperature_squared and shown else ""
+    return f" at temperature {shown}{factor}" if shown else ""
+
+
+def _outcomes(term: ConfigDict) -> str:
+    vocabulary = dict(term.vocabulary)
+    support = vocabulary.pop("support")
+    options = ", ".join(f"{key} {value}" for key, value in vocabulary.items())
+    return "" if support == "whole" else f"`{support}`" + (f" ({options})" if options else "")
 
 
 def _spec(spec: ConfigDict | dict[str, object]) -> str:
@@ -62,6 +97,8 @@ def _spec(spec: ConfigDict | dict[str, object]) -> str:
     for key, value in spec.items():
         if isinstance(value, ConfigDict | dict):
             value = _spec(value)
+        if isinstance(value, list | tuple) and any(isinstance(entry, ConfigDict | dict | str) for entry in value):
+            value = " and ".join(_spec(v) if isinstance(v, ConfigDict | dict) else f"`{v}`" for v in value)
         if key not in ("name", "total_steps", "transition_begin", "transition_steps"):
             shown.append(f"{key} {value:g}" if _is_number(value) and not isinstance(value, bool) else f"{key} {value}")
     return f"`{spec['name']}`" + (f" ({', '.join(shown)})" if shown else "")
@@ -92,9 +129,9 @@ def _keys(section: type, prefix: str) -> Iterator[tuple[str, str, str]]:
 
 
 def functions() -> str:
-    """Returns a Markdown table of the divergences and one of the assistants, with keywords and first sentences."""
+    """Returns a Markdown table for each module of functions that a term may name, with keywords and first sentences."""
     tables = []
-    for title, module in (("divergence", divergences), ("assistant", assistants)):
+    for title, module in TABLES.items():
         lines = [f"| {title} | keywords | value |", "| --- | --- | --- |"]
         for name in module.__all__:
             function = getattr(module, name)

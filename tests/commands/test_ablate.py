@@ -99,7 +99,8 @@ def test_what_does_not_fit_is_told_before_anything_runs(tmp_path, data_dir):
 
 
 NAMES = (
-    "abkd_plane", "amid_plane", "assistants", "capacity_gap", "divergences", "prefix_sources", "schedules",
+    "abkd_plane", "amid_plane", "assistants", "capacity_gap", "divergences", "prefix_sources", "schedules", "supports",
+    "token_weights",
 )  # fmt: skip
 
 

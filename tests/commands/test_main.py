@@ -190,7 +190,10 @@ def test_the_help_has_every_method_setting_key_and_flag():
     declared = directory.flat(base.get_config().to_dict()) | directory.flat(
         {"objective.terms.NAME": base.term().to_dict()}
     )
-    specs = ("optimizer", "learning_rate", "prefixes", "divergence", "assistant")
+    specs = (
+        "optimizer", "learning_rate", "prefixes", "divergence", "assistant", "logits", "tokens", "row_gate", "vocabulary",
+        "reward", "policy.members",
+    )  # fmt: skip
     for key in declared:
         shown = next((key[: key.index(spec) + len(spec)] for spec in specs if f".{spec}." in f".{key}."), key)
         assert f"\n  --config.{shown}\n" in said, key

@@ -11,9 +11,12 @@ from kd_jax.storage import checkpoint
 
 OFF_POLICY = (
     "sft", "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence", "akl", "skew_kl",
-    "taid", "abkd", "amid",
+    "taid", "abkd", "amid", "todi", "csd", "dkd", "atkd", "selectkd", "adakd", "ensemble",
 )  # fmt: skip
-ON_POLICY = ("imitkd", "gkd", "opd", "minillm", "distillm", "distillm2")
+ON_POLICY = (
+    "imitkd", "gkd", "opd", "vopd", "minillm", "distillm", "distillm2", "eopd", "tip", "tsd_kd", "fire_opd", "iw_opd",
+    "ta_opd", "topk_opd", "gopd",
+)  # fmt: skip
 # The settings of a run with three checkpoints.
 WHOLE = dict(steps=5, checkpoint_every=2, eval_every=5, log_every=2, keep_checkpoints=3)
 METHODS = (*OFF_POLICY, "seqkd", *ON_POLICY)

@@ -44,6 +44,8 @@ def test_every_declared_key_is_read(tmp_path, data_dir, monkeypatch):
     parts = [smoke("amid", data_dir, **mesh, **student), smoke("amid", data_dir, student__init="layers", **mesh)]
     parts[1].student.layers = (0, 3)
     parts.append(smoke("minillm", data_dir, **mesh))
+    own_teacher = dict(teacher__path="student", teacher__follow=0.1, tokenizer__path="package:docstrings_teacher")
+    parts.append(smoke("forward_kl", data_dir, **mesh, **own_teacher))
     found, parse = set(), Settings.parse
 
     def recorded(config):
@@ -126,7 +128,7 @@ def test_every_source_is_listed():
 
 def test_the_rows_of_divergences_and_assistants_are_current():
     """A new divergence of the library need not have a row yet."""
-    rows = re.findall(r"^\| `\w+` \| .*$", LIBRARY.read_text().partition("## Divergences")[2], re.MULTILINE)
+    rows = re.findall(r"^\| `\w+` \| .*$", LIBRARY.read_text().partition("## The functions")[2], re.MULTILINE)
     assert len(rows) >= 13 and set(rows) <= set(table.functions().splitlines()), "python -m configs.table prints them"
 
 
