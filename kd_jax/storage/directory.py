@@ -29,7 +29,15 @@ FREE = (
 
 # Keys that earlier versions did not have, each with the value that gives the behaviour of those versions. The keys of
 # an ablation's base end with these names.
-ADDED = {"data.template_options": {}, "data.system": "", "optimizer.no_decay": []}
+ADDED: Json = {
+    "data.template_options": {}, "data.system": "", "optimizer.no_decay": [], "members": {}, "teacher.follow": 0.0,
+    "teacher.follow_every": 1, "teacher.follow_copy_first": False,
+} | {
+    # keys of a term, and of its policy
+    "between": ["student", "teacher"], "weights": {}, "vocabulary.support": "whole", "entry_clip": 0.0, "logits.name": "raw",
+    "temperature": 0.0, "teacher_temperature": 0.0, "temperature_squared": False, "tokens.name": "none",
+    "row_gate.name": "none", "policy.reward.name": "identity", "policy.members.teacher": 1.0,
+}  # fmt: skip
 
 
 def check(workdir: str, config: Json) -> None:

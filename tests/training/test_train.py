@@ -312,6 +312,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
         train.train(config, str(tmp_path / "run"), quiet=True)
 
 
+def test_a_directory_of_a_version_without_the_keys_of_a_term_has_no_difference(tmp_path):
+    config = smoke("gkd", "").to_dict()
+    older = smoke("gkd", "").to_dict()
+    del older["members"]
+    for name in ("follow", "follow_every", "follow_copy_first"):
+        del older["teacher"][name]
+    term = older["objective"]["terms"]["distil"]
+    for name in ("between", "weights", "vocabulary", "entry_clip", "logits", "temperature", "teacher_temperature"):
+        del term[name]
+    for name in ("temperature_squared", "tokens", "row_gate"):
+        del term[name]
+    del term["policy"]["reward"], term["policy"]["members"]
+    directory.write_config(str(tmp_path), older)
+    assert directory.config_difference(str(tmp_path), config) == []
+    config["objective"]["terms"]["distil"]["entry_clip"] = 0.1
+    assert directory.config_difference(str(tmp_path), config) != []
+
+
 def test_config_difference_reads_tuples_and_absent_keys(tmp_path):
     assert directory.config_difference(str(tmp_path), {}) is None
     directory.write_config(str(tmp_path), {"a": {"b": (1, 2)}, "c": 1})
