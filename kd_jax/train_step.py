@@ -126,8 +126,7 @@ class _Step:
     def train_step(self, state: TrainState, teacher_params: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         frozen_params = dict(teacher_params) if self.by_name else {"teacher": teacher_params}
         frozen_params |= {name: state.opt_state.followers[name] for name in self.followers}
-        by_microbatch = self.microbatches > 1
-        compute = self._in_microbatches if by_microbatch else self._at_once
+        compute = self._in_microbatches if self.microbatches > 1 else self._at_once
         prepared, loss, values, gradient = compute(state, frozen_params, batch)
         updates, opt_state = self.tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -140,7 +139,7 @@ class _Step:
         one, norm = jnp.ones((), jnp.float32), optax.tree.norm(gradient)
         metrics = {"loss": (loss, one), "gradient_norm": (norm, one)}
         for i, (term, of_term) in enumerate(zip(prepared, losses, strict=True)):
-            metrics |= term.metrics(of_term, values[..., len(prepared) + i] if self._has_local_rules else of_term[0])
+            metrics |= term.metrics(of_term, values[..., len(prepared) + i] if self._has_local_rules else None)
         metrics["tokens"] = ((batch["mask"] != 0).sum(dtype=jnp.float32), one)
         updated = self._unless_skipped(state, updated, jnp.isfinite(loss) & jnp.isfinite(norm))
         return updated, metrics | {"skipped": (updated.skipped, one)}

@@ -62,16 +62,17 @@ class PreparedTerm:
             divisor = self.token_weight if self.term.divides_by_kept else self.counted
         return values.sum(), jnp.where(self.term_coefficient != 0, divisor.sum(dtype=values.dtype), 0)
 
-    def metrics(self, loss: tuple[Array, Array], local_weight: Array) -> Metrics:
-        """Returns the metrics of the term, from the result of `mean_loss` and the weights of a local rule."""
+    def metrics(self, loss: tuple[Array, Array], local_weight: Array | None) -> Metrics:
+        """Returns the metrics of the term, from the result of `mean_loss` and the weights of a local rule, if there is one."""
         name, rows = self.term.name, self.counted.any(axis=1).astype(jnp.float32)
         metrics = {
             f"{name}/loss": loss,
             f"{name}/weight": ((self.weight * rows).sum(), rows.sum()),
             f"{name}/coefficient": (jnp.asarray(self.term_coefficient), jnp.ones((), jnp.float32)),
         }
-        if self.term.rule is not None:
-            weights = jnp.where(self.counted, local_weight if self.token_weight is None else self.token_weight, 0)
+        token_weight = local_weight if self.token_weight is None else self.token_weight
+        if self.term.rule is not None and token_weight is not None:
+            weights = jnp.where(self.counted, token_weight, 0)
             count = self.counted.sum(dtype=jnp.float32)
             metrics[f"{name}/token_weight"] = (weights.sum(), count)
             metrics[f"{name}/tokens_kept"] = ((weights != 0).sum(dtype=jnp.float32), count)

@@ -14,7 +14,8 @@ KEYWORDS = {
 PARAMETERS = {name: list(inspect.signature(getattr(divergences, name)).parameters) for name in divergences.__all__}
 # These functions take two arrays of log-probabilities, and neither logits nor the target.
 PLAIN = [name for name in divergences.__all__ if PARAMETERS[name][0] == "log_p" and "target" not in PARAMETERS[name]]
-# These functions are not 0, or not least, where the two distributions are equal.
+# These functions are not 0, or not least, where the two distributions are equal: coverage is -log of the student's mass on
+# the teacher's top k; nkd keeps the cross-entropy of the target; plackett_luce is the likelihood of an order.
 NOT_LEAST_AT_EQUALITY = {"coverage", "nkd", "plackett_luce"}
 
 
