@@ -12,7 +12,7 @@ from configs.ablations import base
 def get_config(setting: str = "docstrings") -> ConfigDict:
     config = base.short(forward_kl.get_config(setting))
     rules = (
-        "none()",
+        "none",
         "threshold(of='teacher_entropy', at_least=0.8, divide_by='kept')",
         "top_fraction(of='student_entropy', fraction=0.5, divide_by='kept')",
         "top_fraction(of='divergence', fraction=0.5, divide_by='kept')",
