@@ -27,6 +27,8 @@ class TermSpec(Mapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         value = plain(self.given[key]) if key in self.given else self.defaults[key]
+        if isinstance(self.defaults[key], tuple) and isinstance(value, list):  # a config from JSON has lists
+            value = tuple(value)
         return self.defaults["policy"] | value if key == "policy" else value
 
     def __iter__(self) -> Iterator[str]:

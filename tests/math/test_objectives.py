@@ -1,10 +1,13 @@
 """Terms, their averages, and the error messages of wrong terms."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base
 from kd_jax import assistants, divergences
 from kd_jax.objectives import cross_entropy, make_terms, token_coefficients, token_loss
 from tests.helpers.steps import TERM
@@ -175,3 +178,8 @@ def test_an_objective_needs_terms_and_a_temperature():
         make_terms({})
     with pytest.raises(ValueError, match="temperature=0"):
         make_terms({"distil": TERM}, temperature=0)
+
+
+def test_a_term_of_a_config_that_was_read_from_json_has_lists():
+    for term in (base.hard_labels(), base.term(), base.term(kind="policy_gradient")):
+        make_terms({"it": json.loads(json.dumps(term.to_dict()))})
