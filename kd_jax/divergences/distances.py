@@ -34,8 +34,8 @@ def total_variation(log_p: LogProbs, log_q: LogProbs) -> PerToken:
 def squared_hellinger(log_p: LogProbs, log_q: LogProbs) -> PerToken:
     """Returns ``1/2 sum (sqrt p - sqrt q)^2 = 1 - sum sqrt(p q)``.
 
-    The value is a quarter of the alpha-divergence with alpha 1/2, and the lower half of the pair
-    ``H^2 <= TV <= H sqrt(2 - H^2)`` with the total variation.
+    The value is a quarter of the alpha-divergence with alpha 1/2. The total variation is between ``H^2`` and
+    ``H sqrt(2 - H^2)``.
 
     Returns:
       A number per token between 0 and 1, without a unit.

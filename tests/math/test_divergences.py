@@ -412,6 +412,70 @@ def test_known_points():
     np.testing.assert_allclose(half_jeffreys, (forward + reverse) / 2, rtol=1e-6)
 
 
+def test_the_limits_and_identities_of_the_families():
+    with jax.enable_x64(True):
+        log_p, log_q = map(jax.nn.log_softmax, map(jnp.asarray, logits()))
+        forward, reverse = divergences.forward_kl(log_p, log_q), divergences.reverse_kl(log_p, log_q)
+        for near in (1 - 1e-9, 1 + 1e-9):
+            np.testing.assert_allclose(divergences.renyi(log_p, log_q, alpha=near), forward, rtol=1e-7)
+            np.testing.assert_allclose(divergences.tsallis(log_p, log_q, order=near), forward, rtol=1e-7)
+        half = divergences.renyi(log_p, log_q, alpha=0.5)
+        squared = divergences.squared_hellinger(log_p, log_q)
+        np.testing.assert_allclose(half, -2 * jnp.log1p(-squared), rtol=1e-12)
+        np.testing.assert_allclose(divergences.hellinger(log_p, log_q) ** 2, squared, rtol=1e-12)
+        np.testing.assert_allclose(
+            divergences.jeffreys(log_p, log_q), 2 * divergences.mixed_kl(log_p, log_q), rtol=1e-12
+        )
+        np.testing.assert_allclose(divergences.todi(log_p, log_q), forward + reverse, rtol=1e-12)
+        token = jnp.array([0, 5, 8])
+        off = 1 - jnp.exp(jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0])
+        decoupled = functools.partial(divergences.decoupled_kl, log_p, log_q)
+        np.testing.assert_allclose(decoupled(target=token, rest_weight=off), forward, rtol=1e-12)
+        np.testing.assert_allclose(decoupled(target=jnp.array([-1, 9, -100])), forward, rtol=1e-12)
+        d, q = log_q - log_p, jnp.exp(log_q)
+        variance = jnp.sum(q * d**2, axis=-1) - jnp.sum(q * d, axis=-1) ** 2
+        np.testing.assert_allclose(divergences.concrete_score(log_p, log_q), variance / 2, rtol=1e-12)
+
+
+def test_renyi_neither_vanishes_nor_overflows():
+    log_p, log_q = jnp.array([-1e-30, -300.0]), jnp.array([-300.0, -1e-30])
+    np.testing.assert_allclose(divergences.renyi(log_p, log_q, alpha=2.0), 300, rtol=1e-6)
+    np.testing.assert_allclose(divergences.renyi(log_p, log_q, alpha=0.5), 300 - 2 * np.log(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(divergences.ENTRIES))
+def test_the_contributions_of_the_entries_sum_to_the_divergence(name):
+    keywords = KEYWORDS[name][0]
+    with jax.enable_x64(True), jax.debug_nans(True):
+        teacher, student = map(jnp.asarray, no_mass(*logits()))
+
+        def totals(function):
+            def total(teacher, student):
+                return function(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)).sum()
+
+            return jax.value_and_grad(total, argnums=(0, 1))(teacher, student)
+
+        entries = functools.partial(divergences.ENTRIES[name], **keywords)
+        found = totals(entries)
+        expected = totals(functools.partial(getattr(divergences, name), **keywords))
+        assert entries(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)).shape == teacher.shape
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), found, expected)
+
+
+def test_the_contributions_are_those_of_the_formulas():
+    log_p, log_q = jnp.log(jnp.array([0.75, 0.25, 0.0])), jnp.log(jnp.array([0.25, 0.75, 0.0]))
+    forward = divergences.ENTRIES["forward_kl"](log_p, log_q)
+    np.testing.assert_allclose(forward, [0.75 * np.log(3), -0.25 * np.log(3), 0], rtol=1e-6)
+    one_sided = divergences.ENTRIES["forward_kl"](jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([1.0, 0.0])))
+    np.testing.assert_allclose(one_sided, [-0.5 * np.log(2), np.inf], rtol=1e-6)
+
+
+def test_logit_mse_depends_on_constants_in_the_logits():
+    z = jnp.array([1.0, 2.0, -jnp.inf])
+    assert divergences.logit_mse(z, z + 2) == 1
+    assert divergences.logit_mse(z, z + 2, standardise=True) == 0
+
+
 def test_infinite_entries_add_nothing_to_the_gradient():
     teacher, student = logits()
     student[0, 2] = -np.inf
