@@ -5,6 +5,8 @@ accepts new keywords, also from the command line (--config.objective.terms.disti
 are locked.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict, FieldReference
 
 from kd_jax.settings import Member, Policy, Settings, Term, defaults, open_names
@@ -26,10 +28,7 @@ def term(**changes: object) -> ConfigDict:
     Raises:
       KeyError: a changed key is not declared.
     """
-    values = defaults(Term)
-    if unknown := changes.keys() - values.keys():
-        raise KeyError(f"a term has no key {sorted(unknown)}; the keys of a term are {', '.join(values)}.")
-    values |= changes
+    values = _changed(Term, "term", changes)
     values |= {key: number(values[key]) for key in ("weight", "coefficient", "temperature", "teacher_temperature")}
     values["assistant"] = {key: number(value) for key, value in dict(values["assistant"]).items()}
     return ConfigDict(values)
@@ -50,10 +49,7 @@ def policy(**changes: object) -> ConfigDict:
     Raises:
       KeyError: a changed key is not declared.
     """
-    values = defaults(Policy)
-    if unknown := changes.keys() - values.keys():
-        raise KeyError(f"a policy has no key {sorted(unknown)}; the keys of a policy are {', '.join(values)}.")
-    return ConfigDict(values | changes)
+    return ConfigDict(_changed(Policy, "policy", changes))
 
 
 def member(**changes: object) -> ConfigDict:
@@ -62,10 +58,15 @@ def member(**changes: object) -> ConfigDict:
     Raises:
       KeyError: a changed key is not declared.
     """
-    values = defaults(Member)
+    return ConfigDict(_changed(Member, "member", changes))
+
+
+def _changed(kind: type, name: str, changes: dict[str, object]) -> dict[str, Any]:
+    """Returns the default values of a section with changes. A changed key that is not declared raises a KeyError."""
+    values = defaults(kind)
     if unknown := changes.keys() - values.keys():
-        raise KeyError(f"a member has no key {sorted(unknown)}; the keys of a member are {', '.join(values)}.")
-    return ConfigDict(values | changes)
+        raise KeyError(f"a {name} has no key {sorted(unknown)}; the keys of a {name} are {', '.join(values)}.")
+    return values | changes
 
 
 def hard_labels(**changes: object) -> ConfigDict:
