@@ -145,9 +145,12 @@ def functions() -> str:
 
 def datasets() -> str:
     """Returns a Markdown table of the datasets, with the first sentence of each module's docstring."""
-    lines = ["| `data.name` | rows |", "| --- | --- |"]
+    lines = ["| `data.name` | rows | further columns |", "| --- | --- | --- |"]
     for name, source in data.SOURCES.items():
-        lines.append(f"| `{name}` | {first_sentence(sys.modules[source.__module__].__doc__ or '')} |")
+        further = [f"`{column}`" for column in data.COLUMNS.get(name, ())]
+        further += ["those in `data.options.columns`"] * ("columns" in inspect.signature(source).parameters)
+        row = (f"`{name}`", first_sentence(sys.modules[source.__module__].__doc__ or ""), ", ".join(further) or "none")
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 

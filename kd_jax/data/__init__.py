@@ -11,13 +11,24 @@ limits.
 Other packages import from this package, and from the modules `counts`, `encoding`, `jsonl` and `limited`.
 """
 
-from kd_jax.data.builder import DEFAULT_DIR, EVALUATION, SOURCES, fingerprint, load, load_references, splits
+from kd_jax.data.builder import (
+    COLUMNS,
+    DEFAULT_DIR,
+    EVALUATION,
+    SOURCES,
+    columns,
+    fingerprint,
+    load,
+    load_references,
+    splits,
+)
 from kd_jax.data.pipeline import batches, encode_prompts, from_ids, pack, pad, prompt_of, tokenize
 from kd_jax.data.prompts import TEMPLATES, Template, make_render, with_template_end
 from kd_jax.data.rows import Packed, Rows, Texts, TokenValues, join, pack_rows
 from kd_jax.data.tokenizer import Tokenizer
 
 __all__ = [
+    "COLUMNS",
     "DEFAULT_DIR",
     "EVALUATION",
     "SOURCES",
@@ -29,6 +40,7 @@ __all__ = [
     "TokenValues",
     "Tokenizer",
     "batches",
+    "columns",
     "encode_prompts",
     "fingerprint",
     "from_ids",

@@ -1,4 +1,7 @@
-"""The tfds builder: rows of name, prompt, context and response, built once for each content and read at random."""
+"""The tfds builder: rows of texts, built once for each content and read at random.
+
+A row has name, prompt, context, response, and the further columns of its dataset.
+"""
 
 import contextlib
 import dataclasses
@@ -22,7 +25,7 @@ from kd_jax.storage.files import AnyPath, Json
 Row = Mapping[str, str]
 DEFAULT_DIR = str(tfds.core.constants.DATA_DIR)
 SIGN = "dataset_info.json"  # copied last, so that a copied dataset with this file is complete
-FIELDS = ("name", "prompt", "context", "response")
+FIELDS = jsonl.ROW
 AnyRow = TypeVar("AnyRow", bound=Mapping[str, Any])
 Splits = Mapping[str, Callable[[], Iterable[AnyRow]]]  # split -> () -> rows
 Source = Callable[..., tuple[str, Splits[AnyRow]]]  # (**options) -> (fingerprint of the content, splits)
@@ -33,15 +36,27 @@ SOURCES: dict[str, Source[Row]] = {
     "jsonl": jsonl.source,
     "text": text.source,
 }
+# The further columns of a dataset. A source with an option `columns` also has the columns that this option names.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "docstrings": docstrings.COLUMNS,
+    "dolly": dolly.COLUMNS,
+    "gsm8k": gsm8k.COLUMNS,
+}
 # Sources for evaluation only, whose rows have prompt, context and references. The rows are read directly from a file.
 EVALUATION: dict[str, Source[Json]] = {name: partial(instructions.source, name) for name in instructions.FILES}
 
 
 @dataclasses.dataclass
 class RowsConfig(tfds.core.BuilderConfig):
-    """The configuration of a dataset. Its name contains the fingerprint, so that changed content is built again."""
+    """The configuration of a dataset. Its name contains the fingerprint, so that changed content is built again.
+
+    Attributes:
+      splits: the splits of the dataset's source.
+      columns: the names of the columns in addition to `FIELDS`.
+    """
 
     splits: Splits[Row] = dataclasses.field(default_factory=dict, repr=False)
+    columns: tuple[str, ...] = ()
 
 
 class KdJaxRows(tfds.core.GeneratorBasedBuilder):
@@ -50,7 +65,8 @@ class KdJaxRows(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict({field: tfds.features.Text() for field in FIELDS})
+        fields = (*FIELDS, *self.builder_config.columns)
+        features = tfds.features.FeaturesDict({field: tfds.features.Text() for field in fields})
         return tfds.core.DatasetInfo(builder=self, features=features)
 
     def _split_generators(
@@ -71,7 +87,8 @@ class KdJaxRows(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, rows: Iterable[Row]) -> Iterator[tuple[int, dict[str, str]]]:
         for index, row in enumerate(rows):
-            yield index, {field: row.get(field, "") for field in FIELDS}
+            further = {column: row[column] for column in self.builder_config.columns}
+            yield index, {field: row.get(field, "") for field in FIELDS} | further
 
 
 class _Decoded:
@@ -119,7 +136,7 @@ def read_back(builder: tfds.core.DatasetBuilder, split: str) -> _Decoded:
       split: the name of the split.
 
     Returns:
-      A sequence of {"name", "prompt", "context", "response"}, each a str.
+      A sequence of rows with the columns of `columns`, each a str.
 
     Raises:
       ValueError: the split is empty, its files are damaged or outside the dataset's folder, or the number of rows
@@ -156,7 +173,7 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: objec
       **options: keyword arguments of the dataset's `source` function.
 
     Returns:
-      A sequence of {"name", "prompt", "context", "response"}, each a str.
+      A sequence of rows with the columns of `columns`, each a str.
 
     Raises:
       ValueError: the name, an option or the split is unknown, the split is empty, or a row cannot be read.
@@ -169,7 +186,7 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: objec
         )
     fingerprint, splits = _open(name, SOURCES, split, options)
     # pyrefly: ignore[unexpected-keyword]  # tfds hides that its BuilderConfig is a dataclass
-    config = RowsConfig(name=f"{name}-{fingerprint}", splits=splits)
+    config = RowsConfig(name=f"{name}-{fingerprint}", splits=splits, columns=_further(name, options))
     address = data_dir if data_dir and remote.is_remote(data_dir) else ""
     data_dir = str(remote.stand_in(address)) if address else data_dir
     builder = open_builder(data_dir, config)
@@ -203,6 +220,33 @@ def fingerprint(name: str, *, split: str, **options: object) -> str:
     return _open(name, SOURCES, split, options)[0]
 
 
+def columns(name: str, **options: object) -> tuple[str, ...]:
+    """Returns the names of a dataset's columns. The dataset is not built, and no file is read.
+
+    Args:
+      name: the dataset, a name in `SOURCES`.
+      **options: keyword arguments of the dataset's `source` function.
+
+    Raises:
+      ValueError: the name or an option is unknown, an option has the wrong type, or a column's name is not allowed.
+
+    Example:
+      >>> columns("gsm8k")
+      ('name', 'prompt', 'context', 'response', 'answer')
+      >>> columns("jsonl", path="rows.jsonl", columns=("domain",))
+      ('name', 'prompt', 'context', 'response', 'domain')
+    """
+    _check(name, SOURCES, options)
+    further = _further(name, options)
+    jsonl.check_columns(further)
+    return (*FIELDS, *further)
+
+
+def _further(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the names of the columns in addition to `FIELDS`."""
+    return (*COLUMNS.get(name, ()), *options.get("columns", ()))
+
+
 def load_references(name: str, *, split: str, data_dir: str | None = None, **options: object) -> list[Json]:
     """Returns the rows of a split for evaluation. Each row has prompt, context and references.
 
@@ -234,6 +278,15 @@ def _open(
     name: str, sources: Mapping[str, Source[AnyRow]], split: str | None, options: Mapping[str, object]
 ) -> tuple[str, Splits[AnyRow]]:
     """Checks a dataset's name, options and split, and returns the dataset's fingerprint and splits."""
+    _check(name, sources, options)
+    fingerprint, splits = sources[name](**options)
+    if split is not None and split not in splits:
+        raise ValueError(f"the dataset {name} has no split {split!r}; the splits are {', '.join(splits)}.")
+    return fingerprint, splits
+
+
+def _check(name: str, sources: Mapping[str, Source[AnyRow]], options: Mapping[str, object]) -> None:
+    """Checks a dataset's name and options."""
     if name not in sources:
         raise ValueError(f"there is no dataset {name!r}{nearest(name, sources)}; known: {', '.join(sources)}.")
     known = inspect.signature(sources[name]).parameters
@@ -250,10 +303,6 @@ def _open(
             raise ValueError(
                 f"data.options.{option}={value!r} of the dataset {name} must be {_in_words(known[option].annotation)}."
             )
-    fingerprint, splits = sources[name](**options)
-    if split is not None and split not in splits:
-        raise ValueError(f"the dataset {name} has no split {split!r}; the splits are {', '.join(splits)}.")
-    return fingerprint, splits
 
 
 def _fits(value: object, annotation: Any) -> bool:

@@ -20,6 +20,8 @@ SPLITS = ("train", "validation", "test")
 SHARES = {"test": 0.03, "validation": 0.03}  # shares of the modules; the other modules are for training
 PACKAGES = ("numpy", "scipy", "jax", "matplotlib")
 MAX_CHARACTERS = 6000
+MAX_HINT = 400  # characters
+COLUMNS = ("hint",)
 
 
 def source(
@@ -28,6 +30,7 @@ def source(
     """Returns the fingerprint and the splits of the docstrings dataset.
 
     The prompt is the source of a function without its docstring. The response is the first paragraph of the docstring.
+    The column `hint` is the rest of the docstring, cut at about 400 characters, and is empty if there is no rest.
     The files are parsed and never imported.
 
     A hash of a module's name assigns the whole module to one split: about 94 % to train, 3 % to validation and 3 % to
@@ -53,7 +56,7 @@ def source(
             )
         roots.append((Path(spec.submodule_search_locations[0]), package))
         versions.append(f"{package} {_version(package)}")
-    fingerprint = digest(";".join([*versions, "at least one"]))[:12]
+    fingerprint = digest(";".join([*versions, "at least one", "with hint"]))[:12]
     cache: dict[str, list[dict[str, str]]] = {}
 
     def rows(split: str) -> Iterable[dict[str, str]]:
@@ -124,7 +127,7 @@ def _functions(path: Path, module: str) -> Iterator[dict[str, str]]:
         docstring = ast.get_docstring(node, clean=False)
         if not docstring or len(node.body) < 2:
             continue
-        paragraph = " ".join(inspect.cleandoc(docstring).split("\n\n")[0].split())
+        paragraph, *others = (" ".join(part.split()) for part in inspect.cleandoc(docstring).split("\n\n"))
         prompt = _without_docstring(lines, node)
         if (
             len(paragraph.split()) >= 3
@@ -132,7 +135,20 @@ def _functions(path: Path, module: str) -> Iterator[dict[str, str]]:
             and paragraph[0].isalnum()
             and len(prompt) <= MAX_CHARACTERS
         ):
-            yield {"name": name, "prompt": prompt, "context": "", "response": paragraph}
+            hint = _cut("\n\n".join(filter(None, others)), MAX_HINT)
+            yield {"name": name, "prompt": prompt, "context": "", "response": paragraph, "hint": hint}
+
+
+def _cut(text: str, length: int) -> str:
+    """Returns the words of a text that end within `length` characters. Half surrogate pairs become question marks.
+
+    Example:
+      >>> _cut("one two three", 8), _cut("one two three", 7), _cut("one two", 6), _cut("one", 2)
+      ('one two', 'one two', 'one', 'on')
+    """
+    if len(text) > length:
+        text = re.split(r"\s+\S*$", text[: length + 1], maxsplit=1)[0][:length]
+    return text.encode("utf-8", "replace").decode()
 
 
 def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str]]:

@@ -14,14 +14,15 @@ SHA256 = {
     "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
     "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
 }
-FIELDS = {"prompt": "question", "response": "answer"}
+FIELDS = {"prompt": "question", "response": "answer", "answer": "answer"}
+COLUMNS = ("answer",)
 
 
 def source(path: str = "") -> tuple[str, dict[str, Callable[[], Iterable[dict[str, str]]]]]:
     """Returns the fingerprint and the splits of GSM8K: train, validation and test.
 
     The test split is the published test set. A hash of the question assigns 3 % of the published training set, and at
-    least one row, to the validation split.
+    least one row, to the validation split. The response and the column `answer` are both the worked answer.
 
     Args:
       path: a folder with train.jsonl and test.jsonl, which are not checked against checksums. If `path` is empty, both
@@ -47,5 +48,5 @@ def source(path: str = "") -> tuple[str, dict[str, Callable[[], Iterable[dict[st
     splits: dict[str, Callable[[], Iterable[dict[str, str]]]] = {
         split: lambda split=split: rows(split) for split in ("train", "validation")
     }
-    fingerprint = jsonl.digest(list(files.values()), "gsm8k, at least one" if path else "gsm8k")
+    fingerprint = jsonl.digest(list(files.values()), "gsm8k with answer, at least one" if path else "gsm8k with answer")
     return fingerprint, splits | {"test": lambda: jsonl.read(files["test"], FIELDS)}

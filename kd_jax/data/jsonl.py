@@ -2,9 +2,10 @@
 
 import codecs
 import gzip
+import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from kd_jax.storage.files import Json
 
 MAX_LINE = 16 * untrusted.MIB
 MAX_BLANK = 10_000
+ROW = ("name", "prompt", "context", "response")  # the columns that every row of a built dataset has
 MAX_RATIO = 200  # the compression ratio of text is 3 to 20; gzip can reach 1,000
 
 
@@ -25,6 +27,7 @@ def source(
     context_field: str = "",
     validation_path: str = "",
     validation_fraction: float = 0.02,
+    columns: tuple[str, ...] = (),
 ) -> tuple[str, dict[str, Callable[[], Iterable[dict[str, str]]]]]:
     """Returns the fingerprint and the splits train and validation of a JSON-lines file.
 
@@ -36,24 +39,32 @@ def source(
       validation_path: a file of held-out rows. If empty, a part of `path` is held out.
       validation_fraction: the share of `path` that is held out, in [0, 1), chosen by a hash of the prompt. Above 0,
         each split has at least one prompt, provided that there are two different prompts. With 0 nothing is held out.
+      columns: the names of further fields, which become columns of the same name. A number or a boolean becomes its
+        JSON text, such as 3, 0.5 or true.
 
     Raises:
-      ValueError: a file does not exist, a line is not JSON, a row lacks a field, or the share is out of range.
+      ValueError: a file does not exist, a line is not JSON, a row lacks a field, the share is out of range, or a name
+        in `columns` is reserved, empty or repeated.
     """
     check_share(validation_fraction, validation_path)
+    check_columns(columns)
     fields = {"prompt": prompt_field, "response": response_field}
     if context_field:
         fields["context"] = context_field
+    settings = (fields, validation_fraction if not validation_path else "", "at least one")
+    fields = fields | {column: column for column in columns}
     files = [remote.local_file(p) for p in (path, validation_path) if p]
-    fingerprint = digest(files, str((fields, validation_fraction if not validation_path else "", "at least one")))
+    # Without further columns the text is the one of earlier versions, so that their built datasets stay valid.
+    fingerprint = digest(files, str((*settings, tuple(columns)) if columns else settings))
+    read_rows = lambda file: read(file, fields, scalars=tuple(columns))
 
     def rows(held_out: bool) -> Iterator[dict[str, str]]:
         if validation_path:
-            yield from read(files[held_out], fields)
+            yield from read_rows(files[held_out])
             return
-        parts = divide((fraction(row["prompt"]) for row in read(files[0], fields)), {"validation": validation_fraction})
+        parts = divide((fraction(row["prompt"]) for row in read_rows(files[0])), {"validation": validation_fraction})
         low, high = parts["validation" if held_out else "train"]
-        yield from (row for row in read(files[0], fields) if low <= fraction(row["prompt"]) < high)
+        yield from (row for row in read_rows(files[0]) if low <= fraction(row["prompt"]) < high)
 
     return fingerprint, {"train": lambda: rows(False), "validation": lambda: rows(True)}
 
@@ -68,6 +79,21 @@ def check_share(validation_fraction: float, validation_path: str | tuple[str, ..
         raise ValueError(
             f"data.options.validation_fraction={validation_fraction} must be at least 0 and below 1; 0 holds nothing out."
         )
+
+
+def check_columns(columns: Sequence[str]) -> None:
+    """Checks the names of further columns.
+
+    Raises:
+      ValueError: a name is one of `ROW`, is empty, or occurs twice.
+    """
+    for index, column in enumerate(columns):
+        if not column or column in ROW or column in columns[:index]:
+            problem = "is empty" if not column else "is reserved" if column in ROW else "occurs twice"
+            raise ValueError(
+                f"data.options.columns={tuple(columns)!r}: the name {column!r} {problem}; name further fields of the file, "
+                f"other than {', '.join(ROW)}."
+            )
 
 
 def divide(fractions: Iterable[float], shares: dict[str, float]) -> dict[str, tuple[float, float]]:
@@ -102,13 +128,22 @@ def divide(fractions: Iterable[float], shares: dict[str, float]) -> dict[str, tu
     return ranges | {"train": (low, 1.0)}
 
 
-def read(path: Path, fields: dict[str, str], several: tuple[str, ...] = ()) -> Iterator[Json]:
+def read(
+    path: Path,
+    fields: dict[str, str],
+    several: tuple[str, ...] = (),
+    scalars: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+) -> Iterator[Json]:
     """Yields the rows of a file.
 
     Args:
       path: the file.
       fields: the name of a field in kd_jax -> the name of the field in the file.
       several: the names in kd_jax of the fields whose value may also be a non-empty list of strings.
+      scalars: the names in kd_jax of the fields whose value may also be a finite number or a boolean, which becomes its
+        JSON text.
+      optional: the names in kd_jax of the fields that may be missing, which then are empty.
 
     Raises:
       ValueError: a row is not a JSON object, or a field is missing or has the wrong type; the message names the file
@@ -116,20 +151,25 @@ def read(path: Path, fields: dict[str, str], several: tuple[str, ...] = ()) -> I
     """
     for number, line in _lines(path):
         where = f"{path}:{number}"
-        # NaN is allowed, because Python can write it and no field that is read here is a number.
+        # NaN is allowed in fields that are not read here, because Python can write it.
         row = untrusted.parse_json(line, where, finite=False)
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}.")
+        values = {}
         for ours, field in fields.items():
-            value = row.get(field)
+            value = row.get(field, "" if ours in optional else None)
+            if ours in scalars and (isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
+                value = json.dumps(value)
             many = ours in several and isinstance(value, list) and value and all(isinstance(v, str) for v in value)
             if not isinstance(value, str) and not many:
-                problem = f"is {untrusted.printable(row[field])}, not a string" if field in row else "is missing"
+                kinds = "a string, a finite number or a boolean" if ours in scalars else "a string"
+                problem = f"is {untrusted.printable(row[field])}, not {kinds}" if field in row else "is missing"
                 names = untrusted.clip(", ".join(row))
                 raise ValueError(f"{where}: the field {field!r} {problem}; the row has {names}.")
             if not all(map(_is_text, value if many else [value])):
                 raise ValueError(f"{where}: the field {field!r} has half of a surrogate pair, which is no character.")
-        yield {ours: row[theirs] for ours, theirs in fields.items()}
+            values[ours] = value
+        yield values
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

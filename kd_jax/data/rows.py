@@ -32,7 +32,10 @@ class Rows:
 
 
 class Texts(Protocol):
-    """The rows of a dataset, each with prompt, context and response, such as a list of dicts."""
+    """The rows of a dataset, such as a list of dicts.
+
+    Each row has prompt, context and response, and may have further columns. All values are str.
+    """
 
     def __len__(self) -> int: ...
 

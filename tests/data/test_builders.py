@@ -104,6 +104,18 @@ def test_a_function_is_split_into_code_and_first_paragraph(sample):
     assert rows["step"]["name"] == f"sample.{module_in('train')}.Walker.step"
 
 
+def test_the_hint_is_the_rest_of_the_docstring(sample):
+    parts = ["Spreads \\ud800 the load.", "", "Args:", "  a: one,", "    two.", "", "", "  ", "word " * 100]
+    long = ADD.replace("add", "spread").replace("And more.", "\n    ".join(parts)).replace("a + b", "a.spread(b)")
+    options = sample(**{module_in("train"): ADD + long + STEP})
+    rows = {row["name"].rsplit(".", 1)[1]: row for row in data.load("docstrings", split="train", **options)}
+    assert set(data.columns("docstrings", packages=("sample",))) == set(rows["add"])
+    assert {name: row["hint"] for name, row in rows.items() if name != "spread"} == {"add": "And more.", "step": ""}
+    start = "Spreads ? the load.\n\nArgs: a: one, two.\n\nword word"
+    hint = rows["spread"]["hint"]
+    assert hint.startswith(start) and hint.endswith("word") and 395 < len(hint) <= docstrings.MAX_HINT
+
+
 @pytest.mark.parametrize("twin", [ADD, ADD_ALIKE, SAME_SAID], ids=["same", "same code", "same name and docstring"])
 def test_no_held_out_function_has_a_twin_in_training(sample, twin):
     other = ADD.replace("add", "difference").replace("sum", "difference").replace("a + b", "a.less(b)")
@@ -170,6 +182,73 @@ def test_jsonl_fields_gzip_and_hashed_split(tmp_path):
     # Both answers to a question are in the same split.
     questions = [{text.split("ü")[0] for text in part} for part in (train, validation)]
     assert not questions[0] & questions[1]
+
+
+def test_jsonl_columns_are_read_back_as_texts(tmp_path):
+    rows = [{"prompt": "a", "response": "b", "topic/kind é": "x\n", "level": 3}]
+    rows += [{"prompt": f"{i}", "response": "r", "topic/kind é": "", "level": v} for i, v in enumerate((0.5, True))]
+    options = dict(path=write_lines(tmp_path / "rows.jsonl", rows), validation_fraction=0.0)
+    names = ("level", "topic/kind é")
+    load = lambda **columns: data.load("jsonl", split="train", data_dir=str(tmp_path / "tfds"), **options, **columns)
+    built = {row["prompt"]: row for row in load(columns=names)}
+    assert built["a"] == {
+        "name": "", "prompt": "a", "context": "", "response": "b", "level": "3", "topic/kind é": "x\n",
+    }  # fmt: skip
+    assert (built["0"]["level"], built["1"]["level"], built["1"]["topic/kind é"]) == ("0.5", "true", "")
+    assert list(load(columns=names)) == list(built.values()), "read from the built files"
+    assert set(load()[0]) == {"name", "prompt", "context", "response"}
+    assert data.columns("jsonl", columns=names, **options) == ("name", "prompt", "context", "response", *names)
+    (reference, *_) = data.load_references("jsonl", split="train", data_dir=str(tmp_path), columns=names, **options)
+    assert reference["references"] == [reference["response"]] and {"level"} < set(reference)
+
+
+def test_only_columns_change_the_fingerprint_of_a_jsonl_file(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", "response": "b", "c": "d", "e": 1}])
+    fingerprint = lambda **options: data.fingerprint("jsonl", split="train", path=path, **options)
+    assert fingerprint() == fingerprint(columns=()) == "9a72b7294e20", "the datasets of earlier versions stay valid"
+    prints = {fingerprint(), fingerprint(columns=("c",)), fingerprint(columns=("e",)), fingerprint(columns=("c", "e"))}
+    assert len(prints) == 4 and fingerprint(columns=["c"]) in prints
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ('"level": "b"', r"rows.jsonl:2: the field 'topic' is missing; the row has prompt, response, level"),
+        ('"topic": null', r"rows.jsonl:2: the field 'topic' is None, not a string, a finite number or a boolean"),
+        ('"topic": ["a"]', r"rows.jsonl:2: the field 'topic' is \['a'\], not a string, a finite number"),
+        ('"topic": NaN', r"rows.jsonl:2: the field 'topic' is nan, not a string, a finite number"),
+        ('"topic": 1e999', r"rows.jsonl:2: the field 'topic' is inf, not a string, a finite number"),
+        ('"topic": "\\ud800"', r"rows.jsonl:2: the field 'topic' has half of a surrogate pair"),
+    ],
+)
+def test_bad_values_of_a_column_are_named_with_their_line(tmp_path, values, message):
+    path = tmp_path / "rows.jsonl"
+    first, second = ('{"prompt": "a", "response": "b", ' + part + "}\n" for part in (f'"topic": {10**400}', values))
+    path.write_text(first + second)
+    with pytest.raises(ValueError, match=message):
+        data.load("jsonl", split="train", data_dir=str(tmp_path / "tfds"), path=str(path), columns=("topic",))
+
+
+def test_names_of_columns_that_are_not_allowed(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", "response": "b"}])
+    for names, message in (
+        (
+            ("hint", "response"),
+            r"columns=\('hint', 'response'\): the name 'response' is reserved; .*name, prompt, context",
+        ),
+        (("name",), "the name 'name' is reserved"),
+        (("hint", "hint"), "the name 'hint' occurs twice"),
+        (("",), "the name '' is empty"),
+        ("hint", r"columns='hint' of the dataset jsonl must be a tuple of texts, such as \('a', 'b'\)"),
+    ):
+        for call in (data.columns, lambda name, **options: data.load(name, split="train", **options)):
+            with pytest.raises(ValueError, match=message):
+                call("jsonl", path=path, columns=names)
+    with pytest.raises(ValueError, match="gsm8k has no option 'columns'"):
+        data.columns("gsm8k", columns=("hint",))
+    with pytest.raises(ValueError, match=r"no dataset 'gms8k' \(did you mean 'gsm8k'\?\)"):
+        data.columns("gms8k")
+    assert data.columns("text", path="nowhere.txt") == ("name", "prompt", "context", "response")
 
 
 def test_jsonl_is_rebuilt_when_the_file_changes(tmp_path):
@@ -247,6 +326,12 @@ def test_dolly_splits(tmp_path):
     }
     assert sorted(itertools.chain(*parts.values())) == sorted(row["instruction"] for row in rows)
     assert all(5 <= len(parts[s]) <= 40 for s in ("validation", "test"))
+    write_lines(Path(path), [{"instruction": "i", "context": "", "response": "r"}, {**rows[0], "category": "open_qa"}])
+    loaded = [
+        row for s in ("train", "validation") for row in data.load("dolly", split=s, data_dir=str(tmp_path), path=path)
+    ]
+    assert {row["prompt"]: row["category"] for row in loaded} == {"i": "", "i0": "open_qa"}
+    assert set(data.columns("dolly")) == set(loaded[0])
 
 
 @pytest.fixture
@@ -311,6 +396,8 @@ def test_gsm8k_splits_and_downloads(tmp_path, monkeypatch, server):
     known = {name: download.sha256_of(tmp_path / "web" / f"{name}.jsonl") for name in gsm8k.SHA256}
     monkeypatch.setattr(gsm8k, "SHA256", known)
     assert load("web") == local
+    for row in data.load("gsm8k", split="test", data_dir=str(tmp_path / "local"), path=str(tmp_path / "web")):
+        assert row["answer"] == row["response"] and row["answer"].startswith("So\n#### ")
 
 
 TEMPLATED = "### Instruction:\nSing.\n\n### Response:\n"
@@ -387,10 +474,10 @@ def test_two_processes_may_build_at_once(tmp_path, monkeypatch):
     load = lambda: data.load("jsonl", split="train", data_dir=str(tmp_path / "tfds"), path=path)
     read = jsonl.read
 
-    def read_while_another_builds(file, fields):
+    def read_while_another_builds(*args, **keywords):
         monkeypatch.setattr(jsonl, "read", read)
         assert len(load()) == 1
-        return read(file, fields)
+        return read(*args, **keywords)
 
     monkeypatch.setattr(jsonl, "read", read_while_another_builds)
     assert [row["prompt"] for row in load()] == ["a"]
