@@ -19,6 +19,21 @@ def get(name: str) -> ConfigDict:
     return config
 
 
+def own_teacher(config: ConfigDict, **changes: object) -> ConfigDict:
+    """Makes the student its own teacher. A setting without a pretrained student takes its teacher as the student.
+
+    Args:
+      config: the config of a setting.
+      **changes: keys of the section teacher, such as `follow`.
+    """
+    if config.student.init != "pretrained":
+        config.student.init, config.student.path = "pretrained", config.teacher.path
+        config.learning_rate = base.cosine(config, 1e-4, 1e-6)  # the other settings train a student from its start
+    config.teacher.path = "student"
+    config.teacher.update(changes)
+    return config
+
+
 def docstrings(config: ConfigDict) -> None:
     """The task is to write the docstring of a Python function from its source, with data from this machine.
 

@@ -4,8 +4,8 @@ The tables are made from the configs, from the declarations of the keys, and fro
 
     python -m configs.table
 
-A method is a choice for each of these questions: whose text, which pair of distributions, which outcomes, which
-divergence, which token weights, which schedules.
+A method is a choice for each of these questions: whose text, which teacher and what the teacher sees, which pair of
+distributions, which outcomes, which divergence, which token weights, which schedules.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
 
-from kd_jax import assistants, data, divergences, logit_transforms, supports, temperatures, token_weights
+from kd_jax import assistants, data, divergences, logit_transforms, supports, temperatures, token_weights, views
 from kd_jax.command_help import first_sentence
 from kd_jax.policy_gradient import reward_shapes
 from kd_jax.settings import Settings, Term, is_section, keys_of
@@ -26,10 +26,10 @@ METHODS = (
     "sft", "seqkd", "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence",
     "akl", "skew_kl", "abkd", "todi", "csd", "dkd", "atkd", "selectkd", "adakd", "taid", "amid", "ensemble", "imitkd", "gkd",
     "distillm", "distillm2", "minillm", "opd", "vopd", "iw_opd", "fire_opd", "gopd", "eopd", "tip", "ta_opd", "tsd_kd",
-    "topk_opd",
+    "topk_opd", "opsd", "sdft", "sdpo",
 )  # fmt: skip
 TABLES = {
-    "divergence": divergences, "assistant": assistants, "support": supports, "rule of `tokens`": token_weights,
+    "view": views, "divergence": divergences, "assistant": assistants, "support": supports, "rule of `tokens`": token_weights,
     "score of a token": scores, "row gate": row_gates, "transform of logits": logit_transforms,
     "temperature of each model": temperatures, "temperature of each token": of_scores, "reward": reward_shapes,
 }  # fmt: skip
@@ -38,7 +38,7 @@ SHORT = {"teacher": "p", "student": "q", "assistant": "r"}
 
 def methods() -> str:
     """Returns a Markdown table with one row for each term of each method."""
-    columns = ("config", "whose text", "term", "pair", "assistant r", "outcomes", "token weights", "schedules")
+    columns = "config, whose text, teacher, term, pair, assistant r, outcomes, token weights, schedules".split(", ")
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for method in METHODS:
         config = importlib.import_module(f"configs.{method}").get_config()
@@ -46,7 +46,7 @@ def methods() -> str:
         if config.sampling.teacher_share:
             source += f", sampled with {config.sampling.teacher_share:g} of the teacher"
         for i, (name, term) in enumerate(config.objective.terms.items()):
-            head = (f"`{method}`", source) if i == 0 else ("", "")
+            head = (f"`{method}`", source, _teacher(config)) if i == 0 else ("", "", "")
             lines.append(f"| {' | '.join((*head, *_term(name, term)))} |")
     return "\n".join(lines)
 
@@ -71,6 +71,20 @@ def _term(name: str, term: ConfigDict) -> tuple[str, ...]:
         among = f" of {_weights(term['weights'])}" if term["weights"] else ""
         assistant = _spec(term.assistant) + among + weight + (", a constant" if term.stop_gradient else "")
     return f"{factor}{_spec(term.divergence)}{_temperature(term)}{rows}", pair, assistant, _outcomes(term), *end
+
+
+def _teacher(config: ConfigDict) -> str:
+    """Returns the teacher of a method and its view, if they are not a model of its own and the row's prompt."""
+    found = []
+    if config.teacher.path == "student":
+        rate = config.teacher.follow
+        found.append(f"average of the student, rate {rate:g}" if rate else "the student before training")
+    view = dict(config.teacher.view)
+    if view["name"] == "template":
+        found.append(f"sees {', '.join(views.names_in(view['text']))}")
+    elif view["name"] != "none":
+        found.append(f"sees a {view['name'].replace('_', ' ')}")
+    return "; ".join(found)
 
 
 def _weights(members: Mapping[str, float]) -> str:
@@ -136,7 +150,8 @@ def functions() -> str:
         for name in module.__all__:
             function = getattr(module, name)
             parameters = inspect.signature(function).parameters.values()
-            keywords = ", ".join(f"`{p.name}`" for p in parameters if p.kind == p.KEYWORD_ONLY)
+            is_keyword = lambda p, function=function: p.kind == p.KEYWORD_ONLY or inspect.isclass(function)
+            keywords = ", ".join(f"`{p.name}`" for p in parameters if is_keyword(p))
             meaning = first_sentence(inspect.getdoc(function) or "").replace("``", "`").replace("|", "\\|")
             lines.append(f"| `{name}` | {keywords} | {meaning} |".replace("|  |", "| |"))
         tables.append("\n".join(lines))

@@ -96,7 +96,9 @@ def make_train_step(
       - origin, optional: [B], the index into `objectives.ORIGINS` of each row's text. Without origin every row is from
         the data.
       - log_probs, optional: [B, L], the log-probabilities of the targets under the student that drew the targets.
-      - names that begin with teacher_: the arrays of a cached teacher.
+      - names that begin with teacher_: the arrays of a cached teacher, or of a frozen model with a view.
+      - where_NAME: [B, L], for a term with `where`, True for the tokens of the rows that the term counts.
+      - has_view: [B, L], True for the tokens of rows with a view, if a row gate asks for it.
     """
     options: dict[str, Any] = dict(vocab_size=vocab_size, temperature=temperature, chunk=chunk, mesh=mesh)
     by_name = isinstance(teacher, Mapping)
@@ -325,11 +327,13 @@ def _prepared_parts(prepared: Sequence[PreparedTerm]) -> dict[str, PyTree]:
 
 
 def _counted(term: Term, batch: Batch) -> Array:
+    """Returns True where a token counts in a term, [B, L]."""
+    mask = batch["loss_mask"] & batch[f"where_{term.name}"] if term.where else batch["loss_mask"]
     if "origin" not in batch:  # without origin, every row is from a dataset
-        return batch["loss_mask"] & (term.rows in ("all", "data"))
+        return mask & (term.rows in ("all", "data"))
     origin = batch["origin"]
     rows = origin == ORIGINS.index(term.rows) if term.rows != "all" else origin != ORIGINS.index("text")
-    return batch["loss_mask"] & rows[:, None]
+    return mask & rows[:, None]
 
 
 def _split_rows(parts: PyTree, count: int) -> PyTree:

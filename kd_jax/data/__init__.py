@@ -24,7 +24,7 @@ from kd_jax.data.builder import (
 )
 from kd_jax.data.pipeline import batches, encode_prompts, from_ids, pack, pad, prompt_of, tokenize
 from kd_jax.data.prompts import TEMPLATES, Template, make_render, with_template_end
-from kd_jax.data.rows import Packed, Rows, Texts, TokenValues, join, pack_rows
+from kd_jax.data.rows import LineArrays, Packed, Rows, Texts, TokenValues, join, pack_rows
 from kd_jax.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "EVALUATION",
     "SOURCES",
     "TEMPLATES",
+    "LineArrays",
     "Packed",
     "Rows",
     "Template",

@@ -48,11 +48,19 @@ class Encoder:
     def rows(self, source: Texts) -> Iterator[Encoded]:
         """Yields each row of a source in encoded form.
 
-        The source needs a length and an index, because the sources of tfds raise no IndexError at their end.
-
         Raises:
           ValueError: `truncates` is True, but the template's tokens without any user's text exceed
             `max_prompt_length`.
+        """
+        return (encoded for _, encoded in self.fitted(source))
+
+    def fitted(self, source: Texts) -> Iterator[tuple[dict[str, str], Encoded]]:
+        """Yields each row of a source with the text that is left of a truncated prompt, and in encoded form.
+
+        The source needs a length and an index, because the sources of tfds raise no IndexError at their end.
+
+        Raises:
+          ValueError: as in `rows`.
         """
         render = prompts.make_render(self.template, self.tokenizer)
         indices = iter(range(len(source)))
@@ -64,7 +72,7 @@ class Encoder:
                 shorter = self._shortened([rows[i] for i in long], [len(encoded[i].prompt) for i in long])
                 for i, row, again in zip(long, shorter, self._encoded(render, shorter), strict=True):
                     rows[i], encoded[i] = row, again._replace(truncated=True, own_prefix=encoded[i].own_prefix)
-            yield from encoded
+            yield from zip(rows, encoded, strict=True)
 
     def _encoded(self, render: prompts.Render, rows: Sequence[Mapping[str, str]]) -> list[Encoded]:
         adds_prefix = prompts.adds_special_tokens(self.template)

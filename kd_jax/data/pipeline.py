@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 
 from kd_jax.data.encoding import Encoded, Encoder
 from kd_jax.data.prompts import Template
-from kd_jax.data.rows import Packed, Rows, Texts, TokenValues, from_pieces
+from kd_jax.data.rows import LineArrays, Packed, Rows, Texts, TokenValues, from_pieces
 from kd_jax.data.tokenizer import Tokenizer
 
 COUNTS = ("read", "prompts_cut", "prompts_dropped", "responses_cut", "responses_dropped", "empty", "own_prefix")
@@ -103,7 +103,8 @@ def _assemble(
     counts = dict.fromkeys(COUNTS, 0)
     pieces: list[Int[np.ndarray, " L"]] = []
     prompt_lengths: list[int] = []
-    for encoded in encoded_rows:
+    sources: list[int] = []
+    for index, encoded in enumerate(encoded_rows):
         counts["read"] += 1
         counts["prompts_cut"] += encoded.truncated
         counts["own_prefix"] += encoded.own_prefix
@@ -124,9 +125,11 @@ def _assemble(
             response = response[:room]
         pieces.append(np.array(prompt + response, np.int32))
         prompt_lengths.append(len(prompt))
+        sources.append(index)
     counts["kept"] = len(pieces)
     lengths = np.array(prompt_lengths, np.int32)
-    return from_pieces(pieces, lengths, lengths if loss_on == "response" else np.zeros_like(lengths)), counts
+    first = lengths if loss_on == "response" else np.zeros_like(lengths)
+    return from_pieces(pieces, lengths, first, np.array(sources, np.int32)), counts
 
 
 def pack(source: Texts, tokenizer: Tokenizer, *, max_length: int) -> tuple[Rows, dict[str, int]]:
@@ -174,6 +177,7 @@ def batches(
     process_count: int = 1,
     pad_id: int,
     token_values: TokenValues | None = None,
+    line_arrays: LineArrays | None = None,
 ) -> grain.IterDataset:
     """Returns batches of a fixed shape: this process's share of each global batch.
 
@@ -194,6 +198,7 @@ def batches(
       pad_id: the padding token, on the right of shorter rows.
       token_values: additional values of the rows' tokens, which become arrays by name, [batch_size / process_count,
         max_length, ...]. For packed rows, `token_values` is indexed by the rows before packing.
+      line_arrays: additional arrays of the batch, also indexed by the rows before packing.
 
     Returns:
       An iterable of dicts of NumPy arrays, each [batch_size / process_count, max_length]: tokens and targets (int32),
@@ -233,12 +238,11 @@ def batches(
         positions = range(start + process_index, start + batch_size, process_count)
         # grain's type allows None, which only a filtered dataset has.
         indices = [i for position in positions if position < num_rows and (i := order[position]) is not None]
-        if not isinstance(rows, Packed):
-            batch = pad(rows, [(index,) for index in indices], len(positions), max_length, pad_id, token_values)
-            return batch | {"mask": batch["mask"] > 0}
-        return pad(
-            rows.rows, [rows.groups[index] for index in indices], len(positions), max_length, pad_id, token_values
-        )
+        groups = [rows.groups[index] if isinstance(rows, Packed) else (index,) for index in indices]
+        batch = pad(single, groups, len(positions), max_length, pad_id, token_values)
+        if line_arrays is not None:
+            batch |= line_arrays.of_lines(groups, len(positions))
+        return batch if isinstance(rows, Packed) else batch | {"mask": batch["mask"] > 0}
 
     # The elements are batches, so that one index is the complete state. The rows are in memory, so two threads are
     # enough to prepare the next batches. The arrays of `token_values` may be large, so fewer batches are buffered.

@@ -17,12 +17,14 @@ class Rows:
       offsets: the boundaries of the rows: row i is tokens[offsets[i] : offsets[i + 1]].
       prompt_lengths: the number of prompt tokens at the start of each row.
       first_counted: the position in each row of the first token that the loss counts. All later tokens count, too.
+      sources: the index in the dataset of each row's text; None for rows that are not rows of a dataset.
     """
 
     tokens: Int[np.ndarray, " T"]
     offsets: Int[np.ndarray, " N+1"]
     prompt_lengths: Int[np.ndarray, " N"]
     first_counted: Int[np.ndarray, " N"]
+    sources: Int[np.ndarray, " N"] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -57,6 +59,19 @@ class TokenValues(Protocol):
         ...
 
 
+class LineArrays(Protocol):
+    """Additional arrays of a batch that are made from whole rows, such as the prompts of a teacher that sees more."""
+
+    def of_lines(self, groups: Sequence[Sequence[int]], num_lines: int) -> Mapping[str, np.ndarray]:
+        """Returns arrays [num_lines, ...] by name.
+
+        Args:
+          groups: the indices of the rows in each line of the batch, in order.
+          num_lines: the number of lines. Lines beyond the groups are padding.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """Rows that share rows of a batch. Segments separate the rows, as described in `pack_rows`.
@@ -74,13 +89,14 @@ class Packed:
 
 
 def from_pieces(
-    pieces: Sequence[Int[np.ndarray, " L"]], prompt_lengths: Int[np.ndarray, " N"], first: Int[np.ndarray, " N"]
-) -> Rows:
+    pieces: Sequence[Int[np.ndarray, " L"]], prompt_lengths: Int[np.ndarray, " N"], first: Int[np.ndarray, " N"],
+    sources: Int[np.ndarray, " N"] | None = None,
+) -> Rows:  # fmt: skip
     """Returns `Rows` made from one array per row."""
     offsets = np.zeros(len(pieces) + 1, np.int64)
     np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
-    return Rows(tokens, offsets, prompt_lengths, first)
+    return Rows(tokens, offsets, prompt_lengths, first, sources)
 
 
 def join(rows: Rows, *, max_length: int) -> Rows:

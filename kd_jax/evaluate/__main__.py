@@ -21,10 +21,10 @@ from jaxtyping import PyTree
 
 from kd_jax import command, data, metrics, models, report, sharding, storage
 from kd_jax.data import counts, jsonl
+from kd_jax.data.scores import rouge_tokens
 from kd_jax.data.shared import check_same_tokenizer, fit_tokenizer
 from kd_jax.evaluate import arguments, harness, texts, tokens
 from kd_jax.evaluate.of_run import filled, model_folder, template_of
-from kd_jax.evaluate.scores import rouge_tokens
 from kd_jax.evaluate.tables import PLACES, by_place, over_seeds, table
 from kd_jax.prefixes import rollouts
 from kd_jax.settings import Sampling

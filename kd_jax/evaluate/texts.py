@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from kd_jax import data, models
-from kd_jax.evaluate.scores import exact_match, number_match, rouge_l
+from kd_jax.data.scores import exact_match, number_match, rouge_l
 from kd_jax.evaluate.tokens import NEEDED, collect, summary
 from kd_jax.prefixes import rollouts
 from kd_jax.storage.files import Json

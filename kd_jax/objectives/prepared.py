@@ -170,7 +170,7 @@ def _rule_inputs(
     if "log_q" in early:
         inputs["drawn_log_q"] = jnp.where(counted, drawn_log_probs(early["log_q"], arrays), 0)
     if "has_view" in batch:
-        inputs["has_view"] = jnp.broadcast_to(batch["has_view"][:, None], counted.shape)
+        inputs["has_view"] = batch["has_view"]
     return {name: array for name, array in inputs.items() if name in names}
 
 

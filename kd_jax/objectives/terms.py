@@ -39,6 +39,8 @@ class Term:
       gate: the rows that count; None for all.
       temperature_rule: a rule that gives the factor of each token's temperature; None without such a rule.
       temperature: the temperature of the objective, by which the logits are divided.
+      where: column of the dataset -> the values that a row of the term may have. The batch then has the array
+        `where_NAME` [B, L], which is True for the tokens of these rows.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Term:
     gate: TokenFunction | None = None
     temperature_rule: TokenFunction | None = None
     temperature: float = 1.0
+    where: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def needs_teacher(self) -> bool:

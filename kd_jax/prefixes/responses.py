@@ -31,7 +31,7 @@ def write_responses(
 
     Args:
       folder: the folder of the file `responses.jsonl`.
-      rows: the rows of the dataset, with prompt and context.
+      rows: the rows of the dataset, with prompt, context and further columns, which are written, too.
       prompts: the ids of each row's prompt; None or [] for a row without a response.
       sampler: the sampler of the responses.
       model: the model that writes.
@@ -77,8 +77,8 @@ def _write(
                 response_ids = sampler.tokenizer.strip_ends(ids)
                 response = sampler.tokenizer.decode(response_ids)
                 if sampler.has_ended(ids) and response:
-                    text = {"prompt": row["prompt"], "context": row["context"], "response": response}
-                    lines.append(text | {"prompt_ids": prompt_ids, "response_ids": response_ids})
+                    ids_of_row = {"prompt_ids": prompt_ids, "response_ids": response_ids}
+                    lines.append({**row, "response": response} | ids_of_row)
         if first:  # one line per batch, so that a batch is either complete or absent
             with storing(partial), partial.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(lines) + "\n")
@@ -100,7 +100,7 @@ def _write(
 
 
 def read_responses(path: Path) -> list[Json]:
-    """Returns the rows of a file of `write_responses`: prompt, context, response, prompt_ids and response_ids.
+    """Returns the rows of a file of `write_responses`: the columns of the dataset, prompt_ids and response_ids.
 
     The ids of a response are the sampled ids without the end token.
     """

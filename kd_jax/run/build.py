@@ -16,6 +16,7 @@ from kd_jax.prefixes import rollouts
 from kd_jax.prefixes.feed import Feed
 from kd_jax.run.cache import cached_values, open_cache, unpacked
 from kd_jax.run.checks import check_learning_rate, check_mesh, check_vocabulary
+from kd_jax.run.line_arrays import make_line_arrays
 from kd_jax.run.models import Models, initial_key, load_models, load_tokenizer
 from kd_jax.run.rows import (
     batch_options,
@@ -25,6 +26,7 @@ from kd_jax.run.rows import (
     load_responses,
     load_rows,
     load_text,
+    load_texts,
     make_feed,
     make_source,
 )
@@ -83,13 +85,21 @@ class Run:
         """Places a NumPy batch on the mesh."""
         return sharding.put_batch(self.mesh, batch)
 
-    def evaluate(self, params: PyTree) -> dict[str, float]:
+    def evaluate(self, params: PyTree, teacher_params: PyTree = None) -> dict[str, float]:
         """Returns `evaluate.summary` of the student on the held-out rows, and `evaluate.assess` of the student's answers.
+
+        A teacher with a view reads its own prompts of the held-out rows, but the student's prompts of the answers.
 
         Args:
           params: the student's parameters.
+          teacher_params: the result of `teacher_params`; None for the teacher's parameters before training.
         """
-        return self._evaluate(self.models.student, params, self.models.compared_teacher, self.models.teacher_params)
+        teacher_params = self.models.teacher_params if teacher_params is None else teacher_params
+        return self._evaluate(self.models.student, params, self.models.compared_teacher, teacher_params)
+
+    def teacher_params(self, state: TrainState) -> PyTree:
+        """Returns the teacher's parameters in a state. They change only if the teacher follows the student."""
+        return state.opt_state.followers["teacher"] if self.config.teacher.follow else self.models.teacher_params
 
     def evaluate_teacher(self) -> dict[str, float]:
         """Evaluates the teacher on the held-out rows, without a comparison to another model.
@@ -153,20 +163,31 @@ def build(config: Config | Settings) -> Run:
         chunk=settings.loss.chunk or None, mesh=mesh, max_skipped=settings.max_skipped, followers=tuple(follows),
     )  # fmt: skip
     fresh_state, abstract_state, placed = _make_state(settings, loaded, tx, terms, mesh)
+    eval_texts = partial(load_texts, settings, options.eval_split)
+    of_eval = make_line_arrays(
+        settings, terms, loaded, eval_rows, eval_texts, counts[options.eval_split], training=False
+    )
     held_out = data.batches(
         eval_rows, batch_size=options.eval_batch_size, shuffle=False, num_epochs=1,
-        token_values=cached_values(settings, tokenizer, cache, "held_out", eval_rows), **batch_options(settings, tokenizer),
+        token_values=cached_values(settings, tokenizer, cache, "held_out", eval_rows), line_arrays=of_eval,
+        **batch_options(settings, tokenizer),
     )  # fmt: skip
     # Sampling may take long, so it comes last, after all checks. The responses are on disk for later runs.
+    train_texts = partial(load_texts, settings, options.train_split)
     if isinstance(source, prefixes.teacher):
-        train_rows, counts[options.train_split] = load_responses(settings, source, loaded, mesh)
+        train_rows, counts[options.train_split], written = load_responses(settings, source, loaded, mesh)
+        train_texts = lambda: written
     else:
         train_rows, counts[options.train_split] = load_rows(settings, tokenizer, options.train_split)
+    of_train = make_line_arrays(
+        settings, terms, loaded, train_rows, train_texts, counts[options.train_split], training=True,
+        samples=bool(source.authors),
+    )  # fmt: skip
     return Run(
         config=settings, mesh=mesh, tokenizer=tokenizer, models=loaded, terms=terms, learning_rate=learning_rate,
         init_state=fresh_state, abstract_state=abstract_state,
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(placed, None)),
-        feed=make_feed(settings, source, tokenizer, loaded, mesh, train_rows, text_rows, cache),
+        feed=make_feed(settings, source, tokenizer, loaded, mesh, train_rows, text_rows, cache, of_train),
         eval_batches=lambda: iter(held_out), examples=examples, counts=counts,
         written=train_rows if isinstance(source, prefixes.teacher) else None,
         sample_examples=evaluate.held_out_examples(unpacked(eval_rows), tokenizer, options.eval_batch_size),

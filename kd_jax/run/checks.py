@@ -8,10 +8,11 @@ import numpy as np
 import optax
 from optax.schedules import StatefulSchedule
 
-from kd_jax import assistants, resolve
+from kd_jax import assistants, data, resolve
 from kd_jax.objectives import Term
 from kd_jax.policy_gradient import Scores
 from kd_jax.prefixes import Source
+from kd_jax.run.view_prompts import columns_read, key_of_view, make_views, options_of_rows
 from kd_jax.settings import Settings, name_of
 
 # A term needs a larger gradient, times the coefficient, in some step. A smaller one vanishes in an optimiser's epsilon.
@@ -39,11 +40,6 @@ def check_term(config: Settings, source: Source, term: Term) -> None:
             f"objective.terms.{term.name}.weight goes from {weights.min():g} to {weights.max():g} in {config.steps} steps, but "
             f"a weight must stay between 0 and 1."
         )
-    if term.gate is not None and "has_view" in term.gate.inputs:
-        raise ValueError(
-            f"objective.terms.{term.name}.row_gate: has_view needs a teacher that sees another prompt than the student, but no key "
-            f"of a config makes such a teacher; only a batch of your own can have the array has_view. Set row_gate.name='none'."
-        )
     check_gradient(config, term)
     if term.signals is None:
         return
@@ -61,6 +57,68 @@ def check_term(config: Settings, source: Source, term: Term) -> None:
         raise ValueError(
             f"objective.terms.{term.name} needs samples of the whole distribution, but sampling.top_p={sampling.top_p} and "
             f"sampling.top_k={sampling.top_k} draw from a part of it; set 1.0 and 0."
+        )
+
+
+def check_views(config: Settings, source: Source, terms: Sequence[Term]) -> None:
+    """Checks that the views of the frozen models and the terms' `where` fit the data and the source.
+
+    Raises:
+      ValueError: a view or a `where` cannot be used; the message names the key.
+    """
+    options, views = config.data, make_views(config)
+    wheres = [f"objective.terms.{term.name}.where" for term in terms if term.where]
+    keys = {name: key_of_view(name) for name in views}
+    for key in (*keys.values(), *wheres):
+        if options.name == "text" or options.packing == "stream":
+            raise ValueError(
+                f"{key} reads the columns of a row, but with data.name={options.name!r} and data.packing={options.packing!r} a row "
+                f"of tokens is not a row of the dataset. Choose a dataset with prompts, and data.packing='none' or 'rows'."
+            )
+    read = columns_read(config)
+    known = data.columns(options.name, **options_of_rows(config)) if read else ()
+    for column, key in read.items():
+        if column not in known:
+            raise ValueError(
+                f"{key} names the column {column!r}, which the rows of data.name={options.name!r} lack"
+                f"{resolve.nearest(column, known)}; the columns are {', '.join(known)}."
+            )
+    for term in terms:
+        if term.where and term.rows == "text":
+            raise ValueError(
+                f"objective.terms.{term.name}.where reads columns of section data, but rows='text' counts the second stream."
+            )
+        if term.gate is not None and "has_view" in term.gate.inputs and not views:
+            raise ValueError(
+                f"objective.terms.{term.name}.row_gate: has_view needs a model that sees another prompt than the student; set "
+                f"teacher.view, or row_gate.name='none'."
+            )
+    for name, view in views.items():
+        if options.loss_on == "all":
+            raise ValueError(
+                f"{keys[name]} changes the prompt, so that the tokens of the prompt cannot be compared, but data.loss_on='all' "
+                f"counts them; set data.loss_on='response'."
+            )
+        if name == "teacher" and (config.teacher.cache or not config.teacher.path):
+            raise ValueError(
+                f"teacher.view needs the teacher's model, but teacher.path={config.teacher.path!r} and teacher.cache="
+                f"{config.teacher.cache!r}; set teacher.path, and leave teacher.cache empty."
+            )
+        if view.needs_rollouts:
+            _check_rollouts(config, source, keys[name], view.of_feedback)
+
+
+def _check_rollouts(config: Settings, source: Source, key: str, of_feedback: bool) -> None:
+    """Checks that the student samples rows for a view over rollouts."""
+    if source.authors != ("student",):
+        raise ValueError(
+            f"{key} shows responses that the student sampled, but prefixes.name={name_of(config.prefixes)!r} does not sample from "
+            f"the student alone; set prefixes.name='student'."
+        )
+    if config.sampling.rollouts_per_prompt < 2 and not of_feedback:
+        raise ValueError(
+            f"{key} shows another response to the same prompt, but sampling.rollouts_per_prompt="
+            f"{config.sampling.rollouts_per_prompt}; set at least 2."
         )
 
 

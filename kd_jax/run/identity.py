@@ -15,6 +15,7 @@ from kd_jax import data, models, sharding
 from kd_jax.data.options import dataset_options
 from kd_jax.run.cache import unpacked
 from kd_jax.run.models import STUDENT, load_tokenizer
+from kd_jax.run.view_prompts import options_of_rows
 from kd_jax.settings import Settings
 from kd_jax.storage import checkpoint, directory, remote, untrusted
 from kd_jax.storage.checksum import digest, file_digest
@@ -28,6 +29,7 @@ TERM_SPECS = (
     "divergence", "assistant", "weight", "coefficient", "vocabulary", "logits", "temperature", "teacher_temperature",
     "tokens", "row_gate",
 )  # fmt: skip
+FUNCTIONS_OF_VIEWS = ("name", "reward", "feedback")  # the keys of a view that name functions
 
 
 class Part(NamedTuple):
@@ -120,7 +122,7 @@ def parts(config: Settings, written: Written = None) -> dict[str, Part]:
       ValueError: a dataset or a tokenizer cannot be read.
     """
     text = config.text
-    contents = {"data": _data("data", config.data.name, config.data.train_split, dataset_options(config))}
+    contents = {"data": _data("data", config.data.name, config.data.train_split, options_of_rows(config))}
     if text.name and (text.options or text.name != config.data.name):
         contents["text"] = _data("text", text.name, text.split, dataset_options(config, "text"))
     if config.teacher.cache:
@@ -193,6 +195,9 @@ def _own_functions(config: Settings) -> dict[str, Part]:
     for name, term in config.objective.terms.items():
         if term is not None:
             specs |= {f"objective.terms.{name}.{key}": term[key] for key in TERM_SPECS}
+    for name, model in {"teacher": config.teacher, **config.members}.items():
+        view = {"name": model.view} if isinstance(model.view, str) else model.view
+        specs[f"{name}.view"] = {key: view[key] for key in FUNCTIONS_OF_VIEWS if key in view}
     functions = {}
     for key, text in _strings(specs, ""):
         for module, function in OWN.findall(text):

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from kd_jax import data, models, sharding
+from kd_jax import data, models, sharding, views
 from kd_jax.data.shared import check_same_tokenizer, fit_tokenizer
-from kd_jax.settings import Member, Settings
+from kd_jax.settings import Member, Settings, Spec
 from kd_jax.settings import Teacher as TeacherKeys
 from kd_jax.storage import untrusted
 from kd_jax.storage.files import Json
-from kd_jax.teachers import NoTeacher, Teacher, as_teacher
+from kd_jax.teachers import NoTeacher, Teacher, Viewed, as_teacher
 
 STUDENT = "student"  # a path that stands for the student before training
 
@@ -45,6 +45,7 @@ class Models:
       writer: a teacher that only writes text, or None.
       members: the further frozen models by name, without the teacher.
       member_params: the parameters of the further frozen models by name.
+      member_models: the models of `members` by name.
     """
 
     student: models.Model
@@ -56,6 +57,7 @@ class Models:
     writer: Writer | None = None
     members: dict[str, Teacher] = dataclasses.field(default_factory=dict)
     member_params: dict[str, PyTree] = dataclasses.field(default_factory=dict)
+    member_models: dict[str, models.Model] = dataclasses.field(default_factory=dict)
 
     @property
     def frozen(self) -> Teacher | dict[str, Teacher]:
@@ -186,7 +188,8 @@ def load_models(
     student = dataclasses.replace(student, config=student_config)
     if is_own_teacher:
         teacher, params = student, init_student(initial_key(config))
-    loaded = Models(student, init_student, tokenizer, teacher, params, as_teacher(teacher), writer)
+    compared_teacher = _compared(teacher, "teacher", config.teacher.view)
+    loaded = Models(student, init_student, tokenizer, teacher, params, compared_teacher, writer)
     return _with_members(config, loaded, mesh)
 
 
@@ -197,19 +200,25 @@ def initial_key(config: Settings) -> jax.Array:
 
 def _with_members(config: Settings, loaded: Models, mesh: jax.sharding.Mesh) -> Models:
     """Returns the models with the further frozen models of a config."""
-    members: dict[str, Teacher] = {}
+    of_members: dict[str, models.Model] = {}
     params: dict[str, PyTree] = {}
     for name, member in config.members.items():
         if member.path == STUDENT:
-            members[name], params[name] = as_teacher(loaded.student), loaded.init_student(initial_key(config))
+            of_members[name], params[name] = loaded.student, loaded.init_student(initial_key(config))
             continue
         path = models.model_folder(member.path, f"members.{name}.path")
         tokenizer = check_same_tokenizer(path, loaded.tokenizer, f"member {name}")
         tokenizer = fit_tokenizer(member.path, models.load_config(path).vocab_size, tokenizer, f"member {name}")
         loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
-        model, params[name] = _load_frozen(member, path, mesh, config.attention)
-        members[name] = as_teacher(model)
-    return dataclasses.replace(loaded, members=members, member_params=params)
+        of_members[name], params[name] = _load_frozen(member, path, mesh, config.attention)
+    members = {name: _compared(model, name, config.members[name].view) for name, model in of_members.items()}
+    return dataclasses.replace(loaded, members=members, member_params=params, member_models=of_members)
+
+
+def _compared(model: models.Model | None, name: str, view: Spec) -> Teacher:
+    """Returns a frozen model as the step compares it with the student."""
+    has_view = model is not None and views.make_view(view) is not None
+    return Viewed(model, name) if has_view else as_teacher(model)
 
 
 def end_ids(config: models.ModelConfig) -> tuple[int, ...]:

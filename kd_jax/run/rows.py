@@ -10,8 +10,10 @@ from kd_jax.objectives import Term
 from kd_jax.prefixes import Source, responses, rollouts
 from kd_jax.prefixes.feed import Author, Feed
 from kd_jax.run.cache import AnyRows, cached_values, unpacked
-from kd_jax.run.checks import check_room, check_sampling, check_term
+from kd_jax.run.checks import check_room, check_sampling, check_term, check_views
+from kd_jax.run.line_arrays import LineArrays
 from kd_jax.run.models import Models, Writer
+from kd_jax.run.view_prompts import further_columns, options_of_rows
 from kd_jax.settings import Settings, name_of
 from kd_jax.storage import remote
 from kd_jax.storage.files import Json
@@ -36,6 +38,7 @@ def make_source(config: Settings, terms: tuple[Term, ...]) -> Source:
         raise ValueError(f"prefixes: {error}") from error
     for term in terms:
         check_term(config, source, term)
+    check_views(config, source, terms)
     if config.text.name and not any(term.rows == "text" for term in terms):
         raise ValueError(
             f"text.name={config.text.name!r}, but no term has rows='text'; add a term, or leave text.name empty."
@@ -77,7 +80,7 @@ def load_rows(config: Settings, tokenizer: data.Tokenizer, split: str, limit: in
     Held-out rows are scored on their responses, regardless of `data.loss_on`, and are never packed.
     """
     options, training = config.data, split == config.data.train_split
-    source = _source(config, split)
+    source = load_texts(config, split)
     if limit and limit < len(source):
         source = [source[i] for i in range(limit)]
     if options.name == "text":
@@ -87,9 +90,10 @@ def load_rows(config: Settings, tokenizer: data.Tokenizer, split: str, limit: in
     return _packed(config, *_tokenize(config, tokenizer, source, options.loss_on))
 
 
-def _source(config: Settings, split: str) -> data.Texts:
+def load_texts(config: Settings, split: str) -> data.Texts:
+    """Returns the rows of a split of the dataset, with all columns that the config uses."""
     options = config.data
-    return data.load(options.name, split=split, data_dir=options.data_dir or None, **dataset_options(config))
+    return data.load(options.name, split=split, data_dir=options.data_dir or None, **options_of_rows(config))
 
 
 def _packed(config: Settings, rows: data.Rows, row_counts: Counts) -> tuple[AnyRows, Counts]:
@@ -128,7 +132,7 @@ def load_examples(config: Settings, tokenizer: data.Tokenizer) -> list[evaluate.
             f"eval_prompts={config.eval_prompts}, but the rows of data.name='text' have no prompts; set eval_prompts=0."
         )
     check_room(config)
-    source = _source(config, options.eval_split)
+    source = load_texts(config, options.eval_split)
     rows = [source[i] for i in range(min(config.eval_prompts, len(source)))]
     return evaluate.read_examples(
         [row | {"references": [row["response"]]} for row in rows], tokenizer, template=data.Template.of(options),
@@ -154,8 +158,10 @@ def learns_from_text(config: Settings, source: Source, terms: tuple[Term, ...]) 
 
 def load_responses(
     config: Settings, source: prefixes.teacher, loaded: Models, mesh: jax.sharding.Mesh
-) -> tuple[AnyRows, Counts]:
-    """Returns the dataset's prompts with the teacher's responses. The responses are sampled first if not on disk.
+) -> tuple[AnyRows, Counts, data.Texts]:
+    """Returns the dataset's prompts with the teacher's responses, as tokens with counts, and as texts.
+
+    The responses are sampled first if they are not on disk.
 
     Rows have the ids that the teacher sampled. The text is encoded again only if the teacher has another tokenizer.
 
@@ -164,7 +170,7 @@ def load_responses(
     """
     options, tokenizer, template = config.data, loaded.tokenizer, data.Template.of(config.data)
     writer = loaded.writer or Writer(loaded.require_teacher(), loaded.teacher_params, tokenizer)
-    split = _source(config, options.train_split)
+    split = load_texts(config, options.train_split)
     rows = [split[i] for i in range(min(source.num_rows or len(split), len(split)))]
     sampler = rollouts.make_sampler(mesh, writer.tokenizer, options.max_length, config.sampling)
     if options.max_prompt_length + sampler.max_new_tokens > writer.model.config.longest_sequence:
@@ -179,6 +185,7 @@ def load_responses(
     settings = {key: getattr(config.sampling, key) for key in ("max_new_tokens", "temperature", "top_p", "top_k")}
     settings |= {key: getattr(options, key) for key in ("template", "max_prompt_length", "long_prompts", "batch_size")}
     settings |= template.set_apart()
+    settings |= {"columns": columns} if (columns := further_columns(config)) else {}
     settings |= {"seed": source.seed, "teacher": str(writer.model.config), "dtype": config.teacher.dtype}
     settings |= {"tokenizer": writer.tokenizer.fingerprint(), "ends": writer.tokenizer.end_ids}
     made_from = responses.fingerprint(writer.params, [responses.RESPONSES_VERSION, settings, prompts])
@@ -199,7 +206,7 @@ def load_responses(
         ids = [(row["prompt_ids"], row["response_ids"]) for row in written]
         tokenized = data.from_ids(ids, tokenizer, max_length=options.max_length, loss_on=options.loss_on)
     packed, row_counts = _packed(config, *tokenized)
-    return packed, {"prompts": len(rows)} | row_counts
+    return packed, {"prompts": len(rows)} | row_counts, written
 
 
 def batch_options(config: Settings, tokenizer: data.Tokenizer) -> Json:
@@ -212,7 +219,7 @@ def batch_options(config: Settings, tokenizer: data.Tokenizer) -> Json:
 
 def make_feed(
     config: Settings, source: Source, tokenizer: data.Tokenizer, loaded: Models, mesh: jax.sharding.Mesh,
-    rows: AnyRows, text: data.Rows | None, cache: Cache | None = None,
+    rows: AnyRows, text: data.Rows | None, cache: Cache | None = None, line_arrays: LineArrays | None = None,
 ) -> Feed:  # fmt: skip
     """Returns the feed of a run's batches.
 
@@ -225,6 +232,7 @@ def make_feed(
       rows: the rows of `load_rows` or `load_responses`.
       text: the rows of `load_text`; None without a second stream.
       cache: the cache that replaces the teacher, or None.
+      line_arrays: the maker of the further arrays of `rows`, or None.
 
     Raises:
       ValueError: some rows have no prompt, but the source needs answers to prompts.
@@ -239,14 +247,22 @@ def make_feed(
     text_batches = None
     if text is not None:
         no_values = cache.no_values() if cache else None
-        text_batches = iter(data.batches(text, batch_size=config.text.batch_size, token_values=no_values, **options))
+        of_text = None if line_arrays is None else line_arrays.without_columns(text)
+        text_batches = iter(
+            data.batches(
+                text, batch_size=config.text.batch_size, token_values=no_values, line_arrays=of_text, **options
+            )
+        )
     token_values = cached_values(config, tokenizer, cache, "train", rows)
     mixture = (loaded.require_teacher(), loaded.teacher_params, share) if share else None
     authors = {"student": Author(loaded.student, None, mixture)}
     if "teacher" in source.authors:
         authors["teacher"] = Author(loaded.require_teacher(), loaded.teacher_params)
     return Feed(
-        source, iter(data.batches(rows, batch_size=config.data.batch_size, token_values=token_values, **options)),
+        source,
+        iter(data.batches(
+            rows, batch_size=config.data.batch_size, token_values=token_values, line_arrays=line_arrays, **options
+        )),
         text_batches=text_batches,
         sampler=rollouts.make_sampler(mesh, tokenizer, config.data.max_length, config.sampling),
         authors={name: authors[name] for name in source.authors},
@@ -254,6 +270,7 @@ def make_feed(
         epoch_batches=max(1, len(rows) * repeats // config.data.batch_size), seed=config.seed,
         rollouts_per_prompt=repeats,
         progress=lambda it: metrics.tqdm(it, desc="responses", unit="batch", leave=False),
+        rollout_arrays=line_arrays,
     )  # fmt: skip
 
 

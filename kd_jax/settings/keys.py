@@ -56,6 +56,10 @@ class Teacher:
     )
     follow_every: int = key(1, "number of the student's updates between two updates of the average", least=1)
     follow_copy_first: bool = key(False, "copy the student after its first update, before the average begins")
+    view: Spec = key(
+        {"name": "none"}, "spec: kd_jax.views, the prompt that the teacher reads in place of the row's prompt; none: the same",
+        is_open=True,
+    )  # fmt: skip
     cache: str = key("", "a folder from kd_jax.cache_teacher, used in place of the model at teacher.path")
     dtype: str = key("float32", "number type of the parameters and the computation", choices=DTYPES)
     weights: str = key(
@@ -77,6 +81,7 @@ class Member:
     follow: float = key(0.0, "as teacher.follow", least=0)
     follow_every: int = key(1, "as teacher.follow_every", least=1)
     follow_copy_first: bool = key(False, "as teacher.follow_copy_first")
+    view: Spec = key({"name": "none"}, "spec: kd_jax.views, as teacher.view", is_open=True)
     dtype: str = key("float32", "number type of the parameters and the computation", choices=DTYPES)
     weights: str = key("float", "float or int8, as teacher.weights", choices=("float", "int8"))
     sharding: str = key("student", "as teacher.sharding", choices=("student", "spread", "tensor", "whole"))

@@ -85,6 +85,9 @@ class Term:
         1.0, "factor of the term; may be a kd_jax.schedules spec, as may an assistant's keywords", is_open=True
     )
     rows: str = key("all", "rows that count: all (of the first stream), or of one origin: data, teacher, student, text")
+    where: Mapping[str, Any] = key(
+        {}, "column of the dataset -> value or list of values; only rows with one of these values count", is_open=True
+    )
     importance: bool = key(
         False, "multiply each token's loss by q / mixture, if sampling.teacher_share made a mixture sample the rows"
     )

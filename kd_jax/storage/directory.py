@@ -31,12 +31,12 @@ FREE = (
 # an ablation's base end with these names.
 ADDED: Json = {
     "data.template_options": {}, "data.system": "", "optimizer.no_decay": [], "members": {}, "teacher.follow": 0.0,
-    "teacher.follow_every": 1, "teacher.follow_copy_first": False,
+    "teacher.follow_every": 1, "teacher.follow_copy_first": False, "teacher.view.name": "none",
 } | {
     # keys of a term, and of its policy
     "between": ["student", "teacher"], "weights": {}, "vocabulary.support": "whole", "entry_clip": 0.0, "logits.name": "raw",
     "temperature": 0.0, "teacher_temperature": 0.0, "temperature_squared": False, "tokens.name": "none",
-    "row_gate.name": "none", "policy.reward.name": "identity", "policy.members.teacher": 1.0,
+    "row_gate.name": "none", "where": {}, "policy.reward.name": "identity", "policy.members.teacher": 1.0,
 }  # fmt: skip
 
 

@@ -214,7 +214,7 @@ def run_steps(
 
 
 def _evaluate(run: Run, writer: metrics.Writer, step: int, state: TrainState) -> None:
-    values = run.evaluate(state.params)
+    values = run.evaluate(state.params, run.teacher_params(state))
     run.feed.observe(values["cross_entropy"])
     writer.write(step, "eval", values)
 

@@ -15,7 +15,7 @@ OFF_POLICY = (
 )  # fmt: skip
 ON_POLICY = (
     "imitkd", "gkd", "opd", "vopd", "minillm", "distillm", "distillm2", "eopd", "tip", "tsd_kd", "fire_opd", "iw_opd",
-    "ta_opd", "topk_opd", "gopd",
+    "ta_opd", "topk_opd", "gopd", "opsd", "sdft", "sdpo",
 )  # fmt: skip
 # The settings of a run with three checkpoints.
 WHOLE = dict(steps=5, checkpoint_every=2, eval_every=5, log_every=2, keep_checkpoints=3)

@@ -11,7 +11,7 @@ LAYERS = [
     {"train"},
     {"run"},
     {"train_step", "evaluate"},
-    {"prefixes", "teachers", "report"},
+    {"prefixes", "teachers", "views", "report"},
     {"models", "data", "objectives", "metrics", "command"},
     {
         "divergences",

@@ -328,7 +328,8 @@ def self_distillation(case):
     if op["kind"] == "sampled":
         changes["divergence"] = f"{__name__}:sampled_reverse_kl"
     if params.get("kept_rows"):
-        batch["has_view"], changes["row_gate"] = np.array(params["kept_rows"], bool), "has_view"
+        kept = np.array(params["kept_rows"], bool)[:, None]
+        batch["has_view"], changes["row_gate"] = np.broadcast_to(kept, given(case, "mask").shape), "has_view"
     return Expression({"term": term(case, **changes)}, op.get("temperature", 1.0), batch)
 
 

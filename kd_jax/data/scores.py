@@ -14,6 +14,8 @@ from kd_jax.data.words import PAPERS, UNICODE, UnicodeTokenizer, normal, tokeniz
 if TYPE_CHECKING:
     from rouge_score import rouge_scorer
 
+__all__ = ["exact_match", "number_match", "rouge_l"]
+
 # The first alternative is a number with points between thousands and a comma before its fraction.
 _NUMBER = re.compile(r"-?[1-9]\d{0,2}(?:\.\d{3})+,\d+|-?\d+(?:,\d+)*(?:\.\d+)?|-?\.\d+")
 # Non-breaking spaces, thin spaces and apostrophes between thousands.

@@ -1,0 +1,126 @@
+"""The views of a config, the columns of the dataset that they read, and the prompts of a model with a view, in tokens."""
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from kd_jax import data, views
+from kd_jax.data.builder import FIELDS, SOURCES
+from kd_jax.data.encoding import Encoder
+from kd_jax.data.options import dataset_options
+from kd_jax.settings import Settings
+from kd_jax.storage.files import Json
+from kd_jax.views import View
+
+Ids = Int[np.ndarray, " P"]
+
+
+def make_views(config: Settings) -> dict[str, View]:
+    """Returns the views of the frozen models, by the name of the model.
+
+    Raises:
+      ValueError: a view is invalid; the message names the key.
+    """
+    found = {}
+    for member, options in {"teacher": config.teacher, **config.members}.items():
+        try:
+            view = views.make_view(options.view)
+        except ValueError as error:
+            raise ValueError(f"{key_of_view(member)}: {error}") from error
+        if view is not None:
+            found[member] = view
+    return found
+
+
+def key_of_view(member: str) -> str:
+    """Returns the config key of the view of a frozen model."""
+    return "teacher.view" if member == "teacher" else f"members.{member}.view"
+
+
+def columns_read(config: Settings) -> dict[str, str]:
+    """Returns the columns of the dataset that views and terms read: name -> a config key that names the column."""
+    keys = {}
+    for member, view in make_views(config).items():
+        keys |= {column: key_of_view(member) for column in view.columns}
+    for name, term in config.objective.terms.items():
+        keys |= {column: f"objective.terms.{name}.where" for column in (term or {}).get("where", {})}
+    return keys
+
+
+def further_columns(config: Settings) -> tuple[str, ...]:
+    """Returns `columns_read` without the columns that every dataset has."""
+    return tuple(column for column in columns_read(config) if column not in FIELDS)
+
+
+def options_of_rows(config: Settings) -> Json:
+    """Returns `dataset_options` of the section data. A dataset with the option `columns` reads those of the config, too."""
+    options, columns = dataset_options(config), further_columns(config)
+    if columns and config.data.name in SOURCES and "columns" in inspect.signature(SOURCES[config.data.name]).parameters:
+        options["columns"] = tuple(dict.fromkeys((*options.get("columns", ()), *columns)))
+    return options
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewOfMember:
+    """The prompts that one frozen model reads.
+
+    Attributes:
+      key: the config key of the view, for messages.
+      view: the view.
+      encoder: renders and encodes rows, and truncates prompts that are too long for the model.
+      prompts: the ids of the prompt of each row of a split; None for a row without a view.
+      view_length: the number of positions of the model's lines in a batch.
+      prompt_room: the largest number of tokens of the prompt of a sampled row; 0 if no rows are sampled.
+    """
+
+    key: str
+    view: View
+    encoder: Encoder
+    prompts: Sequence[Ids | None] = ()
+    view_length: int = 0
+    prompt_room: int = 0
+
+    def encode(self, rows: data.Rows, texts: Sequence[dict[str, str]]) -> tuple[list[Ids | None], int]:
+        """Returns the prompt of each row of a dataset, or None for a row without a view; and the number of truncated prompts.
+
+        Args:
+          rows: the rows as the student reads them.
+          texts: the row of the dataset of each of `rows`.
+
+        Raises:
+          ValueError: the response of a row does not end the text that the model reads.
+        """
+        shown = self.view.rows(texts)
+        prompts: list[Ids | None] = [None] * len(texts)
+        indices, truncated = [i for i, row in enumerate(shown) if row is not None], 0
+        encoded = self.encoder.rows([row for row in shown if row is not None])
+        for i, (prompt, response, was_truncated, _) in zip(indices, encoded, strict=True):
+            own = rows[i][rows.prompt_lengths[i] :].tolist()
+            # The student's response may be truncated, or has an end token that is not part of the text.
+            length = min(len(response), max(len(own) - 1, 0))
+            if response[:length] != own[:length]:
+                raise ValueError(
+                    f"{self.key}: the response does not end the text that the model reads. After the prompt of the view, "
+                    f"{self.encoder.tokenizer.decode(prompt[-8:])!r}, the tokens of the response "
+                    f"{texts[i]['response'][:40]!r} differ from the student's tokens. End the template with the same "
+                    f"characters as the student's prompt, such as {{prompt}} or a line break."
+                )
+            prompts[i], truncated = np.array(prompt, np.int32), truncated + was_truncated
+        return prompts, truncated
+
+    def of_rollouts(
+        self, texts: Sequence[dict[str, str]], responses: Sequence[str], group_size: int
+    ) -> list[Ids | None]:
+        """Returns the prompt of each sampled row, or None for a row without a view.
+
+        Args:
+          texts: the row of the dataset of each sampled row.
+          responses: the texts of the responses.
+          group_size: the number of neighbouring rows with the same prompt.
+        """
+        shown = self.view.rows(texts, responses, group_size)
+        encoded = self.encoder.rows([{**row, "response": ""} for row in shown if row is not None])
+        return [None if row is None else np.array(next(encoded).prompt, np.int32) for row in shown]

@@ -1,0 +1,299 @@
+"""The views: the text that a frozen model reads in place of a row's prompt. The response is the same for all models.
+
+A view lets the teacher see more than the student, such as a hint, the answer, or another response to the same prompt.
+Config key: `teacher.view`, or `members.NAME.view`. A view of your own is a function (row, **keywords) -> prompt or None,
+named as "module:function"; None means that the row has no view, and the model then reads the row's own prompt.
+
+A row is a mapping from the names of the dataset's columns to texts. `kd_jax.teachers.viewed` aligns the hidden states.
+"""
+
+import json
+import re
+import string
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from kd_jax import resolve
+from kd_jax.data import scores
+from kd_jax.resolve import Spec, check_number
+
+__all__ = ["successful_rollout", "template"]
+
+Row = Mapping[str, Any]
+Shown = list[dict[str, Any] | None]  # the rows with the prompt of the view, or None for a row without a view
+Prompt = str | list[dict[str, Any]]  # a text, or the messages of a conversation
+THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
+
+
+class View(Protocol):
+    """The protocol of all views.
+
+    Attributes:
+      columns: the columns of the dataset that the view reads.
+      needs_rollouts: True if the view reads the responses that the student sampled to the same prompt. Rows of the
+        dataset then have no view.
+      of_feedback: True if the view shows remarks on the row's own response.
+      max_prompt_length: the largest number of tokens of the model's prompt; 0 for all that the model's positions allow.
+    """
+
+    columns: tuple[str, ...]
+    needs_rollouts: bool
+    of_feedback: bool
+    max_prompt_length: int
+
+    def rows(self, rows: Sequence[Row], responses: Sequence[str] | None = None, group_size: int = 1) -> Shown:
+        """Returns the rows with the model's prompts, or None for each row without a view.
+
+        Args:
+          rows: the rows.
+          responses: the student's sampled responses to the rows, without end tokens; None for rows of the dataset.
+          group_size: the number of neighbouring rows that have the same prompt.
+        """
+        ...
+
+
+class template:
+    """A template over the columns of a row.
+
+    A row has no view if one of the columns is empty for the row, except the context.
+
+    Args:
+      text: the template, such as ``"{prompt}\\n\\nHint: {hint}"``. Each name in braces is a column. Double braces stand
+        for braces. If the template has no ``{context}``, the row's context follows the prompt, as it does for the student.
+      max_prompt_length: the largest number of tokens of the model's prompt. The text of a longer prompt is truncated at
+        its end, and the tokens of `data.template` are kept. 0: as many tokens as the model's positions allow.
+
+    Raises:
+      ValueError: the text is no template, or names no column other than the prompt.
+
+    Example:
+      >>> view = template("{prompt}\\nHint: {hint}")
+      >>> view.rows([{"prompt": "2 + 2?", "context": "", "hint": "even"}])[0]["prompt"]
+      '2 + 2?\\nHint: even'
+
+    References:
+      "OPSD", https://arxiv.org/abs/2601.18734, 2026, shows the teacher the solution; "SDFT",
+      https://arxiv.org/abs/2601.19897, 2026, a demonstration.
+    """
+
+    needs_rollouts = of_feedback = False
+
+    def __init__(self, text: str, max_prompt_length: int = 0):
+        self.text, self.columns = text, names_in(text)
+        self.max_prompt_length = int(check_number("max_prompt_length", max_prompt_length, low=0))
+        if not set(self.columns) - {"prompt"}:
+            raise ValueError(
+                f"text={text!r} shows the teacher no more than the prompt: name a column of the dataset, such as {{hint}}."
+            )
+
+    def rows(self, rows: Sequence[Row], responses: Sequence[str] | None = None, group_size: int = 1) -> Shown:
+        """Returns the rows with the filled template as the prompt, as in `View`."""
+        return [self._row(row) for row in rows]
+
+    def _row(self, row: Row) -> dict[str, Any] | None:
+        if any(row[column] == "" for column in self.columns if column != "context"):
+            return None
+        context = "" if "context" in self.columns else row["context"]
+        return {**row, "prompt": fill(self.text, row["prompt"], row), "context": context}
+
+
+class successful_rollout:
+    """Another response of the student to the same prompt that succeeded, or remarks on the row's own response, or both.
+
+    The view needs `sampling.rollouts_per_prompt` of at least 2, unless `feedback` is set. The rollout shown to a row is
+    the first of the row's group whose reward is large enough. A row without such a rollout and without feedback has no
+    view; `row_gate.name='has_view'` leaves this row out of the loss.
+
+    Args:
+      reward: the spec of a function of `kd_jax.data.scores`, or of your own: (response, references) -> number.
+      at_least: the smallest reward of a successful response. The functions of `kd_jax.data.scores` return 0 to 100.
+      reference: the column of the dataset with the reference of the reward.
+      own: True if a row may be shown its own response.
+      use_solutions: False to show feedback only.
+      feedback: "module:function", a function (response, row) -> text or None that remarks on a response; "" for none.
+      feedback_only_without_solution: True to leave the feedback out if a rollout is shown.
+      without_thinking: True to remove ``<think>...</think>`` from the rollout that is shown, and white space around it.
+      text: the template of the prompt, with ``{prompt}``, ``{solution}`` and ``{feedback}``.
+      solution: the template of the part for the rollout, with ``{rollout}``; empty in a row without a rollout.
+      remarks: the template of the part for the feedback, with ``{feedback}``; empty in a row without feedback.
+      max_prompt_length: as in `template`.
+
+    Raises:
+      ValueError: a template lacks a name or has an unknown name, or a function is unknown.
+
+    References:
+      "SDPO", as in trl 1.16's SuccessfulRolloutTeacherContextBuilder: at_least is 1.0 of rewards in [0, 1], without
+      feedback. The authors' code has 0.5, with feedback where there is no rollout, and without thinking.
+    """
+
+    needs_rollouts = True
+
+    def __init__(
+        self, reward: Spec, at_least: float = 100.0, reference: str = "response", own: bool = False,
+        use_solutions: bool = True, feedback: str = "", feedback_only_without_solution: bool = False,
+        without_thinking: bool = False, text: str = "{prompt}{solution}{feedback}\n\nAnswer the question again.",
+        solution: str = "\n\nA correct answer is:\n\n{rollout}", remarks: str = "\n\nRemarks on your last answer:\n\n{feedback}",
+        max_prompt_length: int = 0,
+    ):  # fmt: skip
+        for name, value, known in (
+            ("text", text, {"prompt", "solution", "feedback"}), ("solution", solution, {"rollout"}),
+            ("remarks", remarks, {"feedback"}),
+        ):  # fmt: skip
+            if set(names_in(value, name)) != known:
+                raise ValueError(f"{name}={value!r} must have the names {', '.join(sorted(known))} in braces.")
+        self.at_least = check_number("at_least", at_least)
+        self.own, self.use_solutions, self.without_thinking = own, use_solutions, without_thinking
+        self.feedback_only_without_solution = feedback_only_without_solution
+        self.text, self.solution, self.remarks = text, solution, remarks
+        self.columns = ("prompt", reference)
+        self.max_prompt_length = int(check_number("max_prompt_length", max_prompt_length, low=0))
+        function, keywords = resolve.look_up(reward, scores, positional=True)
+        self._reward = lambda response, row: float(function(response, [row[reference]], **keywords))
+        self.of_feedback = bool(feedback)
+        self._feedback = resolve.look_up(feedback, scores, positional=True)[0] if feedback else None
+
+    def rows(self, rows: Sequence[Row], responses: Sequence[str] | None = None, group_size: int = 1) -> Shown:
+        """Returns the rows with a rollout or feedback in the prompt, as in `View`."""
+        if responses is None:
+            return [None] * len(rows)
+        rewards = [self._reward(response, row) for row, response in zip(rows, responses, strict=True)]
+        remarks = [
+            self._feedback(text, row) if self._feedback else None for row, text in zip(rows, responses, strict=True)
+        ]
+        prompts = self.prompts([row["prompt"] for row in rows], responses, rewards, remarks, group_size)
+        return [
+            None if prompt is None else {**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)
+        ]
+
+    def prompts(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], rewards: Sequence[float],
+        feedback: Sequence[str | None], group_size: int,
+    ) -> list[Prompt | None]:  # fmt: skip
+        """Returns the prompt of each row with what the view shows, or None for a row to which it shows nothing.
+
+        Args:
+          prompts: the prompts of the rows.
+          responses: the responses of the rows.
+          rewards: the rewards of the responses.
+          feedback: remarks on the responses; None or white space for a response without remarks.
+          group_size: the number of neighbouring rows with the same prompt.
+        """
+        shown: list[Prompt | None] = []
+        for prompt, source, remark in zip(prompts, self.demonstrations(rewards, group_size), feedback, strict=True):
+            parts = {"solution": "", "feedback": ""}
+            if source is not None:
+                rollout = THINKING.sub("", responses[source]).strip() if self.without_thinking else responses[source]
+                parts["solution"] = self.solution.format(rollout=rollout)
+            if remark and remark.strip() and not (self.feedback_only_without_solution and source is not None):
+                parts["feedback"] = self.remarks.format(feedback=remark)
+            shown.append(fill(self.text, prompt, parts) if any(parts.values()) else None)
+        return shown
+
+    def demonstrations(self, rewards: Sequence[float], group_size: int) -> list[int | None]:
+        """Returns for each row the index of the rollout that the view shows, or None."""
+        if not self.use_solutions:
+            return [None] * len(rewards)
+        successful = [reward >= self.at_least for reward in rewards]
+        groups = [range(i // group_size * group_size, (i // group_size + 1) * group_size) for i in range(len(rewards))]
+        return [
+            next((j for j in group if successful[j] and (self.own or j != i)), None) for i, group in enumerate(groups)
+        ]
+
+
+class _OwnFunction:
+    """A view that a function of the user makes."""
+
+    needs_rollouts = of_feedback = False
+
+    def __init__(self, function: Any, keywords: dict[str, Any]):
+        self.max_prompt_length = int(check_number("max_prompt_length", keywords.pop("max_prompt_length", 0), low=0))
+        self.columns = tuple(keywords.pop("columns", ()))
+        self._function, self._keywords = function, keywords
+
+    def rows(self, rows: Sequence[Row], responses: Sequence[str] | None = None, group_size: int = 1) -> Shown:
+        prompts = [self._function(row, **self._keywords) for row in rows]
+        for prompt in prompts:
+            if prompt is not None and not isinstance(prompt, str):
+                raise ValueError(
+                    f"the view {self._function.__name__} returned {prompt!r}; it must return a text or None."
+                )
+        return [
+            None if prompt is None else {**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)
+        ]
+
+
+def make_view(spec: Spec) -> View | None:
+    """Returns the view that a spec names; None for the name none.
+
+    Raises:
+      ValueError: the name or a keyword is unknown, or a template is invalid.
+    """
+    if (spec if isinstance(spec, str) else spec.get("name")) in ("none", None):
+        return None
+    is_own = ":" in (spec if isinstance(spec, str) else spec["name"]).partition("(")[0]
+    beside = ("columns", "max_prompt_length") if is_own else ()
+    make, keywords = resolve.look_up(spec, sys.modules[__name__], positional=is_own, beside=beside)
+    return _OwnFunction(make, keywords) if is_own else make(**keywords)
+
+
+def names_in(text: str, key: str = "text") -> tuple[str, ...]:
+    """Returns the names in braces of a template, each once.
+
+    Raises:
+      ValueError: a brace is not closed, or a field is not a plain name.
+
+    Example:
+      >>> names_in("{prompt} {{not a column}} {hint}")
+      ('prompt', 'hint')
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{key}={text!r} must be a text.")
+    try:
+        fields = [
+            (name, form, conversion) for _, name, form, conversion in string.Formatter().parse(text) if name is not None
+        ]
+    except ValueError as error:
+        raise ValueError(f"{key}={text!r} is no template ({error}); write {{{{ and }}}} for braces.") from error
+    for name, form, conversion in fields:
+        if not name.isidentifier() or form or conversion:
+            raise ValueError(
+                f"{key}={text!r}: {{{name}}} is not the plain name of a column; write {{{{ and }}}} for braces."
+            )
+    return tuple(dict.fromkeys(name for name, *_ in fields))
+
+
+def fill(text: str, prompt: Prompt, values: Row) -> Prompt:
+    """Returns a template with values in place of its names.
+
+    Args:
+      text: the template.
+      prompt: the value of ``{prompt}``: a text, or messages. With messages, the filled template replaces the content of
+        the last message, which must be the user's.
+      values: the values of the other names: a text, a number, or messages, which become the lines of their contents.
+
+    Raises:
+      ValueError: a value is None, or the last message is not the user's.
+    """
+    parts = {}
+    for name in names_in(text):
+        if name != "prompt" and values[name] is None:
+            raise ValueError(f"the row has no {name}, which the template {text!r} shows.")
+        parts[name] = "" if name == "prompt" else text_of(values[name])
+    if isinstance(prompt, str):
+        return text.format(**parts | {"prompt": prompt})
+    *before, last = prompt
+    if last["role"] != "user":
+        raise ValueError(f"the last message of a prompt must be the user's, and is the {last['role']}'s.")
+    return [*before, {**last, "content": text.format(**parts | {"prompt": text_of(last["content"], " ")})}]
+
+
+def text_of(value: Any, separator: str = "\n") -> str:
+    """Returns a column's value as a text: a text itself, the JSON text of a number, or the joined contents of messages."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        return json.dumps(value)
+    # A message has a content; a part of a message has a text, or is an image.
+    texts = [text_of(part["content"], " ") if "content" in part else part.get("text", "") for part in value]
+    return separator.join(text for text in texts if text)
