@@ -229,9 +229,10 @@ def make_view(spec: Spec) -> View | None:
     Raises:
       ValueError: the name or a keyword is unknown, or a template is invalid.
     """
-    if (spec if isinstance(spec, str) else spec.get("name")) in ("none", None):
+    name = (spec if isinstance(spec, str) else spec["name"]).partition("(")[0]
+    if name == "none":
         return None
-    is_own = ":" in (spec if isinstance(spec, str) else spec["name"]).partition("(")[0]
+    is_own = ":" in name
     beside = ("columns", "max_prompt_length") if is_own else ()
     make, keywords = resolve.look_up(spec, sys.modules[__name__], positional=is_own, beside=beside)
     return _OwnFunction(make, keywords) if is_own else make(**keywords)
