@@ -7,11 +7,12 @@ and 1 of the loss, and hard labels have the rest.
 
     python -m kd_jax.main --config=configs/pocl.py --workdir=runs/pocl
 
-In the published code a stage is a run of its own, with 8 epochs over its rows and a fresh cosine of the learning rate,
-so that later stages have more steps. Here the stages are equal parts of one run, and the learning rate is that of the
-setting. The temperatures, the shares, the ranking and the sizes of the stages follow the code. The divergence is
-KL(p || q) with the factor T^2, as in the code. The code leaves T^2 out of some other divergences, for which
---config.objective.terms.distil.temperature_squared=False.
+The paper adds rows after fixed intervals or at convergence. In its code a stage is a run of its own, with 8 epochs over
+the rows of the stage and a fresh cosine of the learning rate, so that later stages have more steps. Here the stages are
+equal parts of one run, and the learning rate is that of the setting. The ranking, the sizes of the stages, the
+temperatures and the shares follow the code. The code samples the answers for the ranking at a low temperature (0.1 in
+the script for OPT), and from the pretrained student. The divergence is KL(p || q) with the factor T^2, as in the code.
+The code has no T^2 in some other divergences, for which set --config.objective.terms.distil.temperature_squared=False.
 """
 
 from ml_collections import ConfigDict
