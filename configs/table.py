@@ -24,7 +24,7 @@ from kd_jax.token_weights import temperatures as of_scores
 
 METHODS = (
     "sft", "seqkd", "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence",
-    "akl", "skew_kl", "abkd", "todi", "csd", "dkd", "atkd", "selectkd", "adakd", "taid", "amid", "ensemble", "imitkd", "gkd",
+    "akl", "skew_kl", "abkd", "todi", "csd", "dkd", "atkd", "selectkd", "adakd", "pocl", "taid", "amid", "ensemble", "imitkd", "gkd",
     "distillm", "distillm2", "minillm", "opd", "vopd", "iw_opd", "fire_opd", "gopd", "eopd", "tip", "ta_opd", "tsd_kd",
     "topk_opd", "opsd", "sdft", "sdpo",
 )  # fmt: skip
@@ -43,6 +43,8 @@ def methods() -> str:
     for method in METHODS:
         config = importlib.import_module(f"configs.{method}").get_config()
         source = _spec(config.prefixes)
+        if config.data.order.name != "shuffled":
+            source += f", order {_spec(config.data.order)}"
         if config.sampling.teacher_share:
             source += f", sampled with {config.sampling.teacher_share:g} of the teacher"
         for i, (name, term) in enumerate(config.objective.terms.items()):

@@ -4,7 +4,7 @@ Rows are tokenised once, and the seed decides the global order. Iteration over t
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -178,6 +178,7 @@ def batches(
     pad_id: int,
     token_values: TokenValues | None = None,
     line_arrays: LineArrays | None = None,
+    order: Callable[[int], int] | None = None,
 ) -> grain.IterDataset:
     """Returns batches of a fixed shape: this process's share of each global batch.
 
@@ -199,6 +200,8 @@ def batches(
       token_values: additional values of the rows' tokens, which become arrays by name, [batch_size / process_count,
         max_length, ...]. For packed rows, `token_values` is indexed by the rows before packing.
       line_arrays: additional arrays of the batch, also indexed by the rows before packing.
+      order: a function from a position in the sequence of all global batches to the index of the row there, as in
+        `kd_jax.data.orders`, in place of `seed` and `shuffle`; None for the order of these two.
 
     Returns:
       An iterable of dicts of NumPy arrays, each [batch_size / process_count, max_length]: tokens and targets (int32),
@@ -229,15 +232,16 @@ def batches(
         raise ValueError(
             f"the longest row has {longest} tokens; max_length={max_length} has room for {max_length + 1}."
         )
-    indices_in_order = grain.MapDataset.range(len(rows))
-    order = (indices_in_order.shuffle(seed) if shuffle else indices_in_order).repeat()  # each epoch has its own order
+    in_order = grain.MapDataset.range(len(rows))
+    shuffled = (in_order.shuffle(seed) if shuffle else in_order).repeat()  # each epoch has its own order
+    # grain's type allows None, which only a filtered dataset has.
+    row_at: Callable[[int], int | None] = shuffled.__getitem__ if order is None else order
     num_rows = sys.maxsize if num_epochs is None else len(rows) * num_epochs
 
     def make_batch(index: int) -> dict[str, np.ndarray]:
         start = index * batch_size
         positions = range(start + process_index, start + batch_size, process_count)
-        # grain's type allows None, which only a filtered dataset has.
-        indices = [i for position in positions if position < num_rows and (i := order[position]) is not None]
+        indices = [i for position in positions if position < num_rows and (i := row_at(position)) is not None]
         groups = [rows.groups[index] if isinstance(rows, Packed) else (index,) for index in indices]
         batch = pad(single, groups, len(positions), max_length, pad_id, token_values)
         if line_arrays is not None:

@@ -13,6 +13,7 @@ from kd_jax.run.cache import AnyRows, cached_values, unpacked
 from kd_jax.run.checks import check_room, check_sampling, check_term, check_views
 from kd_jax.run.line_arrays import LineArrays
 from kd_jax.run.models import Models, Writer
+from kd_jax.run.ranking import check_order, load_order
 from kd_jax.run.view_prompts import further_columns, options_of_rows
 from kd_jax.settings import Settings, name_of
 from kd_jax.storage import remote
@@ -45,6 +46,7 @@ def make_source(config: Settings, terms: tuple[Term, ...]) -> Source:
         )
     if source.authors or source.origins == ("teacher",):
         check_sampling(config, source)
+    check_order(config, source)
     if "student" not in source.authors and (config.sampling.teacher_share or config.sampling.rollouts_per_prompt > 1):
         raise ValueError(
             f"sampling.teacher_share={config.sampling.teacher_share} and sampling.rollouts_per_prompt="
@@ -221,7 +223,7 @@ def make_feed(
     config: Settings, source: Source, tokenizer: data.Tokenizer, loaded: Models, mesh: jax.sharding.Mesh,
     rows: AnyRows, text: data.Rows | None, cache: Cache | None = None, line_arrays: LineArrays | None = None,
 ) -> Feed:  # fmt: skip
-    """Returns the feed of a run's batches.
+    """Returns the feed of a run's batches. For a curriculum the rows are ranked first, if no ranking is on disk.
 
     Args:
       config: the config of the run.
@@ -235,7 +237,8 @@ def make_feed(
       line_arrays: the maker of the further arrays of `rows`, or None.
 
     Raises:
-      ValueError: some rows have no prompt, but the source needs answers to prompts.
+      ValueError: some rows have no prompt, but the source or the order of the rows needs answers to prompts; or a
+        curriculum has more stages than rows.
     """
     if source.authors and (empty := int(np.sum(unpacked(rows).prompt_lengths == 0))):
         raise ValueError(
@@ -243,6 +246,7 @@ def make_feed(
             f"prefixes.name={name_of(config.prefixes)!r} cannot sample responses; remove these rows, or choose another template."
         )
     options = batch_options(config, tokenizer)
+    order = load_order(config, tokenizer, loaded, mesh, unpacked(rows))
     share, repeats = config.sampling.teacher_share, config.sampling.rollouts_per_prompt
     text_batches = None
     if text is not None:
@@ -258,11 +262,11 @@ def make_feed(
     authors = {"student": Author(loaded.student, None, mixture)}
     if "teacher" in source.authors:
         authors["teacher"] = Author(loaded.require_teacher(), loaded.teacher_params)
+    batches = data.batches(
+        rows, batch_size=config.data.batch_size, token_values=token_values, line_arrays=line_arrays, order=order, **options
+    )  # fmt: skip
     return Feed(
-        source,
-        iter(data.batches(
-            rows, batch_size=config.data.batch_size, token_values=token_values, line_arrays=line_arrays, **options
-        )),
+        source, iter(batches),
         text_batches=text_batches,
         sampler=rollouts.make_sampler(mesh, tokenizer, config.data.max_length, config.sampling),
         authors={name: authors[name] for name in source.authors},

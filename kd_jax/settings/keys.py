@@ -132,6 +132,9 @@ class Data:
         "none", "none; rows: several rows in one, kept separate; stream: joined, all tokens count",
         choices=("none", "rows", "stream"),
     )  # fmt: skip
+    order: Spec = key(
+        {"name": "shuffled"}, "spec: kd_jax.data.orders, the order in which the training rows are read", is_open=True
+    )
     batch_size: int = key(32, "number of rows in an update, over all devices", least=1)
     eval_batch_size: int = key(32, "number of rows in an evaluation batch, over all devices", least=1)
 

@@ -32,6 +32,7 @@ FREE = (
 ADDED: Json = {
     "data.template_options": {}, "data.system": "", "optimizer.no_decay": [], "members": {}, "teacher.follow": 0.0,
     "teacher.follow_every": 1, "teacher.follow_copy_first": False, "teacher.view.name": "none",
+    "data.order.name": "shuffled",
 } | {
     # keys of a term, and of its policy
     "between": ["student", "teacher"], "weights": {}, "vocabulary.support": "whole", "entry_clip": 0.0, "logits.name": "raw",

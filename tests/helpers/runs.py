@@ -11,7 +11,7 @@ from kd_jax.storage import checkpoint
 
 OFF_POLICY = (
     "sft", "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence", "akl", "skew_kl",
-    "taid", "abkd", "amid", "todi", "csd", "dkd", "atkd", "selectkd", "adakd", "ensemble",
+    "taid", "abkd", "amid", "todi", "csd", "dkd", "atkd", "selectkd", "adakd", "pocl", "ensemble",
 )  # fmt: skip
 ON_POLICY = (
     "imitkd", "gkd", "opd", "vopd", "minillm", "distillm", "distillm2", "eopd", "tip", "tsd_kd", "fire_opd", "iw_opd",

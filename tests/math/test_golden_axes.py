@@ -1,7 +1,7 @@
 """Compares training steps with published losses and gradients of further objectives (golden/README.md).
 
 The models are fakes, whose parameters are their logits. A *builder* turns a published case into the terms of an
-objective. Each case is in exactly one of the tables `EXPRESSED`, `SCHEDULES`, `FOLLOWERS` and `NOT_EXPRESSED`.
+objective. Each case is in exactly one of the tables `EXPRESSED`, `SCHEDULES`, `FOLLOWERS`, `ORDERS` and `NOT_EXPRESSED`.
 """
 
 import collections
@@ -14,7 +14,9 @@ import numpy as np
 import optax
 import pytest
 
+import configs.pocl
 from kd_jax import resolve, schedules
+from kd_jax.data import orders
 from kd_jax.objectives import ORIGINS
 from kd_jax.optimizer import Follow, with_followers
 from tests.helpers.axes import CASES, arrays, closed, numbered
@@ -535,8 +537,8 @@ def steps_of(values, boundaries):
 # key -> the name of an array, and the schedule that gives the array's value at each step.
 SCHEDULES = {
     "c0177": {
-        "temperature": steps_of([1.0, 1.33, 1.67, 2.0], [1, 2, 3]),
-        "kd_ratio": {"name": "linear_schedule", "init_value": 0.7, "end_value": 1.0, "transition_steps": 3},
+        "temperature": {"name": "by_stage", "values": configs.pocl.TEMPERATURES, "total_steps": 4},
+        "kd_ratio": {"name": "by_stage", "values": configs.pocl.SHARES, "total_steps": 4},
     },
     "c0180": {"value": {"name": "cosine_decay_schedule", "init_value": 1.0, "decay_steps": 10}},
     "c0181": {"value": {"name": "linear_schedule", "init_value": 4.0, "end_value": 1.0, "transition_steps": 20}},
@@ -547,6 +549,8 @@ SCHEDULES = {
 
 # key -> the way in which a teacher follows the student.
 FOLLOWERS = {"c0186": Follow(0.05, every=3), "c0187": Follow(1 - 0.9, copy_first=True)}
+
+ORDERS = numbered(169, 170)  # orders of the rows of a dataset
 
 NOT_EXPRESSED = {
     key: reason
@@ -564,7 +568,6 @@ NOT_EXPRESSED = {
         ("needs the likelihoods of chunks of two tokenizers", numbered(closed(154, 161))),
         ("needs the sorted distributions of chunks of two tokenizers", numbered(closed(162, 167))),
         ("needs a map between two vocabularies", numbered(168)),
-        ("needs an order of the rows of a dataset", numbered(169, 170)),
         ("needs a fraction of a rule that follows the average of the loss", numbered(178, 179)),
         ("needs a quantile over the batch that decides the size of a support", numbered(189, 190)),
         ("needs a z-score over the outcomes of a support", numbered(196)),
@@ -574,7 +577,7 @@ NOT_EXPRESSED = {
 
 
 def test_every_case_is_in_one_table():
-    tables = [*EXPRESSED, *SCHEDULES, *FOLLOWERS, *NOT_EXPRESSED]
+    tables = [*EXPRESSED, *SCHEDULES, *FOLLOWERS, *ORDERS, *NOT_EXPRESSED]
     assert sorted(tables) == sorted(CASES) and len(CASES) == 201
 
 
@@ -639,3 +642,13 @@ def test_published_averages_of_the_student(key):
             params = optax.apply_updates(params, updates)
             found.append(state.followers["teacher"])
     np.testing.assert_allclose(np.stack(found), teachers, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("key", ORDERS)
+def test_published_orders_of_rows(key):
+    case = CASES[key]
+    values = {name: np.array(entries) for name, entries in case["values"].items()}
+    order = orders.easy_first(values["rouge_l"], values["ce"], case["params"]["constant"])
+    np.testing.assert_array_equal(order, values["order"])
+    sizes = orders.stage_sizes(len(order), case["params"]["stages"])
+    np.testing.assert_array_equal(sizes, values["stage_sizes"])

@@ -27,7 +27,21 @@ def training(workdir):
 # The other methods are slow tests: a config that differs from one of these in the divergence, and seqkd, which writes text.
 # In the smoke setting no response of eight tokens is good enough for SDPO's view, so every response is.
 EASIER = {"sdpo": dict(teacher__view__at_least=0.0)}
-QUICK = {"sft", "forward_kl", "taid", "amid", "gkd", "opd", "distillm", "distillm2", "eopd", "adakd", "gopd", "opsd", "sdpo"}
+QUICK = {
+    "sft",
+    "forward_kl",
+    "taid",
+    "amid",
+    "gkd",
+    "opd",
+    "distillm",
+    "distillm2",
+    "eopd",
+    "adakd",
+    "gopd",
+    "opsd",
+    "sdpo",
+}
 
 
 @pytest.mark.parametrize(
