@@ -109,6 +109,8 @@ def token_sum(
     ) -> tuple[Array, Array]:
         frozen = tuple(to_frozen[i](array) for i, array in enumerate(frozen_logits))
         value = token_loss(frozen if several else next(iter(frozen), None), to_student(logits), *extras)
+        # Extras in float64 must not change the type of the sums.
+        value, coefficient = value.astype(logits.dtype), coefficient.astype(logits.dtype)
         if not measured:
             value = jnp.where(coefficient != 0, value, 0)
             return jnp.sum(coefficient * value), value

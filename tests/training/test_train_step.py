@@ -10,7 +10,7 @@ from configs import base
 from kd_jax import data, sharding
 from kd_jax.objectives import make_terms
 from kd_jax.train_step import init_state, make_train_step
-from tests.helpers.steps import STUDENT, TEACHER, TERM, B, L, V, batch
+from tests.helpers.steps import STUDENT, TEACHER, TERM, B, L, V, batch, step
 
 TERMS = make_terms(
     {
@@ -141,6 +141,23 @@ def test_terms_over_other_rows_are_averaged_apart():
         expected = step(state, teacher_params, alone)[1][f"{name}/loss"]
         np.testing.assert_allclose(metrics[f"{name}/loss"], expected, rtol=1e-5)
     assert metrics["off/loss"][0] == metrics["off/loss"][1] == 0
+
+
+def test_a_term_that_is_infinite_at_tokens_of_another_term_leaves_no_trace():
+    """The temperature of DTKD is a ratio of maxima. It is not finite if no logit is above 0."""
+    random = np.random.default_rng(0)
+    student, teacher = random.normal(size=(2, 2, 3, 7))
+    student[1], teacher[1] = student[1] - 20, teacher[1] - 20
+    student[1, 0] = teacher[1, 0] = 0.0  # 0 / 0
+    targets = random.integers(0, 7, (2, 3)).astype(np.int32)
+    first = {"loss_mask": np.ones((2, 3), bool), "targets": targets, "origin": np.array([0, 1])}
+    ratio = base.term(temperature={"name": "relative_maximum"}, rows="data")
+    both = {"ratio": ratio, "labels": base.hard_labels(rows="teacher")}
+    loss, gradient = step(both, student, teacher, first)
+    alone = [step({name: both[name]}, student, teacher, first) for name in both]
+    np.testing.assert_allclose(loss, sum(value for value, _ in alone), rtol=1e-6)
+    np.testing.assert_allclose(gradient, sum(of_term for _, of_term in alone), rtol=1e-5, atol=1e-7)
+    assert np.abs(gradient).min(axis=-1).max(axis=-1).min() > 0
 
 
 def test_an_adaptive_schedule_stays_where_its_term_counts_nothing():

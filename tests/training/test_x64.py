@@ -76,3 +76,31 @@ def test_a_state_has_the_same_types(method, data_dir):
     narrow = types()
     with jax.enable_x64(True):
         assert types() == narrow
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_model_with_parameters_in_float64_takes_a_step(dtype, microbatches):
+    """The numbers of the terms are then float64, also if the model computes in float32."""
+    with jax.enable_x64(True):
+        sizes = dict(vocab_size=11, hidden_size=4, num_layers=1, num_heads=1, intermediate_size=8, max_positions=8)
+        model = models.from_config(models.ModelConfig(family="llama", **sizes), dtype=dtype)
+        params, teacher = (
+            jax.tree.map(lambda leaf: leaf.astype("float64"), model.init(jax.random.key(seed))) for seed in (0, 1)
+        )
+        rule = {"name": "top_fraction", "of": "student_entropy", "fraction": 0.5, "divide_by": "kept"}
+        terms = make_terms({"distil": {"tokens": rule}, "labels": {"kind": "hard_labels", "coefficient": 0.5}})
+        tx = train_step.optax.sgd(0.1)
+        tokens = np.random.default_rng(0).integers(0, 11, (4, 7)).astype(np.int32)
+        batch = dict(tokens=tokens[:, :-1], targets=tokens[:, 1:])
+        batch |= {"mask": np.ones((4, 6), bool), "loss_mask": np.ones((4, 6), bool)}
+        step = train_step.make_train_step(model, model, terms, tx, vocab_size=11, microbatches=microbatches, chunk=5)
+        state = train_step.init_state(params, tx, terms, jax.random.key(0))
+        new, sums = jax.jit(step)(state, teacher, batch)
+        assert all(leaf.dtype == "float64" for leaf in jax.tree.leaves(new.params))
+        log_p, log_q = (jax.nn.log_softmax(model.logits(tree, batch["tokens"])) for tree in (teacher, params))
+        entropy = -(np.exp(log_q) * log_q).sum(-1)
+        kept = entropy >= np.sort(entropy.ravel())[-12]
+        distance = (np.exp(log_p) * (log_p - log_q)).sum(-1)[kept].mean()
+        labels = -np.take_along_axis(np.asarray(log_q), batch["targets"][..., None], -1).mean()
+        np.testing.assert_allclose(sums["loss"][0], distance + 0.5 * labels, rtol=1e-5)
