@@ -8,7 +8,8 @@ Two dangers remain. A regular expression in tokenizer.json may need hours for a 
 stop the tokenizers library. A harmful chat template may use much memory. Use suspicious files only in a container with
 limits.
 
-Other packages import from this package, and from the modules `counts`, `encoding`, `jsonl` and `limited`.
+Other packages import from this package, and from the modules `counts`, `encoding`, `jsonl`, `limited` and
+`orders`.
 """
 
 from kd_jax.data.builder import (
