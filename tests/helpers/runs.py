@@ -19,6 +19,9 @@ ON_POLICY = (
 )  # fmt: skip
 # The settings of a run with three checkpoints.
 WHOLE = dict(steps=5, checkpoint_every=2, eval_every=5, log_every=2, keep_checkpoints=3)
+# Changes with which a method does its work in few steps of the smoke setting: distillm samples from the first step, and
+# each response of sdpo is good enough to be shown.
+AT_WORK = {"distillm": dict(prefixes__threshold=0.9), "sdpo": dict(teacher__view__at_least=0.0)}
 METHODS = (*OFF_POLICY, "seqkd", *ON_POLICY)
 
 

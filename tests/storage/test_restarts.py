@@ -29,6 +29,7 @@ from kd_jax.train import loop
 from tests.helpers import broken
 from tests.helpers.commands import xla_flags
 from tests.helpers.runs import (
+    AT_WORK,
     METHODS,
     ON_POLICY,
     WHOLE,
@@ -49,7 +50,7 @@ pytestmark = [
 SHORT = dict(steps=5, checkpoint_every=2, eval_every=5, log_every=1, microbatches=2)
 # KILLS=10 kills each method ten times, which takes half an hour. The file KILLS_LOG gets a line of JSON per method.
 KILLS = int(os.environ.get("KILLS", "1"))
-KILLED = METHODS if KILLS > 1 else ("taid", "distillm", "distillm2", "minillm")
+KILLED = METHODS if KILLS > 1 else ("taid", "distillm", "distillm2", "minillm", "sdpo")
 
 
 # --- stopped runs
@@ -67,9 +68,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize(("method", "stop_at"), [("sft", 1), pytest.param("distillm", 3, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_bit_for_bit(method, stop_at, tmp_path, data_dir, monkeypatch):
-    changes = SHORT
-    if method == "distillm":
-        changes = changes | dict(prefixes__threshold=0.9)  # else nothing is drawn in so few steps
+    changes = SHORT | AT_WORK.get(method, {})
     whole = train.train(smoke(method, data_dir, **changes), str(tmp_path / "whole"), quiet=True)
 
     put, calls = train.Run.put, itertools.count()
@@ -520,8 +519,7 @@ def _train(method, data_dir, workdir, changes):
 def test_killed_at_random_moments_it_ends_as_if_it_never_was(method, tmp_path, data_dir):
     """The result is equal bit for bit after KILLS kills: one before the first save, then every other one in a save."""
     changes = dict(steps=4 * KILLS + 2, checkpoint_every=1, eval_every=2 * KILLS + 1, log_every=1)
-    if method == "distillm":
-        changes["prefixes__threshold"] = 0.9  # else nothing is drawn in so few steps
+    changes |= AT_WORK.get(method, {})
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kd_jax.train", "tests.helpers.runs"])
     moments, parts = random.Random(method), tmp_path / "parts"

@@ -14,7 +14,7 @@ from kd_jax.evaluate.arguments import parse
 from kd_jax.evaluate.of_run import filled
 from kd_jax.settings import Settings
 from kd_jax.storage import directory
-from tests.helpers.runs import METHODS, configured, last_state, smoke
+from tests.helpers.runs import AT_WORK, METHODS, configured, last_state, smoke
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -25,8 +25,6 @@ def training(workdir):
 
 
 # The other methods are slow tests: a config that differs from one of these in the divergence, and seqkd, which writes text.
-# In the smoke setting no response of eight tokens is good enough for SDPO's view, so every response is.
-EASIER = {"sdpo": dict(teacher__view__at_least=0.0)}
 QUICK = {
     "sft",
     "forward_kl",
@@ -48,7 +46,7 @@ QUICK = {
     "method", [pytest.param(method, marks=[] if method in QUICK else [pytest.mark.slow]) for method in METHODS]
 )
 def test_every_config_takes_two_steps(method, data_dir):
-    run = train.build(smoke(method, data_dir, **EASIER.get(method, {})))
+    run = train.build(smoke(method, data_dir, **AT_WORK.get(method, {})))
     state = run.init_state()
     before = jax.device_get(state.params)
     for _ in range(2):
@@ -86,7 +84,7 @@ def distilled(config):
 @pytest.mark.slow
 def test_sdpo_comes_nearer_to_the_average_that_sees_a_rollout(data_dir):
     """Held-out rows have no rollouts, so the loss of the training rows is compared."""
-    run = train.build(smoke("sdpo", data_dir, steps=40, **EASIER["sdpo"]))
+    run = train.build(smoke("sdpo", data_dir, steps=40, **AT_WORK["sdpo"]))
     state, losses = run.init_state(), []
     for step in range(40):
         state, sums = run.train_step(state, run.models.frozen_params, run.batch(step, state.params))
