@@ -1,8 +1,8 @@
 """python -m kd_jax.cache_teacher --config=configs/METHOD.py[:SETTING] --out=FOLDER --kind=hidden|top_k|samples [--k=N] ...
 
-Runs the config's teacher once over the rows for training and evaluation, and writes the teacher's values at each
-counted token. A run with --config.teacher.cache=FOLDER then needs no teacher. If the command is stopped, the same
-command writes the missing files.
+Runs the config's teacher, or with --member=NAME another frozen model, once over the rows for training and evaluation,
+and writes the model's values at each counted token. A run with --config.teacher.cache=FOLDER then needs no teacher. If
+the command is stopped, the same command writes the missing files.
 """
 
 import contextlib
@@ -27,13 +27,17 @@ from kd_jax import command, data, main, metrics, models, sharding, storage
 from kd_jax.prefixes import responses
 from kd_jax.run.build import make_mesh, make_objective
 from kd_jax.run.cache import check_use, made_from, unpacked
+from kd_jax.run.line_arrays import make_line_arrays
 from kd_jax.run.models import load_models, load_tokenizer
 from kd_jax.run.rows import check_length, load_rows
-from kd_jax.settings import Config, Settings
+from kd_jax.run.view_prompts import described_view, load_texts
+from kd_jax.settings import Config, Member, Settings, Teacher
 from kd_jax.settings.value_types import WholeNumberParser
 from kd_jax.storage import directory, remote
 from kd_jax.storage.untrusted import clip, read_json
+from kd_jax.teachers import Teacher as FrozenModel
 from kd_jax.teachers import cache_files as files
+from kd_jax.teachers import teacher_arrays
 from kd_jax.teachers.cache_reading import check_manifest
 from kd_jax.teachers.cached import KINDS, coarsen, draw, merged
 
@@ -44,6 +48,9 @@ KIND = flags.DEFINE_enum(
     "tokens; samples: k sampled tokens.",
 )  # fmt: skip
 K = flags.DEFINE(WholeNumberParser(), "k", 64, "With top_k or samples: the number of tokens stored at each position.")
+MEMBER = flags.DEFINE_string(
+    "member", "teacher", "The frozen model that is cached: teacher, or a name in config.members."
+)
 POWER = flags.DEFINE_float("power", 1.0, "With samples: the power of the teacher's probabilities to sample from.")
 PART_ROWS = flags.DEFINE(WholeNumberParser(), "part_rows", 512, "The number of rows in a file.")
 
@@ -53,8 +60,9 @@ Read = Callable[[PyTree, dict[str, Array], str], dict[str, Array]]
 
 
 def write(
-    config: Config, folder: str, kind: str, k: int = 64, power: float = 1.0, part_rows: int = 512, quiet: bool = False
-) -> files.Manifest:
+    config: Config, folder: str, kind: str, k: int = 64, power: float = 1.0, part_rows: int = 512, quiet: bool = False,
+    member: str = "teacher",
+) -> files.Manifest:  # fmt: skip
     """Writes the missing parts of a cache.
 
     Args:
@@ -66,6 +74,7 @@ def write(
       power: the power of the probabilities from which samples are taken.
       part_rows: the number of rows in a file. A file is written completely or not at all.
       quiet: whether to omit the progress bar.
+      member: the frozen model that is cached: teacher, or a name in config.members.
 
     Returns:
       The manifest.
@@ -75,20 +84,25 @@ def write(
     """
     settings = Settings.parse(config)
     terms, source = make_objective(settings)
-    check_use(settings, terms, source, kind)
-    if settings.teacher.cache or not settings.teacher.path:
-        raise ValueError(
-            f"teacher.path={settings.teacher.path!r} and teacher.cache={settings.teacher.cache!r}, but the teacher's model is "
-            f"needed to write a cache; set teacher.path, and leave teacher.cache empty."
-        )
+    check_use(settings, terms, source, kind, member)
+    options = _options_of(settings, member)
     mesh = make_mesh(settings)
     loaded = load_models(settings, load_tokenizer(settings), mesh, True)
-    tokenizer, teacher = loaded.tokenizer, loaded.require_teacher()
+    tokenizer = loaded.tokenizer
+    teacher = loaded.require_teacher() if member == "teacher" else loaded.member_models[member]
+    params = loaded.teacher_params if member == "teacher" else loaded.member_params[member]
     _check_numbers(kind, k, power, part_rows, tokenizer.vocab_size)
     check_length(settings, loaded)
+    splits = {"train": settings.data.train_split, "held_out": settings.data.eval_split}
+    limits = {"train": 0, "held_out": settings.data.eval_rows}
     rows = {
-        "train": unpacked(load_rows(settings, tokenizer, settings.data.train_split)[0]),
-        "held_out": unpacked(load_rows(settings, tokenizer, settings.data.eval_split, settings.data.eval_rows)[0]),
+        split: unpacked(load_rows(settings, tokenizer, name, limits[split])[0]) for split, name in splits.items()
+    }  # fmt: skip
+    line_arrays = {
+        split: make_line_arrays(
+            settings, (), loaded, rows[split], partial(load_texts, settings, name), {}, training=member != "teacher"
+        )
+        for split, name in splits.items()
     }
     temperatures = {"train": settings.objective.temperature, "held_out": 1.0}  # evaluations have temperature 1
     cache_folder = remote.local_folder(folder)
@@ -101,22 +115,25 @@ def write(
         "hidden_size": teacher.config.hidden_size,
         "head": files.TIED if teacher.config.tie_embeddings else files.UNTIED,
         "teacher": {
-            "path": settings.teacher.path, "dtype": settings.teacher.dtype, "weights": settings.teacher.weights,
-            "config": str(teacher.config),
-            "fingerprint": responses.fingerprint(loaded.teacher_params, str(teacher.config)),
+            "path": options.path, "dtype": options.dtype, "weights": options.weights, "config": str(teacher.config),
+            "fingerprint": responses.fingerprint(params, str(teacher.config)),
         },
         "splits": {
-            split: files.describe_rows(of_split) | {"temperature": temperatures[split]} for split, of_split in rows.items()
+            split: files.describe_rows(of_split)
+            | {"temperature": temperatures[split]}
+            | ({"view": view} if (view := described_view(settings, member, of_split, splits[split])) else {})
+            for split, of_split in rows.items()
         },
         "part_rows": part_rows,
         "head_hash": "",
     } | made_from(settings, tokenizer)  # fmt: skip
     check_manifest(cache_folder / files.MANIFEST, manifest)  # a cache that could not be read is not written
-    read = _make_read(teacher, manifest, mesh)
+    frozen = loaded.compared_teacher if member == "teacher" else loaded.members[member]
+    read = _make_read(frozen, teacher, manifest, mesh)
     batch_size, first = settings.data.eval_batch_size, jax.process_index() == 0
     head = None
     if kind == "hidden":
-        head = sharding.fetch_whole(teacher.stored_head(loaded.teacher_params)[0])
+        head = sharding.fetch_whole(teacher.stored_head(params)[0])
     with contextlib.ExitStack() as stack:
         if first:
             _check_folder(cache_folder, manifest)
@@ -128,7 +145,7 @@ def write(
         bar = stack.enter_context(metrics.tqdm(total=total, desc="the teacher reads", unit="batch", disable=quiet))
         for split, part, sizes in jobs:
             records = _records(
-                manifest, rows[split], split, part, max(sizes), partial(read, loaded.teacher_params),
+                manifest, rows[split], line_arrays[split], split, part, max(sizes), partial(read, params),
                 batch_size, settings.data.max_length, tokenizer.pad_id, mesh, bar.update,
             )  # fmt: skip
             if part is None:  # this process has no part, but all processes compute the parts of the other processes
@@ -141,6 +158,25 @@ def write(
         size = sum(file.stat().st_size for file in cache_folder.rglob("*.array_record"))
         metrics.tqdm.write(f"{folder}: {tokens} tokens, {size / sum(tokens.values()):.1f} bytes per token.")
     return manifest
+
+
+def _options_of(settings: Settings, member: str) -> Teacher | Member:
+    """Returns the section of a config with the frozen model that is cached.
+
+    Raises:
+      ValueError: there is no such model, or only a cache of the model.
+    """
+    if member != "teacher" and member not in settings.members:
+        known = ", ".join(("teacher", *settings.members))
+        raise ValueError(f"--member={member} is no frozen model of the config, which has {known}.")
+    section = "teacher" if member == "teacher" else f"members.{member}"
+    options = settings.teacher if member == "teacher" else settings.members[member]
+    if options.cache or not options.path:
+        raise ValueError(
+            f"{section}.path={options.path!r} and {section}.cache={options.cache!r}, but the model is needed to write a cache; "
+            f"set {section}.path, and leave {section}.cache empty."
+        )
+    return options
 
 
 def _check_numbers(kind: str, k: int, power: float, part_rows: int, vocab_size: int) -> None:
@@ -207,7 +243,7 @@ def _share(folder: Path, manifest: files.Manifest) -> list[tuple[str, int | None
 
 
 def _records(
-    manifest: files.Manifest, rows: data.Rows, split: str, part: int | None, most_rows: int,
+    manifest: files.Manifest, rows: data.Rows, line_arrays: data.LineArrays | None, split: str, part: int | None, most_rows: int,
     read: Callable[[dict[str, Array], str], dict[str, Array]], batch_size: int, max_length: int, pad_id: int,
     mesh: jax.sharding.Mesh, done: Callable[[], object],
 ) -> Iterator[bytes]:  # fmt: skip
@@ -216,6 +252,7 @@ def _records(
     Args:
       manifest: the manifest of the cache.
       rows: the rows of the split.
+      line_arrays: the maker of the arrays of a model with a view, or None.
       split: 'train' or 'held_out'.
       part: the part of this process; None if the process has none in this round.
       most_rows: the number of rows of the largest part of the round.
@@ -230,6 +267,8 @@ def _records(
         of_batch = list(indices[start : start + share])
         batch = data.pad(rows, [(index,) for index in of_batch], share, max_length, pad_id)
         arrays = {"tokens": batch["tokens"], "mask": batch["mask"] > 0}
+        if line_arrays is not None:
+            arrays |= teacher_arrays(line_arrays.of_lines([(index,) for index in of_batch], share))
         arrays["index"] = np.array(of_batch + [0] * (share - len(of_batch)), np.int32)
         read_values = read(sharding.put_batch(mesh, arrays), split)
         values = {name: _own_rows(array, share) for name, array in read_values.items()}
@@ -252,12 +291,13 @@ def _own_rows(array: jax.Array, share: int) -> np.ndarray:
     return sharding.fetch_whole(array)[jax.process_index() * share : (jax.process_index() + 1) * share]
 
 
-def _make_read(teacher: models.Model, manifest: files.Manifest, mesh: jax.sharding.Mesh) -> Read:
-    """Returns the jitted function that computes the values to store."""
+def _make_read(frozen: FrozenModel, teacher: models.Model, manifest: files.Manifest, mesh: jax.sharding.Mesh) -> Read:
+    """Returns the jitted function that computes the values to store, from `frozen`, whose model is `teacher`."""
     kind, k, vocab_size = manifest["kind"], manifest["k"], manifest["vocab_size"]
 
     def read(params: PyTree, batch: dict[str, Array], split: str) -> dict[str, Array]:
-        hidden = teacher.hidden(sharding.for_lookup(mesh, params), batch["tokens"], batch["mask"])
+        hidden = frozen.outputs(sharding.for_lookup(mesh, params), batch).hidden
+        assert hidden is not None  # a model has hidden states
         if kind == "hidden":
             return {"teacher_hidden": jax.lax.bitcast_convert_type(hidden.astype(jnp.bfloat16), jnp.uint16)}
         temperature = manifest["splits"][split]["temperature"]
@@ -301,11 +341,12 @@ def run(argv: list[str]) -> None:
         sys.exit(f"kd_jax: {argv[1]!r} is no flag; flags look like --kind=top_k.")
     main.use_cache()
     arguments = str(main.WORKDIR.value), KIND.value, K.value, POWER.value, PART_ROWS.value
+    member = MEMBER.value
     with main.ends_well(remaining_results):
         main.join(main.PROCESSES.value)
-        main.check_same(main.CONFIG.value.to_dict(), *arguments)
+        main.check_same(main.CONFIG.value.to_dict(), *arguments, member)
         with storage.room(arguments[0]):
-            write(main.CONFIG.value, *arguments)
+            write(main.CONFIG.value, *arguments, member=member)
 
 
 if __name__ == "__main__":

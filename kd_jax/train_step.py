@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PyTree
 
 from kd_jax.objectives import ORIGINS, Term
 from kd_jax.objectives.prepared import Metrics, PreparedTerm, States, as_real, prepare, where
-from kd_jax.objectives.terms import evaluate_score
+from kd_jax.objectives.terms import count_apart, counted_gradient, evaluate_score
 from kd_jax.teachers import Outputs, Teacher, for_terms, teacher_arrays
 from kd_jax.teachers.compare import compare_outputs, frozen_outputs, student_outputs
 from kd_jax.teachers.online import HiddenModel
@@ -212,14 +212,6 @@ class _Step:
         return any(term.early_scores or term.needs_own_values_early for term in self.terms)
 
     @property
-    def _count_apart(self) -> bool:
-        """True if a token may count in one term and not in another, whose gradient there need not be finite."""
-        choices = [
-            (term.rows, term.where, term.gate, None if term.has_local_rule else term.rule) for term in self.terms
-        ]
-        return any(choice != choices[0] for choice in choices)
-
-    @property
     def _has_local_rules(self) -> bool:
         return any(term.has_local_rule for term in self.terms)
 
@@ -264,13 +256,15 @@ class _Step:
         The values [B, L, K] are the losses of the K terms at each token. If a term has a local rule, the weights of the
         K terms follow. `token_sum`, which `_compare` calls, multiplies each loss by the token's coefficient.
         """
-        inputs = {"arrays": part["arrays"]} | ({"counted": part["coefficients"] != 0} if self._count_apart else {})
+        inputs = {"arrays": part["arrays"]} | (
+            {"counted": part["coefficients"] != 0} if count_apart(self.terms) else {}
+        )
         leaves, structure = jax.tree.flatten(inputs)
 
         def token_loss(logits: list[dict[str, PyTree]], target: Array, *leaves: Array) -> Array:
             unpacked = jax.tree.unflatten(structure, leaves)
             arrays = unpacked["arrays"]
-            if self._count_apart:
+            if "counted" in unpacked:
                 logits = [
                     of_term | {"student": counted_gradient(of_term["student"], unpacked["counted"][..., i])}
                     for i, of_term in enumerate(logits)
@@ -328,18 +322,6 @@ class _Step:
         values = [schedule(of, step=state.step) for schedule, of in zip(term.schedules, states, strict=True)]
         weight, _, *numbers = as_real(values, state.params)
         return {"weight": weight} | dict(zip(term.numbers, numbers, strict=True))
-
-
-@jax.custom_vjp
-def counted_gradient(logits: Array, counted: Array) -> Array:
-    """Returns the logits [..., V]. Their gradient is 0, and not NaN, at tokens that do not count, [...]."""
-    return logits
-
-
-counted_gradient.defvjp(
-    lambda logits, counted: (logits, counted),
-    lambda counted, gradient: (jnp.where(counted[..., None], gradient, 0), None),
-)
 
 
 def _parts(batch: Batch) -> dict[str, PyTree]:

@@ -1,7 +1,7 @@
 """A term of the objective, and the computation of its value and its weight at a token."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +140,24 @@ class Term:
         weight = checked_weights(self.rule(values | {"divergence": jax.lax.stop_gradient(value)}))
         weight = jax.lax.stop_gradient(weight.astype(value.dtype))
         return weight * value, weight
+
+
+def count_apart(terms: Sequence[Term]) -> bool:
+    """Returns True if a token may count in one term and not in another, whose gradient there need not be finite."""
+    choices = [(term.rows, term.where, term.gate, None if term.has_local_rule else term.rule) for term in terms]
+    return any(choice != choices[0] for choice in choices)
+
+
+@jax.custom_vjp
+def counted_gradient(logits: Array, counted: Array) -> Array:
+    """Returns the logits [..., V]. Their gradient is 0, and not NaN, at tokens that do not count, [...]."""
+    return logits
+
+
+counted_gradient.defvjp(
+    lambda logits, counted: (logits, counted),
+    lambda counted, gradient: (jnp.where(counted[..., None], gradient, 0), None),
+)
 
 
 def evaluate_score(of_token: Score, logits: Logits, member: str, target: Array) -> Array:

@@ -14,7 +14,7 @@ from kd_jax.objectives import Term, make_terms
 from kd_jax.optimizer import Follow, make_optimizer, with_followers
 from kd_jax.prefixes import rollouts
 from kd_jax.prefixes.feed import Feed
-from kd_jax.run.cache import cached_values, open_cache, unpacked
+from kd_jax.run.cache import cached_values, open_caches, unpacked
 from kd_jax.run.checks import check_learning_rate, check_mesh, check_vocabulary
 from kd_jax.run.line_arrays import make_line_arrays
 from kd_jax.run.models import Models, initial_key, load_models, load_tokenizer
@@ -26,10 +26,10 @@ from kd_jax.run.rows import (
     load_responses,
     load_rows,
     load_text,
-    load_texts,
     make_feed,
     make_source,
 )
+from kd_jax.run.view_prompts import load_texts
 from kd_jax.settings import Config, Sampling, Settings, name_of
 from kd_jax.teachers import Teacher
 from kd_jax.teachers.cache_reading import Cache
@@ -145,8 +145,8 @@ def build(config: Config | Settings) -> Run:
     learning_rate = _make_learning_rate(settings)
     tx = make_optimizer(settings.optimizer, learning_rate, settings.clip_norm)
     mesh = make_mesh(settings)
-    cache = open_cache(settings, terms, source)
-    loaded = _load_models(settings, source, terms, mesh, cache)
+    caches = open_caches(settings, terms, source)
+    loaded = _load_models(settings, source, terms, mesh, caches)
     if follows := _follows(settings):
         tx = with_followers(tx, follows)
     terms = loaded.compared_teacher.terms(terms)
@@ -169,7 +169,7 @@ def build(config: Config | Settings) -> Run:
     )
     held_out = data.batches(
         eval_rows, batch_size=options.eval_batch_size, shuffle=False, num_epochs=1,
-        token_values=cached_values(settings, tokenizer, cache, "held_out", eval_rows), line_arrays=of_eval,
+        token_values=cached_values(settings, tokenizer, caches, "held_out", eval_rows), line_arrays=of_eval,
         **batch_options(settings, tokenizer),
     )  # fmt: skip
     # Sampling may take long, so it comes last, after all checks. The responses are on disk for later runs.
@@ -187,7 +187,7 @@ def build(config: Config | Settings) -> Run:
         config=settings, mesh=mesh, tokenizer=tokenizer, models=loaded, terms=terms, learning_rate=learning_rate,
         init_state=fresh_state, abstract_state=abstract_state,
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(placed, None)),
-        feed=make_feed(settings, source, tokenizer, loaded, mesh, train_rows, text_rows, cache, of_train),
+        feed=make_feed(settings, source, tokenizer, loaded, mesh, train_rows, text_rows, caches, of_train),
         eval_batches=lambda: iter(held_out), examples=examples, counts=counts,
         written=train_rows if isinstance(source, prefixes.teacher) else None,
         sample_examples=evaluate.held_out_examples(unpacked(eval_rows), tokenizer, options.eval_batch_size),
@@ -240,16 +240,28 @@ def _follows(settings: Settings) -> dict[str, Follow]:
 
 
 def _load_models(
-    settings: Settings, source: prefixes.Source, terms: tuple[Term, ...], mesh: jax.sharding.Mesh, cache: Cache | None
+    settings: Settings,
+    source: prefixes.Source,
+    terms: tuple[Term, ...],
+    mesh: jax.sharding.Mesh,
+    caches: dict[str, Cache],
 ) -> Models:
-    """Loads the models of the run. A cache replaces the teacher."""
+    """Loads the models of the run. A cache replaces the teacher, or a member."""
     needs_teacher = any(term.needs_teacher for term in terms)
     text_only = learns_from_text(settings, source, terms)
     loaded = load_models(settings, load_tokenizer(settings, text_only), mesh, needs_teacher, text_only)
-    if not cache:
+    params = {
+        name: cache.load_params(mesh, (settings.teacher if name == "teacher" else settings.members[name]).sharding)
+        for name, cache in caches.items()
+    }
+    members = loaded.members | {name: cache.teacher for name, cache in caches.items() if name != "teacher"}
+    member_params = loaded.member_params | {name: tree for name, tree in params.items() if name != "teacher"}
+    loaded = dataclasses.replace(loaded, members=members, member_params=member_params)
+    if "teacher" not in caches:
         return loaded
-    params = cache.load_params(mesh, settings.teacher.sharding)
-    return dataclasses.replace(loaded, compared_teacher=cache.teacher, teacher_params=params)
+    return dataclasses.replace(
+        loaded, compared_teacher=caches["teacher"].teacher, teacher_params=params["teacher"]
+    )  # fmt: skip
 
 
 def _make_state(

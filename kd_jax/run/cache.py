@@ -1,17 +1,19 @@
 """Opens a teacher's cache for a config, and checks that the cache is sufficient for the config and fits the run's rows."""
 
 import json
+from collections.abc import Mapping
 
 from kd_jax import data, divergences, resolve
 from kd_jax.data.options import dataset_options
 from kd_jax.objectives import Term
 from kd_jax.prefixes import Source
+from kd_jax.run.view_prompts import described_view
 from kd_jax.settings import Settings, name_of
 from kd_jax.storage import remote
 from kd_jax.storage.checksum import digest
 from kd_jax.storage.files import Json
 from kd_jax.teachers.cache_files import describe_rows, differences
-from kd_jax.teachers.cache_reading import Cache, CachedValues
+from kd_jax.teachers.cache_reading import Cache, CachedValues, JoinedValues, key_of_cache
 
 AnyRows = data.Rows | data.Packed
 # The keys of config.data that decide the rows. Of the values of data.packing, only "stream" changes the rows.
@@ -46,46 +48,55 @@ def made_from(config: Settings, tokenizer: data.Tokenizer) -> Json:
     }
 
 
-def open_cache(config: Settings, terms: tuple[Term, ...], source: Source) -> Cache | None:
-    """Opens the cache that a config names, and checks that the cache is sufficient for the config.
+def open_caches(config: Settings, terms: tuple[Term, ...], source: Source) -> dict[str, Cache]:
+    """Opens the caches that a config names, and checks that each cache is sufficient for the config.
 
     Returns:
-      The cache; None if the config names none.
+      The caches by the name of the frozen model; {} if the config names none.
 
     Raises:
-      ValueError: the cache is invalid, or has less than the config needs.
+      ValueError: a cache is invalid, or has less than the config needs.
     """
-    if not config.teacher.cache:
-        return None
-    if config.student.init == "layers":
+    folders = {"teacher": config.teacher.cache} | {name: member.cache for name, member in config.members.items()}
+    return {member: _open(config, terms, source, member, folder) for member, folder in folders.items() if folder}
+
+
+def _open(config: Settings, terms: tuple[Term, ...], source: Source, member: str, folder: str) -> Cache:
+    if member == "teacher" and config.student.init == "layers":
         raise ValueError(
             f"student.init='layers' copies layers of the teacher's model, but teacher.cache={config.teacher.cache!r} has no "
             f"model. Save the student's folder on a machine with enough memory for the teacher, and set "
             f"student.init='pretrained' and student.path."
         )
-    cache = Cache.open(remote.local_folder(config.teacher.cache))
-    check_use(config, terms, source, cache.kind)
+    cache = Cache.open(remote.local_folder(folder), member)
+    check_use(config, terms, source, cache.kind, member)
     wanted, written = config.objective.temperature, cache.manifest["splits"]["train"]["temperature"]
-    if cache.kind != "hidden" and any(term.needs_teacher for term in terms):
+    if cache.kind != "hidden" and any(member in term.members for term in terms):
         if lines := differences(written, wanted, "objective.temperature"):
             raise ValueError(cache.refusal(lines))
     return cache
 
 
 def cached_values(
-    config: Settings, tokenizer: data.Tokenizer, cache: Cache | None, split: str, rows: AnyRows
-) -> CachedValues | None:
-    """Returns the cached values of a split, 'train' or 'held_out'; None without a cache.
+    config: Settings, tokenizer: data.Tokenizer, caches: Mapping[str, Cache], split: str, rows: AnyRows
+) -> JoinedValues | None:
+    """Returns the cached values of a split, 'train' or 'held_out'; None without caches.
 
     Raises:
-      ValueError: the cache was made with another tokenizer, another template, or other rows; the message has the
+      ValueError: a cache was made with another tokenizer, another template, or other rows; the message has the
         differences.
     """
-    if cache is None:
+    if not caches:
         return None
-    rows = unpacked(rows)
-    key, about = f"{split} rows", describe_rows(rows)
-    written = cache.manifest | {key: {name: cache.manifest["splits"][split][name] for name in about}}
+    return JoinedValues(tuple(_values(config, tokenizer, cache, split, unpacked(rows)) for cache in caches.values()))
+
+
+def _values(config: Settings, tokenizer: data.Tokenizer, cache: Cache, split: str, rows: data.Rows) -> CachedValues:
+    name_of_split = {"train": config.data.train_split, "held_out": config.data.eval_split}[split]
+    view = {"view": described_view(config, cache.member, rows, name_of_split)}
+    key, about = f"{split} rows", describe_rows(rows) | view
+    # The caches of earlier versions have no entry `view`.
+    written = cache.manifest | {key: {name: cache.manifest["splits"][split].get(name, {}) for name in about}}
     wanted = made_from(config, tokenizer) | {key: about}
     lines = {name: differences(written[name], value, name) for name, value in wanted.items()}
     explanation = lines.pop("settings")
@@ -94,8 +105,15 @@ def cached_values(
     return CachedValues(cache, split, rows)
 
 
-def check_use(config: Settings, terms: tuple[Term, ...], source: Source, kind: str) -> None:
+def check_use(config: Settings, terms: tuple[Term, ...], source: Source, kind: str, member: str = "teacher") -> None:
     """Checks that a cache of this kind is sufficient for a config.
+
+    Args:
+      config: the config of the run.
+      terms: the terms of the objective.
+      source: the source of the rows.
+      kind: the kind of the cache.
+      member: the name of the frozen model that the cache replaces.
 
     Raises:
       ValueError: the config needs the teacher itself, or more of the teacher's distributions than the cache has.
@@ -103,11 +121,16 @@ def check_use(config: Settings, terms: tuple[Term, ...], source: Source, kind: s
     if source.authors or source.origins != ("data",):
         raise ValueError(
             f"a cache has values for the rows of the dataset only, but prefixes.name={name_of(config.prefixes)!r} samples new rows "
-            f"and needs the teacher itself. Use prefixes.name='data', or leave teacher.cache empty."
+            f"and needs the {member} itself. Use prefixes.name='data', or leave {key_of_cache(member)} empty."
+        )
+    if member != "teacher" and kind != "hidden":
+        raise ValueError(
+            f"{key_of_cache(member)} has a cache of kind {kind!r}, but a member is compared beside other models, which needs its "
+            f"whole distributions. Use a cache of kind 'hidden'."
         )
     for term in terms:
         where = f"objective.terms.{term.name}"
-        if not term.needs_teacher:
+        if member not in term.members:
             continue
         if term.rows == "text":
             raise ValueError(

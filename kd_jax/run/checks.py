@@ -12,7 +12,7 @@ from kd_jax import assistants, data, resolve
 from kd_jax.objectives import Term
 from kd_jax.policy_gradient import Scores
 from kd_jax.prefixes import Source
-from kd_jax.run.view_prompts import columns_read, key_of_view, make_views, options_of_rows
+from kd_jax.run.view_prompts import columns_read, key_of_view, live_views, make_views, options_of_rows
 from kd_jax.settings import Settings, name_of
 
 # A term needs a larger gradient, times the coefficient, in some step. A smaller one vanishes in an optimiser's epsilon.
@@ -88,10 +88,10 @@ def check_views(config: Settings, source: Source, terms: Sequence[Term]) -> None
             raise ValueError(
                 f"objective.terms.{term.name}.where reads columns of section data, but rows='text' counts the second stream."
             )
-        if term.gate is not None and "has_view" in term.gate.inputs and not views:
+        if term.gate is not None and "has_view" in term.gate.inputs and not live_views(config):
             raise ValueError(
-                f"objective.terms.{term.name}.row_gate: has_view needs a model that sees another prompt than the student; set "
-                f"teacher.view, or row_gate.name='none'."
+                f"objective.terms.{term.name}.row_gate: has_view needs a model that runs and sees another prompt than the student; "
+                f"set teacher.view and no cache, or row_gate.name='none'."
             )
     for name, view in views.items():
         if options.loss_on == "all":
@@ -99,11 +99,9 @@ def check_views(config: Settings, source: Source, terms: Sequence[Term]) -> None
                 f"{keys[name]} changes the prompt, so that the tokens of the prompt cannot be compared, but data.loss_on='all' "
                 f"counts them; set data.loss_on='response'."
             )
-        if name == "teacher" and (config.teacher.cache or not config.teacher.path):
-            raise ValueError(
-                f"teacher.view needs the teacher's model, but teacher.path={config.teacher.path!r} and teacher.cache="
-                f"{config.teacher.cache!r}; set teacher.path, and leave teacher.cache empty."
-            )
+        section, model = keys[name].removesuffix(".view"), config.teacher if name == "teacher" else config.members[name]
+        if not model.path and not model.cache:
+            raise ValueError(f"{keys[name]} needs a model, but {section}.path is empty; set the folder of the model.")
         if view.needs_rollouts:
             _check_rollouts(config, source, keys[name], view.of_feedback)
 

@@ -130,7 +130,9 @@ def parts(config: Settings, written: Written = None) -> dict[str, Part]:
     elif config.teacher.path not in ("", STUDENT):
         contents["teacher"] = _model("teacher.path", config.teacher.path)
     for name, member in config.members.items():
-        if member.path != STUDENT:
+        if member.cache:
+            contents[f"cache of {name}"] = Part(f"members.{name}.cache={member.cache}", _cache(member.cache))
+        elif member.path != STUDENT:
             contents[f"member {name}"] = _model(f"members.{name}.path", member.path)
     if config.student.init == "pretrained":
         contents["student"] = _model("student.path", config.student.path)

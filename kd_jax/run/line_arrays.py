@@ -11,7 +11,7 @@ from kd_jax.data.encoding import Encoder
 from kd_jax.objectives import Term
 from kd_jax.prefixes import rollouts
 from kd_jax.run.models import Models
-from kd_jax.run.view_prompts import ViewOfMember, key_of_view, make_views
+from kd_jax.run.view_prompts import ViewOfMember, key_of_view, live_views
 from kd_jax.settings import Settings
 from kd_jax.teachers.viewed import HAS_VIEW, ViewedRow, view_arrays
 from kd_jax.views import View
@@ -136,7 +136,7 @@ def make_line_arrays(
     Raises:
       ValueError: no row has a value of `where`, or a view does not fit a model.
     """
-    views, wheres = make_views(config), {term.name: term.where for term in terms if term.where}
+    views, wheres = live_views(config), {term.name: term.where for term in terms if term.where}
     if not training:
         views, wheres = {name: view for name, view in views.items() if name == "teacher"}, {}
     if not views and not wheres:

@@ -203,6 +203,8 @@ def _with_members(config: Settings, loaded: Models, mesh: jax.sharding.Mesh) -> 
     of_members: dict[str, models.Model] = {}
     params: dict[str, PyTree] = {}
     for name, member in config.members.items():
+        if member.cache:  # the cache replaces the model
+            continue
         if member.path == STUDENT:
             of_members[name], params[name] = loaded.student, loaded.init_student(initial_key(config))
             continue
@@ -271,7 +273,7 @@ def _make_student(
             tokenizer,
         )
 
-    assert teacher is not None  # `open_cache` and `load_models` refuse layers of a teacher that is not loaded
+    assert teacher is not None  # `open_caches` and `load_models` refuse layers of a teacher that is not loaded
     student, params = models.take_layers(teacher, teacher_params, tuple(config.student.layers))
     student = dataclasses.replace(student, param_dtype=jnp.float32, **options)
     # The arrays are copied because the state is donated to every step, and the arrays also belong to the teacher.

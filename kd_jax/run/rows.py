@@ -1,5 +1,7 @@
 """Loads the rows of a config (dataset, second stream, teacher's responses), and makes the feed of a run's batches."""
 
+from collections.abc import Mapping
+
 import jax
 import numpy as np
 
@@ -14,11 +16,11 @@ from kd_jax.run.checks import check_room, check_sampling, check_term, check_view
 from kd_jax.run.line_arrays import LineArrays
 from kd_jax.run.models import Models, Writer
 from kd_jax.run.ranking import check_order, load_order
-from kd_jax.run.view_prompts import further_columns, options_of_rows
+from kd_jax.run.view_prompts import further_columns, load_texts
 from kd_jax.settings import Settings, name_of
 from kd_jax.storage import remote
 from kd_jax.storage.files import Json
-from kd_jax.teachers.cache_reading import Cache
+from kd_jax.teachers.cache_reading import Cache, JoinedValues
 
 Counts = dict[str, int]  # the numbers of kept, truncated and dropped rows
 
@@ -90,12 +92,6 @@ def load_rows(config: Settings, tokenizer: data.Tokenizer, split: str, limit: in
     if not training:
         return _tokenize(config, tokenizer, source, "response")
     return _packed(config, *_tokenize(config, tokenizer, source, options.loss_on))
-
-
-def load_texts(config: Settings, split: str) -> data.Texts:
-    """Returns the rows of a split of the dataset, with all columns that the config uses."""
-    options = config.data
-    return data.load(options.name, split=split, data_dir=options.data_dir or None, **options_of_rows(config))
 
 
 def _packed(config: Settings, rows: data.Rows, row_counts: Counts) -> tuple[AnyRows, Counts]:
@@ -221,7 +217,7 @@ def batch_options(config: Settings, tokenizer: data.Tokenizer) -> Json:
 
 def make_feed(
     config: Settings, source: Source, tokenizer: data.Tokenizer, loaded: Models, mesh: jax.sharding.Mesh,
-    rows: AnyRows, text: data.Rows | None, cache: Cache | None = None, line_arrays: LineArrays | None = None,
+    rows: AnyRows, text: data.Rows | None, caches: Mapping[str, Cache], line_arrays: LineArrays | None = None,
 ) -> Feed:  # fmt: skip
     """Returns the feed of a run's batches. For a curriculum the rows are ranked first, if no ranking is on disk.
 
@@ -233,7 +229,7 @@ def make_feed(
       mesh: the mesh of the batches and the models.
       rows: the rows of `load_rows` or `load_responses`.
       text: the rows of `load_text`; None without a second stream.
-      cache: the cache that replaces the teacher, or None.
+      caches: the caches that replace frozen models, by name.
       line_arrays: the maker of the further arrays of `rows`, or None.
 
     Raises:
@@ -250,14 +246,14 @@ def make_feed(
     share, repeats = config.sampling.teacher_share, config.sampling.rollouts_per_prompt
     text_batches = None
     if text is not None:
-        no_values = cache.no_values() if cache else None
+        no_values = JoinedValues(tuple(cache.no_values() for cache in caches.values())) if caches else None
         of_text = None if line_arrays is None else line_arrays.without_columns(text)
         text_batches = iter(
             data.batches(
                 text, batch_size=config.text.batch_size, token_values=no_values, line_arrays=of_text, **options
             )
         )
-    token_values = cached_values(config, tokenizer, cache, "train", rows)
+    token_values = cached_values(config, tokenizer, caches, "train", rows)
     mixture = (loaded.require_teacher(), loaded.teacher_params, share) if share else None
     authors = {"student": Author(loaded.student, None, mixture)}
     if "teacher" in source.authors:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from kd_jax.data.builder import FIELDS, SOURCES
 from kd_jax.data.encoding import Encoder
 from kd_jax.data.options import dataset_options
 from kd_jax.settings import Settings
+from kd_jax.storage.checksum import digest
 from kd_jax.storage.files import Json
 from kd_jax.views import View
 
@@ -33,6 +35,12 @@ def make_views(config: Settings) -> dict[str, View]:
         if view is not None:
             found[member] = view
     return found
+
+
+def live_views(config: Settings) -> dict[str, View]:
+    """Returns the views of the models that run. A cached model has read its prompts before the run."""
+    options = {"teacher": config.teacher, **config.members}
+    return {member: view for member, view in make_views(config).items() if not options[member].cache}
 
 
 def key_of_view(member: str) -> str:
@@ -61,6 +69,29 @@ def options_of_rows(config: Settings) -> Json:
     if columns and config.data.name in SOURCES and "columns" in inspect.signature(SOURCES[config.data.name]).parameters:
         options["columns"] = tuple(dict.fromkeys((*options.get("columns", ()), *columns)))
     return options
+
+
+def load_texts(config: Settings, split: str) -> data.Texts:
+    """Returns the rows of a split of the dataset, with all columns that the config uses."""
+    options = config.data
+    return data.load(options.name, split=split, data_dir=options.data_dir or None, **options_of_rows(config))
+
+
+def described_view(config: Settings, member: str, rows: data.Rows, split: str) -> Json:
+    """Returns a model's view and a hash of the texts that it shows for some rows; {} without a view.
+
+    Args:
+      config: the config of a run.
+      member: the name of the frozen model.
+      rows: the rows of the split, before packing.
+      split: the name of the split of the dataset.
+    """
+    if (view := make_views(config).get(member)) is None:
+        return {}
+    texts, options = load_texts(config, split), config.teacher if member == "teacher" else config.members[member]
+    sources = range(len(rows)) if rows.sources is None else rows.sources
+    shown = [row and row["prompt"] for row in view.rows([texts[int(i)] for i in sources])]
+    return {"spec": json.dumps(options.view, sort_keys=True, default=dict), "texts": digest(json.dumps(shown))[:16]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,6 +82,7 @@ class Member:
     follow_every: int = key(1, "as teacher.follow_every", least=1)
     follow_copy_first: bool = key(False, "as teacher.follow_copy_first")
     view: Spec = key({"name": "none"}, "spec: kd_jax.views, as teacher.view", is_open=True)
+    cache: str = key("", "a folder from kd_jax.cache_teacher --member=NAME --kind=hidden, used in place of the model")
     dtype: str = key("float32", "number type of the parameters and the computation", choices=DTYPES)
     weights: str = key("float", "float or int8, as teacher.weights", choices=("float", "int8"))
     sharding: str = key("student", "as teacher.sharding", choices=("student", "spread", "tensor", "whole"))
@@ -261,7 +262,7 @@ def _read_member(name: str, member: Any) -> Member:
         raise ValueError(f"members.{name} has no key {unknown[0]!r}; the keys of a member are {', '.join(known)}.")
     found = read(Member, known | {key: member[key] for key in member}, f"members.{name}.")
     check_ranges(found, f"members.{name}.")
-    if not found.path:
+    if not found.path and not found.cache:
         raise ValueError(f"members.{name}.path is empty: set the folder of the model, or student.")
     return found
 
@@ -283,6 +284,11 @@ def _check_choices(settings: Settings) -> None:
             raise ValueError(
                 f"{name}.follow={model.follow} and {name}.path={model.path!r}: only the student before training can follow the "
                 f"student, by a share of at most 1. Set {name}.path='student', or {name}.follow=0."
+            )
+        if model.follow and model.cache:
+            raise ValueError(
+                f"{name}.follow={model.follow} and {name}.cache={model.cache!r}: a model that follows the student changes, so it "
+                f"has no cache. Leave {name}.cache empty, or set {name}.follow=0."
             )
     policies = ["none", *(name for name in dir(jax.checkpoint_policies) if name.endswith("saveable"))]
     if settings.student.remat not in policies:

@@ -64,7 +64,8 @@ def identity(manifest: Manifest, split: str) -> bytes:
     excluded = ("splits", "settings", "part_rows", "head_hash")  # these keys decide the rows and the files of the rows
     content = {name: value for name, value in manifest.items() if name not in excluded}
     content["teacher"] = {name: value for name, value in manifest["teacher"].items() if name != "path"}
-    content["split"] = [split, float(manifest["splits"][split]["temperature"])]
+    about = manifest["splits"][split]
+    content["split"] = [split, float(about["temperature"]), *([about["view"]] if about.get("view") else [])]
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode()).digest()
 
 

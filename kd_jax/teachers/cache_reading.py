@@ -36,11 +36,16 @@ from kd_jax.teachers.cache_files import (
     part_sizes,
     row_key,
 )
-from kd_jax.teachers.cached import CACHED, KINDS, Cached
+from kd_jax.teachers.cached import CACHED, KINDS, Cached, name_in_batch
 
 SPLITS = ("train", "held_out")
 OPEN_PARTS = 128  # the number of files that are kept open for random reads
 WRITE_AGAIN = "write the cache again."  # the end of a message about a manifest that this version cannot read
+
+
+def key_of_cache(member: str) -> str:
+    """Returns the config key of the cache of a frozen model."""
+    return "teacher.cache" if member == "teacher" else f"members.{member}.cache"
 
 
 def check_manifest(path: Path, manifest: Manifest) -> None:
@@ -91,14 +96,20 @@ class Cache:
     Attributes:
       folder: the folder of the cache.
       manifest: the inputs from which the cache was made.
+      member: the name of the frozen model that the cache replaces.
     """
 
     folder: Path
     manifest: Manifest
+    member: str = "teacher"
 
     @classmethod
-    def open(cls, folder: Path) -> "Cache":
+    def open(cls, folder: Path, member: str = "teacher") -> "Cache":
         """Reads the manifest, and checks that all parts exist.
+
+        Args:
+          folder: the folder of the cache.
+          member: the name of the frozen model that the cache replaces.
 
         Raises:
           ValueError: the folder has no cache, a cache of another version, or an incomplete cache.
@@ -120,7 +131,7 @@ class Cache:
                 f"{folder} is not complete: {len(missing)} parts are missing, the first is {part_path(folder, *missing[0])}. "
                 f"Repeat the command that began the cache; it writes only the missing parts."
             )
-        return cls(folder, manifest)
+        return cls(folder, manifest, member)
 
     @property
     def kind(self) -> str:
@@ -130,7 +141,7 @@ class Cache:
     @property
     def teacher(self) -> Cached:
         """The cached teacher, with which a step compares the student."""
-        return CACHED[self.kind](self.manifest["head"] == TIED, self.manifest["teacher"]["path"])
+        return CACHED[self.kind](self.manifest["head"] == TIED, self.manifest["teacher"]["path"], self.member)
 
     def load_params(self, mesh: jax.sharding.Mesh, layout: str) -> dict[str, dict[str, jax.Array]]:
         """Returns a tree with the output matrix, placed on the mesh; {} if the cache has no hidden states.
@@ -167,12 +178,17 @@ class Cache:
 
     def no_values(self) -> "NoValues":
         """Returns the `data.TokenValues` of rows for which the cache has no values."""
-        return NoValues(fill_values(self.manifest))
+        return NoValues(self.fill_values)
+
+    @property
+    def fill_values(self) -> dict[str, np.ndarray]:
+        """The values of a batch at positions that do not count, by name."""
+        return {name_in_batch(name, self.member): value for name, value in fill_values(self.manifest).items()}
 
     def refusal(self, lines: list[str]) -> str:
         """Returns the error message for a cache that does not fit the run."""
         return (
-            f"the cache teacher.cache={str(self.folder)!r} does not fit this run. Write another cache with python -m "
+            f"the cache {key_of_cache(self.member)}={str(self.folder)!r} does not fit this run. Write another cache with python -m "
             f"kd_jax.cache_teacher, or undo these changes:\n  " + "\n  ".join(lines[:SHOWN])
         )
 
@@ -188,11 +204,31 @@ class NoValues:
         return {}
 
 
+@dataclasses.dataclass(frozen=True)
+class JoinedValues:
+    """A `data.TokenValues` with the values of several caches.
+
+    Attributes:
+      parts: the values of each cache, whose names differ.
+    """
+
+    parts: tuple["CachedValues | NoValues", ...]
+
+    @property
+    def fill_values(self) -> dict[str, np.ndarray]:
+        """The values at positions that do not count."""
+        return {name: value for part in self.parts for name, value in part.fill_values.items()}
+
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        """Returns the values at the counted tokens of a row, by name."""
+        return {name: array for part in self.parts for name, array in part.read(index).items()}
+
+
 class CachedValues:
     """A `data.TokenValues` of a cache. It reads the record of a row when needed, and checks that the record is of that row."""
 
     def __init__(self, cache: Cache, split: str, rows: data.Rows):
-        self.fill_values = fill_values(cache.manifest)
+        self.fill_values = cache.fill_values
         self._cache, self._split, self._rows = cache, split, rows
         self._fields, self._identity = fields(cache.manifest), identity(cache.manifest, split)
         self._open = functools.lru_cache(OPEN_PARTS)(self._open_part)
@@ -206,12 +242,13 @@ class CachedValues:
         part, position = divmod(index, self._cache.manifest["part_rows"])
         path = part_path(self._cache.folder, self._split, part)
         try:
-            return self._decode(self._open(part).read([position])[0], index)
+            values = self._decode(self._open(part).read([position])[0], index)
         except (RuntimeError, IndexError, ValueError) as error:
             raise ValueError(
                 f"{path}: the record of row {index} is damaged ({error}). Delete this file, and repeat the command that wrote "
                 f"the cache."
             ) from error
+        return {name_in_batch(name, self._cache.member): array for name, array in values.items()}
 
     def _open_part(self, part: int) -> ArrayRecordReader:
         path = part_path(self._cache.folder, self._split, part)

@@ -40,11 +40,13 @@ class Cached(Teacher):
     Attributes:
       tied: True if the output matrix of a cache of hidden states is the tied embedding [V, D].
       path: the path of the teacher with which the cache was written.
+      member: the name of the frozen model.
     """
 
     kind: ClassVar[str]
     tied: bool = False
     path: str = ""
+    member: str = "teacher"
 
     def on_new_text(self) -> Teacher:
         """Returns `NoTeacher`, because a cache has no values for text that is not in the dataset."""
@@ -68,7 +70,7 @@ class CachedHidden(Cached):
 
         A batch has the bits of the hidden states as integers, because NumPy has no bfloat16.
         """
-        hidden = jax.lax.bitcast_convert_type(batch["teacher_hidden"], jnp.bfloat16)
+        hidden = jax.lax.bitcast_convert_type(batch[name_in_batch("teacher_hidden", self.member)], jnp.bfloat16)
         return Outputs(hidden, params["embed"]["embedding"] if self.tied else params["head"]["kernel"], self.tied)
 
 
@@ -130,6 +132,16 @@ class CachedSamples(Cached):
 
 CACHED: dict[str, type[Cached]] = {cached.kind: cached for cached in (CachedHidden, CachedTopK, CachedSamples)}
 KINDS = tuple(CACHED)
+
+
+def name_in_batch(name: str, member: str) -> str:
+    """Returns the name in a batch of an array of a frozen model's cache.
+
+    Example:
+      >>> name_in_batch("teacher_hidden", "teacher"), name_in_batch("teacher_hidden", "reference")
+      ('teacher_hidden', 'teacher_hidden_of_reference')
+    """
+    return name if member == "teacher" else f"{name}_of_{member}"
 
 
 def sampled_forward_kl(draws: Draws, log_q: Float[Array, "*batch k"]) -> Float[Array, "*batch"]:

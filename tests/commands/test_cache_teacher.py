@@ -102,6 +102,63 @@ NOT_OF_RATIOS = {
 }  # fmt: skip
 
 
+def test_a_teacher_with_a_view_may_be_a_cache(data_dir, tmp_path):
+    def config(cache="", text="{prompt}\n{response}", **changes):
+        made = smoke("forward_kl", data_dir, **PACKAGES, teacher__cache=str(cache), **changes)
+        made.teacher.view = {"name": "template", "text": text}
+        return made
+
+    cache_teacher.write(config(), str(tmp_path / "viewed"), "hidden", part_rows=300, quiet=True)
+    live, found = losses(config()), losses(config(tmp_path / "viewed"))
+    plain = losses(smoke("forward_kl", data_dir, **PACKAGES))
+    for one, two, other in zip(live[0], found[0], plain[0], strict=True):
+        np.testing.assert_allclose(two["loss"], one["loss"], rtol=0.02)
+        assert abs(other["loss"] - one["loss"]) > 0.05
+    np.testing.assert_allclose(found[1]["forward_kl"], live[1]["forward_kl"], rtol=0.02)
+    packed = losses(config(tmp_path / "viewed", data__packing="rows"))
+    assert np.isfinite(packed[0][0]["loss"])
+    with pytest.raises(ValueError, match=r"rows.view.spec: .*rows.view.texts: "):
+        train.build(config(tmp_path / "viewed", text="{response} {prompt}"))
+    with pytest.raises(ValueError, match=r"rows.view.spec: .* in the cache, None now"):
+        train.build(cached(data_dir, tmp_path / "viewed"))
+
+
+def test_a_member_may_be_a_cache_beside_the_teacher(data_dir, tmp_path):
+    """The student before training, and the teacher: live, one of them cached, and both cached."""
+    mixture = dict(assistant={"name": "arithmetic_mixture"}, between=("reference", "teacher"), weight=0.5)
+
+    def config(**caches):
+        made = smoke("forward_kl", data_dir, **PACKAGES, teacher__cache=str(caches.get("teacher", "")))
+        made.members.reference = base.member(path="student", cache=str(caches.get("reference", "")))
+        return base.set_terms(made, distil=base.term(pair=("assistant", "student"), **mixture))
+
+    folders = {member: tmp_path / member for member in ("teacher", "reference")}
+    for member, folder in folders.items():
+        cache_teacher.write(config(), str(folder), "hidden", part_rows=300, quiet=True, member=member)
+
+    def steps(**caches):
+        run = train.build(config(**caches))
+        state, found = run.init_state(), []
+        for step in range(2):
+            state, sums = run.train_step(state, run.models.frozen_params, run.batch(step, state.params))
+            found.append(float(sums["loss"][0]))
+        return found, run
+
+    live, _ = steps()
+    for caches in ({"reference": folders["reference"]}, folders):
+        found, run = steps(**caches)
+        np.testing.assert_allclose(found, live, rtol=0.02)  # the stored states are bfloat16
+        assert "teacher_hidden_of_reference" in run.feed.next(2, None)
+    with pytest.raises(ValueError, match=r"members.reference.cache=.*does not fit this run[\s\S]*hash"):
+        changed = config(reference=folders["reference"])
+        changed.data.max_prompt_length = 30
+        train.build(changed)
+    with pytest.raises(ValueError, match="member second is no frozen model|--member=second is no frozen model"):
+        cache_teacher.write(config(), str(tmp_path / "no"), "hidden", quiet=True, member="second")
+    with pytest.raises(ValueError, match="kind 'top_k', but a member is compared beside other models"):
+        cache_teacher.write(config(), str(tmp_path / "no"), "top_k", K, quiet=True, member="reference")
+
+
 @pytest.mark.parametrize("name", sorted({*divergences.__all__} - NOT_LEAST_AT_EQUALITY - {"surrogate_reverse_kl"}))
 def test_divergences_of_what_is_kept_are_proper_ones(name):
     divergence = functools.partial(call, name, target=jnp.array(2))
@@ -473,11 +530,11 @@ def test_a_whole_run_goes_on_bit_for_bit(kind, caches, data_dir, tmp_path, monke
     assert not any(name.startswith("own_") and name.endswith("kl") for name in whole["after"])
     evaluate, calls = train.Run.evaluate, []
 
-    def stops(run, params):
+    def stops(run, *params):
         calls.append(run)
         if len(calls) == 3:  # before training, after step 2, and after the last step
             raise KeyboardInterrupt
-        return evaluate(run, params)
+        return evaluate(run, *params)
 
     monkeypatch.setattr(train.Run, "evaluate", stops)
     with pytest.raises(KeyboardInterrupt):

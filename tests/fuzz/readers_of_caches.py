@@ -110,7 +110,7 @@ class TeacherCache:
         mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
         assert len(jax.tree.leaves(cache.load_params(mesh, "whole"))) == (cache.teacher.kind == "hidden")
         for split in COUNTS:
-            kept = cached_values(Settings(), self.tokenizer, cache, split, rows(split))
+            kept = cached_values(Settings(), self.tokenizer, {"teacher": cache}, split, rows(split))
             for index in range(COUNTS[split]):
                 for name, values in kept.read(index).items():
                     assert values.shape == (files.counted(rows(split), index), *kept.fill_values[name].shape)

@@ -96,7 +96,7 @@ def test_a_manifest_is_read_in_bounded_time_and_quoted_at_bounded_length(changes
     manifest_of(cache, **changes)
     tokenizer, started = Tokenizer.load(made / "tokenizers" / "wordlevel"), time.monotonic()
     with pytest.raises(ValueError, match=words) as error:
-        cached_values(Settings(), tokenizer, Cache.open(cache), "train", rows("train"))
+        cached_values(Settings(), tokenizer, {"teacher": Cache.open(cache)}, "train", rows("train"))
     assert time.monotonic() - started < 5 and len(str(error.value)) < 6000 and str(cache) in str(error.value)
 
 

@@ -309,7 +309,6 @@ def test_a_view_of_ones_own(data_dir, tmp_path):
         (dict(teacher__view={"name": "tmplate", "text": "{hint}"}), "did you mean 'template'"),
         (dict(data__loss_on="all"), "data.loss_on='response'"),
         (dict(data__packing="stream"), "teacher.view reads the columns"),
-        (dict(teacher__cache="/nowhere"), "leave teacher.cache empty"),
         (dict(teacher__view={"name": "successful_rollout", "reward": "rouge_l"}), "set prefixes.name='student'"),
         (
             dict(teacher__view={"name": "successful_rollout", "reward": "rouge_l"}, prefixes={"name": "student"}),
