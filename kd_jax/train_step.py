@@ -10,8 +10,8 @@ import optax
 from flax import struct
 from jaxtyping import Array, Int, PyTree
 
-from kd_jax.objectives import ORIGINS, Term
-from kd_jax.objectives.prepared import Metrics, PreparedTerm, States, as_real, prepare, where
+from kd_jax.objectives import Term
+from kd_jax.objectives.prepared import Metrics, PreparedTerm, States, as_real, counted_tokens, prepare, where
 from kd_jax.objectives.terms import count_apart, counted_gradient, evaluate_score
 from kd_jax.teachers import Outputs, Teacher, for_terms, teacher_arrays
 from kd_jax.teachers.compare import compare_outputs, frozen_outputs, student_outputs
@@ -102,13 +102,13 @@ def make_train_step(
     """
     options: dict[str, Any] = dict(vocab_size=vocab_size, temperature=temperature, chunk=chunk, mesh=mesh)
     by_name = isinstance(teacher, Mapping)
-    return _Step(
+    return Step(
         student, for_terms(teacher, terms), tuple(terms), tx, options, microbatches, max_skipped, by_name, followers
     ).train_step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Step:
+class Step:
     """The step of `make_train_step`, with the same arguments.
 
     `teachers` are the frozen models by name, `options` are the options of `head_loss.token_sum`, and `by_name` is True
@@ -157,14 +157,30 @@ class _Step:
     def _at_once(
         self, state: TrainState, frozen_params: PyTree, batch: Batch
     ) -> tuple[list[PreparedTerm], Array, Array, PyTree]:
-        """Returns the prepared terms, the loss, the values of `_loss`, and the gradient, from one pass of each model."""
+        """Returns the prepared terms, the loss, the values of `_losses`, and the gradient, from one pass of each model."""
         outputs, pull_back = jax.vjp(lambda params: self._student_arrays(params, batch), state.params)
         frozen = frozen_outputs(self.teachers, frozen_params, batch, self.options["mesh"])
-        counted = [_counted(term, batch) for term in self.terms]
-        early = self._early_scores(state, outputs, frozen, _parts(batch) | {"counted": jnp.stack(counted, axis=-1)})
-        prepared = self._prepare(state, early, counted, batch)
+        prepared = self._prepare_at_once(state, outputs, frozen, batch)
         (loss, values), gradient = self._gradient(state, outputs, frozen, _parts(batch) | _prepared_parts(prepared))
         return prepared, loss, values, pull_back(gradient)[0]
+
+    def _prepare_at_once(
+        self, state: TrainState, outputs: tuple[Array, Array], frozen: dict[str, Outputs], batch: Batch
+    ) -> list[PreparedTerm]:
+        """Returns the prepared terms, from the outputs of the models for the whole batch."""
+        counted = [counted_tokens(term, batch) for term in self.terms]
+        early = self._early_scores(state, outputs, frozen, _parts(batch) | {"counted": jnp.stack(counted, axis=-1)})
+        return self._prepare(state, early, counted, batch)
+
+    def measure(self, state: TrainState, frozen_params: PyTree, batch: Batch) -> tuple[list[PreparedTerm], Array]:
+        """Returns the prepared terms and the values of `_losses` at all tokens that count, without a gradient."""
+        outputs = self._student_arrays(state.params, batch)
+        frozen = frozen_outputs(self.teachers, frozen_params, batch, self.options["mesh"])
+        prepared = self._prepare_at_once(state, outputs, frozen, batch)
+        # The values of a term whose coefficient is 0 are also computed.
+        ones = jnp.stack([term.counted.astype(jnp.float32) for term in prepared], axis=-1)
+        part = _parts(batch) | _prepared_parts(prepared) | {"coefficients": ones}
+        return prepared, self._losses(state, outputs, frozen, part)[1]
 
     def _in_microbatches(
         self, state: TrainState, frozen_params: PyTree, batch: Batch
@@ -174,7 +190,7 @@ class _Step:
         A rule over the batch needs the scores of all parts before the first gradient. The student then runs twice. The
         hidden states of the frozen models are kept, so that each of these models runs once.
         """
-        counted = [_counted(term, batch) for term in self.terms]
+        counted = [counted_tokens(term, batch) for term in self.terms]
         parts = _parts(batch)
         early: list[dict[str, Array]] = [{} for _ in self.terms]
         if self._has_early_scores:
@@ -251,7 +267,13 @@ class _Step:
     def _gradient(
         self, state: TrainState, outputs: tuple[Array, Array], frozen: dict[str, Outputs], part: PyTree
     ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        """Returns (loss, values) of a part of the rows, and the gradients of the student's hidden states and head.
+        """Returns `_losses` of a part of the rows, and the gradients of the student's hidden states and head."""
+        return jax.value_and_grad(lambda outputs: self._losses(state, outputs, frozen, part), has_aux=True)(outputs)
+
+    def _losses(
+        self, state: TrainState, outputs: tuple[Array, Array], frozen: dict[str, Outputs], part: PyTree
+    ) -> tuple[Array, Array]:
+        """Returns (loss, values) of a part of the rows.
 
         The values [B, L, K] are the losses of the K terms at each token. If a term has a local rule, the weights of the
         K terms follow. `token_sum`, which `_compare` calls, multiplies each loss by the token's coefficient.
@@ -276,14 +298,10 @@ class _Step:
             losses, weights = zip(*pairs, strict=True)
             return jnp.stack([*losses, *(weights if self._has_local_rules else ())], axis=-1)
 
-        def loss(outputs: tuple[Array, Array]) -> tuple[Array, Array]:
-            measured = len(self.terms) if self._has_local_rules else 0
-            coefficient = part["coefficients"]
-            return self._compare(
-                token_loss, state, outputs, frozen, coefficient, part["targets"], *leaves, measured=measured
-            )
-
-        return jax.value_and_grad(loss, has_aux=True)(outputs)
+        measured = len(self.terms) if self._has_local_rules else 0
+        return self._compare(
+            token_loss, state, outputs, frozen, part["coefficients"], part["targets"], *leaves, measured=measured
+        )
 
     def _early_scores(
         self, state: TrainState, outputs: tuple[Array, Array], frozen: dict[str, Outputs], part: Batch
@@ -333,16 +351,6 @@ def _prepared_parts(prepared: Sequence[PreparedTerm]) -> dict[str, PyTree]:
     """Returns the coefficients [B, L, K] and the arrays of the prepared terms."""
     coefficients = jnp.stack([term.token_coefficient for term in prepared], axis=-1)
     return {"coefficients": coefficients, "arrays": tuple(term.arrays for term in prepared)}
-
-
-def _counted(term: Term, batch: Batch) -> Array:
-    """Returns True where a token counts in a term, [B, L]."""
-    mask = batch["loss_mask"] & batch[f"where_{term.name}"] if term.where else batch["loss_mask"]
-    if "origin" not in batch:  # without origin, every row is from a dataset
-        return mask & (term.rows in ("all", "data"))
-    origin = batch["origin"]
-    rows = origin == ORIGINS.index(term.rows) if term.rows != "all" else origin != ORIGINS.index("text")
-    return mask & rows[:, None]
 
 
 def _split_rows(parts: PyTree, count: int) -> PyTree:

@@ -1,4 +1,4 @@
-"""Compares time and memory of the chunked loss with full logits or with the matrix products alone.
+"""Compares time and memory of the chunked loss with full logits, with the products alone, or with forward KL.
 
 python -m experiments.step_cost.loss_cost --tokens=4096 --masked=0.1 --against=full --out=experiments/step_cost/losses.jsonl
 
@@ -75,7 +75,7 @@ def main() -> None:
     )
     parser.add_argument("--chunk", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5, help="number of rounds; 0: only compile, to read the memory")
-    parser.add_argument("--against", default="full", choices=["full", "products", "unmasked", "nothing"])
+    parser.add_argument("--against", default="full", choices=["full", "products", "forward_kl", "unmasked", "nothing"])
     parser.add_argument("--mesh", default="", help="sizes of data, fsdp and tensor; empty: one device")
     parser.add_argument("--only", default="")
     parser.add_argument("--out", default="")
@@ -99,21 +99,27 @@ def main() -> None:
         )
         places = (rows, head, rows, head, rows, rows, rows)
         *states, counted, everywhere, target = map(jax.device_put, (*states, counted, everywhere, target), places)
-    for name, loss in losses().items():
-        if args.only and name not in args.only.split(","):
-            continue
+    gradient = functools.partial(jax.value_and_grad, argnums=(0, 1))
 
-        def ours(hs, ws, ht, wt, coefficient, target, loss=loss):
+    def chunked(loss):
+        def total(hs, ws, ht, wt, coefficient, target):
             return token_sum(loss, hs, ws, ht, wt, coefficient, target, chunk=args.chunk or None, mesh=mesh)[0]
 
-        gradient = functools.partial(jax.value_and_grad, argnums=(0, 1))
-        contenders = {"chunked": (gradient(ours), counted)}
+        return gradient(total)
+
+    made = losses()
+    for name, loss in made.items():
+        if args.only and name not in args.only.split(","):
+            continue
+        contenders = {"chunked": (chunked(loss), counted)}
         if args.against == "full":
             contenders["full"] = gradient(functools.partial(full, loss)), counted
         if args.against == "products":
             contenders["products"] = products, counted
         if args.against == "unmasked":
-            contenders["unmasked"] = gradient(ours), everywhere
+            contenders["unmasked"] = chunked(loss), everywhere
+        if args.against == "forward_kl":
+            contenders["forward_kl"] = chunked(made["forward_kl"]), counted
         line = {key: vars(args)[key] for key in ("tokens", "vocab", "student", "teacher", "masked", "mesh")}
         ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         line["chunk_piece_block"] = head_loss.sweep.sizes_for(shape, args.vocab, args.chunk or None, ways)

@@ -30,6 +30,16 @@ def losses() -> list[list[str]]:
     return rows
 
 
+def of_forward_kl() -> list[list[str]]:
+    """Returns a row per loss, with its time and planned memory relative to forward KL, which ran alternately with it."""
+    rows = [["loss", "CPU s", "of forward KL", "MB", "of forward KL"]]
+    for line in read("divergences.jsonl"):
+        memory = line["chunked_temp_mb"] / line["forward_kl_temp_mb"]
+        time = f"{line['chunked_cpu_s']:.2f}", f"{line['time_ratio']:.2f}"
+        rows.append([line["loss"], *time, f"{line['chunked_temp_mb']:.1f}", f"{memory:.2f}"])
+    return rows
+
+
 def peers(name: str, by: tuple[str, ...], columns: dict[str, str]) -> list[list[str]]:
     """Returns a row per implementation, with the minimum of each column over the rounds."""
     groups: dict[tuple, list[dict]] = {}
@@ -57,6 +67,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 def main() -> None:
     print(markdown(losses()))
+    print(markdown(of_forward_kl()))
     masked = [["loss", "mesh", "half masked / none masked"]]
     for line in read("masked.jsonl"):
         masked.append(

@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from kd_jax import data, models
 from kd_jax.data.scores import exact_match, number_match, rouge_l
-from kd_jax.evaluate.tokens import NEEDED, collect, summary
+from kd_jax.evaluate.tokens import collect, summary
 from kd_jax.prefixes import rollouts
+from kd_jax.sharding import fetch_whole, put_batch
 from kd_jax.storage.files import Json
 from kd_jax.teachers import Teacher, as_teacher
 from kd_jax.teachers.online import HiddenModel
@@ -119,6 +120,7 @@ def assess(
     sampler: rollouts.Sampler, models_and_params: tuple[models.Model, PyTree, Teacher | HiddenModel | None, PyTree],
     examples: Sequence[Example], *, batch_size: int, seed: int, numbers: bool = False,
     progress: Callable[[range], Iterable[int]] = iter, chunk: int | None = None,
+    token_weights: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
 ) -> tuple[dict[str, float], list[Json], dict[str, np.ndarray]]:  # fmt: skip
     """Samples a model's answers to prompts, and measures the answers.
 
@@ -130,11 +132,13 @@ def assess(
       batch_size, seed, progress: the arguments of `respond`.
       numbers: the argument of `score`.
       chunk: the argument of `tokens.collect`.
+      token_weights: a batch of `own_batches` on the mesh -> name -> the weight of each token, [B, L]; None for no weights.
 
     Returns:
       Three values: the means, the texts, and `tokens.collect` of the texts. The means are those of the scores, of
         `Sampler.report`, and of each name of `OF_OWN_TEXT`, prefixed with "own_". Each text has its scores. With a
-        teacher each text also has `pieces`, and KL(q || p) at each piece as `reverse_kl`.
+        teacher each text also has `pieces`, and KL(q || p) at each piece as `reverse_kl`. With `token_weights` each text
+        also has `pieces`, and the weights at each piece, by name, as `token_weights`.
     """
     prompts = [example.prompt for example in examples]
     sampled = respond(sampler, *models_and_params[:2], prompts, batch_size=batch_size, seed=seed, progress=progress)
@@ -149,12 +153,20 @@ def assess(
         model, params, as_teacher(teacher).on_new_text(), teacher_params, own_batches(sampled, batch_size),
         sampler.mesh, vocab_size=sampler.tokenizer.vocab_size, chunk=chunk,
     )  # fmt: skip
-    if "reverse_kl" in own:
-        responses = sampler.responses(sampled)
-        at_tokens = np.split(own["reverse_kl"], np.cumsum([len(ids) for ids in responses])[:-1])
-        for line, ids, values in zip(texts, responses, at_tokens, strict=True):
+    responses = sampler.responses(sampled)
+    per_text = lambda values: np.split(values, np.cumsum([len(ids) for ids in responses])[:-1])
+    weights = (
+        {} if token_weights is None else _at_counted(token_weights, own_batches(sampled, batch_size), sampler.mesh)
+    )
+    if "reverse_kl" in own or weights:
+        for line, ids in zip(texts, responses, strict=True):
             line["pieces"] = pieces(sampler.tokenizer, ids)
+    if "reverse_kl" in own:
+        for line, values in zip(texts, per_text(own["reverse_kl"]), strict=True):
             line["reverse_kl"] = [round(float(value), 3) for value in values]
+    for name, of_tokens in weights.items():
+        for line, values in zip(texts, per_text(of_tokens), strict=True):
+            line.setdefault("token_weights", {})[name] = [float(f"{value:.4g}") for value in values]
     means = {name: statistics.mean(text_scores[name] for text_scores in scores) for name in scores[0]}
     report = {
         name: value for name, value in sampler.report(sampled).items() if name != "entropy"
@@ -165,7 +177,7 @@ def assess(
 def own_batches(rows: rollouts.Rows, batch_size: int) -> Iterable[dict[str, np.ndarray]]:
     """Yields a model's texts as batches of one size, with this process's rows of each batch.
 
-    Rows that fill up the last batch are not counted.
+    A batch has the arrays of `rollouts.as_batch`. Rows that fill up the last batch are not counted.
 
     Args:
       rows: the prompts and responses.
@@ -174,9 +186,24 @@ def own_batches(rows: rollouts.Rows, batch_size: int) -> Iterable[dict[str, np.n
     arrays, share = rollouts.as_batch(rows), batch_size // jax.process_count()
     own_rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     for start in range(0, len(rows["lengths"]), batch_size):
-        part = {name: arrays[name][start : start + batch_size] for name in NEEDED}
+        part = {name: array[start : start + batch_size] for name, array in arrays.items()}
         missing = batch_size - len(part["tokens"])
-        yield {name: np.pad(array, ((0, missing), (0, 0)))[own_rows] for name, array in part.items()}
+        yield {
+            name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))[own_rows] for name, array in part.items()
+        }
+
+
+def _at_counted(
+    function: Callable[[dict[str, Array]], dict[str, Array]], batches: Iterable[dict[str, np.ndarray]],
+    mesh: jax.sharding.Mesh,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Returns the values [B, L] of a function of a batch at all counted tokens, by name. Every process gets all values."""
+    parts = []
+    for batch in batches:
+        placed = put_batch(mesh, batch)
+        counted = fetch_whole(placed["loss_mask"])
+        parts.append({name: fetch_whole(values)[counted] for name, values in function(placed).items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def pieces(tokenizer: data.Tokenizer, ids: Sequence[int]) -> list[str]:

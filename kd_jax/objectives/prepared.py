@@ -70,13 +70,33 @@ class PreparedTerm:
             f"{name}/weight": ((self.weight * rows).sum(), rows.sum()),
             f"{name}/coefficient": (jnp.asarray(self.term_coefficient), jnp.ones((), jnp.float32)),
         }
-        token_weight = local_weight if self.token_weight is None else self.token_weight
-        if self.term.rule is not None and token_weight is not None:
-            weights = jnp.where(self.counted, token_weight, 0)
+        weights = self.rule_weights(local_weight)
+        if weights is not None:
             count = self.counted.sum(dtype=jnp.float32)
             metrics[f"{name}/token_weight"] = (weights.sum(), count)
             metrics[f"{name}/tokens_kept"] = ((weights != 0).sum(dtype=jnp.float32), count)
         return metrics
+
+    def rule_weights(self, local_weight: Array | None) -> Array | None:
+        """Returns the weights of the rule at the tokens that count, and 0 elsewhere, [B, L]; None without a rule.
+
+        Args:
+          local_weight: the weights of a local rule, [B, L].
+        """
+        token_weight = local_weight if self.token_weight is None else self.token_weight
+        if self.term.rule is None or token_weight is None:
+            return None
+        return jnp.where(self.counted, token_weight, 0)
+
+
+def counted_tokens(term: Term, batch: Batch) -> Array:
+    """Returns True where a token counts in a term, [B, L]."""
+    mask = batch["loss_mask"] & batch[f"where_{term.name}"] if term.where else batch["loss_mask"]
+    if "origin" not in batch:  # without origin, every row is from a dataset
+        return mask & (term.rows in ("all", "data"))
+    origin = batch["origin"]
+    rows = origin == ORIGINS.index(term.rows) if term.rows != "all" else origin != ORIGINS.index("text")
+    return mask & rows[:, None]
 
 
 def prepare(

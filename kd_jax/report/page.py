@@ -1,7 +1,9 @@
 """Report sections as one HTML file that loads no other file."""
 
+import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -38,18 +40,19 @@ def write(folders: Sequence[Path | str], out: Path | str = "") -> Path:
     )
     environment.filters |= {
         "rows": _rows, "svg": plots.svg, "css": plots.css, "words": _words, "authors": _authors,
-        "coloured": _coloured,
+        "coloured": _coloured, "paired": partial(zip, strict=True),
     }  # fmt: skip
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     generations: Sequence[sections.Generation] = parts[0].generations
     if len(parts) > 1:
         generations = sections.merged([(part.name, part.generations) for part in parts])
     count, generations = len(generations), generations[:MOST]
-    values = [value for generation in generations for text in generation.texts for _, value in text.pieces]
+    texts = [text for generation in generations for text in generation.texts]
+    values = [value for text in texts for value in text.kl]
     page = template.render(
         title=", ".join(part.name for part in parts), sections=parts, comparisons=_comparisons(parts),
         generations=generations, all_generations=count,
-        most=max(1.0, float(np.quantile(values, 0.95))) if values else 1.0,
+        most=max(1.0, float(np.quantile(values, 0.95))) if values else 1.0, heaviest=_heaviest(texts),
     )  # fmt: skip
     storage.write_whole(path, page)
     return path
@@ -105,7 +108,16 @@ def _authors(generations: Sequence[sections.Generation]) -> list[str]:
 
 
 def _coloured(generations: Sequence[sections.Generation]) -> bool:
-    return any(text.pieces for generation in generations for text in generation.texts)
+    return any(text.kl for generation in generations for text in generation.texts)
+
+
+def _heaviest(texts: Sequence[sections.Text]) -> dict[str, float]:
+    """Returns the largest finite weight of a token under each term, by the name of the term."""
+    most: dict[str, float] = {}
+    for text in texts:
+        for name, weights in text.weights.items():
+            most[name] = max(0.0, most.get(name, 0.0), *(value for value in weights if math.isfinite(value)))
+    return most
 
 
 def _words(text: str) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,17 @@ class Text:
       who: the author.
       text: the text.
       rouge_l: the ROUGE-L score, in [0, 100].
-      pieces: pairs of a token's part of the text and KL(q || p) at the token, in nats; or empty.
+      pieces: each token's part of the text; or empty.
+      kl: KL(q || p) at each token, in nats; or empty.
+      weights: the weight of each token under each term that has a rule, by the name of the term.
     """
 
     who: str
     text: str
     rouge_l: float
-    pieces: tuple[tuple[str, float], ...] = ()
+    pieces: tuple[str, ...] = ()
+    kl: tuple[float, ...] = ()
+    weights: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Section:
       tables: tables in Markdown.
       charts: the charts.
       generations: the generated texts.
+      notes: sentences about the generated texts.
       config: the config as JSON.
       environment: the environment, as name -> value.
       lines: lines of `comparison`, with which the folder is compared to other folders of the same kind.
@@ -66,6 +71,7 @@ class Section:
     tables: tuple[str, ...]
     charts: tuple[plots.Chart, ...]
     generations: tuple[Generation, ...]
+    notes: tuple[str, ...]
     config: str
     environment: Json
     lines: tuple[Json, ...]
@@ -93,7 +99,7 @@ def read(folder: Path, name: str) -> Section:
 
 def _section(folder: Path, name: str, kind: str, config: Json, **parts: Any) -> Section:
     environment, table = folder / "environment.json", folder / "table.md"
-    defaults: dict[str, Any] = dict(cards=(), generations=(), workdirs=())
+    defaults: dict[str, Any] = dict(cards=(), generations=(), notes=(), workdirs=())
     return Section(
         name=name, kind=kind, config=json.dumps(config, indent=2),
         environment=json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {},
@@ -128,7 +134,7 @@ def _run(folder: Path, name: str) -> Section:
     generations = _generations(folder, AUTHORS)
     return _section(
         folder, name, "run", config, verdict=tuple(verdict), cards=tuple(cards), charts=tuple(charts),
-        generations=tuple(generations),
+        generations=tuple(generations), notes=tuple(result.get("without_weights", ())),
         lines=({"point": {"run": name}, "seed": config["seed"], "before": before, "after": after},),
         workdirs=(folder,),
     )  # fmt: skip
@@ -258,8 +264,9 @@ def _generations(workdir: Path, authors: dict[str, str]) -> list[Generation]:
 
 
 def _text(who: str, line: Json) -> Text:
-    pieces = tuple(zip(line.get("pieces", ()), line.get("reverse_kl", ()), strict=True))
-    return Text(who, line["response"], line["rouge_l"], pieces)
+    weights = {name: tuple(values) for name, values in line.get("token_weights", {}).items()}
+    pieces, kl = (tuple(line.get(key, ())) for key in ("pieces", "reverse_kl"))
+    return Text(who, line["response"], line["rouge_l"], pieces, kl, weights)
 
 
 def _lines_of(path: Path) -> list[Json]:

@@ -2,26 +2,29 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from kd_jax import evaluate, metrics, models, report, sharding
 from kd_jax.prefixes import rollouts
 from kd_jax.report import plots
 from kd_jax.run.build import Run
+from kd_jax.run.rule_weights import token_weights, with_rules
 from kd_jax.settings import Sampling
 from kd_jax.storage import read_json_lines, write_json_lines, write_whole
 from kd_jax.storage.files import Json
+from kd_jax.train_step import Batch
 
 BEFORE, AFTER = "generations_before.jsonl", "generations.jsonl"
 
 
 def begin(run: Run, params: PyTree, workdir: str) -> None:
     """Writes the student's texts before the first step. `finish` shows these texts beside the texts after training."""
-    written = _answers(run, run.models.student, params)[0]
+    written = _answers(run, run.models.student, params, token_weights(run, params, step=0))[0]
     if jax.process_index() == 0:
         write_json_lines(Path(workdir) / BEFORE, written)
 
@@ -37,15 +40,17 @@ def finish(run: Run, params: PyTree, workdir: str, quiet: bool = False) -> Json:
 
     Returns:
       {"teacher": ..., "before": ..., "after": ...}, each a result of `Run.evaluate`. With a teacher there is also
-      "by_place", the distance of the student from the teacher along the response. With several processes, only the
-      first one has "before" and "after".
+      "by_place", the distance of the student from the teacher along the response. If the page cannot show the token
+      weights of a term, there is also "without_weights", with a sentence for each of these terms. With several
+      processes, only the first one has "before" and "after".
     """
     folder, first = Path(workdir), jax.process_index() == 0
     result: Json = {}
     if first:
         lines = [_numbers(line) for line in metrics.read(workdir) if line["split"] == "eval"]
         result = {"before": lines[0], "after": lines[-1]}
-    answers, own_values = _answers(run, run.models.student, params)
+    weights = token_weights(run, params, step=run.config.steps)
+    answers, own_values = _answers(run, run.models.student, params, weights)
     texts = {"after": answers}
     if first and (folder / BEFORE).exists():  # the file is missing in a run that an older version began
         texts = {"before": read_json_lines(folder / BEFORE)} | texts
@@ -54,6 +59,8 @@ def finish(run: Run, params: PyTree, workdir: str, quiet: bool = False) -> Json:
         texts = {"teacher": _answers(run, run.models.teacher, run.models.teacher_params, alone=True)[0]} | texts
         places = {"given": evaluate.by_place(_first_batch(run, params)), "own": evaluate.by_place(own_values)}
         result["by_place"] = {"places": evaluate.PLACES, **places}
+    if sentences := with_rules(run)[1]:
+        result["without_weights"] = sentences
     export = folder / "student"
     if not sharding.from_first_process(int(first and export.exists())):
         models.save_pretrained(export, run.models.student, params, run.tokenizer)
@@ -93,11 +100,13 @@ def _write(folder: Path, result: Json, texts: dict[str, list[Json]]) -> None:
 
 
 def _answers(
-    run: Run, model: models.Model, params: PyTree, alone: bool = False
-) -> tuple[list[Json], dict[str, np.ndarray]]:
+    run: Run, model: models.Model, params: PyTree,
+    weigh: Callable[[Batch], dict[str, Array]] | None = None, alone: bool = False,
+) -> tuple[list[Json], dict[str, np.ndarray]]:  # fmt: skip
     """Returns a model's answers to the shown prompts, and the measures at each token of the answers.
 
-    Unless `alone` is true, the measures compare the model with the teacher.
+    Unless `alone` is true, the measures compare the model with the teacher. `weigh` is the argument
+    `token_weights` of `evaluate.assess`.
     """
     longest = max(len(example.prompt) for example in run.sample_examples)
     room = max(1, min(run.config.sample_tokens, run.models.max_positions - longest))
@@ -107,6 +116,7 @@ def _answers(
     return evaluate.assess(
         sampler, (model, params, teacher, None if alone else run.models.teacher_params), run.sample_examples,
         batch_size=run.config.data.eval_batch_size, seed=run.config.seed, chunk=run.config.loss.chunk or None,
+        token_weights=weigh,
     )[1:]  # fmt: skip
 
 

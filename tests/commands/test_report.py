@@ -1,5 +1,6 @@
 """The page of a run, an evaluation, an ablation and several runs: complete, self-contained and right in a browser."""
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -8,14 +9,19 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from configs import forward_kl
+from configs import base, forward_kl
 from kd_jax import report, train
 from kd_jax.evaluate import __main__ as command
 from kd_jax.evaluate.arguments import parse
 from kd_jax.report import comparison, plots
 from kd_jax.report.sections import Generation, Text, merged
+from kd_jax.run import results, rule_weights
+from kd_jax.storage import read_json_lines
+from kd_jax.teachers import Viewed
+from tests.helpers.runs import smoke
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 RESPONSES = ("Adds <b>one</b>.", "Adds two to what it is given, and returns it.", "Nothing.")
@@ -92,6 +98,67 @@ def test_a_page_says_what_came_out(tmp_path):
     assert "cross-entropy went from 5.000 to 3.000, 50% of the way to the teacher&#39;s 1.000." in text
     assert "Adds &lt;b&gt;one&lt;/b&gt;." in text and "<b>one</b>" not in text
     assert text.count("data-kl=") == 4 and 'title="3.5 nats"' in text and text.count("<svg") >= 5
+    assert "data-weight=" not in text and "Coloured by the weight" not in text
+
+
+def test_a_page_shows_the_token_weights_of_each_term_with_a_rule(tmp_path):
+    folder = a_run(tmp_path / "run")
+    lines = read_json_lines(folder / "generations.jsonl")
+    lines[0]["after"]["token_weights"] = {"kd": [0.0, 0.5], "labels": [0.0, 0.0]}
+    lines[1]["after"]["token_weights"] = {"kd": [2.0, 1.0], "labels": [0.0, 0.0]}
+    del lines[1]["after"]["reverse_kl"]  # as in a run without a teacher
+    write(folder, "generations.jsonl", lines)
+    result = json.loads((folder / "result.json").read_text())
+    write(folder, "result.json", result | {"without_weights": ["The token weights of the term seen are not shown."]})
+    text = report.write([folder]).read_text()
+    assert not Page(text).open and text.count("data-kl=") == 2 and text.count("data-weight=") == 8
+    assert "under the term kd: 0" in text and "</span> 2.</p>" in text and "under the term labels: 0" in text
+    shades = re.findall(r'data-weight="(.*?)" style="background: rgba\(38, 110, 201, (.*?)\)', text)
+    assert shades == [
+        ("0.0", "0.00"), ("0.5", "0.19"), ("0.0", "0.00"), ("0.0", "0.00"),
+        ("2.0", "0.75"), ("1.0", "0.38"), ("0.0", "0.00"), ("0.0", "0.00"),
+    ]  # fmt: skip
+    assert "The token weights of the term seen are not shown." in text
+    both = report.write([folder, a_run(tmp_path / "other")], tmp_path / "both.html").read_text()
+    assert "run: The token weights of the term seen are not shown." in both and both.count("data-weight=") == 8
+
+
+def test_the_weights_of_a_run_are_those_of_its_rules(tmp_path, data_dir, one_device):
+    """Rules that read the term's own loss, KL(q || p), can be checked with the KL(q || p) of the same tokens."""
+    kl = dict(divergence={"name": "reverse_kl"})
+    rule = lambda name, **options: {"name": name, "divide_by": "all", **options}
+    config = smoke("forward_kl", data_dir, mesh__data=-1, sample_tokens=12)
+    rising = {"name": "linear_schedule", "init_value": 0.0, "end_value": 1.0, "transition_steps": 2}
+    base.set_terms(
+        config,
+        local=base.term(**kl, tokens=rule("threshold", of="divergence", at_least=1.0), rows="data", coefficient=rising),
+        batch=base.term(**kl, tokens=rule("top_fraction", of="divergence", fraction=0.3, within="batch")),
+        row=base.term(**kl, tokens=rule("top_fraction", of="divergence", fraction=0.3, within="row")),
+        early=base.hard_labels(tokens=rule("first", count=2)),
+        plain=base.term(**kl),
+    )
+    run = train.build(config)
+    params = run.init_state().params
+    results.begin(run, params, str(tmp_path))
+    lines = read_json_lines(tmp_path / results.BEFORE)
+    kls = [np.array(line["reverse_kl"]) for line in lines]
+    weights = {name: [np.array(line["token_weights"][name]) for line in lines] for name in lines[0]["token_weights"]}
+    assert weights.keys() == {"local", "batch", "row", "early"} and sum(map(len, kls)) > 20
+    for name, of_term in weights.items():
+        for values, weight in zip(kls, of_term, strict=True):
+            assert len(values) == len(weight) and set(weight) <= {0, 1}, name
+    for values, local, row, early in zip(kls, weights["local"], weights["row"], weights["early"], strict=True):
+        np.testing.assert_array_equal(local, np.where(abs(values - 1) < 0.002, local, values > 1))
+        assert row.sum() == max(1, int(0.3 * len(values))) and values[row == 1].min() >= values[row == 0].max(initial=0)
+        assert early.sum() == min(2, len(values)) and early[:2].all()
+    every_kl, every_weight = np.concatenate(kls), np.concatenate(weights["batch"])
+    assert every_weight.sum() == int(0.3 * len(every_kl))
+    assert every_kl[every_weight == 1].min() >= every_kl[every_weight == 0].max() - 0.001
+
+    viewed = dataclasses.replace(run.models, compared_teacher=Viewed(run.models.require_teacher()))
+    shown, sentences = rule_weights.with_rules(dataclasses.replace(run, models=viewed))
+    assert [term.name for term in shown] == ["early"] and len(sentences) == 3
+    assert "the term batch are not shown, because the model teacher has a cache or a view" in sentences[0]
 
 
 def test_several_runs_are_compared_on_one_page(tmp_path):
@@ -169,9 +236,12 @@ def test_rows_with_one_prompt_stay_apart():
 def test_a_run_leaves_its_page(tmp_path, data_dir, one_device):
     config = forward_kl.get_config("smoke")
     config.data.data_dir, config.mesh.data = str(data_dir), 1
+    tokens = {"name": "top_fraction", "of": "student_entropy", "fraction": 0.5, "divide_by": "kept"}
+    base.set_terms(config, kd=base.term(tokens=tokens))
     train.train(config, str(tmp_path / "run"), quiet=True)
     text = (tmp_path / "run" / "report.html").read_text()
     assert "2 steps" in text and text.count("<article") == config.data.eval_batch_size and "data-kl" in text
+    assert text.count("data-weight") == text.count("data-kl=") and "weight of the token under the term kd: 0" in text
     assert "student before" in text and jax.__version__ in text and "docstrings_teacher" in text
 
 

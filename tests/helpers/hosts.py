@@ -25,6 +25,9 @@ from kd_jax.models.safetensors_io import Reader
 from kd_jax.storage import checkpoint, remote
 from tests.helpers.runs import smoke
 
+# A rule that must see the tokens of all processes: processes that rank only their own tokens keep fewer.
+KEPT = {"name": "top_fraction", "of": "teacher_entropy", "fraction": 0.3, "within": "batch", "divide_by": "kept"}
+
 
 def load(mesh):
     """Loads the packaged teacher. Returns the model, the parameters and the sizes that this process reads and holds."""
@@ -121,7 +124,7 @@ def look(spec):
     changes, found = {f"mesh__{name}": size for name, size in spec["mesh"].items()}, {}
     if spec["folder"]:
         config = smoke("forward_kl", spec["data_dir"], steps=4, **changes)
-        base.set_terms(config, token=base.term(), sequence=base.term(average="sequence"))
+        base.set_terms(config, token=base.term(), sequence=base.term(average="sequence"), kept=base.term(tokens=KEPT))
         run = train.build(config)
         model, params, read = load(run.mesh)
         found = {"unequal": unequal(run), "load": read, "gathered": save(Path(spec["folder"]), model, params)}

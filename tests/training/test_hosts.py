@@ -99,10 +99,11 @@ def test_what_several_processes_save_is_bit_for_bit_what_was_loaded(two, one, ou
 
 
 def test_averages_are_exact_where_hosts_count_differently(two, one):
-    """Compares averages over tokens and over rows, in a step and on held-out rows."""
+    """Compares averages over tokens and over rows, in a step and on held-out rows, and a token rule over the batch."""
     first, second, alone = (process["unequal"] for process in (*two, one))
     assert (first["own"], second["own"], alone["own"]) == (4, 66, 70)
     assert first == second | {"own": 4} and first["counts"] == alone["counts"]
+    assert first["counts"]["kept/loss"] == int(0.3 * 70)  # and int(0.3 * 4) + int(0.3 * 66) is one less
     for name, value in alone["means"].items():
         np.testing.assert_allclose(first["means"][name], value, rtol=2e-6, err_msg=name)
 
