@@ -1,4 +1,4 @@
-"""Schedules: functions from a step to a number. The module has optax's schedules, and three that optax lacks.
+"""Schedules: functions from a step to a number. The module has optax's schedules, and four that optax lacks.
 
 optax has two protocols. A plain schedule is a function ``step -> value``. A stateful schedule has the methods ``init``,
 ``update`` and ``__call__``. ``as_stateful`` converts a plain schedule to a stateful schedule, so a training step reads
@@ -38,6 +38,7 @@ from optax.schedules import (
 from kd_jax.resolve import check_number
 
 __all__ = [
+    "adaptive_fraction",
     "by_stage",
     "constant_schedule",
     "cosine_decay_schedule",
@@ -237,6 +238,99 @@ class distillm2_skew:
         return SkewState(
             state.total + jnp.where(early, gap, 0), state.count + jnp.where(early, counted.sum(), 0).astype(float)
         )
+
+
+class FractionState(NamedTuple):
+    """The state of `adaptive_fraction`: scalars in JAX's default floating type."""
+
+    value: Float[Array, ""]
+    average: Float[Array, ""]  # infinite before the first update
+    reference: Float[Array, ""]  # infinite until the warm-up has passed
+
+
+class adaptive_fraction:
+    """A fraction that grows by a factor when the average loss has risen, and shrinks when the average loss has fallen.
+
+    The class has a name in lower case because a config names it like optax's functions.
+
+    ``e`` is the moving average of the losses, ``e = decay e + (1 - decay) loss``, and the first loss is its first
+    value. The first update after the warm-up stores ``e`` as the reference. Then each update compares:
+
+    - ``e > (1 + tolerance) reference``: the fraction is multiplied by ``1 + rate``, but is at most 1.
+    - ``e < (1 - tolerance) reference``: the fraction is multiplied by ``1 - rate``, but is at least ``smallest``.
+
+    In both cases ``e`` becomes the reference. A changed fraction holds from the next step.
+
+    Args:
+      total_steps: the number of updates in the run.
+      start: the first fraction, from ``smallest`` to 1.
+      smallest: the smallest fraction, in ``[0, 1]``.
+      rate: the relative change of the fraction, in ``[0, 1]``.
+      tolerance: the relative change of the average loss that does not change the fraction, in ``[0, 1]``.
+      decay: the decay of the average, in ``[0, 1]``.
+      warmup: the part of the run without a change, in ``[0, 1]``.
+
+    Raises:
+      ValueError: a number is out of range.
+
+    Example:
+      >>> schedule = adaptive_fraction(total_steps=10, rate=0.1, tolerance=0.1, decay=0.0, warmup=0.0)
+      >>> state = schedule.init()
+      >>> for step, loss in enumerate((2.0, 1.9, 1.0)):  # the second loss is within the tolerance
+      ...     state = schedule.update(state, step=step, loss=loss)
+      >>> round(float(schedule(state, step=3)), 4)
+      0.9
+
+    References:
+      Xie et al., `AdaKD <https://arxiv.org/abs/2510.11615>`_, 2025, for the share of kept tokens. The published code
+      updates the average at every microbatch; here an update is a step of the optimiser.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start: float = 1.0,
+        smallest: float = 0.1,
+        rate: float = 0.1,
+        tolerance: float = 0.1,
+        decay: float = 0.99,
+        warmup: float = 0.05,
+    ):
+        self.total_steps = check_number("total_steps", total_steps, low=1)
+        self.smallest = check_number("smallest", smallest, 0.0, 1.0)
+        self.start = check_number("start", start, self.smallest, 1.0)
+        self.rate = check_number("rate", rate, 0.0, 1.0)
+        self.tolerance = check_number("tolerance", tolerance, 0.0, 1.0)
+        self.decay = check_number("decay", decay, 0.0, 1.0)
+        self.warmup = check_number("warmup", warmup, 0.0, 1.0)
+
+    def init(self) -> FractionState:
+        """Returns the state before the first step."""
+        return FractionState(jnp.array(self.start, float), jnp.array(jnp.inf, float), jnp.array(jnp.inf, float))
+
+    def __call__(self, state: FractionState, **unused: object) -> Float[Array, ""]:
+        """Returns the fraction for the current step."""
+        return state.value
+
+    def update(self, state: FractionState, *, step: ArrayLike, loss: ArrayLike, **unused: object) -> FractionState:
+        """Returns the state after a step, without a gradient.
+
+        Args:
+          state: the state before the step.
+          step: the number of the step, from 0.
+          loss: the loss of the step.
+          **unused: arguments of other schedules.
+        """
+        loss = jax.lax.stop_gradient(jnp.asarray(loss, state.value.dtype))
+        average = jnp.where(jnp.isinf(state.average), loss, self.decay * state.average + (1 - self.decay) * loss)
+        has_reference = jnp.isfinite(state.reference)
+        rises = has_reference & (average > (1 + self.tolerance) * state.reference)
+        falls = has_reference & (average < (1 - self.tolerance) * state.reference)
+        larger = jnp.minimum(state.value * (1 + self.rate), 1)
+        smaller = jnp.maximum(state.value * (1 - self.rate), self.smallest)
+        is_warm = jnp.asarray(step) >= self.warmup * self.total_steps
+        reference = jnp.where(rises | falls | (is_warm & ~has_reference), average, state.reference)
+        return FractionState(jnp.where(rises, larger, jnp.where(falls, smaller, state.value)), average, reference)
 
 
 def by_stage(values: Sequence[float], total_steps: int) -> Callable[[ArrayLike], Array]:
