@@ -28,7 +28,7 @@ from kd_jax.objectives.token_arrays import AVERAGES
 from kd_jax.policy_gradient import Scores
 from kd_jax.settings import Config
 from kd_jax.token_weights import temperatures as of_scores
-from kd_jax.token_weights.specs import TokenFunction, make_gate, make_rule, make_temperature
+from kd_jax.token_weights.specs import TokenFunction, check_numbers, make_gate, make_rule, make_temperature
 
 KINDS = ("divergence", "hard_labels", "policy_gradient")
 TEMPERATURE_RULES = tuple(of_scores.__all__)
@@ -90,6 +90,8 @@ def _make_term(
         else:
             loss, numbers, temperature_rule = _divergence_loss(spec, temperature, members)
             read = tuple(member for member in loss.members if member != "student")
+        for key, part in ("tokens", rule), ("row_gate", gate), ("temperature", temperature_rule):
+            numbers |= {} if part is None else _schedules_of(key, part)
         if spec["importance"]:
             loss = _weighted(loss)
             signals = lambda scores: {"importance": policy_gradient.importance_now(scores, teacher_share)}
@@ -121,8 +123,8 @@ def _check_own_values(term: Term) -> None:
     """Checks that a rule over the batch can read the term's loss, if it does, before the step has its scores."""
     if not term.needs_own_values_early or not term.needs_scores:
         return
-    keys = {"tokens": term.rule, "row_gate": term.gate, "temperature": term.temperature_rule}
-    key = next(key for key, part in keys.items() if part in term.early_parts and "divergence" in part.inputs)
+    parts = term.token_functions.items()
+    key = next(key for key, part in parts if part in term.early_parts and "divergence" in part.inputs)
     raise ValueError(
         f"objective.terms.{term.name}: {key}: a rule over rows or over the batch cannot read divergence in a term whose loss "
         "or weight depends on sampled tokens; let the rule read another score."
@@ -131,7 +133,7 @@ def _check_own_values(term: Term) -> None:
 
 def _members_of(term: Term) -> tuple[str, ...]:
     """Returns the frozen models that the loss, the rules and the schedules of a term read."""
-    parts = [part for part in (term.rule, term.gate, term.temperature_rule) if part is not None]
+    parts = term.token_functions.values()
     reads_teacher = any("teacher" in score.reads for part in parts for score in part.scores.values())
     of_scores = tuple(term.reward_members) if term.needs_scores else ()
     return tuple(dict.fromkeys((*term.members, *of_scores, *(("teacher",) if reads_teacher else ()))))
@@ -149,6 +151,20 @@ def _schedule(spec: Any, of_rows: str = "") -> StatefulSchedule:
             f"{type(schedule).__name__}(rows={rows!r}) can only be the weight of a term with rows={rows!r}, but is {use}."
         )
     return schedule
+
+
+def _schedules_of(key: str, part: TokenFunction) -> dict[str, StatefulSchedule]:
+    """Returns the schedules of the options of a rule, by name, after a check of their first values."""
+    try:
+        found = {name: _schedule(spec) for name, spec in part.numbers.items()}
+        check_numbers(part, {name: _first_value(schedule) for name, schedule in found.items()})
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    return found
+
+
+def _first_value(schedule: StatefulSchedule) -> float:
+    return float(jnp.asarray(schedule(schedule.init(), step=0)))
 
 
 def _divergence_loss(
@@ -214,7 +230,7 @@ def _assistant(
     if among:
         return assistants.AMONG[function], {}
     scheduled = {k: _schedule(v) for k, v in keywords.items() if not isinstance(v, int | float)}
-    first_values = {k: float(jnp.asarray(schedule(schedule.init(), step=0))) for k, schedule in scheduled.items()}
+    first_values = {k: _first_value(schedule) for k, schedule in scheduled.items()}
     return resolve.close(function, (), **keywords | first_values), scheduled
 
 

@@ -82,7 +82,9 @@ class Term:
         {"name": "none"}, "spec: a gate of kd_jax.token_weights that drops rows, or none", is_open=True
     )
     coefficient: float | Spec = key(
-        1.0, "factor of the term; may be a kd_jax.schedules spec, as may an assistant's keywords", is_open=True
+        1.0,
+        "factor of the term; may be a kd_jax.schedules spec, as may the numbers of an assistant and of a rule",
+        is_open=True,
     )
     rows: str = key("all", "rows that count: all (of the first stream), or of one origin: data, teacher, student, text")
     where: Mapping[str, Any] = key(

@@ -6,7 +6,6 @@ count. A token counts if its mask and its row's gate are True.
 
 from jaxtyping import Array, Bool, Float, Int
 
-from kd_jax.resolve import check_number
 from kd_jax.token_weights import statistics
 
 __all__ = ["drop_lowest", "has_view"]
@@ -35,7 +34,7 @@ def drop_lowest(
     References:
       "FiRe-OPD", https://arxiv.org/abs/2606.02684, 2026: the score is log_p, fraction 0.2.
     """
-    fraction = check_number("fraction", fraction, 0.0, 1.0)
+    fraction = statistics.check_option("fraction", fraction, 0.0, 1.0)
     means, one_of_row = statistics.row_means(score, counted, row)
     least = statistics.quantiles(means, one_of_row, row, fraction)
     return (means >= least) & (statistics.counts(counted, row, "row") > 0)

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kd_jax.resolve import check_number
 from kd_jax.token_weights import statistics
 
 __all__ = ["difficulty"]
@@ -45,7 +44,7 @@ def difficulty(
       "AdaKD", https://arxiv.org/abs/2510.11615, 2025. In the published code the gradient passes through the
       temperature. A caller that follows the paper's formula holds the temperature constant.
     """
-    scale = check_number("scale", scale, 0)
+    scale = statistics.check_option("scale", scale, 0)
     statistics.check_name("direction", direction, tuple(_SIGNS))
     kept = counted & (weights > 0)
     anywhere = jnp.zeros(score.shape, jnp.int32)  # the median is of the batch, so that the rows do not matter
