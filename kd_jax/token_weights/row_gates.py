@@ -7,12 +7,13 @@ count. A token counts if its mask and its row's gate are True.
 from jaxtyping import Array, Bool, Float, Int
 
 from kd_jax.token_weights import statistics
+from kd_jax.token_weights.statistics import Option
 
 __all__ = ["drop_lowest", "has_view"]
 
 
 def drop_lowest(
-    score: Float[Array, "B L"], counted: Bool[Array, "B L"], row: Int[Array, "B L"], *, fraction: float
+    score: Float[Array, "B L"], counted: Bool[Array, "B L"], row: Int[Array, "B L"], *, fraction: Option
 ) -> Bool[Array, "B L"]:
     """Drops rows whose mean score is below a quantile of the means of the batch's rows.
 

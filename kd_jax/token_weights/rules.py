@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kd_jax.resolve import check_number
 from kd_jax.token_weights import statistics
+from kd_jax.token_weights.statistics import Option
 
 __all__ = [
     "accept",
@@ -49,7 +50,7 @@ Counted = Bool[Array, "B L"]
 Rows = Int[Array, "B L"]
 
 
-def threshold(score: Tokens, *, at_least: float | None = None, below: float | None = None) -> Tokens:
+def threshold(score: Tokens, *, at_least: Option | None = None, below: Option | None = None) -> Tokens:
     """Keeps tokens whose score is in ``[at_least, below)``; a bound that is not given does not apply.
 
     Args:
@@ -75,8 +76,8 @@ def quantile(
     counted: Counted,
     row: Rows,
     *,
-    at_least: float | None = None,
-    below: float | None = None,
+    at_least: Option | None = None,
+    below: Option | None = None,
     within: str = "batch",
     interpolation: str = "linear",
 ) -> Batch:
@@ -113,7 +114,7 @@ def top_fraction(
     counted: Counted,
     row: Rows,
     *,
-    fraction: float,
+    fraction: Option,
     within: str = "batch",
     at_least_per_row: int = 0,
     ties: str = "all",
@@ -151,7 +152,7 @@ def top_fraction(
     return _kept_of_counted(kept, score, counted)
 
 
-def accept(teacher_rank_of_student_top: Tokens, *, k: int, otherwise: float) -> Tokens:
+def accept(teacher_rank_of_student_top: Tokens, *, k: int, otherwise: Option) -> Tokens:
     """Returns 1 where the student's likeliest token is among the teacher's k likeliest, and ``otherwise`` elsewhere.
 
     Args:
@@ -169,7 +170,7 @@ def accept(teacher_rank_of_student_top: Tokens, *, k: int, otherwise: float) -> 
     return jnp.where(teacher_rank_of_student_top < limit, 1.0, otherwise).astype(teacher_rank_of_student_top.dtype)
 
 
-def relative_confidence(teacher_entropy: Tokens, student_entropy: Tokens, *, scale: float = 1.0) -> Tokens:
+def relative_confidence(teacher_entropy: Tokens, student_entropy: Tokens, *, scale: Option = 1.0) -> Tokens:
     """Returns ``sigmoid(scale (H(q) - H(p)))``: more than 1/2 where the teacher is more certain than the student.
 
     Args:
@@ -186,7 +187,7 @@ def relative_confidence(teacher_entropy: Tokens, student_entropy: Tokens, *, sca
 
 
 def confidence_product(
-    teacher_entropy: Batch, student_entropy: Batch, counted: Counted, *, alpha: float, beta: float
+    teacher_entropy: Batch, student_entropy: Batch, counted: Counted, *, alpha: Option, beta: Option
 ) -> Batch:
     """Returns ``(1 + alpha (1 - H(p) / max H(p))) (1 + beta H(q) / max H(q))``, divided by its mean.
 
@@ -219,7 +220,7 @@ def confidence_product(
     return jnp.where(counted, weight * counted.sum() / jnp.where(total == 0, 1, total), 0)
 
 
-def prefix_gap(log_p: Batch, drawn_log_q: Batch, counted: Counted, row: Rows, *, gamma: float) -> Batch:
+def prefix_gap(log_p: Batch, drawn_log_q: Batch, counted: Counted, row: Rows, *, gamma: Option) -> Batch:
     """Returns ``1 + gamma (1 - (sum over s < t of |a_s|) / (sum over s of |a_s|))`` with ``a = log p - log q``.
 
     The sums are over the counted tokens of a row, and q is the student that sampled the row. Early tokens weigh most;
@@ -243,7 +244,7 @@ def prefix_gap(log_p: Batch, drawn_log_q: Batch, counted: Counted, row: Rows, *,
     return jnp.where(counted, 1 + gamma * (1 - before), 0)
 
 
-def importance_now(log_q: Tokens, drawn_log_q: Tokens, *, at_most: float) -> Tokens:
+def importance_now(log_q: Tokens, drawn_log_q: Tokens, *, at_most: Option) -> Tokens:
     """Returns the probability of the token under the student, relative to the student that sampled the token.
 
     Args:
@@ -292,7 +293,7 @@ def last(position_from_end: Int[Array, "*tokens"], *, count: int) -> Tokens:
     return first(position_from_end, count=count)
 
 
-def sigmoid(score: Tokens, *, slope: float) -> Tokens:
+def sigmoid(score: Tokens, *, slope: Option) -> Tokens:
     """Returns ``sigmoid(slope score)``, a weight between 0 and 1.
 
     Args:
@@ -327,7 +328,7 @@ def _whole(name: str, value: int | Array, low: int) -> int | Array:
     return int(number)
 
 
-Bound = float | Array | None
+Bound = Option | None
 
 
 def _bounds(at_least: Bound, below: Bound, low: float, high: float) -> tuple[Bound, Bound]:

@@ -372,11 +372,11 @@ def _is_schedule(value: Any) -> bool:
     return hasattr(value, "keys") and "name" in value
 
 
-def _rounded(value: Array | float) -> Array | float:
-    """Returns the nearest whole number; a number that is not finite stays as it is."""
-    if isinstance(value, jax.Array):
-        return jnp.round(value).astype(jnp.int32)
-    return round(value) if math.isfinite(value) else value
+def _rounded(value: Array) -> Array:
+    """Returns the nearest whole number; a Python number that is not finite stays as it is."""
+    if isinstance(value, float):
+        return round(value) if math.isfinite(value) else value
+    return jnp.round(value).astype(jnp.int32)
 
 
 def _as_float(values: Array) -> Array:

@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from kd_jax.resolve import check_number, nearest
 
 SCOPES = ("row", "batch")
+# An option of a rule: a number of the config, or the value of a schedule at each token.
+Option = float | Float[Array, "*tokens"]
 
 
 class _Runs(NamedTuple):
@@ -80,7 +82,7 @@ def quantiles(
     values: Float[Array, "B L"],
     counted: Bool[Array, "B L"],
     row: Int[Array, "B L"],
-    level: float | Array,
+    level: Option,
     *,
     interpolation: str = "linear",
     within: str = "batch",
@@ -166,7 +168,7 @@ def largest(
     return chosen.reshape(row.shape) & counted
 
 
-def share(fraction: float | Array, count: Int[Array, "*shape"], rounding: str) -> Int[Array, "*shape"]:
+def share(fraction: Option, count: Int[Array, "*shape"], rounding: str) -> Int[Array, "*shape"]:
     """Returns ``fraction * count``, rounded to a whole number.
 
     The product has no rounding error if the fraction is a ratio of whole numbers below 46 340, or a small multiple of
@@ -200,7 +202,7 @@ def check_name(option: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{option}={value!r} is not one of {', '.join(known)}{nearest(value, known)}.")
 
 
-def check_option(name: str, value: float | Array, low: float = -math.inf, high: float = math.inf) -> float | Array:
+def check_option(name: str, value: Option, low: float = -math.inf, high: float = math.inf) -> Option:
     """Returns an option, after a check that a Python number is finite and from `low` to `high`.
 
     The value of a schedule is an array, and is not checked, because the array may be traced.
@@ -263,7 +265,7 @@ def _descending_rank(values: Array, counted: Array, runs: _Runs) -> Array:
     return rank - runs.first
 
 
-def _multiple(fraction: float | Array, count: Array) -> tuple[Array, Array]:
+def _multiple(fraction: Option, count: Array) -> tuple[Array, Array]:
     """Returns the whole part of ``fraction * count`` as an integer, and the rest as a number in [0, 1).
 
     In float32 the product of 0.05 and a large count may be on the wrong side of a whole number.

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kd_jax.token_weights import statistics
+from kd_jax.token_weights.statistics import Option
 
 __all__ = ["difficulty"]
 
@@ -15,7 +16,7 @@ def difficulty(
     counted: Bool[Array, "B L"],
     weights: Float[Array, "B L"],
     *,
-    scale: float,
+    scale: Option,
     direction: str = "harden",
 ) -> Float[Array, "B L"]:
     """Returns ``exp(-scale tanh(ln(s / median)))``, a factor of the temperature that falls as a token gets harder.
