@@ -21,6 +21,7 @@ from kd_jax import (
     supports,
     temperatures,
 )
+from kd_jax.divergences import of_one
 from kd_jax.objectives.comparison import Arrays, Comparison, Logits, Temperatures, check_pair, cross_entropy
 from kd_jax.objectives.spec import TermSpec, check_keys, has_function, name_of_call
 from kd_jax.objectives.terms import ROWS, Term, needs_scores
@@ -31,6 +32,7 @@ from kd_jax.token_weights import temperatures as of_scores
 from kd_jax.token_weights.specs import TokenFunction, check_numbers, make_gate, make_rule, make_temperature
 
 KINDS = ("divergence", "hard_labels", "policy_gradient")
+TWO_SIDED = ("teacher_top_k", "union", "intersection")  # the supports that need a teacher
 TEMPERATURE_RULES = tuple(of_scores.__all__)
 
 
@@ -181,6 +183,10 @@ def _divergence_loss(
     support = supports.make_support(spec["vocabulary"])
     divergence = _divergence(spec, is_short=support is not None and support.is_short)
     found_temperatures, of_temperatures, rule = _temperatures(spec, temperature)
+    if len(pair) == 1 and (name := spec["vocabulary"].get("support")) in TWO_SIDED:
+        raise ValueError(
+            f"vocabulary.support={name!r} is chosen with the teacher, but pair={pair} names one member; use student_top_k."
+        )
     loss = Comparison(
         divergence, pair, assistant, between, among, spec["stop_gradient"], found_temperatures,
         support, resolve.takes(divergence, "target"), _takes_logits(divergence), tuple(of_assistant),
@@ -189,6 +195,10 @@ def _divergence_loss(
         raise ValueError(
             f"divergence={spec['divergence']} compares logits, which an assistant and a vocabulary other than the whole do "
             "not have; choose a divergence of log-probabilities."
+        )
+    if found_temperatures.rule is not None and not {"teacher", "student"} <= set(loss.members):
+        raise ValueError(
+            f"temperature={spec['temperature']} reads the teacher's and the student's logits, but pair={pair} compares others."
         )
     numbers = {f"assistant.{keyword}": schedule for keyword, schedule in of_assistant.items()}
     return loss, numbers | of_temperatures, rule
@@ -239,12 +249,21 @@ def _divergence(spec: Mapping[str, Any], is_short: bool) -> Callable[..., Array]
 
     Distributions that are short of 1 have the divergence's sum over the outcomes that are left, not its other forms.
     """
-    divergence = resolve.bind(spec["divergence"], divergences, later=("target",))
-    vector, token = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    keywords = {"target": token} if resolve.takes(divergence, "target") else {}
-    if (shape := jax.eval_shape(divergence, vector, vector, **keywords).shape) != ():
+    given, pair, is_of_one = spec["divergence"], spec["pair"], len(spec["pair"]) == 1
+    name = str(given.get("name") if isinstance(given, Mapping) else given).partition("(")[0]
+    if name in (divergences if is_of_one else of_one).__all__:
+        known = ", ".join(of_one.__all__)
         raise ValueError(
-            f"divergence={spec['divergence']}: for two vectors the function returns an array of shape {shape}, but it "
+            f"divergence={spec['divergence']} and pair={pair}: the functions of one distribution are {known}, for which the "
+            "pair names one member, such as pair=('student',). All other divergences compare two members."
+        )
+    divergence = resolve.bind(spec["divergence"], of_one if is_of_one else divergences, later=("target",))
+    arrays = [jax.ShapeDtypeStruct((2,), jnp.float32)] * len(pair)
+    token = jax.ShapeDtypeStruct((), jnp.int32)
+    keywords = {"target": token} if resolve.takes(divergence, "target") else {}
+    if (shape := jax.eval_shape(divergence, *arrays, **keywords).shape) != ():
+        raise ValueError(
+            f"divergence={spec['divergence']}: for vectors the function returns an array of shape {shape}, but it "
             "must sum over the last axis and return a scalar."
         )
     clip, has_entries = spec["entry_clip"], divergence.func.__name__ in divergences.ENTRIES

@@ -190,7 +190,7 @@ def check_gradient(config: Settings, term: Term) -> None:
                 f"'student'), assistant.name='none' and weight=0.0."
             )
     # The cross-entropy always has a gradient. A large k would need a large made-up vocabulary.
-    if not term.needs_teacher or _outcomes(config, term) > MOST_OUTCOMES:
+    if spec["kind"] == "hard_labels" or _outcomes(config, term) > MOST_OUTCOMES:
         return
     largest = 1.0 if coefficients is None else float(np.abs(coefficients).max())
     some_weights = [0.5] if weights is None else sorted({float(f(weights)) for f in (np.min, np.median, np.max)})

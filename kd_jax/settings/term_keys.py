@@ -45,10 +45,13 @@ class Term:
     """
 
     kind: str = key("divergence", "divergence; hard_labels: -log q(token); policy_gradient of KL(q || p): see policy")
-    divergence: Spec = key({"name": "forward_kl"}, "spec: a divergence of kd_jax.divergences", is_open=True)
+    divergence: Spec = key(
+        {"name": "forward_kl"}, "spec: a divergence of kd_jax.divergences, or entropy for a pair of one", is_open=True
+    )
     assistant: Spec = key({"name": "none"}, "spec: an assistant of kd_jax.assistants, or none", is_open=True)
     pair: tuple[str, ...] = key(
-        ("teacher", "student"), "first and second argument of the divergence: teacher, student, assistant, or a member"
+        ("teacher", "student"),
+        "first and second argument of the divergence: teacher, student, assistant, or a member; entropy has one",
     )
     between: tuple[str, ...] = key(
         ("student", "teacher"), "members that the assistant equals at weight 0 and at weight 1"

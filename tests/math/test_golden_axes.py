@@ -278,6 +278,11 @@ def to_mixture(case):
     return dataclasses.replace(made, left_in=left_in)
 
 
+def engine(case):
+    """Builds -sum q log p: reverse KL, and the student's entropy."""
+    return Expression({"term": term(case), "entropy": {"divergence": {"name": "entropy"}, "pair": ("student",)}})
+
+
 def bdkd(case):
     """Builds ordered KLs. The published cross entropy leaves the teacher's entropy in, with the weight of forward KL."""
     heavy = np.where(stored(case, "teacher_entropy") > stored(case, "student_entropy"), 2.0, 1.0)
@@ -497,6 +502,7 @@ EXPRESSED = {
         (jeffreys, numbered(56)),
         (to_mixture, numbered(57, 58, 61, 62)),
         (comparison, numbered(59, 63)),  # f-distill's total variation
+        (engine, numbered(60, 64)),
         (bdkd, numbered(65, 67)),
         (bild, numbered(closed(69, 72))),
         (normkd, numbered(73)),
@@ -564,7 +570,6 @@ NOT_EXPRESSED = {
     for reason, keys in (
         ("draws tokens at random, while a rule is a function of scores", numbered(closed(26, 28))),
         ("needs an advantage of each row, such as a verifier's reward", numbered(41, 42)),
-        ("leaves the student's entropy out, and no term is an entropy", numbered(60, 64)),
         ("takes the larger of two means over the batch", numbered(66, 68)),
         ("needs members that are chosen by a tag of the row", numbered(112)),
         ("needs a weight of each token from the divergence of two frozen models", numbered(114)),
