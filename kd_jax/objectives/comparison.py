@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from kd_jax.logspace import Weight
-from kd_jax.supports import Restricted
+from kd_jax.supports import Restriction
 
 MEMBERS = ("teacher", "student", "assistant")
 
@@ -215,7 +215,7 @@ class Comparison:
     among: Mapping[str, float] = dataclasses.field(default_factory=dict)
     stop_gradient: bool = False
     temperatures: Temperatures = Temperatures()
-    support: Callable[..., Restricted] | None = None
+    support: Restriction | None = None
     takes_target: bool = False
     takes_logits: bool = False
     assistant_numbers: tuple[str, ...] = ()
@@ -236,6 +236,21 @@ class Comparison:
             "logits": temperatures.transform is not None, "temperature": has_temperature,
         }  # fmt: skip
         return tuple(key for key, is_needed in needs.items() if is_needed)
+
+    @property
+    def sufficient_k(self) -> int | None:
+        """The k for which the teacher's k likeliest ids and the mass of all other ids are sufficient for the `support`.
+
+        None without a support, and if no k is sufficient. An assistant is a mixture over the whole vocabulary.
+        """
+        is_of_teacher = set(self.pair) == {"teacher", "student"}
+        return self.support.sufficient_k if self.support is not None and is_of_teacher else None
+
+    def over_record(self) -> "Comparison":
+        """Returns the comparison of distributions over the outcomes of a record of the teacher's likeliest ids."""
+        if self.support is None or self.sufficient_k is None:
+            return self
+        return dataclasses.replace(self, support=self.support.over_record())
 
     def __call__(self, logits: Logits, target: Array, arrays: Arrays) -> Array:
         """Returns the loss of each token.
