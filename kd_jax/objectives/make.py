@@ -29,7 +29,8 @@ from kd_jax.objectives.token_arrays import AVERAGES
 from kd_jax.policy_gradient import Scores
 from kd_jax.settings import Config
 from kd_jax.token_weights import temperatures as of_scores
-from kd_jax.token_weights.specs import TokenFunction, check_numbers, make_gate, make_rule, make_temperature
+from kd_jax.token_weights.shapes import check_numbers
+from kd_jax.token_weights.specs import TokenFunction, make_gate, make_rule, make_temperature
 
 KINDS = ("divergence", "hard_labels", "policy_gradient")
 TWO_SIDED = ("teacher_top_k", "union", "intersection")  # the supports that need a teacher
@@ -159,14 +160,10 @@ def _schedules_of(key: str, part: TokenFunction) -> dict[str, StatefulSchedule]:
     """Returns the schedules of the options of a rule, by name, after a check of their first values."""
     try:
         found = {name: _schedule(spec) for name, spec in part.numbers.items()}
-        check_numbers(part, {name: _first_value(schedule) for name, schedule in found.items()})
+        check_numbers(part, {name: schedules.first_value(schedule) for name, schedule in found.items()})
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
     return found
-
-
-def _first_value(schedule: StatefulSchedule) -> float:
-    return float(jnp.asarray(schedule(schedule.init(), step=0)))
 
 
 def _divergence_loss(
@@ -240,7 +237,7 @@ def _assistant(
     if among:
         return assistants.AMONG[function], {}
     scheduled = {k: _schedule(v) for k, v in keywords.items() if not isinstance(v, int | float)}
-    first_values = {k: _first_value(schedule) for k, schedule in scheduled.items()}
+    first_values = {k: schedules.first_value(schedule) for k, schedule in scheduled.items()}
     return resolve.close(function, (), **keywords | first_values), scheduled
 
 

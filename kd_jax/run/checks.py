@@ -13,8 +13,9 @@ from kd_jax.objectives import Term
 from kd_jax.policy_gradient import Scores
 from kd_jax.prefixes import Source
 from kd_jax.run.view_prompts import columns_read, key_of_view, make_views, options_of_rows
+from kd_jax.schedules import first_value
 from kd_jax.settings import Settings, name_of
-from kd_jax.token_weights.specs import check_numbers
+from kd_jax.token_weights.shapes import check_numbers
 
 # A term needs a larger gradient, times the coefficient, in some step. A smaller one vanishes in an optimiser's epsilon.
 LEAST_GRADIENT = 1e-12
@@ -142,7 +143,7 @@ def check_rules(config: Settings, term: Term) -> None:
     for key, part in term.token_functions.items():
         schedules = {name: term.numbers[name] for name in part.numbers}
         values = {name: over_steps(schedule, config.steps) for name, schedule in schedules.items()}
-        first = {name: float(jnp.asarray(schedule(schedule.init(), step=0))) for name, schedule in schedules.items()}
+        first = {name: first_value(schedule) for name, schedule in schedules.items()}
         known = {name: array for name, array in values.items() if array is not None}
         for step in sorted({int(find(array)) for array in known.values() for find in (np.argmin, np.argmax)}):
             # Six digits, because a schedule in float32 may exceed its own bounds by its rounding error.

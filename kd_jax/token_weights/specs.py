@@ -24,7 +24,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -33,6 +32,7 @@ from kd_jax.resolve import Spec
 from kd_jax.token_weights import row_gates, rules, statistics, temperatures
 from kd_jax.token_weights import scores as token_scores
 from kd_jax.token_weights.functions import Compute, Rule, Score, TokenFunction, Values
+from kd_jax.token_weights.shapes import check_shapes
 
 DIVISORS = ("all", "kept")
 SCALES = ("none", "max", "min_max", "quantiles")
@@ -79,7 +79,7 @@ def make_rule(spec: Spec | None) -> Rule | None:
 
         local = not set(WHOLE_BATCH) & set(reads.inputs)
         # `compute` would give a scalar the shape of `counted`, so the check is of the rule itself.
-        _check_shapes(reads, lambda values: _as_float(weights(values)), local, jnp.floating, "a number")
+        check_shapes(reads, lambda values: _as_float(weights(values)), local, jnp.floating, "a number")
         _refuse_weights(spec, reads)
         at_batch = not local or divide_by == "kept"
         return Rule(reads.scores, reads.inputs, reads.numbers, at_batch, compute, divide_by)
@@ -107,7 +107,7 @@ def make_gate(spec: Spec | None) -> TokenFunction | None:
         reads = _Reads("row_gate")
         compute, _ = _rule(spec, row_gates, reads, keys=())
         local = not set(WHOLE_BATCH) & set(reads.inputs)
-        _check_shapes(reads, compute, local, jnp.bool_, "True or False")
+        check_shapes(reads, compute, local, jnp.bool_, "True or False")
         _refuse_weights(spec, reads)
         return TokenFunction(reads.scores, reads.inputs, reads.numbers, not local, compute)
     except ValueError as error:
@@ -126,22 +126,10 @@ def make_temperature(spec: Spec) -> TokenFunction:
     try:
         reads = _Reads("temperature")
         compute, _ = _rule(spec, temperatures, reads, keys=())
-        _check_shapes(reads, compute, False, jnp.floating, "a number")
+        check_shapes(reads, compute, False, jnp.floating, "a number")
         return TokenFunction(reads.scores, reads.inputs, reads.numbers, True, compute)
     except ValueError as error:
         raise ValueError(f"temperature: {error}") from error
-
-
-def check_numbers(function: TokenFunction, numbers: Mapping[str, float]) -> None:
-    """Checks the numbers that the schedules of a function's options give in one step.
-
-    Args:
-      numbers: a number for each name in `function.numbers`.
-
-    Raises:
-      ValueError: a number is out of range for its option.
-    """
-    jax.eval_shape(lambda values: function.compute(values | numbers), _abstract_values(function, (2, 3)))
 
 
 class _Reads:
@@ -317,40 +305,6 @@ def _scaled(score: Compute, scale: str, reads: _Reads) -> Compute:
         return jnp.where(counted & (span != 0), scaled, 0)
 
     return compute
-
-
-def _check_shapes(reads: _Reads, compute: Compute, local: bool, kind: Any, what: str) -> None:
-    """Evaluates the scores and the rule on abstract arrays, and checks that each returns a value for each token."""
-    for shape in ((2, 3), (3,)) if local else ((2, 3),):
-        values = _abstract_values(reads, shape)
-        for label in reads.scores:
-            if values[label].shape != shape:
-                raise ValueError(
-                    f"the score {label} returns an array of shape {values[label].shape} for tokens of shape {shape}, but "
-                    "it must return one number per token."
-                )
-        result = jax.eval_shape(compute, values)
-        if result.shape != shape or not jnp.issubdtype(result.dtype, kind):
-            raise ValueError(
-                f"the function returns an array of shape {result.shape} and type {result.dtype} for tokens of shape "
-                f"{shape}, but it must return {what} for each token."
-            )
-
-
-def _abstract_values(reads: _Reads | TokenFunction, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes and types of all values that a function reads, for tokens of a shape."""
-    values = {name: _abstract(name, shape) for name in (*reads.inputs, *reads.numbers)}
-    for label, score in reads.scores.items():
-        values[label] = jax.eval_shape(score.function, *(_abstract(name, shape) for name in score.reads))
-    return values
-
-
-def _abstract(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """Returns the shape and type of an input, or of an array that a score reads, for tokens of a shape."""
-    if name in ("teacher", "student"):
-        return jax.ShapeDtypeStruct((*shape, 4), jnp.float32)
-    whole, truth = ("row", "position", "position_from_end", "target"), ("counted", "has_view")
-    return jax.ShapeDtypeStruct(shape, jnp.int32 if name in whole else jnp.bool_ if name in truth else jnp.float32)
 
 
 def _positional(function: Callable[..., Any]) -> tuple[str, ...]:
