@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from kd_jax import assistants, data, divergences, logit_transforms, supports, temperatures, token_weights, views
 from kd_jax.command_help import first_sentence
+from kd_jax.divergences import of_one
 from kd_jax.policy_gradient import reward_shapes
 from kd_jax.settings import Settings, Term, is_section, keys_of
 from kd_jax.token_weights import row_gates, scores
@@ -29,7 +30,8 @@ METHODS = (
     "topk_opd", "opsd", "sdft", "sdpo",
 )  # fmt: skip
 TABLES = {
-    "view": views, "divergence": divergences, "assistant": assistants, "support": supports, "rule of `tokens`": token_weights,
+    "view": views, "divergence": divergences, "function of one member": of_one, "assistant": assistants, "support": supports,
+    "rule of `tokens`": token_weights,
     "score of a token": scores, "row gate": row_gates, "transform of logits": logit_transforms,
     "temperature of each model": temperatures, "temperature of each token": of_scores, "reward": reward_shapes,
 }  # fmt: skip

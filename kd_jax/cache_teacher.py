@@ -84,7 +84,7 @@ def write(
     """
     settings = Settings.parse(config)
     terms, source = make_objective(settings)
-    check_use(settings, terms, source, kind, member)
+    check_use(settings, terms, source, kind, member=member)
     options = _options_of(settings, member)
     mesh = make_mesh(settings)
     loaded = load_models(settings, load_tokenizer(settings), mesh, True)

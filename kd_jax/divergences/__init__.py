@@ -20,6 +20,8 @@ Their docstrings say so.
 
 ``ENTRIES`` holds the contributions of the single entries of those divergences that are plain sums over the vocabulary.
 
+The module `of_one` has the functions of one distribution, which are no divergences.
+
 To add a divergence, write the function in one of the files of this package, and add its name to the ``__all__`` of that
 file.
 """

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from kd_jax.logspace import Weight
-from kd_jax.supports import Restricted
+from kd_jax.supports import Restriction
 
 MEMBERS = ("teacher", "student", "assistant")
 
@@ -68,7 +68,7 @@ def token_loss(
         members = {"teacher": log_p, "student": log_q}
         if assistant is not None:
             members["assistant"] = between(members, weight, **assistant_numbers)
-        return divergence(members[pair[0]], members[pair[1]])
+        return divergence(*(members[name] for name in pair))
 
     return loss
 
@@ -76,10 +76,10 @@ def token_loss(
 def check_pair(
     pair: Sequence[str], between: Sequence[str], has_assistant: bool, stop_gradient: bool, further: Sequence[str] = ()
 ) -> None:  # fmt: skip
-    """Checks that a pair names two different members, and that the loss depends on the student.
+    """Checks that a pair names one member, or two different ones, and that the loss depends on the student.
 
     Args:
-      pair: the two members that a divergence compares.
+      pair: the two members that a divergence compares, or the member of a function of one distribution.
       between: the members from which the assistant is computed.
       has_assistant: True if there is an assistant.
       stop_gradient: True if the student inside the assistant is a constant.
@@ -89,8 +89,11 @@ def check_pair(
       ValueError: the pair does not fit; the message names the pair and the known members.
     """
     pair, known = tuple(pair), (*MEMBERS, *further)
-    if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(known):
-        raise ValueError(f"pair={pair!r} must be two different names out of {', '.join(known)}.")
+    if len(pair) not in (1, 2) or len(set(pair)) != len(pair) or not set(pair) <= set(known):
+        raise ValueError(
+            f"pair={pair!r} must be two different names out of {', '.join(known)}; or one, for a function of one "
+            f"distribution."
+        )
     student_inside = "assistant" in pair and "student" in between
     if "student" not in pair and student_inside and stop_gradient:
         raise ValueError(
@@ -189,11 +192,11 @@ class Temperatures:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The loss D(first || second) at a token, from the logits of the members.
+    """The loss D(first || second) at a token, or F(first), from the logits of the members.
 
     Attributes:
-      divergence: the divergence, with its keywords bound.
-      pair: the first and the second argument of the divergence.
+      divergence: the divergence, or the function of one distribution, with its keywords bound.
+      pair: the members that are the arguments of the divergence.
       assistant: the assistant with its keywords bound, or None.
       between: the members at the assistant's weights 0 and 1.
       among: the members among which the assistant is computed, with their weights, in place of `between`; or empty.
@@ -212,7 +215,7 @@ class Comparison:
     among: Mapping[str, float] = dataclasses.field(default_factory=dict)
     stop_gradient: bool = False
     temperatures: Temperatures = Temperatures()
-    support: Callable[..., Restricted] | None = None
+    support: Restriction | None = None
     takes_target: bool = False
     takes_logits: bool = False
     assistant_numbers: tuple[str, ...] = ()
@@ -233,6 +236,21 @@ class Comparison:
             "logits": temperatures.transform is not None, "temperature": has_temperature,
         }  # fmt: skip
         return tuple(key for key, is_needed in needs.items() if is_needed)
+
+    @property
+    def sufficient_k(self) -> int | None:
+        """The k for which the teacher's k likeliest ids and the mass of all other ids are sufficient for the `support`.
+
+        None without a support, and if no k is sufficient. An assistant is a mixture over the whole vocabulary.
+        """
+        is_of_teacher = set(self.pair) == {"teacher", "student"}
+        return self.support.sufficient_k if self.support is not None and is_of_teacher else None
+
+    def over_record(self) -> "Comparison":
+        """Returns the comparison of distributions over the outcomes of a record of the teacher's likeliest ids."""
+        if self.support is None or self.sufficient_k is None:
+            return self
+        return dataclasses.replace(self, support=self.support.over_record())
 
     def __call__(self, logits: Logits, target: Array, arrays: Arrays) -> Array:
         """Returns the loss of each token.
@@ -257,12 +275,14 @@ class Comparison:
             log_probs["assistant"] = assistant_log_probs(
                 self.assistant, self.between, self.stop_gradient, log_probs, arrays["weight"], **numbers
             )
-        first, second = (log_probs[name] for name in self.pair)
+        sides = [log_probs[name] for name in self.pair]
         if self.support is not None:
             # The teacher's side of a support is the first of the pair, unless the first is the student.
-            flipped = self.pair[0] == "student" or self.pair[1] == "teacher"
+            flipped = self.pair[0] == "student" or self.pair[-1] == "teacher"
+            first, second = sides[0], sides[-1]  # equal, if the pair is of one member
             outcomes = self.support(*((second, first) if flipped else (first, second)), target)
-            first, second = (outcomes.log_q, outcomes.log_p) if flipped else (outcomes.log_p, outcomes.log_q)
+            ordered = (outcomes.log_q, outcomes.log_p) if flipped else (outcomes.log_p, outcomes.log_q)
+            sides = ordered[: len(self.pair)]
             target = target if outcomes.target is None else outcomes.target
-        value = self.divergence(first, second, **({"target": target} if self.takes_target else {}))
+        value = self.divergence(*sides, **({"target": target} if self.takes_target else {}))
         return value if isinstance(factor, float) and factor == 1 else factor * value

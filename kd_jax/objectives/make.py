@@ -21,6 +21,7 @@ from kd_jax import (
     supports,
     temperatures,
 )
+from kd_jax.divergences import of_one
 from kd_jax.objectives.comparison import Arrays, Comparison, Logits, Temperatures, check_pair, cross_entropy
 from kd_jax.objectives.spec import TermSpec, check_keys, has_function, name_of_call
 from kd_jax.objectives.terms import ROWS, Term, needs_scores
@@ -28,9 +29,11 @@ from kd_jax.objectives.token_arrays import AVERAGES
 from kd_jax.policy_gradient import Scores
 from kd_jax.settings import Config
 from kd_jax.token_weights import temperatures as of_scores
+from kd_jax.token_weights.shapes import check_numbers
 from kd_jax.token_weights.specs import TokenFunction, make_gate, make_rule, make_temperature
 
 KINDS = ("divergence", "hard_labels", "policy_gradient")
+TWO_SIDED = ("teacher_top_k", "union", "intersection")  # the supports that need a teacher
 TEMPERATURE_RULES = tuple(of_scores.__all__)
 
 
@@ -90,6 +93,8 @@ def _make_term(
         else:
             loss, numbers, temperature_rule = _divergence_loss(spec, temperature, members)
             read = tuple(member for member in loss.members if member != "student")
+        for key, part in ("tokens", rule), ("row_gate", gate), ("temperature", temperature_rule):
+            numbers |= {} if part is None else _schedules_of(key, part)
         if spec["importance"]:
             loss = _weighted(loss)
             signals = lambda scores: {"importance": policy_gradient.importance_now(scores, teacher_share)}
@@ -121,8 +126,8 @@ def _check_own_values(term: Term) -> None:
     """Checks that a rule over the batch can read the term's loss, if it does, before the step has its scores."""
     if not term.needs_own_values_early or not term.needs_scores:
         return
-    keys = {"tokens": term.rule, "row_gate": term.gate, "temperature": term.temperature_rule}
-    key = next(key for key, part in keys.items() if part in term.early_parts and "divergence" in part.inputs)
+    parts = term.token_functions.items()
+    key = next(key for key, part in parts if part in term.early_parts and "divergence" in part.inputs)
     raise ValueError(
         f"objective.terms.{term.name}: {key}: a rule over rows or over the batch cannot read divergence in a term whose loss "
         "or weight depends on sampled tokens; let the rule read another score."
@@ -131,7 +136,7 @@ def _check_own_values(term: Term) -> None:
 
 def _members_of(term: Term) -> tuple[str, ...]:
     """Returns the frozen models that the loss, the rules and the schedules of a term read."""
-    parts = [part for part in (term.rule, term.gate, term.temperature_rule) if part is not None]
+    parts = term.token_functions.values()
     reads_teacher = any("teacher" in score.reads for part in parts for score in part.scores.values())
     of_scores = tuple(term.reward_members) if term.needs_scores else ()
     return tuple(dict.fromkeys((*term.members, *of_scores, *(("teacher",) if reads_teacher else ()))))
@@ -151,6 +156,16 @@ def _schedule(spec: Any, of_rows: str = "") -> StatefulSchedule:
     return schedule
 
 
+def _schedules_of(key: str, part: TokenFunction) -> dict[str, StatefulSchedule]:
+    """Returns the schedules of the options of a rule, by name, after a check of their first values."""
+    try:
+        found = {name: _schedule(spec) for name, spec in part.numbers.items()}
+        check_numbers(part, {name: schedules.first_value(schedule) for name, schedule in found.items()})
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    return found
+
+
 def _divergence_loss(
     spec: Mapping[str, Any], temperature: float, members: tuple[str, ...]
 ) -> tuple[Comparison, dict[str, StatefulSchedule], TokenFunction | None]:
@@ -165,6 +180,10 @@ def _divergence_loss(
     support = supports.make_support(spec["vocabulary"])
     divergence = _divergence(spec, is_short=support is not None and support.is_short)
     found_temperatures, of_temperatures, rule = _temperatures(spec, temperature)
+    if len(pair) == 1 and (name := spec["vocabulary"].get("support")) in TWO_SIDED:
+        raise ValueError(
+            f"vocabulary.support={name!r} is chosen with the teacher, but pair={pair} names one member; use student_top_k."
+        )
     loss = Comparison(
         divergence, pair, assistant, between, among, spec["stop_gradient"], found_temperatures,
         support, resolve.takes(divergence, "target"), _takes_logits(divergence), tuple(of_assistant),
@@ -173,6 +192,10 @@ def _divergence_loss(
         raise ValueError(
             f"divergence={spec['divergence']} compares logits, which an assistant and a vocabulary other than the whole do "
             "not have; choose a divergence of log-probabilities."
+        )
+    if found_temperatures.rule is not None and not {"teacher", "student"} <= set(loss.members):
+        raise ValueError(
+            f"temperature={spec['temperature']} reads the teacher's and the student's logits, but pair={pair} compares others."
         )
     numbers = {f"assistant.{keyword}": schedule for keyword, schedule in of_assistant.items()}
     return loss, numbers | of_temperatures, rule
@@ -214,7 +237,7 @@ def _assistant(
     if among:
         return assistants.AMONG[function], {}
     scheduled = {k: _schedule(v) for k, v in keywords.items() if not isinstance(v, int | float)}
-    first_values = {k: float(jnp.asarray(schedule(schedule.init(), step=0))) for k, schedule in scheduled.items()}
+    first_values = {k: schedules.first_value(schedule) for k, schedule in scheduled.items()}
     return resolve.close(function, (), **keywords | first_values), scheduled
 
 
@@ -223,12 +246,21 @@ def _divergence(spec: Mapping[str, Any], is_short: bool) -> Callable[..., Array]
 
     Distributions that are short of 1 have the divergence's sum over the outcomes that are left, not its other forms.
     """
-    divergence = resolve.bind(spec["divergence"], divergences, later=("target",))
-    vector, token = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    keywords = {"target": token} if resolve.takes(divergence, "target") else {}
-    if (shape := jax.eval_shape(divergence, vector, vector, **keywords).shape) != ():
+    given, pair, is_of_one = spec["divergence"], spec["pair"], len(spec["pair"]) == 1
+    name = str(given.get("name") if isinstance(given, Mapping) else given).partition("(")[0]
+    if name in (divergences if is_of_one else of_one).__all__:
+        known = ", ".join(of_one.__all__)
         raise ValueError(
-            f"divergence={spec['divergence']}: for two vectors the function returns an array of shape {shape}, but it "
+            f"divergence={spec['divergence']} and pair={pair}: the functions of one distribution are {known}, for which the "
+            "pair names one member, such as pair=('student',). All other divergences compare two members."
+        )
+    divergence = resolve.bind(spec["divergence"], of_one if is_of_one else divergences, later=("target",))
+    arrays = [jax.ShapeDtypeStruct((2,), jnp.float32)] * len(pair)
+    token = jax.ShapeDtypeStruct((), jnp.int32)
+    keywords = {"target": token} if resolve.takes(divergence, "target") else {}
+    if (shape := jax.eval_shape(divergence, *arrays, **keywords).shape) != ():
+        raise ValueError(
+            f"divergence={spec['divergence']}: for vectors the function returns an array of shape {shape}, but it "
             "must sum over the last axis and return a scalar."
         )
     clip, has_entries = spec["entry_clip"], divergence.func.__name__ in divergences.ENTRIES

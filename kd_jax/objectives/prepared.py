@@ -178,8 +178,7 @@ def _rule_inputs(
     term: Term, early: dict[str, Array], arrays: dict[str, Array], counted: Array, segments: Array | None, batch: Batch
 ) -> dict[str, Array]:  # fmt: skip
     """Returns the inputs of a term's rules that are no scores of a distribution, [B, L] each."""
-    parts = [part for part in (term.rule, term.gate, term.temperature_rule) if part is not None]
-    names = {name for part in parts for name in part.inputs}
+    names = {name for part in term.token_functions.values() for name in part.inputs}
     if not names:
         return {}
     row = row_numbers(counted, segments)

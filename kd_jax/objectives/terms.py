@@ -32,7 +32,7 @@ class Term:
       coefficient: the schedule of the factor that multiplies the term.
       rows: the rows to which the term applies, named by the origin of their text.
       average: one of `token_arrays.AVERAGES`.
-      numbers: the schedules of further numbers, by the names under which `loss` and `rule` look them up.
+      numbers: the schedules of further numbers, by the names under which `loss` and the rules look them up.
       signals: scores -> arrays [B, L] without gradient, by name, for `loss`; None without signals.
       reward_members: the coefficient of each frozen model's log-probability in the `log_p` of the scores.
       rule: the weight of each token; None if each counted token has the weight 1.
@@ -75,6 +75,12 @@ class Term:
         return self.signals is not None or needs_scores(self.weight)
 
     @property
+    def token_functions(self) -> dict[str, TokenFunction]:
+        """The rule, the gate and the rule of the temperature, by the key of the config that names them."""
+        parts = {"tokens": self.rule, "row_gate": self.gate, "temperature": self.temperature_rule}
+        return {key: part for key, part in parts.items() if part is not None}
+
+    @property
     def has_local_rule(self) -> bool:
         """True if the weight of a token is a function of this token's distributions, computed beside the loss."""
         if self.rule is None or self.rule.looks_at_batch:
@@ -89,8 +95,8 @@ class Term:
     @property
     def early_parts(self) -> tuple[TokenFunction, ...]:
         """The rules and the gate whose scores must be known before the loss is computed."""
-        parts = (None if self.has_local_rule else self.rule, self.gate, self.temperature_rule)
-        return tuple(part for part in parts if part is not None)
+        is_early = lambda part: part is not self.rule or not self.has_local_rule
+        return tuple(part for part in self.token_functions.values() if is_early(part))
 
     @property
     def early_scores(self) -> dict[str, tuple[str, Score]]:
@@ -111,12 +117,11 @@ class Term:
     @property
     def whole_readers(self) -> tuple[str, ...]:
         """The keys of the term that need the teacher's distribution over the whole vocabulary."""
-        parts = {"tokens": self.rule, "row_gate": self.gate, "temperature": self.temperature_rule}
-        reads = lambda part: part is not None and any("teacher" in found.reads for found in part.scores.values())
+        reads = lambda part: any("teacher" in found.reads for found in part.scores.values())
         of_loss = self.loss.whole_readers if isinstance(self.loss, Comparison) else ()
         of_numbers = tuple(name for name in self.numbers if name in ("temperature", "teacher_temperature"))
         of_scores = ("kind or weight",) if self.needs_scores else ()
-        return (*of_loss, *of_numbers, *(key for key, part in parts.items() if reads(part)), *of_scores)
+        return (*of_loss, *of_numbers, *(key for key, part in self.token_functions.items() if reads(part)), *of_scores)
 
     def weighted_loss(self, logits: Logits, target: Array, arrays: Arrays) -> tuple[Array, Array]:
         """Returns the loss of each token times the weight of a local rule, and this weight, which is 1 without a rule.
@@ -136,7 +141,7 @@ class Term:
         if "drawn_log_q" in self.rule.inputs:
             drawn = evaluate_score(LOG_Q, constant, "teacher", target)
             arrays = {**arrays, "drawn_log_q": drawn_log_probs(drawn, arrays)}
-        values |= {name: arrays[name] for name in self.rule.inputs if name != "divergence"}
+        values |= {name: arrays[name] for name in (*self.rule.inputs, *self.rule.numbers) if name != "divergence"}
         weight = checked_weights(self.rule(values | {"divergence": jax.lax.stop_gradient(value)}))
         weight = jax.lax.stop_gradient(weight.astype(value.dtype))
         return weight * value, weight

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from kd_jax import data, divergences, resolve
 from kd_jax.data.options import dataset_options
-from kd_jax.objectives import Term
+from kd_jax.objectives import Comparison, Term
 from kd_jax.prefixes import Source
 from kd_jax.run.view_prompts import described_view
 from kd_jax.settings import Settings, name_of
@@ -69,7 +69,7 @@ def _open(config: Settings, terms: tuple[Term, ...], source: Source, member: str
             f"student.init='pretrained' and student.path."
         )
     cache = Cache.open(remote.local_folder(folder), member)
-    check_use(config, terms, source, cache.kind, member)
+    check_use(config, terms, source, cache.kind, cache.manifest["k"], member)
     wanted, written = config.objective.temperature, cache.manifest["splits"]["train"]["temperature"]
     if cache.kind != "hidden" and any(member in term.members for term in terms):
         if lines := differences(written, wanted, "objective.temperature"):
@@ -105,7 +105,9 @@ def _values(config: Settings, tokenizer: data.Tokenizer, cache: Cache, split: st
     return CachedValues(cache, split, rows)
 
 
-def check_use(config: Settings, terms: tuple[Term, ...], source: Source, kind: str, member: str = "teacher") -> None:
+def check_use(
+    config: Settings, terms: tuple[Term, ...], source: Source, kind: str, k: int | None = None, member: str = "teacher"
+) -> None:
     """Checks that a cache of this kind is sufficient for a config.
 
     Args:
@@ -113,6 +115,7 @@ def check_use(config: Settings, terms: tuple[Term, ...], source: Source, kind: s
       terms: the terms of the objective.
       source: the source of the rows.
       kind: the kind of the cache.
+      k: the number of tokens in a cache of kind 'top_k'; None to allow any number that a term needs.
       member: the name of the frozen model that the cache replaces.
 
     Raises:
@@ -136,9 +139,16 @@ def check_use(config: Settings, terms: tuple[Term, ...], source: Source, kind: s
             raise ValueError(
                 f"{where} compares with a teacher on rows='text', but a cache has values only for the rows of the section data."
             )
-        if kind != "hidden" and term.whole_readers:
+        needed = term.loss.sufficient_k if kind == "top_k" and isinstance(term.loss, Comparison) else None
+        if needed is not None and k is not None and needed > k:
             raise ValueError(
-                f"{where} needs the teacher's distribution over the whole vocabulary for its {', '.join(term.whole_readers)}, but a "
+                f"{where} has vocabulary.k={needed}, but the cache has only the teacher's {k} likeliest tokens. Set a smaller k, or "
+                f"write a cache with a larger one."
+            )
+        readers = [key for key in term.whole_readers if key != "vocabulary" or needed is None]
+        if kind != "hidden" and readers:
+            raise ValueError(
+                f"{where} needs the teacher's distribution over the whole vocabulary for its {', '.join(readers)}, but a "
                 f"cache of kind {kind!r} has only a part of it. Use a cache of kind 'hidden'."
             )
         if kind == "samples":

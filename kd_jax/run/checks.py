@@ -13,7 +13,9 @@ from kd_jax.objectives import Term
 from kd_jax.policy_gradient import Scores
 from kd_jax.prefixes import Source
 from kd_jax.run.view_prompts import columns_read, key_of_view, live_views, make_views, options_of_rows
+from kd_jax.schedules import first_value
 from kd_jax.settings import Settings, name_of
+from kd_jax.token_weights.shapes import check_numbers
 
 # A term needs a larger gradient, times the coefficient, in some step. A smaller one vanishes in an optimiser's epsilon.
 LEAST_GRADIENT = 1e-12
@@ -40,6 +42,7 @@ def check_term(config: Settings, source: Source, term: Term) -> None:
             f"objective.terms.{term.name}.weight goes from {weights.min():g} to {weights.max():g} in {config.steps} steps, but "
             f"a weight must stay between 0 and 1."
         )
+    check_rules(config, term)
     check_gradient(config, term)
     if term.signals is None:
         return
@@ -127,6 +130,28 @@ def over_steps(schedule: StatefulSchedule, steps: int) -> np.ndarray | None:
     return np.asarray(jax.vmap(lambda step: schedule((), step=step))(jnp.arange(steps)))
 
 
+def check_rules(config: Settings, term: Term) -> None:
+    """Checks the least and the greatest value of each schedule of a rule, a gate or a temperature.
+
+    Of a schedule that follows the losses, only the first value is known.
+
+    Raises:
+      ValueError: a value is out of range for its option; the message names the key and the step.
+    """
+    for key, part in term.token_functions.items():
+        schedules = {name: term.numbers[name] for name in part.numbers}
+        values = {name: over_steps(schedule, config.steps) for name, schedule in schedules.items()}
+        first = {name: first_value(schedule) for name, schedule in schedules.items()}
+        known = {name: array for name, array in values.items() if array is not None}
+        for step in sorted({int(find(array)) for array in known.values() for find in (np.argmin, np.argmax)}):
+            # Six digits, because a schedule in float32 may exceed its own bounds by its rounding error.
+            numbers = first | {name: float(f"{array[step]:.6g}") for name, array in known.items()}
+            try:
+                check_numbers(part, numbers)
+            except ValueError as error:
+                raise ValueError(f"objective.terms.{term.name}.{key} in step {step}: {error}") from error
+
+
 def check_authors(config: Settings, source: Source, term: Term) -> None:
     """Checks that a mixture with a scheduled fraction gives rows of the author that a term counts."""
     fraction = getattr(source, "fraction", None)
@@ -164,7 +189,7 @@ def check_gradient(config: Settings, term: Term) -> None:
                 f"'student'), assistant.name='none' and weight=0.0."
             )
     # The cross-entropy always has a gradient. A large k would need a large made-up vocabulary.
-    if not term.needs_teacher or _outcomes(config, term) > MOST_OUTCOMES:
+    if spec["kind"] == "hard_labels" or _outcomes(config, term) > MOST_OUTCOMES:
         return
     largest = 1.0 if coefficients is None else float(np.abs(coefficients).max())
     some_weights = [0.5] if weights is None else sorted({float(f(weights)) for f in (np.min, np.median, np.max)})

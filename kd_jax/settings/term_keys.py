@@ -45,10 +45,13 @@ class Term:
     """
 
     kind: str = key("divergence", "divergence; hard_labels: -log q(token); policy_gradient of KL(q || p): see policy")
-    divergence: Spec = key({"name": "forward_kl"}, "spec: a divergence of kd_jax.divergences", is_open=True)
+    divergence: Spec = key(
+        {"name": "forward_kl"}, "spec: a divergence of kd_jax.divergences, or entropy for a pair of one", is_open=True
+    )
     assistant: Spec = key({"name": "none"}, "spec: an assistant of kd_jax.assistants, or none", is_open=True)
     pair: tuple[str, ...] = key(
-        ("teacher", "student"), "first and second argument of the divergence: teacher, student, assistant, or a member"
+        ("teacher", "student"),
+        "first and second argument of the divergence: teacher, student, assistant, or a member; entropy has one",
     )
     between: tuple[str, ...] = key(
         ("student", "teacher"), "members that the assistant equals at weight 0 and at weight 1"
@@ -82,7 +85,9 @@ class Term:
         {"name": "none"}, "spec: a gate of kd_jax.token_weights that drops rows, or none", is_open=True
     )
     coefficient: float | Spec = key(
-        1.0, "factor of the term; may be a kd_jax.schedules spec, as may an assistant's keywords", is_open=True
+        1.0,
+        "factor of the term; may be a kd_jax.schedules spec, as may the numbers of an assistant and of a rule",
+        is_open=True,
     )
     rows: str = key("all", "rows that count: all (of the first stream), or of one origin: data, teacher, student, text")
     where: Mapping[str, Any] = key(

@@ -134,6 +134,23 @@ class Restriction:
         """True if the log-probabilities of a side sum to less than 1."""
         return "whole" in (self.teacher, self.student) and self.outside is None
 
+    @property
+    def sufficient_k(self) -> int | None:
+        """The k for which the teacher's k likeliest ids and the mass of all other ids are sufficient; None if none is."""
+        select = self.select
+        if not isinstance(select, functools.partial) or select.func is not teacher_top_k:
+            return None
+        return None if self.add_target or self.outside is not None else select.keywords["k"]
+
+    def over_record(self) -> "Restriction":
+        """Returns the restriction of distributions over the teacher's likeliest ids, in order, and all other ids.
+
+        The number of these ids is at least `sufficient_k`.
+        """
+        k = self.sufficient_k
+        assert k is not None  # the caller asks before
+        return dataclasses.replace(self, select=functools.partial(_first, k=k))
+
     def __call__(self, log_p: LogProbs, log_q: LogProbs, target: Target | None = None) -> Restricted:
         log_p, log_q = promote(log_p, log_q)
         size = log_p.shape[-1]
@@ -231,6 +248,11 @@ def make_support(spec: Mapping[str, Any]) -> Restriction | None:
     is_whole_at = keywords["k"] if is_top_k and at_least is None else None
     select = functools.partial(function, **keywords)
     return Restriction(select, teacher, student, add_target, outside, at_least, is_whole_at)
+
+
+def _first(log_p: LogProbs, log_q: LogProbs, *, k: int) -> Support:
+    """Returns the first k outcomes. The last outcome of a record may be likelier, but stands for many ids."""
+    return outcomes.all_chosen(jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), (*log_p.shape[:-1], k)))
 
 
 def _sides(settings: Mapping[str, Any]) -> tuple[str, str]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from kd_jax.models import sampling
-from kd_jax.objectives import Term
+from kd_jax.objectives import Comparison, Term
 from kd_jax.storage.untrusted import clip
 from kd_jax.supports.outcomes import coarsen
 from kd_jax.teachers.protocol import NoTeacher, Outputs, Teacher, distances
@@ -92,6 +92,11 @@ class CachedTopK(Cached):
         """Returns both distributions over the k tokens and the outcome of all other tokens, [..., k + 1]."""
         ids, log_probs = extras
         return log_probs, coarsen(log_q, ids)
+
+    def terms(self, terms: Sequence[Term]) -> tuple[Term, ...]:
+        """Returns the terms, of which a support of the teacher's likeliest ids takes the first tokens of the record."""
+        losses = [of.loss.over_record() if isinstance(of.loss, Comparison) else of.loss for of in terms]
+        return tuple(dataclasses.replace(of, loss=loss) for of, loss in zip(terms, losses, strict=True))
 
     def measure(self, teacher_side: Array, student_side: Array, log_q: Float[Array, "*batch V"]) -> tuple[Array, ...]:
         """Returns the distances over the k + 1 outcomes, which are at most the distances of the whole distributions."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 import jax
 from jaxtyping import Array
 
+from kd_jax.resolve import Spec
+
 Values = Mapping[str, Array]
 Compute = Callable[[Values], Array]
 
@@ -36,11 +38,14 @@ class TokenFunction:
       inputs: the names of the further arrays that the caller supplies, in the order of `INPUTS`.
       looks_at_batch: True if the values must be arrays [B, L] of the global batch. Otherwise the function may be called
         on any part of the tokens, with arrays of any shape.
+      numbers: the schedules of the options that have one, as specs, by the names under which `compute` looks up the
+        schedules' values.
       compute: the function itself.
     """
 
     scores: dict[str, Score]
     inputs: tuple[str, ...]
+    numbers: dict[str, Spec]
     looks_at_batch: bool
     compute: Compute
 
@@ -48,7 +53,7 @@ class TokenFunction:
         """Returns the function's value for each token, a constant to the gradient.
 
         Args:
-          values: an array for each label in `scores` and for each name in `inputs`, all of the same shape.
+          values: an array for each label in `scores` and for each name in `inputs` and `numbers`, all of the same shape.
         """
         return jax.lax.stop_gradient(self.compute(values))
 

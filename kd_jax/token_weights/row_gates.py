@@ -6,14 +6,14 @@ count. A token counts if its mask and its row's gate are True.
 
 from jaxtyping import Array, Bool, Float, Int
 
-from kd_jax.resolve import check_number
 from kd_jax.token_weights import statistics
+from kd_jax.token_weights.statistics import Option
 
 __all__ = ["drop_lowest", "has_view"]
 
 
 def drop_lowest(
-    score: Float[Array, "B L"], counted: Bool[Array, "B L"], row: Int[Array, "B L"], *, fraction: float
+    score: Float[Array, "B L"], counted: Bool[Array, "B L"], row: Int[Array, "B L"], *, fraction: Option
 ) -> Bool[Array, "B L"]:
     """Drops rows whose mean score is below a quantile of the means of the batch's rows.
 
@@ -35,7 +35,7 @@ def drop_lowest(
     References:
       "FiRe-OPD", https://arxiv.org/abs/2606.02684, 2026: the score is log_p, fraction 0.2.
     """
-    fraction = check_number("fraction", fraction, 0.0, 1.0)
+    fraction = statistics.check_option("fraction", fraction, 0.0, 1.0)
     means, one_of_row = statistics.row_means(score, counted, row)
     least = statistics.quantiles(means, one_of_row, row, fraction)
     return (means >= least) & (statistics.counts(counted, row, "row") > 0)

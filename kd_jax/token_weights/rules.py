@@ -11,7 +11,9 @@ The names of a rule's positional parameters say what the rule needs.
 
 A rule with ``counted`` or ``row`` receives whole arrays [B, L] of the global batch. Only counted tokens enter its
 statistics, and other tokens have weight 0. Any other rule receives its own tokens only, in an array of any shape, and
-its weights at tokens that do not count have no meaning. Keyword-only parameters are options that a spec gives.
+its weights at tokens that do not count have no meaning. Keyword-only parameters are options that a spec gives. The value
+of an option with a schedule is an array with one number for each token, all equal; an option annotated as ``int``
+receives whole numbers.
 
 A weight is 1, 0, or another number that is not negative. A score that is not a number gives such a weight, so that an
 error in a model does not look like a choice of the rule. An option that is unknown or out of range is a ValueError.
@@ -25,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kd_jax.resolve import check_number
 from kd_jax.token_weights import statistics
+from kd_jax.token_weights.statistics import Option
 
 __all__ = [
     "accept",
@@ -47,7 +50,7 @@ Counted = Bool[Array, "B L"]
 Rows = Int[Array, "B L"]
 
 
-def threshold(score: Tokens, *, at_least: float | None = None, below: float | None = None) -> Tokens:
+def threshold(score: Tokens, *, at_least: Option | None = None, below: Option | None = None) -> Tokens:
     """Keeps tokens whose score is in ``[at_least, below)``; a bound that is not given does not apply.
 
     Args:
@@ -73,8 +76,8 @@ def quantile(
     counted: Counted,
     row: Rows,
     *,
-    at_least: float | None = None,
-    below: float | None = None,
+    at_least: Option | None = None,
+    below: Option | None = None,
     within: str = "batch",
     interpolation: str = "linear",
 ) -> Batch:
@@ -111,7 +114,7 @@ def top_fraction(
     counted: Counted,
     row: Rows,
     *,
-    fraction: float,
+    fraction: Option,
     within: str = "batch",
     at_least_per_row: int = 0,
     ties: str = "all",
@@ -143,13 +146,13 @@ def top_fraction(
     per_row = _whole("at_least_per_row", at_least_per_row, 0)
     count = jnp.maximum(statistics.share(fraction, statistics.counts(counted, row, within), round), 1)
     kept = statistics.largest(score, counted, row, count, ties=ties, within=within)
-    if per_row:
-        most = jnp.full(row.shape, per_row)
+    if isinstance(per_row, jax.Array) or per_row:
+        most = jnp.broadcast_to(per_row, row.shape)
         kept = kept | statistics.largest(score, counted, row, most, ties=ties, within="row")
     return _kept_of_counted(kept, score, counted)
 
 
-def accept(teacher_rank_of_student_top: Tokens, *, k: int, otherwise: float) -> Tokens:
+def accept(teacher_rank_of_student_top: Tokens, *, k: int, otherwise: Option) -> Tokens:
     """Returns 1 where the student's likeliest token is among the teacher's k likeliest, and ``otherwise`` elsewhere.
 
     Args:
@@ -163,11 +166,11 @@ def accept(teacher_rank_of_student_top: Tokens, *, k: int, otherwise: float) -> 
     References:
       "SelecTKD", https://arxiv.org/abs/2510.24021, 2025: k = 5, otherwise 0.01, divided by all counted tokens.
     """
-    limit, otherwise = _whole("k", k, 1), check_number("otherwise", otherwise, 0)
+    limit, otherwise = _whole("k", k, 1), statistics.check_option("otherwise", otherwise, 0)
     return jnp.where(teacher_rank_of_student_top < limit, 1.0, otherwise).astype(teacher_rank_of_student_top.dtype)
 
 
-def relative_confidence(teacher_entropy: Tokens, student_entropy: Tokens, *, scale: float = 1.0) -> Tokens:
+def relative_confidence(teacher_entropy: Tokens, student_entropy: Tokens, *, scale: Option = 1.0) -> Tokens:
     """Returns ``sigmoid(scale (H(q) - H(p)))``: more than 1/2 where the teacher is more certain than the student.
 
     Args:
@@ -180,11 +183,11 @@ def relative_confidence(teacher_entropy: Tokens, student_entropy: Tokens, *, sca
     References:
       "TSD-KD", https://arxiv.org/abs/2603.13260, 2026: scale 1, divided by all counted tokens.
     """
-    return jax.nn.sigmoid(check_number("scale", scale, 0) * (student_entropy - teacher_entropy))
+    return jax.nn.sigmoid(statistics.check_option("scale", scale, 0) * (student_entropy - teacher_entropy))
 
 
 def confidence_product(
-    teacher_entropy: Batch, student_entropy: Batch, counted: Counted, *, alpha: float, beta: float
+    teacher_entropy: Batch, student_entropy: Batch, counted: Counted, *, alpha: Option, beta: Option
 ) -> Batch:
     """Returns ``(1 + alpha (1 - H(p) / max H(p))) (1 + beta H(q) / max H(q))``, divided by its mean.
 
@@ -206,7 +209,7 @@ def confidence_product(
     References:
       "FiRe-OPD", https://arxiv.org/abs/2606.02684, 2026: alpha = beta = 1, divided by all counted tokens.
     """
-    alpha, beta = check_number("alpha", alpha, 0), check_number("beta", beta, 0)
+    alpha, beta = statistics.check_option("alpha", alpha, 0), statistics.check_option("beta", beta, 0)
 
     def relative(entropy: Array) -> Array:
         greatest = jnp.max(jnp.where(counted, entropy, 0))
@@ -217,7 +220,7 @@ def confidence_product(
     return jnp.where(counted, weight * counted.sum() / jnp.where(total == 0, 1, total), 0)
 
 
-def prefix_gap(log_p: Batch, drawn_log_q: Batch, counted: Counted, row: Rows, *, gamma: float) -> Batch:
+def prefix_gap(log_p: Batch, drawn_log_q: Batch, counted: Counted, row: Rows, *, gamma: Option) -> Batch:
     """Returns ``1 + gamma (1 - (sum over s < t of |a_s|) / (sum over s of |a_s|))`` with ``a = log p - log q``.
 
     The sums are over the counted tokens of a row, and q is the student that sampled the row. Early tokens weigh most;
@@ -234,14 +237,14 @@ def prefix_gap(log_p: Batch, drawn_log_q: Batch, counted: Counted, row: Rows, *,
     References:
       "IW-OPD", https://arxiv.org/abs/2606.22600, 2026: gamma = 0.5, divided by all counted tokens.
     """
-    gamma = check_number("gamma", gamma, 0)
+    gamma = statistics.check_option("gamma", gamma, 0)
     size = jnp.where(counted, jnp.abs(log_p - drawn_log_q), 0)
     total = statistics.row_sums(size, row)
     before = statistics.earlier_sums(size, row) / jnp.where(total == 0, 1, total)
     return jnp.where(counted, 1 + gamma * (1 - before), 0)
 
 
-def importance_now(log_q: Tokens, drawn_log_q: Tokens, *, at_most: float) -> Tokens:
+def importance_now(log_q: Tokens, drawn_log_q: Tokens, *, at_most: Option) -> Tokens:
     """Returns the probability of the token under the student, relative to the student that sampled the token.
 
     Args:
@@ -251,7 +254,7 @@ def importance_now(log_q: Tokens, drawn_log_q: Tokens, *, at_most: float) -> Tok
       >>> importance_now(jnp.log(jnp.array([0.1, 0.8])), jnp.log(jnp.array([0.2, 0.2])), at_most=2.0).round(3).tolist()
       [0.5, 2.0]
     """
-    limit = math.log(check_number("at_most", at_most, 1e-30))
+    limit = jnp.log(statistics.check_option("at_most", at_most, 1e-30))
     return jnp.exp(jnp.minimum(log_q - drawn_log_q, limit))
 
 
@@ -290,7 +293,7 @@ def last(position_from_end: Int[Array, "*tokens"], *, count: int) -> Tokens:
     return first(position_from_end, count=count)
 
 
-def sigmoid(score: Tokens, *, slope: float) -> Tokens:
+def sigmoid(score: Tokens, *, slope: Option) -> Tokens:
     """Returns ``sigmoid(slope score)``, a weight between 0 and 1.
 
     Args:
@@ -303,7 +306,7 @@ def sigmoid(score: Tokens, *, slope: float) -> Tokens:
     References:
       "SDAR", https://arxiv.org/abs/2605.15155, 2026: the score is gap, slope 5, divided by all counted tokens.
     """
-    return jax.nn.sigmoid(check_number("slope", slope) * score)
+    return jax.nn.sigmoid(statistics.check_option("slope", slope) * score)
 
 
 def product(*weights: Tokens) -> Tokens:
@@ -316,25 +319,30 @@ def product(*weights: Tokens) -> Tokens:
     return math.prod(weights[1:], start=weights[0])
 
 
-def _whole(name: str, value: int, low: int) -> int:
+def _whole(name: str, value: int | Array, low: int) -> int | Array:
+    if isinstance(value, jax.Array):
+        return value
     number = check_number(name, value, low)
     if number != int(number):
         raise ValueError(f"{name} must be a whole number, but is {value!r}.")
     return int(number)
 
 
-def _bounds(at_least: float | None, below: float | None, low: float, high: float) -> tuple[float | None, float | None]:
-    """Returns the bounds after a check, which also refuses bounds between which no score can be."""
+Bound = Option | None
+
+
+def _bounds(at_least: Bound, below: Bound, low: float, high: float) -> tuple[Bound, Bound]:
+    """Returns the bounds after a check, which also refuses numbers between which no score can be."""
     if at_least is None and below is None:
         raise ValueError("the rule needs at_least or below, or both.")
-    check = lambda name, value: None if value is None else check_number(name, value, low, high)
+    check = lambda name, value: None if value is None else statistics.check_option(name, value, low, high)
     at_least, below = check("at_least", at_least), check("below", below)
-    if at_least is not None and below is not None and not at_least < below:
+    if isinstance(at_least, float) and isinstance(below, float) and not at_least < below:
         raise ValueError(f"at_least={at_least:g} must be less than below={below:g}.")
     return at_least, below
 
 
-def _between(score: Array, at_least: Array | float | None, below: Array | float | None) -> Array:
+def _between(score: Array, at_least: Bound, below: Bound) -> Array:
     kept = jnp.ones(score.shape, bool)
     kept = kept if at_least is None else kept & (score >= at_least)
     return kept if below is None else kept & (score < below)

@@ -12,15 +12,18 @@ A spec has the rule's name and options, and these keys:
 - ``divide_by``: 'all' to divide the weighted sum by the number of counted tokens, 'kept' by the sum of their weights.
 - ``rules``: the factors of the rule `product`, a mapping from any names to specs without ``divide_by``.
 
+An option of a rule, of a gate or of a temperature that is a number may have a schedule: a mapping with the name of a
+schedule and its keywords. The options of a score may not.
+
 A key with the value None is a key that the spec does not have.
 """
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -29,6 +32,7 @@ from kd_jax.resolve import Spec
 from kd_jax.token_weights import row_gates, rules, statistics, temperatures
 from kd_jax.token_weights import scores as token_scores
 from kd_jax.token_weights.functions import Compute, Rule, Score, TokenFunction, Values
+from kd_jax.token_weights.shapes import check_shapes
 
 DIVISORS = ("all", "kept")
 SCALES = ("none", "max", "min_max", "quantiles")
@@ -59,7 +63,7 @@ def make_rule(spec: Spec | None) -> Rule | None:
     if spec is None or _name(spec) == "none":
         return None
     try:
-        reads = _Reads()
+        reads = _Reads("tokens")
         weights, divide_by = _rule(spec, rules, reads)
         if divide_by is None:
             raise ValueError(
@@ -75,9 +79,10 @@ def make_rule(spec: Spec | None) -> Rule | None:
 
         local = not set(WHOLE_BATCH) & set(reads.inputs)
         # `compute` would give a scalar the shape of `counted`, so the check is of the rule itself.
-        _check_shapes(reads, lambda values: _as_float(weights(values)), local, jnp.floating, "a number")
+        check_shapes(reads, lambda values: _as_float(weights(values)), local, jnp.floating, "a number")
         _refuse_weights(spec, reads)
-        return Rule(reads.scores, reads.inputs, not local or divide_by == "kept", compute, divide_by)
+        at_batch = not local or divide_by == "kept"
+        return Rule(reads.scores, reads.inputs, reads.numbers, at_batch, compute, divide_by)
     except ValueError as error:
         raise ValueError(f"tokens: {error}") from error
 
@@ -99,12 +104,12 @@ def make_gate(spec: Spec | None) -> TokenFunction | None:
     if spec is None or _name(spec) == "none":
         return None
     try:
-        reads = _Reads()
+        reads = _Reads("row_gate")
         compute, _ = _rule(spec, row_gates, reads, keys=())
         local = not set(WHOLE_BATCH) & set(reads.inputs)
-        _check_shapes(reads, compute, local, jnp.bool_, "True or False")
+        check_shapes(reads, compute, local, jnp.bool_, "True or False")
         _refuse_weights(spec, reads)
-        return TokenFunction(reads.scores, reads.inputs, not local, compute)
+        return TokenFunction(reads.scores, reads.inputs, reads.numbers, not local, compute)
     except ValueError as error:
         raise ValueError(f"row_gate: {error}") from error
 
@@ -119,19 +124,25 @@ def make_temperature(spec: Spec) -> TokenFunction:
       ValueError: a name is unknown, or an option is missing or out of range.
     """
     try:
-        reads = _Reads()
+        reads = _Reads("temperature")
         compute, _ = _rule(spec, temperatures, reads, keys=())
-        _check_shapes(reads, compute, False, jnp.floating, "a number")
-        return TokenFunction(reads.scores, reads.inputs, True, compute)
+        check_shapes(reads, compute, False, jnp.floating, "a number")
+        return TokenFunction(reads.scores, reads.inputs, reads.numbers, True, compute)
     except ValueError as error:
         raise ValueError(f"temperature: {error}") from error
 
 
 class _Reads:
-    """The scores and the inputs that a rule reads; making the rule fills them."""
+    """The scores, the inputs and the schedules that a rule reads; making the rule fills them.
 
-    def __init__(self) -> None:
+    Attributes:
+      key: the first part of the schedules' names.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
         self.scores: dict[str, Score] = {}
+        self.numbers: dict[str, Spec] = {}
         self._inputs: set[str] = set()
 
     @property
@@ -144,6 +155,10 @@ class _Reads:
 
     def score(self, spec: Spec) -> Compute:
         function, keywords = resolve.look_up(spec, token_scores, positional=True)
+        if scheduled := [name for name, value in keywords.items() if _is_schedule(value)]:
+            raise ValueError(
+                f"the score {_show(spec)} has a schedule for {scheduled[0]!r}, but the options of a score are constant."
+            )
         reads = _positional(function)
         if unknown := [name for name in reads if name not in ARRAYS]:
             raise ValueError(
@@ -155,9 +170,21 @@ class _Reads:
         self.scores[label] = Score(functools.partial(function, **keywords), reads)
         return lambda values: values[label]
 
+    def number(self, name: str, schedule: Spec, whole: bool) -> Compute:
+        """Returns the function from values to an option that has a schedule."""
+        label = f"{self.key}.{name}"
+        self.numbers[label] = schedule
+        return lambda values: _rounded(values[label]) if whole else values[label]
 
-def _rule(spec: Spec, module: Any, reads: _Reads, keys: tuple[str, ...] = ("divide_by",)) -> tuple[Compute, str | None]:
-    """Returns the function from values to the rule's result, and the spec's `divide_by`."""
+
+def _rule(
+    spec: Spec, module: Any, reads: _Reads, keys: tuple[str, ...] = ("divide_by",), within: str = ""
+) -> tuple[Compute, str | None]:
+    """Returns the function from values to the rule's result, and the spec's `divide_by`.
+
+    Args:
+      within: the beginning of the names of the rule's options, for a factor of a product.
+    """
     beside = ("of", "combine", "scale", *keys, *(("rules",) if module is rules else ()))
     function, keywords = resolve.look_up(spec, module, positional=True, beside=beside)
     keywords = {name: value for name, value in keywords.items() if name not in beside or value is not None}
@@ -165,13 +192,23 @@ def _rule(spec: Spec, module: Any, reads: _Reads, keys: tuple[str, ...] = ("divi
     options = {name: keywords.pop(name) for name in _options(function) if name in keywords}
     divide_by = keywords.pop("divide_by", None)
     if function is rules.product:
-        compute = _product(spec, keywords.pop("rules", None), reads)
+        compute = _product(spec, keywords.pop("rules", None), reads, within)
     else:
         of = {name: keywords.pop(name) for name in ("of", "combine", "scale") if "score" in needs and name in keywords}
         if "score" in needs and "of" not in of:
             raise ValueError(f"the spec {_show(spec)} lacks of, the score at which the rule looks.")
         parts = [_combined(reads=reads, **of) if name == "score" else _parameter(name, spec, reads) for name in needs]
-        compute = lambda values: function(*(part(values) for part in parts), **options)
+        annotations = inspect.get_annotations(function)
+        scheduled = {
+            name: reads.number(within + name, options.pop(name), annotations.get(name) in (int, "int"))
+            for name in [name for name, value in options.items() if _is_schedule(value)]
+            if annotations.get(name) not in (str, "str")
+        }
+
+        def compute(values: Values) -> Array:
+            of_step = {name: number(values) for name, number in scheduled.items()}
+            return function(*(part(values) for part in parts), **options, **of_step)
+
     if keywords:
         has = f"the rule reads {', '.join(needs)}" if needs else "the rule reads its rules"
         raise ValueError(f"the spec {_show(spec)} has no use for {next(iter(keywords))!r}: {has}.")
@@ -183,13 +220,13 @@ def _refuse_weights(spec: Spec, reads: _Reads) -> None:
         raise ValueError(f"the spec {_show(spec)} reads weights, which only a temperature can read; choose a score.")
 
 
-def _product(spec: Spec, specs: Mapping[str, Spec] | None, reads: _Reads) -> Compute:
+def _product(spec: Spec, specs: Mapping[str, Spec] | None, reads: _Reads, within: str) -> Compute:
     if not hasattr(specs, "keys") or not specs:
         raise ValueError(f"the spec {_show(spec)} lacks rules, a mapping from names to the specs of the factors.")
     factors = []
     for name, factor in specs.items():
         try:
-            factors.append(_rule(factor, rules, reads, keys=())[0])
+            factors.append(_rule(factor, rules, reads, (), f"{within}rules.{name}.")[0])
         except ValueError as error:
             raise ValueError(f"rules.{name}: {error}") from error
     return lambda values: rules.product(*(_as_float(factor(values)) for factor in factors))
@@ -270,33 +307,6 @@ def _scaled(score: Compute, scale: str, reads: _Reads) -> Compute:
     return compute
 
 
-def _check_shapes(reads: _Reads, compute: Compute, local: bool, kind: Any, what: str) -> None:
-    """Evaluates the scores and the rule on abstract arrays, and checks that each returns a value for each token."""
-    for shape in ((2, 3), (3,)) if local else ((2, 3),):
-        values = {name: _abstract(name, shape) for name in reads.inputs}
-        for label, score in reads.scores.items():
-            values[label] = jax.eval_shape(score.function, *(_abstract(name, shape) for name in score.reads))
-            if values[label].shape != shape:
-                raise ValueError(
-                    f"the score {label} returns an array of shape {values[label].shape} for tokens of shape {shape}, but "
-                    "it must return one number per token."
-                )
-        result = jax.eval_shape(compute, values)
-        if result.shape != shape or not jnp.issubdtype(result.dtype, kind):
-            raise ValueError(
-                f"the function returns an array of shape {result.shape} and type {result.dtype} for tokens of shape "
-                f"{shape}, but it must return {what} for each token."
-            )
-
-
-def _abstract(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """Returns the shape and type of an input, or of an array that a score reads, for tokens of a shape."""
-    if name in ("teacher", "student"):
-        return jax.ShapeDtypeStruct((*shape, 4), jnp.float32)
-    whole, truth = ("row", "position", "position_from_end", "target"), ("counted", "has_view")
-    return jax.ShapeDtypeStruct(shape, jnp.int32 if name in whole else jnp.bool_ if name in truth else jnp.float32)
-
-
 def _positional(function: Callable[..., Any]) -> tuple[str, ...]:
     """Returns the names of the positional parameters without a default."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -310,6 +320,17 @@ def _options(function: Callable[..., Any]) -> dict[str, bool]:
     parameters = inspect.signature(function).parameters.values()
     positional = _positional(function)
     return {p.name: p.default is p.empty for p in parameters if p.kind in kinds and p.name not in positional}
+
+
+def _is_schedule(value: Any) -> bool:
+    return hasattr(value, "keys") and "name" in value
+
+
+def _rounded(value: Array) -> Array:
+    """Returns the nearest whole number; a Python number that is not finite stays as it is."""
+    if isinstance(value, float):
+        return round(value) if math.isfinite(value) else value
+    return jnp.round(value).astype(jnp.int32)
 
 
 def _as_float(values: Array) -> Array:

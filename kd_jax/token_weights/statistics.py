@@ -8,6 +8,7 @@ additions, so that a result is the same in every run.
 """
 
 import fractions
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from kd_jax.resolve import check_number, nearest
 
 SCOPES = ("row", "batch")
+# An option of a rule: a number of the config, or the value of a schedule at each token.
+Option = float | Float[Array, "*tokens"]
 
 
 class _Runs(NamedTuple):
@@ -79,7 +82,7 @@ def quantiles(
     values: Float[Array, "B L"],
     counted: Bool[Array, "B L"],
     row: Int[Array, "B L"],
-    level: float,
+    level: Option,
     *,
     interpolation: str = "linear",
     within: str = "batch",
@@ -90,7 +93,8 @@ def quantiles(
       values: the numbers of which the quantile is taken.
       counted: True where a number counts.
       row: the number of each token's row.
-      level: the share of values below the quantile, in [0, 1].
+      level: the share of values below the quantile, in [0, 1]; or an array with a share for each token, equal within
+        a row, or in the batch.
       interpolation: 'linear' to interpolate between the neighbours of the position level (n - 1), as NumPy and PyTorch
         do. 'lower' to take the lower neighbour; at level 0.5 this is the lower median.
       within: 'row' or 'batch'.
@@ -106,11 +110,12 @@ def quantiles(
       >>> float(quantiles(values, counted, jnp.zeros((1, 4), int), 0.75)[0, 0])
       3.0
     """
-    level = check_number("the level of a quantile", level, 0.0, 1.0)
+    level = check_option("the level of a quantile", level, 0.0, 1.0)
     check_name("interpolation", interpolation, ("linear", "lower"))
     runs = _runs(row, within)
     ordered = _ascending(values, counted, runs)
     last = jnp.maximum(counts(counted, row, within) - 1, 0).reshape(runs.first.shape)
+    level = level.reshape(last.shape) if isinstance(level, jax.Array) else level
     whole, part = _multiple(level, last)
     low = _take(ordered, runs.first + whole)
     high = _take(ordered, runs.first + jnp.minimum(whole + 1, last))
@@ -163,14 +168,15 @@ def largest(
     return chosen.reshape(row.shape) & counted
 
 
-def share(fraction: float, count: Int[Array, "*shape"], rounding: str) -> Int[Array, "*shape"]:
+def share(fraction: Option, count: Int[Array, "*shape"], rounding: str) -> Int[Array, "*shape"]:
     """Returns ``fraction * count``, rounded to a whole number.
 
     The product has no rounding error if the fraction is a ratio of whole numbers below 46 340, or a small multiple of
-    one millionth.
+    one millionth. With an array of fractions, a product that differs from a whole number by no more than the error of
+    floating-point numbers is this whole number.
 
     Args:
-      fraction: a number in [0, 1].
+      fraction: a number in [0, 1], or an array of these in the shape of `count`.
       count: numbers of tokens.
       rounding: 'floor' or 'ceil'.
 
@@ -182,7 +188,7 @@ def share(fraction: float, count: Int[Array, "*shape"], rounding: str) -> Int[Ar
       [7, 7]
     """
     check_name("round", rounding, ("floor", "ceil"))
-    whole, part = _multiple(check_number("fraction", fraction, 0.0, 1.0), count)
+    whole, part = _multiple(check_option("fraction", fraction, 0.0, 1.0), count)
     return whole + (part > 0) if rounding == "ceil" else whole
 
 
@@ -194,6 +200,17 @@ def check_name(option: str, value: object, known: tuple[str, ...]) -> None:
     """
     if value not in known:
         raise ValueError(f"{option}={value!r} is not one of {', '.join(known)}{nearest(value, known)}.")
+
+
+def check_option(name: str, value: Option, low: float = -math.inf, high: float = math.inf) -> Option:
+    """Returns an option, after a check that a Python number is finite and from `low` to `high`.
+
+    The value of a schedule is an array, and is not checked, because the array may be traced.
+
+    Raises:
+      ValueError: the number is out of range.
+    """
+    return value if isinstance(value, jax.Array) else check_number(name, value, low, high)
 
 
 def _runs(row: Array, within: str) -> _Runs:
@@ -248,11 +265,18 @@ def _descending_rank(values: Array, counted: Array, runs: _Runs) -> Array:
     return rank - runs.first
 
 
-def _multiple(fraction: float, count: Array) -> tuple[Array, Array]:
+def _multiple(fraction: Option, count: Array) -> tuple[Array, Array]:
     """Returns the whole part of ``fraction * count`` as an integer, and the rest as a number in [0, 1).
 
     In float32 the product of 0.05 and a large count may be on the wrong side of a whole number.
     """
+    if isinstance(fraction, jax.Array):
+        product = fraction * count
+        nearest_whole = jnp.round(product)
+        is_whole = jnp.abs(product - nearest_whole) <= 2 * jnp.finfo(product.dtype).eps * product
+        product = jnp.where(is_whole, nearest_whole, product)
+        whole = jnp.floor(product)
+        return whole.astype(count.dtype), product - whole
     ratio = fractions.Fraction(fraction).limit_denominator(10**6)
     if ratio.numerator * ratio.denominator >= 2**31:  # the products below are of 32 bits
         ratio = ratio.limit_denominator(46_340)

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kd_jax.resolve import check_number
 from kd_jax.token_weights import statistics
+from kd_jax.token_weights.statistics import Option
 
 __all__ = ["difficulty"]
 
@@ -16,7 +16,7 @@ def difficulty(
     counted: Bool[Array, "B L"],
     weights: Float[Array, "B L"],
     *,
-    scale: float,
+    scale: Option,
     direction: str = "harden",
 ) -> Float[Array, "B L"]:
     """Returns ``exp(-scale tanh(ln(s / median)))``, a factor of the temperature that falls as a token gets harder.
@@ -45,7 +45,7 @@ def difficulty(
       "AdaKD", https://arxiv.org/abs/2510.11615, 2025. In the published code the gradient passes through the
       temperature. A caller that follows the paper's formula holds the temperature constant.
     """
-    scale = check_number("scale", scale, 0)
+    scale = statistics.check_option("scale", scale, 0)
     statistics.check_name("direction", direction, tuple(_SIGNS))
     kept = counted & (weights > 0)
     anywhere = jnp.zeros(score.shape, jnp.int32)  # the median is of the batch, so that the rows do not matter

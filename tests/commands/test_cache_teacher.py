@@ -17,12 +17,13 @@ from scipy import stats
 
 from configs import base
 from kd_jax import cache_teacher, divergences, metrics, train
+from kd_jax.objectives import make_terms
 from kd_jax.run import cache as setup_cache
 from kd_jax.settings import Settings
 from kd_jax.storage import directory
 from kd_jax.teachers import cache_files as files
 from kd_jax.teachers.cache_reading import Cache
-from kd_jax.teachers.cached import Draws, coarsen, draw, merged, sampled_forward_kl
+from kd_jax.teachers.cached import CachedTopK, Draws, coarsen, draw, merged, sampled_forward_kl
 from tests.helpers.commands import environment, free_port
 from tests.helpers.divergences import KEYWORDS, NOT_LEAST_AT_EQUALITY, PLAIN, call
 from tests.helpers.runs import smoke
@@ -274,6 +275,76 @@ def test_top_k_gives_every_divergence_on_the_k_tokens_and_the_rest(caches, data_
     ids = jax.lax.top_k(log_p, K)[1]
     expected = divergences.forward_kl(coarsen(log_p, ids), coarsen(log_q, ids)).mean()
     assert from_cache[0]["forward_kl/loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+SUPPORT = {"support": "teacher_top_k", "k": 3}
+FROM_RECORD = {
+    "tail": SUPPORT,
+    "all": SUPPORT | {"k": 5},
+    "renormalised": SUPPORT | {"rest": "renormalised"},
+    "dropped": SUPPORT | {"rest": "dropped"},
+    "sides": SUPPORT | {"teacher": "renormalised", "student": "whole"},
+    "keep": SUPPORT | {"k": 5, "keep": {"name": "student_mass", "at_least": 0.4}},
+}
+
+
+@pytest.mark.parametrize("pair", [("teacher", "student"), ("student", "teacher")], ids="-".join)
+@pytest.mark.parametrize("name", FROM_RECORD)
+def test_a_support_within_the_record_gives_the_loss_and_gradient_of_the_teacher(name, pair):
+    """The five likeliest tokens have less mass than all others together, which are one outcome of the record."""
+    (term,) = make_terms({"kd": {"vocabulary": FROM_RECORD[name], "pair": pair}})
+    (of_record,) = CachedTopK().terms([term])
+    with jax.enable_x64(True):
+        log_p, logits = jax.nn.log_softmax(jax.random.normal(jax.random.key(3), (2, 7, 60), float))
+        ids = jax.lax.top_k(log_p, 5)[1]
+        record, target = coarsen(log_p, ids), jnp.zeros(7, int)
+        assert jnp.all(record[:, 5] > record[:, 0])
+
+        def live(logits):
+            return term.loss({"teacher": log_p, "student": logits}, target, {}).sum()
+
+        def from_record(logits):
+            sides = CachedTopK().align(None, jax.nn.log_softmax(logits), ids, record)
+            return of_record.loss(dict(zip(("teacher", "student"), sides, strict=True)), target, {}).sum()
+
+        found, expected = (jax.value_and_grad(loss)(logits) for loss in (from_record, live))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-12)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-9, atol=1e-12)
+
+
+def test_a_run_with_a_support_within_the_record_has_the_losses_of_the_teacher(caches, data_dir):
+    vocabulary = dict(support="teacher_top_k", k=4, rest="renormalised")
+    changes = dict(objective__terms__distil__vocabulary=vocabulary)
+    (online,), (from_cache,) = (
+        losses(cached(data_dir, cache, **changes), steps=1)[0] for cache in ("", caches("top_k"))
+    )
+    assert from_cache["distil/loss"] == pytest.approx(online["distil/loss"], rel=1e-4)
+    assert from_cache["distil/loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            dict(vocabulary=SUPPORT | {"k": K + 1}),
+            f"vocabulary.k={K + 1}, but the cache has only the teacher's {K} likeliest",
+        ),
+        (dict(vocabulary={"support": "union", "k": 3}), "whole vocabulary for its vocabulary"),
+        (dict(vocabulary=SUPPORT | {"add_target": True}), "whole vocabulary for its vocabulary"),
+        (dict(vocabulary=SUPPORT | {"outside": -9.0}), "whole vocabulary for its vocabulary"),
+        (dict(vocabulary=SUPPORT, temperature=2.0), "whole vocabulary for its temperature,"),
+        (
+            dict(vocabulary=SUPPORT, pair=("teacher", "assistant"), assistant="geometric_mixture", weight=0.5),
+            "whole vocabulary for its vocabulary",
+        ),
+    ],
+)
+def test_a_support_beyond_the_record_is_refused(changes, words):
+    terms = make_terms({"distil": changes})
+    with pytest.raises(ValueError, match=rf"objective\.terms\.distil.*{words}"):
+        setup_cache.check_use(
+            smoke("forward_kl", "unused"), terms, SimpleNamespace(authors=(), origins=("data",)), "top_k", K
+        )
 
 
 @pytest.mark.slow

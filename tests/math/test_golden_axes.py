@@ -1,7 +1,8 @@
 """Compares training steps with published losses and gradients of further objectives (golden/README.md).
 
 The models are fakes, whose parameters are their logits. A *builder* turns a published case into the terms of an
-objective. Each case is in exactly one of the tables `EXPRESSED`, `SCHEDULES`, `FOLLOWERS`, `ORDERS` and `NOT_EXPRESSED`.
+objective. Each case is in exactly one of the tables `EXPRESSED`, `SCHEDULES`, `ADAPTIVE`, `FOLLOWERS`, `ORDERS` and
+`NOT_EXPRESSED`.
 """
 
 import collections
@@ -277,6 +278,11 @@ def to_mixture(case):
     return dataclasses.replace(made, left_in=left_in)
 
 
+def engine(case):
+    """Builds -sum q log p: reverse KL, and the student's entropy."""
+    return Expression({"term": term(case), "entropy": {"divergence": {"name": "entropy"}, "pair": ("student",)}})
+
+
 def bdkd(case):
     """Builds ordered KLs. The published cross entropy leaves the teacher's entropy in, with the weight of forward KL."""
     heavy = np.where(stored(case, "teacher_entropy") > stored(case, "student_entropy"), 2.0, 1.0)
@@ -496,6 +502,7 @@ EXPRESSED = {
         (jeffreys, numbered(56)),
         (to_mixture, numbered(57, 58, 61, 62)),
         (comparison, numbered(59, 63)),  # f-distill's total variation
+        (engine, numbered(60, 64)),
         (bdkd, numbered(65, 67)),
         (bild, numbered(closed(69, 72))),
         (normkd, numbered(73)),
@@ -547,6 +554,12 @@ SCHEDULES = {
     "c0184": {"factor": steps_of([0.2, 0.4, 0.6, 0.8, 1.0, 1.2], [4, 8, 12, 16, 20])},
 }
 
+# key -> the keywords of the schedule `adaptive_fraction`, which follows the losses.
+ADAPTIVE = {
+    "c0178": {"rate": 0.05, "tolerance": 0.05, "decay": 0.99, "warmup": 0.05, "smallest": 0.1},
+    "c0179": {"rate": 0.1, "tolerance": 0.1, "decay": 0.9, "warmup": 0.0, "smallest": 0.1},
+}
+
 # key -> the way in which a teacher follows the student.
 FOLLOWERS = {"c0186": Follow(0.05, every=3), "c0187": Follow(1 - 0.9, copy_first=True)}
 
@@ -557,7 +570,6 @@ NOT_EXPRESSED = {
     for reason, keys in (
         ("draws tokens at random, while a rule is a function of scores", numbered(closed(26, 28))),
         ("needs an advantage of each row, such as a verifier's reward", numbered(41, 42)),
-        ("leaves the student's entropy out, and no term is an entropy", numbered(60, 64)),
         ("takes the larger of two means over the batch", numbered(66, 68)),
         ("needs members that are chosen by a tag of the row", numbered(112)),
         ("needs a weight of each token from the divergence of two frozen models", numbered(114)),
@@ -568,7 +580,6 @@ NOT_EXPRESSED = {
         ("needs the likelihoods of chunks of two tokenizers", numbered(closed(154, 161))),
         ("needs the sorted distributions of chunks of two tokenizers", numbered(closed(162, 167))),
         ("needs a map between two vocabularies", numbered(168)),
-        ("needs a fraction of a rule that follows the average of the loss", numbered(178, 179)),
         ("needs a quantile over the batch that decides the size of a support", numbered(189, 190)),
         ("needs a z-score over the outcomes of a support", numbered(196)),
     )
@@ -577,7 +588,7 @@ NOT_EXPRESSED = {
 
 
 def test_every_case_is_in_one_table():
-    tables = [*EXPRESSED, *SCHEDULES, *FOLLOWERS, *ORDERS, *NOT_EXPRESSED]
+    tables = [*EXPRESSED, *SCHEDULES, *ADAPTIVE, *FOLLOWERS, *ORDERS, *NOT_EXPRESSED]
     assert sorted(tables) == sorted(CASES) and len(CASES) == 201
 
 
@@ -626,6 +637,24 @@ def test_published_values_of_a_schedule(key):
         # optax computes with float32, because the number of a step is an int32.
         np.testing.assert_allclose(found, expected[at >= 0], rtol=5e-7, atol=1e-12)
         assert len(found) > 3
+
+
+@pytest.mark.parametrize("key", ADAPTIVE)
+def test_published_values_of_a_schedule_that_follows_the_loss(key):
+    case = CASES[key]
+    losses, used, after, reference = (
+        stored(case, name) for name in ("distillation_loss", "ratio_used", "ratio_after", "reference")
+    )
+    with jax.enable_x64(True):
+        schedule = schedules.adaptive_fraction(total_steps=len(losses), **ADAPTIVE[key])
+        update, state = jax.jit(schedule.update), schedule.init()
+        for step, loss in enumerate(losses):
+            np.testing.assert_allclose(schedule(state, step=step), used[step], rtol=1e-12)
+            state = update(state, step=step, loss=loss)
+            np.testing.assert_allclose(state.value, after[step], rtol=1e-12)
+            # The published reference is -1 until it is set.
+            np.testing.assert_allclose(jnp.where(jnp.isinf(state.reference), -1, state.reference), reference[step])
+    assert len(np.unique(after)) > 5
 
 
 @pytest.mark.parametrize("key", FOLLOWERS)

@@ -10,9 +10,13 @@ import pytest
 from configs import base
 from kd_jax import assistants, divergences
 from kd_jax.objectives import cross_entropy, make_terms, token_coefficients, token_loss
+from kd_jax.run.build import make_objective
+from kd_jax.settings import Settings
+from tests.helpers.runs import smoke
 from tests.helpers.steps import TERM
 
 MIX = {"assistant": {"name": "geometric_mixture"}, "pair": ("teacher", "assistant")}
+ENTROPY = {"divergence": {"name": "entropy"}, "pair": ("student",)}
 SKEW = {"name": "distillm2_skew", "reference_steps": 1}
 
 
@@ -104,6 +108,12 @@ def test_a_divergence_and_an_assistant_of_another_module():
         ({"pair": ("teacher", "assistant")}, "no assistant"),
         ({"assistant": {"name": "geometric_mixture"}}, "an assistant is given"),
         ({"pair": ("teacher", "pupil")}, "pupil"),
+        ({"pair": ("student", "student")}, "must be two different names"),
+        ({"pair": ("student",)}, "the functions of one distribution are entropy"),
+        ({"divergence": {"name": "entropy"}}, "the functions of one distribution are entropy"),
+        (ENTROPY | {"pair": ("teacher",)}, "no gradient"),
+        (ENTROPY | {"vocabulary": {"support": "teacher_top_k", "k": 2}}, "use student_top_k"),
+        (ENTROPY | {"temperature": "own_deviation"}, "compares others"),
         (MIX | {"weight": {"name": "taid", "total_steps": 0}}, "total_steps"),
         (MIX | {"weight": 1.5}, "1.5"),
         ({"weight": 0.5}, "there is no assistant for weight=0.5"),
@@ -125,6 +135,34 @@ def test_errors_name_the_term_and_the_value(change, words):
     with pytest.raises(ValueError, match=r"objective\.terms\.distil") as error:
         make_terms({"distil": TERM | change})
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("rest", ["whole", "renormalised", "tail", "dropped"])
+def test_the_entropy_of_the_student_needs_no_teacher(rest):
+    """Compares with sums in NumPy, also for a token that the student cannot give."""
+    logits = np.array([[0.3, -1.0, 2.0, 0.9], [0.0, 1.0, -np.inf, 2.0]])
+    support = {"support": "whole"} if rest == "whole" else {"support": "student_top_k", "k": 2, "rest": rest}
+    (term,) = make_terms({"entropy": ENTROPY | {"vocabulary": support, "temperature": 2.0}})
+    assert not term.needs_teacher and term.members == ()
+    with jax.enable_x64(True):
+        loss = lambda z: term.loss({"student": z}, jnp.zeros(2, int), {})
+        found, slope = loss(jnp.asarray(logits)), jax.grad(lambda z: loss(z).sum())(jnp.asarray(logits))
+    for row, value in zip(logits, found, strict=True):
+        q = np.exp(row / 2) / np.exp(row / 2).sum()
+        top = np.sort(q)[-2:]
+        q = {"whole": q, "renormalised": top / top.sum(), "tail": [*top, 1 - top.sum()], "dropped": top}[rest]
+        q = np.array(q)[np.array(q) > 0]
+        np.testing.assert_allclose(value, -(q * np.log(q)).sum(), rtol=1e-12)
+    assert np.all(np.isfinite(slope)) and np.abs(slope).max() > 1e-3
+
+
+def test_an_entropy_that_is_always_zero_is_refused():
+    config = smoke("tsd_kd", "unused")
+    config.objective.terms.entropy.vocabulary = {"support": "student_top_k", "k": 1, "rest": "renormalised"}
+    with pytest.raises(ValueError, match=r"objective\.terms\.entropy does not depend on the student"):
+        make_objective(Settings.parse(config))
+    config.objective.terms.entropy.vocabulary["k"] = 2
+    make_objective(Settings.parse(config))
 
 
 ENDS = {"alpha_mixture(alpha=-1)": "arithmetic_mixture", "alpha_mixture(alpha=1)": "geometric_mixture"}

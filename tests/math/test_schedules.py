@@ -92,9 +92,9 @@ def test_one_protocol_for_all():
 
 def test_every_schedule_is_optax_s_own_or_ours():
     for name in schedules.__all__:
-        assert name in ("taid", "distillm2_skew", "by_stage") or getattr(schedules, name) is getattr(
-            optax.schedules, name
-        )
+        assert name in ("adaptive_fraction", "taid", "distillm2_skew", "by_stage") or getattr(
+            schedules, name
+        ) is getattr(optax.schedules, name)
     missing = {name for name in dir(optax.schedules) if name.endswith("_schedule") and name[0] != "_"} - set(
         schedules.__all__
     )
@@ -121,3 +121,30 @@ def test_stages_have_equal_lengths_and_the_last_value_stays():
 def test_stages_are_checked(values, steps, words):
     with pytest.raises(ValueError, match=words):
         schedules.by_stage(values, total_steps=steps)
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+def test_an_adaptive_fraction_stays_between_its_bounds(double):
+    with jax.enable_x64(double):
+        schedule = schedules.adaptive_fraction(total_steps=8, smallest=0.6, rate=0.3, decay=0.0, warmup=0.25)
+        state, found = schedule.init(), []
+        for step, loss in enumerate((9.0, 6.0, 4.0, 2.0, 1.0, 1.05, 2.0, 4.0, 8.0)):
+            state = schedule.update(state, step=step, loss=loss)
+            found.append(float(schedule(state, step=step + 1)))
+        assert jax.grad(lambda loss: schedule.update(state, step=9, loss=loss).value)(1.0) == 0
+    # The warm-up has two steps, the third stores the reference, and 1.05 is within the tolerance.
+    np.testing.assert_allclose(found, [1, 1, 1, 0.7, 0.6, 0.6, 0.78, 1, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "keywords, named",
+    [
+        ({"start": 0.05}, "start .*0.1"),
+        ({"decay": 1.5}, "decay"),
+        ({"smallest": -0.1}, "smallest"),
+        ({"rate": 2}, "rate"),
+    ],
+)
+def test_an_adaptive_fraction_names_a_number_out_of_range(keywords, named):
+    with pytest.raises(ValueError, match=named):
+        schedules.adaptive_fraction(total_steps=10, **keywords)

@@ -541,6 +541,42 @@ def test_rules_say_what_they_look_at(name):
         assert np.all(weights[~np.asarray(batch["counted"])] == 0)
 
 
+def with_schedules(spec, within=""):
+    """Returns a spec whose numbers are constant schedules, and the numbers by the names of their values."""
+    constant = lambda value: {"name": "constant_schedule", "value": value}
+    is_number = {key: isinstance(value, int | float) for key, value in spec.items()}
+    numbers = {f"tokens.{within}{key}": spec[key] for key, is_one in is_number.items() if is_one}
+    made = {key: constant(value) if is_number[key] else value for key, value in spec.items()}
+    for factor, of_factor in spec.get("rules", {}).items():
+        made_factor, of_numbers = with_schedules(of_factor, f"rules.{factor}.")
+        made["rules"] = made["rules"] | {factor: made_factor}
+        numbers |= of_numbers
+    return made, numbers
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if not isinstance(spec, str)])
+def test_numbers_from_schedules_give_the_weights_of_constants(name, double):
+    with jax.enable_x64(double):
+        batch = packed_batch(np.float64 if double else np.float32)
+        spec, numbers = with_schedules(SPECS[name])
+        rule, constant = make_rule(spec | {"divide_by": "all"}), rule_of(name)
+        assert rule.numbers.keys() == numbers.keys() and numbers
+        arrays = {label: jnp.full(SHAPE, number, float) for label, number in numbers.items()}
+        found = jax.jit(rule)(values_of(rule, batch) | arrays)
+        np.testing.assert_allclose(found, constant(values_of(constant, batch)), rtol=1e-12 if double else 1e-5)
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+def test_a_share_from_a_schedule_is_that_of_a_constant(double):
+    with jax.enable_x64(double):
+        count = jnp.arange(1, 20_000)
+        for fraction in (0.0, 0.05, 0.07, 1 / 3, 0.95, 1.0):
+            for rounding in ("floor", "ceil"):
+                found = statistics.share(jnp.full(count.shape, fraction, float), count, rounding)
+                np.testing.assert_array_equal(found, statistics.share(fraction, count, rounding))
+
+
 @pytest.mark.parametrize("name", LOCAL)
 def test_a_rule_of_one_token_gives_the_same_weight_in_any_part_of_the_batch(name):
     rule, batch = rule_of(name), packed_batch()
@@ -779,6 +815,8 @@ WRONG = [
     ({"divide_by": "some"}, "divide_by='some' is not one of all, kept"),
     ({"at_leats": 1.0}, "unknown keyword 'at_leats' .*did you mean 'at_least'"),
     ({"at_least": "high"}, "at_least must be a finite number"),
+    ({"of": {"name": "accepted", "k": {"name": "linear_schedule"}}}, "has a schedule for 'k'.* constant"),
+    ({"name": "quantile", "within": {"name": "linear_schedule"}}, "within={'name': 'linear_schedule'} is not one of"),
     ({"at_least": None}, "needs at_least or below"),
     ({"below": 0.1}, "at_least=0.8 must be less than below=0.1"),
     ({"rules": {}}, "has no use for 'rules'"),

@@ -12,6 +12,7 @@ from configs import base
 from kd_jax import data, sharding
 from kd_jax.objectives import make_terms
 from kd_jax.run import cache, checks, nonfinite
+from kd_jax.run.build import make_objective
 from kd_jax.settings import Settings
 from kd_jax.train_step import init_state, make_train_step
 from tests.helpers import steps
@@ -31,11 +32,15 @@ RULES = {
     "own_loss": HALF | {"of": "divergence", "divide_by": "all"},
 }
 ADAKD = {"temperature": {"name": "difficulty", "of": "hellinger", "scale": 0.5}, "tokens": HALF}
+RAMP = {"name": "linear_schedule", "init_value": 0.4, "end_value": 1.0, "transition_steps": 3}
+FOLLOWING = {"name": "adaptive_fraction", "total_steps": 6, "rate": 0.3, "tolerance": 0.0, "decay": 0.5, "warmup": 0.0}
 SPECS = {name: {"tokens": rule} for name, rule in RULES.items()} | {
     "gated": {"row_gate": {"name": "drop_lowest", "of": "log_p", "fraction": 0.4}},
     "gated_rule": {"row_gate": {"name": "drop_lowest", "of": "log_p", "fraction": 0.4}, "tokens": RULES["local"]},
     "adakd": ADAKD,
     "by_rows": {"tokens": HALF, "average": "sequence"},
+    "scheduled": {"tokens": HALF | {"fraction": RAMP}},
+    "scheduled_local": {"tokens": RULES["local"] | {"at_least": RAMP | {"init_value": 1.7}}},
 }
 POLICY = {
     "kind": "policy_gradient", "rows": "student", "policy": dict(base.policy(discount=0.9)),
@@ -71,8 +76,8 @@ def drawn_batch():
     return batch() | {"origin": origin, "log_probs": -random.uniform(2, 5, (B, L)).astype(np.float32)}
 
 
-def run(specs=None, rows=None, microbatches=1, sizes=(1, 1, 1), wide=True):
-    """Returns the metrics of one step, and the gradient of the student's parameters."""
+def run(specs=None, rows=None, microbatches=1, sizes=(1, 1, 1), wide=True, updates=1):
+    """Returns the metrics of the last step, and the gradient of the student's parameters, summed over the steps."""
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
     with jax.enable_x64(wide):
         kind, tx = jnp.float64 if wide else jnp.float32, optax.sgd(1.0)
@@ -84,7 +89,10 @@ def run(specs=None, rows=None, microbatches=1, sizes=(1, 1, 1), wide=True):
         place = lambda tree: jax.device_put(tree, sharding.tree_shardings(mesh, tree))
         step = make_train_step(Table(), Table(), terms, tx, vocab_size=V, microbatches=microbatches, chunk=4, mesh=mesh)
         put = sharding.put_batch(mesh, drawn_batch() if rows is None else rows)
-        new, metrics = jax.device_get(jax.jit(step)(place(state), place(teacher), put))
+        new, step = place(state), jax.jit(step)
+        for _ in range(updates):
+            new, metrics = step(new, place(teacher), put)
+        new, metrics = jax.device_get((new, metrics))
         return metrics, jax.tree.map(lambda old, new: np.asarray(old) - new, params, new.params)
 
 
@@ -199,6 +207,68 @@ NOTHING = {
     "local_kept": RULES["local"] | {"at_least": 1e3, "divide_by": "kept"},
     "batch": {"name": "quantile", "of": "teacher_entropy", "below": 0.0, "divide_by": "kept"},
 }
+
+
+SCHEDULED = {
+    "fraction": lambda value: {"tokens": HALF | {"fraction": value}},
+    "at_least": lambda value: {"tokens": RULES["local"] | {"at_least": value}},
+    "count": lambda value: {"tokens": {"name": "first", "count": value, "divide_by": "kept"}},
+    "factor": lambda value: {
+        "tokens": {"name": "product", "rules": {"a": {"name": "prefix_gap"} | {"gamma": value}}, "divide_by": "all"}
+    },
+    "gate": lambda value: {"row_gate": {"name": "drop_lowest", "of": "log_p", "fraction": value}},
+    "temperature": lambda value: {"temperature": {"name": "difficulty", "of": "hellinger", "scale": value}},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_a_number_with_a_schedule_is_the_constant_number_of_each_step(name):
+    values = {"at_least": (0.0, 1.3), "count": (1, 3)}.get(name, (0.3, 1.0))
+    schedule = {"name": "by_stage", "values": values, "total_steps": 2}
+    rows, found = {"targets": TARGETS, "loss_mask": MASK}, []
+    with jax.enable_x64(True):
+        for at, value in enumerate(values):
+            one = lambda number, at=at: steps.step(
+                {"kd": SCHEDULED[name](number)}, LOGITS["student"], LOGITS["teacher"], rows, at=at
+            )
+            found.append(one(schedule))
+            for ours, constant in zip(found[-1], one(value), strict=True):
+                np.testing.assert_allclose(ours, constant, rtol=1e-12, atol=1e-15)
+    assert found[0][0] != found[1][0], "the values are no test of the schedule"
+
+
+@pytest.mark.parametrize("divided", [{"microbatches": 4}, {"sizes": (2, 2, 2)}], ids=str)
+def test_a_fraction_that_follows_the_loss_is_the_same_however_a_step_is_divided(divided):
+    specs = {"kd": {"tokens": HALF | {"fraction": FOLLOWING, "of": "hellinger"}}}
+    whole = run(specs, updates=5)
+    kept, count = whole[0]["kd/tokens_kept"]
+    assert kept < count
+    same(run(specs, updates=5, **divided), whole, 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"tokens": HALF | {"fraction": RAMP | {"end_value": 1.5}}},
+            r"tokens in step 3: fraction must be between 0 and 1",
+        ),
+        ({"row_gate": SCHEDULED["gate"](RAMP | {"end_value": -0.8})["row_gate"]}, "row_gate in step 3: fraction"),
+        (
+            {"temperature": SCHEDULED["temperature"](RAMP | {"end_value": -0.8})["temperature"]},
+            "temperature in step 3: scale",
+        ),
+        ({"tokens": HALF | {"fraction": RAMP | {"init_value": 2.0}}}, ": tokens: fraction must be .* 2.0"),
+        ({"tokens": HALF | {"fraction": FOLLOWING | {"start": 1.5}}}, ": tokens: start must be .* 1.5"),
+        ({"tokens": HALF | {"fraction": FOLLOWING | {"total_step": 3}}}, ": tokens: unknown keyword 'total_step'"),
+    ],
+)
+def test_a_schedule_out_of_range_is_refused_before_training(changes, words):
+    config = smoke("forward_kl", "unused", steps=10)
+    for key, value in changes.items():
+        setattr(config.objective.terms.distil, key, value)
+    with pytest.raises(ValueError, match=rf"objective\.terms\.distil.*{words}"):
+        make_objective(Settings.parse(config))
 
 
 def test_weights_of_zero_give_no_loss_and_no_gradient():
