@@ -278,19 +278,14 @@ class Step:
         The values [B, L, K] are the losses of the K terms at each token. If a term has a local rule, the weights of the
         K terms follow. `token_sum`, which `_compare` calls, multiplies each loss by the token's coefficient.
         """
-        inputs = {"arrays": part["arrays"]} | (
-            {"counted": part["coefficients"] != 0} if count_apart(self.terms) else {}
-        )
-        leaves, structure = jax.tree.flatten(inputs)
+        counted = part["coefficients"] != 0 if count_apart(self.terms) else None
+        leaves, structure = jax.tree.flatten((part["arrays"], counted))
 
         def token_loss(logits: list[dict[str, PyTree]], target: Array, *leaves: Array) -> Array:
-            unpacked = jax.tree.unflatten(structure, leaves)
-            arrays = unpacked["arrays"]
-            if "counted" in unpacked:
-                logits = [
-                    of_term | {"student": counted_gradient(of_term["student"], unpacked["counted"][..., i])}
-                    for i, of_term in enumerate(logits)
-                ]
+            arrays, counted = jax.tree.unflatten(structure, leaves)
+            if counted is not None:
+                student = [counted_gradient(of_term["student"], counted[..., i]) for i, of_term in enumerate(logits)]
+                logits = [of_term | {"student": own} for of_term, own in zip(logits, student, strict=True)]
             pairs = [
                 term.weighted_loss(of_term, target, of_arrays)
                 for term, of_term, of_arrays in zip(self.terms, logits, arrays, strict=True)
