@@ -84,7 +84,7 @@ def write(
     """
     settings = Settings.parse(config)
     terms, source = make_objective(settings)
-    check_use(settings, terms, source, kind, member=member)
+    check_use(settings, terms, source, kind, k, member)
     options = _options_of(settings, member)
     mesh = make_mesh(settings)
     loaded = load_models(settings, load_tokenizer(settings), mesh, True)
@@ -100,7 +100,7 @@ def write(
     }  # fmt: skip
     line_arrays = {
         split: make_line_arrays(
-            settings, (), loaded, rows[split], partial(load_texts, settings, name), {}, training=member != "teacher"
+            settings, loaded, rows[split], partial(load_texts, settings, name), {}, members=(member,)
         )
         for split, name in splits.items()
     }

@@ -4,7 +4,8 @@ A view lets the teacher see more than the student, such as a hint, the answer, o
 Config key: `teacher.view`, or `members.NAME.view`. A view of your own is a function (row, **keywords) -> prompt or None,
 named as "module:function"; None means that the row has no view, and the model then reads the row's own prompt.
 
-A row is a mapping from the names of the dataset's columns to texts. `kd_jax.teachers.viewed` aligns the hidden states.
+A row is a mapping from the names of the dataset's columns to texts. `kd_jax.teachers.viewed` aligns the hidden states. A
+view is for comparisons only: a model that writes text reads the row's own prompt.
 """
 
 import json
@@ -65,7 +66,7 @@ class template:
         its end, and the tokens of `data.template` are kept. 0: as many tokens as the model's positions allow.
 
     Raises:
-      ValueError: the text is no template, or names no column other than the prompt.
+      ValueError: the text is no template, or names no column other than the prompt and the context.
 
     Example:
       >>> view = template("{prompt}\\nHint: {hint}")
@@ -81,10 +82,11 @@ class template:
 
     def __init__(self, text: str, max_prompt_length: int = 0):
         self.text, self.columns = text, names_in(text)
-        self.max_prompt_length = int(check_number("max_prompt_length", max_prompt_length, low=0))
-        if not set(self.columns) - {"prompt"}:
+        self.max_prompt_length = _whole("max_prompt_length", max_prompt_length)
+        if not set(self.columns) - {"prompt", "context"}:
             raise ValueError(
-                f"text={text!r} shows the teacher no more than the prompt: name a column of the dataset, such as {{hint}}."
+                f"text={text!r} names no column other than the prompt and the context, which the student reads, too: name a "
+                f"column of the dataset, such as {{hint}}."
             )
 
     def rows(self, rows: Sequence[Row], responses: Sequence[str] | None = None, group_size: int = 1) -> Shown:
@@ -117,10 +119,11 @@ class successful_rollout:
       text: the template of the prompt, with ``{prompt}``, ``{solution}`` and ``{feedback}``.
       solution: the template of the part for the rollout, with ``{rollout}``; empty in a row without a rollout.
       remarks: the template of the part for the feedback, with ``{feedback}``; empty in a row without feedback.
-      max_prompt_length: as in `template`.
+      columns: the columns of the dataset that `feedback` reads.
+      max_prompt_length: as in `template`. 0: room for the prompt, a rollout, and 256 further tokens.
 
     Raises:
-      ValueError: a template lacks a name or has an unknown name, or a function is unknown.
+      ValueError: a template lacks a name or has an unknown name, a function is unknown, or nothing can be shown.
 
     References:
       "SDPO", as in trl 1.16's SuccessfulRolloutTeacherContextBuilder: at_least is 1.0 of rewards in [0, 1], without
@@ -134,7 +137,7 @@ class successful_rollout:
         use_solutions: bool = True, feedback: str = "", feedback_only_without_solution: bool = False,
         without_thinking: bool = False, text: str = "{prompt}{solution}{feedback}\n\nAnswer the question again.",
         solution: str = "\n\nA correct answer is:\n\n{rollout}", remarks: str = "\n\nRemarks on your last answer:\n\n{feedback}",
-        max_prompt_length: int = 0,
+        columns: Sequence[str] = (), max_prompt_length: int = 0,
     ):  # fmt: skip
         for name, value, known in (
             ("text", text, {"prompt", "solution", "feedback"}), ("solution", solution, {"rollout"}),
@@ -146,10 +149,14 @@ class successful_rollout:
         self.own, self.use_solutions, self.without_thinking = own, use_solutions, without_thinking
         self.feedback_only_without_solution = feedback_only_without_solution
         self.text, self.solution, self.remarks = text, solution, remarks
-        self.columns = ("prompt", reference)
-        self.max_prompt_length = int(check_number("max_prompt_length", max_prompt_length, low=0))
+        if not use_solutions and not feedback:
+            raise ValueError(
+                "use_solutions=False without feedback shows the teacher nothing; name a function of feedback."
+            )
+        self.columns = ("prompt", reference, *_texts("columns", columns))
+        self.max_prompt_length = _whole("max_prompt_length", max_prompt_length)
         function, keywords = resolve.look_up(reward, scores, positional=True)
-        self._reward = lambda response, row: float(function(response, [row[reference]], **keywords))
+        self._rewarded = lambda response, row: _called(function, response, [row[reference]], **keywords)
         self.of_feedback = bool(feedback)
         self._feedback = resolve.look_up(feedback, scores, positional=True)[0] if feedback else None
 
@@ -157,9 +164,11 @@ class successful_rollout:
         """Returns the rows with a rollout or feedback in the prompt, as in `View`."""
         if responses is None:
             return [None] * len(rows)
-        rewards = [self._reward(response, row) for row, response in zip(rows, responses, strict=True)]
+        values = [self._rewarded(response, row) for row, response in zip(rows, responses, strict=True)]
+        rewards = [check_number("the reward", float(v) if isinstance(v, bool) else v) for v in values]
         remarks = [
-            self._feedback(text, row) if self._feedback else None for row, text in zip(rows, responses, strict=True)
+            _text_or_none(self._feedback, text, row) if self._feedback else None
+            for row, text in zip(rows, responses, strict=True)
         ]
         prompts = self.prompts([row["prompt"] for row in rows], responses, rewards, remarks, group_size)
         return [
@@ -207,20 +216,49 @@ class _OwnFunction:
     needs_rollouts = of_feedback = False
 
     def __init__(self, function: Any, keywords: dict[str, Any]):
-        self.max_prompt_length = int(check_number("max_prompt_length", keywords.pop("max_prompt_length", 0), low=0))
-        self.columns = tuple(keywords.pop("columns", ()))
+        self.max_prompt_length = _whole("max_prompt_length", keywords.pop("max_prompt_length", 0))
+        self.columns = _texts("columns", keywords.pop("columns", ()))
         self._function, self._keywords = function, keywords
 
     def rows(self, rows: Sequence[Row], responses: Sequence[str] | None = None, group_size: int = 1) -> Shown:
-        prompts = [self._function(row, **self._keywords) for row in rows]
-        for prompt in prompts:
-            if prompt is not None and not isinstance(prompt, str):
-                raise ValueError(
-                    f"the view {self._function.__name__} returned {prompt!r}; it must return a text or None."
-                )
+        prompts = [_text_or_none(self._function, row, **self._keywords) for row in rows]
         return [
             None if prompt is None else {**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)
         ]
+
+
+def _whole(name: str, value: Any) -> int:
+    """Returns a whole number of at least 0."""
+    if check_number(name, value, low=0) != int(value):
+        raise ValueError(f"{name}={value!r} must be a whole number.")
+    return int(value)
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    """Returns a tuple of texts."""
+    if not isinstance(value, list | tuple) or not all(isinstance(entry, str) for entry in value):
+        raise ValueError(f"{name}={value!r} must be a list of names, such as ('hint',).")
+    return tuple(value)
+
+
+def _called(function: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Returns the value of a function of the user. Any error becomes a ValueError that names the function."""
+    try:
+        return function(*arguments, **keywords)
+    except Exception as error:
+        name = f"{function.__module__}:{function.__name__}"
+        hint = " A function reads a further column of the dataset if the key `columns` of the view names the column."
+        raise ValueError(
+            f"the function {name} failed: {type(error).__name__}: {error}.{hint if isinstance(error, KeyError) else ''}"
+        ) from error
+
+
+def _text_or_none(function: Any, *arguments: Any, **keywords: Any) -> str | None:
+    """Returns the value of a function of the user, which must be a text or None."""
+    value = _called(function, *arguments, **keywords)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"the function {function.__name__} returned {value!r}; it must return a text or None.")
+    return value
 
 
 def make_view(spec: Spec) -> View | None:

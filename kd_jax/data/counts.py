@@ -33,7 +33,8 @@ def sentence(split: str, counts: Mapping[str, int]) -> str:
     for name, count in counts.items():
         if name == KEEPS_MOST or not (count or name in ("read", "kept")):
             continue
-        share = f" ({_percent(count, counts['read'])})" if name in NAMES and name != "read" else ""
+        of_rows = (name in NAMES and name != "read") or name.startswith(("prompts of ", "rows without "))
+        share = f" ({_percent(count, counts['read'])})" if of_rows else ""
         parts.append(f"{count:,} {NAMES.get(name, name.replace('_', ' '))}{share}")
     return f"{split}: {', '.join(parts)}"
 

@@ -126,6 +126,9 @@ class Feed:
         else:
             batch = self._own_part(self._rows(plan, step, params))
         batch.pop("row", None)
+        if "has_view" in batch:
+            counted = batch["loss_mask"]
+            self.report["tokens_with_view"] = float((batch["has_view"] & counted).sum() / max(counted.sum(), 1))
         if self._authors:
             student_rows = float((batch["origin"] == ORIGINS.index("student")).mean())
             self.report |= {"student_rows": student_rows} | {k: v for k, v in self._state.items() if v is not None}

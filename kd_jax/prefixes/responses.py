@@ -78,7 +78,7 @@ def _write(
                 response = sampler.tokenizer.decode(response_ids)
                 if sampler.has_ended(ids) and response:
                     ids_of_row = {"prompt_ids": prompt_ids, "response_ids": response_ids}
-                    lines.append({**row, "response": response} | ids_of_row)
+                    lines.append({**row, "reference": row["response"], "response": response} | ids_of_row)
         if first:  # one line per batch, so that a batch is either complete or absent
             with storing(partial), partial.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(lines) + "\n")
@@ -101,6 +101,8 @@ def _write(
 
 def read_responses(path: Path) -> list[Json]:
     """Returns the rows of a file of `write_responses`: the columns of the dataset, prompt_ids and response_ids.
+
+    The column `reference` has the response of the dataset; files of earlier versions lack this column.
 
     The ids of a response are the sampled ids without the end token.
     """

@@ -89,6 +89,7 @@ class Run:
         """Returns `evaluate.summary` of the student on the held-out rows, and `evaluate.assess` of the student's answers.
 
         A teacher with a view reads its own prompts of the held-out rows, but the student's prompts of the answers.
+        Held-out rows have no rollouts, so a teacher whose view shows rollouts reads the student's prompts of these rows.
 
         Args:
           params: the student's parameters.
@@ -165,8 +166,8 @@ def build(config: Config | Settings) -> Run:
     fresh_state, abstract_state, placed = _make_state(settings, loaded, tx, terms, mesh)
     eval_texts = partial(load_texts, settings, options.eval_split)
     of_eval = make_line_arrays(
-        settings, terms, loaded, eval_rows, eval_texts, counts[options.eval_split], training=False
-    )
+        settings, loaded, eval_rows, eval_texts, counts[options.eval_split], members=("teacher",)
+    )  # fmt: skip
     held_out = data.batches(
         eval_rows, batch_size=options.eval_batch_size, shuffle=False, num_epochs=1,
         token_values=cached_values(settings, tokenizer, caches, "held_out", eval_rows), line_arrays=of_eval,
@@ -180,8 +181,9 @@ def build(config: Config | Settings) -> Run:
     else:
         train_rows, counts[options.train_split] = load_rows(settings, tokenizer, options.train_split)
     of_train = make_line_arrays(
-        settings, terms, loaded, train_rows, train_texts, counts[options.train_split], training=True,
-        samples=bool(source.authors),
+        settings, loaded, train_rows, train_texts, counts[options.train_split], terms=terms,
+        members={member for term in terms for member in term.members}, samples=bool(source.authors),
+        sampled=isinstance(source, prefixes.teacher) and not loaded.writer,
     )  # fmt: skip
     return Run(
         config=settings, mesh=mesh, tokenizer=tokenizer, models=loaded, terms=terms, learning_rate=learning_rate,

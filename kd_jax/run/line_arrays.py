@@ -1,7 +1,7 @@
 """The further arrays of a run's batches: the rows that models with a view read, and the rows that a term's `where` counts."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -13,10 +13,12 @@ from kd_jax.prefixes import rollouts
 from kd_jax.run.models import Models
 from kd_jax.run.view_prompts import ViewOfMember, key_of_view, live_views
 from kd_jax.settings import Settings
+from kd_jax.storage.untrusted import clip
 from kd_jax.teachers.viewed import HAS_VIEW, ViewedRow, view_arrays
 from kd_jax.views import View
 
 MULTIPLE = 8  # lengths of arrays are rounded up to a multiple of this number
+SHOWN = 10  # the largest number of a column's values in a message
 FURTHER_TOKENS = 256  # room in the prompt of a view over rollouts for the words around a rollout, and for feedback
 
 
@@ -26,7 +28,7 @@ class LineArrays:
 
     Attributes:
       rows: the rows as the student reads them, before packing.
-      texts: the row of the dataset of each of `rows`; empty for the second stream.
+      texts: the row of the dataset of each of `rows`, for views over rollouts; empty without such a view.
       views: the views of the frozen models, by the name of the model.
       counted: True for each row whose columns have the values of `where`, by the name of the term.
       length: the number of positions of the student.
@@ -118,27 +120,28 @@ class LineArrays:
 
 
 def make_line_arrays(
-    config: Settings, terms: Sequence[Term], loaded: Models, rows: data.Rows | data.Packed,
-    load_texts: Callable[[], data.Texts], counts: dict[str, int], *, training: bool, samples: bool = False,
+    config: Settings, loaded: Models, rows: data.Rows | data.Packed, load_texts: Callable[[], data.Texts],
+    counts: dict[str, int], *, members: Collection[str], terms: Sequence[Term] = (), samples: bool = False,
+    sampled: bool = False,
 ) -> LineArrays | None:  # fmt: skip
     """Returns the maker of a split's further arrays; None if the split needs none.
 
     Args:
       config: the config of the run.
-      terms: the terms of the objective.
       loaded: the models of the run.
       rows: the rows of the split.
       load_texts: returns the rows of the dataset from which `rows` were made.
       counts: the counts of the split, to which the number of truncated prompts is added.
-      training: True for the rows to train on; False for rows on which only the teacher and the student are compared.
-      samples: True if responses to the prompts of the rows are sampled.
+      members: the frozen models that read the rows.
+      terms: the terms that count the rows.
+      samples: True if the student will sample responses to the prompts of the rows.
+      sampled: True if the responses of the rows are ids that a model sampled.
 
     Raises:
-      ValueError: no row has a value of `where`, or a view does not fit a model.
+      ValueError: no row has the values of `where`, no row has a view, or a view does not fit a model.
     """
-    views, wheres = live_views(config), {term.name: term.where for term in terms if term.where}
-    if not training:
-        views, wheres = {name: view for name, view in views.items() if name == "teacher"}, {}
+    views = {name: view for name, view in live_views(config).items() if name in members}
+    wheres = {term.name: term.where for term in terms if term.where}
     if not views and not wheres:
         return None
     packed, single = isinstance(rows, data.Packed), rows.rows if isinstance(rows, data.Packed) else rows
@@ -146,21 +149,31 @@ def make_line_arrays(
     texts, sources = load_texts(), np.arange(len(single)) if single.sources is None else single.sources
     of_rows = [texts[int(i)] for i in sources]
     counted = {name: _counted(name, where, of_rows) for name, where in wheres.items()}
-    if config.data.long_prompts == "cut":  # a view shows as much of the prompt as the student reads
+    if views and config.data.long_prompts == "cut":  # a view shows as much of the prompt as the student reads
         template = data.Template.of(config.data)
         student = Encoder(loaded.tokenizer, template, config.data.max_prompt_length, truncates=True)
         of_rows = [row for row, _ in student.fitted(of_rows)]
     made = {}
     for name, view in views.items():
-        made[name], truncated = _of_member(config, name, view, loaded, single, groups, of_rows, samples)
-        if truncated:
-            counts[f"prompts of {key_of_view(name)} truncated"] = truncated
-    return LineArrays(single, of_rows, made, counted, config.data.max_length, loaded.tokenizer, packed)
+        made[name], truncated = _of_member(config, name, view, loaded, single, groups, of_rows, samples, sampled)
+        without = sum(prompt is None for prompt in made[name].prompts)
+        if without == len(single) and not view.needs_rollouts:
+            raise ValueError(
+                f"{key_of_view(name)}: no row has a view. A row has none if a column of the template is empty, or if a function "
+                f"of your own returns None."
+            )
+        key = key_of_view(name)
+        counts |= {
+            f"prompts of {key} truncated": truncated,
+            f"rows without {key}": 0 if view.needs_rollouts else without,
+        }
+    texts_of_rollouts = of_rows if any(view.needs_rollouts for view in views.values()) else ()
+    return LineArrays(single, texts_of_rollouts, made, counted, config.data.max_length, loaded.tokenizer, packed)
 
 
 def _of_member(
     config: Settings, member: str, view: View, loaded: Models, rows: data.Rows, groups: Sequence[Sequence[int]],
-    texts: Sequence[dict[str, str]], samples: bool,
+    texts: Sequence[dict[str, str]], samples: bool, sampled: bool,
 ) -> tuple[ViewOfMember, int]:  # fmt: skip
     """Returns the view of a frozen model with the prompts of all rows, and the number of truncated prompts."""
     key = key_of_view(member)
@@ -180,7 +193,7 @@ def _of_member(
         )
     encoder = Encoder(loaded.tokenizer, data.Template.of(config.data), limit, truncates=True)
     made = ViewOfMember(key, view, encoder)
-    prompts, truncated = made.encode(rows, texts)
+    prompts, truncated = made.encode(rows, texts, sampled)
     lengths = [int(n) if p is None else len(p) for p, n in zip(prompts, rows.prompt_lengths, strict=True)]
     longest, prompt_room = max(sum(lengths[i] + int(responses[i]) - 1 for i in group) for group in groups), 0
     if samples:
@@ -204,9 +217,16 @@ def _counted(
 ) -> Bool[np.ndarray, " N"]:
     """Returns True for each row whose columns have the values that a term names."""
     for column, values in where.items():
-        if not any(text[column] in values for text in texts):
-            found = ", ".join(sorted({text[column] for text in texts})[:10])
+        found = {text[column] for text in texts}
+        if missing := [value for value in values if value not in found]:
+            shown = ", ".join(clip(value) for value in sorted(found)[:SHOWN])
+            more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
             raise ValueError(
-                f"objective.terms.{name}.where: no row has {column} in {values}; the values of the column are {found}."
+                f"objective.terms.{name}.where: no row has {column}={missing[0]!r}; the values of the column are {shown}{more}."
             )
-    return np.array([all(text[column] in values for column, values in where.items()) for text in texts], bool)
+    counted = np.array([all(text[column] in values for column, values in where.items()) for text in texts], bool)
+    if not counted.any():
+        raise ValueError(
+            f"objective.terms.{name}.where={dict(where)!r}: no row has a value of each column at the same time."
+        )
+    return counted

@@ -171,7 +171,12 @@ def _load_scores(
         raise ValueError(
             f"{path} has not the scores of the {len(rows)} training rows; delete this file, and the rows are ranked again."
         )
-    return {name: np.array([line[name] for line in lines], float) for name in SCORES}
+    try:
+        return {name: np.array([line[name] for line in lines], float) for name in SCORES}
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: a score is no number ({error}); delete this file, and the rows are ranked again."
+        ) from error
 
 
 def _write_scores(folder: Path, make_scores: Callable[[], list[dict[str, float]]], settings: Json) -> None:

@@ -1,5 +1,6 @@
 """Loads the rows of a config (dataset, second stream, teacher's responses), and makes the feed of a run's batches."""
 
+import json
 from collections.abc import Mapping
 
 import jax
@@ -16,9 +17,10 @@ from kd_jax.run.checks import check_room, check_sampling, check_term, check_view
 from kd_jax.run.line_arrays import LineArrays
 from kd_jax.run.models import Models, Writer
 from kd_jax.run.ranking import check_order, load_order
-from kd_jax.run.view_prompts import further_columns, load_texts
+from kd_jax.run.view_prompts import columns_read, load_texts
 from kd_jax.settings import Settings, name_of
 from kd_jax.storage import remote
+from kd_jax.storage.checksum import digest
 from kd_jax.storage.files import Json
 from kd_jax.teachers.cache_reading import Cache, JoinedValues
 
@@ -183,7 +185,8 @@ def load_responses(
     settings = {key: getattr(config.sampling, key) for key in ("max_new_tokens", "temperature", "top_p", "top_k")}
     settings |= {key: getattr(options, key) for key in ("template", "max_prompt_length", "long_prompts", "batch_size")}
     settings |= template.set_apart()
-    settings |= {"columns": columns} if (columns := further_columns(config)) else {}
+    if columns := tuple(columns_read(config)):  # views and conditions read these values from the stored rows
+        settings |= {"columns": columns, "values": digest(json.dumps([[row[c] for c in columns] for row in rows]))}
     settings |= {"seed": source.seed, "teacher": str(writer.model.config), "dtype": config.teacher.dtype}
     settings |= {"tokenizer": writer.tokenizer.fingerprint(), "ends": writer.tokenizer.end_ids}
     made_from = responses.fingerprint(writer.params, [responses.RESPONSES_VERSION, settings, prompts])
@@ -204,7 +207,8 @@ def load_responses(
         ids = [(row["prompt_ids"], row["response_ids"]) for row in written]
         tokenized = data.from_ids(ids, tokenizer, max_length=options.max_length, loss_on=options.loss_on)
     packed, row_counts = _packed(config, *tokenized)
-    return packed, {"prompts": len(rows)} | row_counts, written
+    texts = [{**row, "response": row.get("reference", "")} for row in written]
+    return packed, {"prompts": len(rows)} | row_counts, texts
 
 
 def batch_options(config: Settings, tokenizer: data.Tokenizer) -> Json:

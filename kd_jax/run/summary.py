@@ -7,7 +7,7 @@ from jaxtyping import PyTree
 
 from kd_jax.data.counts import sentence, warnings
 from kd_jax.run.build import Run
-from kd_jax.settings import Settings, Spec
+from kd_jax.settings import Member, Settings, Spec, Teacher, name_of
 from kd_jax.storage.files import Json
 from kd_jax.train_step import TrainState
 
@@ -17,11 +17,12 @@ def of(run: Run, state: TrainState) -> str:
     config, options = run.config, run.config.data
     rows = "; ".join(sentence(split, counts) for split, counts in run.counts.items())
     devices, processes = len(jax.devices()), jax.process_count()
+    order = "" if name_of(options.order) == "shuffled" else f"; order {spec_text(options.order)}"
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     lines = {
         "method": "\n         ".join([*method(config), f"rows: prefixes.{spec_text(config.prefixes)}"]),
         "models": f"{_teacher(run)} -> student, {_count(state.params)} parameters",
-        "data": f"{options.name}; {rows}",
+        "data": f"{options.name}; {rows}{order}",
         "devices": f"{devices} {jax.devices()[0].platform} device{'s' * (devices > 1)}, {processes} "
         f"process{'es' * (processes > 1)}, mesh {mesh}",
         "step": f"{int(state.step)} of {config.steps}, {options.batch_size} rows of at most {options.max_length} tokens each",
@@ -81,6 +82,7 @@ def _options(term: Json) -> str:
     vocabulary = dict(term.get("vocabulary", {"support": "whole"}))
     support = vocabulary.pop("support")
     shown = {"outcomes": "" if support == "whole" else spec_text({"name": support, **vocabulary})}
+    shown["where"] = " and ".join(f"{column}={_value(value)}" for column, value in dict(term.get("where", {})).items())
     for key, name in {"temperature": "temperature", "tokens": "token weights", "row_gate": "row gate"}.items():
         spec = term.get(key, 0.0)
         is_set = spec["name"] != "none" if isinstance(spec, Mapping) else spec not in (0.0, "none")
@@ -89,6 +91,19 @@ def _options(term: Json) -> str:
 
 
 def _teacher(run: Run) -> str:
+    """Returns the teacher and the further frozen models, with what each of them sees if it is not the row's prompt."""
+    config = run.config
+    members = [f"member {name} {member.path or member.cache}{_sees(member)}" for name, member in config.members.items()]
+    return ", ".join([_model_of_teacher(run) + _sees(config.teacher), *members])
+
+
+def _sees(model: Teacher | Member) -> str:
+    """Returns the view of a frozen model, and the rate at which the model follows the student."""
+    view = "" if name_of(model.view).partition("(")[0] == "none" else f", sees {spec_text(model.view)}"
+    return (f", follows the student by {model.follow:g}" if model.follow else "") + view
+
+
+def _model_of_teacher(run: Run) -> str:
     path = run.config.teacher.path
     if run.models.writer:
         count = _count(run.models.writer.model.abstract_params())

@@ -1,9 +1,10 @@
 """The views of a config, the columns of the dataset that they read, and the prompts of a model with a view, in tokens."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -114,33 +115,55 @@ class ViewOfMember:
     view_length: int = 0
     prompt_room: int = 0
 
-    def encode(self, rows: data.Rows, texts: Sequence[dict[str, str]]) -> tuple[list[Ids | None], int]:
-        """Returns the prompt of each row of a dataset, or None for a row without a view; and the number of truncated prompts.
+    def encode(
+        self, rows: data.Rows, texts: Sequence[dict[str, str]], sampled: bool = False
+    ) -> tuple[list[Ids | None], int]:
+        """Returns the prompt of each row of a split, or None for a row without a view; and the number of truncated prompts.
 
         Args:
           rows: the rows as the student reads them.
           texts: the row of the dataset of each of `rows`.
+          sampled: True if the responses of `rows` are ids that a model sampled, and not the encoded text of the dataset.
 
         Raises:
-          ValueError: the response of a row does not end the text that the model reads.
+          ValueError: the response of a row does not end the text that the model reads, or a prompt has no token.
         """
-        shown = self.view.rows(texts)
-        prompts: list[Ids | None] = [None] * len(texts)
-        indices, truncated = [i for i, row in enumerate(shown) if row is not None], 0
-        encoded = self.encoder.rows([row for row in shown if row is not None])
-        for i, (prompt, response, was_truncated, _) in zip(indices, encoded, strict=True):
-            own = rows[i][rows.prompt_lengths[i] :].tolist()
-            # The student's response may be truncated, or has an end token that is not part of the text.
-            length = min(len(response), max(len(own) - 1, 0))
-            if response[:length] != own[:length]:
-                raise ValueError(
-                    f"{self.key}: the response does not end the text that the model reads. After the prompt of the view, "
-                    f"{self.encoder.tokenizer.decode(prompt[-8:])!r}, the tokens of the response "
-                    f"{texts[i]['response'][:40]!r} differ from the student's tokens. End the template with the same "
-                    f"characters as the student's prompt, such as {{prompt}} or a line break."
-                )
-            prompts[i], truncated = np.array(prompt, np.int32), truncated + was_truncated
+        with self._named():
+            shown = self.view.rows(texts)
+            prompts: list[Ids | None] = [None] * len(texts)
+            indices, truncated = [i for i, row in enumerate(shown) if row is not None], 0
+            encoded = self.encoder.rows(
+                [row | ({"response": ""} if sampled else {}) for row in shown if row is not None]
+            )
+            for i, (prompt, response, was_truncated, _) in zip(indices, encoded, strict=True):
+                if not sampled:
+                    self._check_response(prompt, response, rows[i][rows.prompt_lengths[i] :].tolist())
+                prompts[i], truncated = self._ids(prompt), truncated + was_truncated
         return prompts, truncated
+
+    def _check_response(self, prompt: list[int], response: list[int], own: list[int]) -> None:
+        """Checks that the tokens of a response after the view's prompt are those after the student's prompt."""
+        # The student's response may be truncated, or has an end token that is not part of the text.
+        length, decode = min(len(response), max(len(own) - 1, 0)), self.encoder.tokenizer.decode
+        if response[:length] != own[:length]:
+            raise ValueError(
+                f"the response does not end the text that the model reads. After the prompt of the view, "
+                f"{decode(prompt[-8:])!r}, the tokens of the response {decode(own[:10])!r} differ from the student's tokens. End "
+                f"the template with the same characters as the student's prompt, such as {{prompt}} or a line break."
+            )
+
+    def _ids(self, prompt: list[int]) -> Ids:
+        if not prompt:
+            raise ValueError("a prompt of the view has no token; a view must show at least one.")
+        return np.array(prompt, np.int32)
+
+    @contextlib.contextmanager
+    def _named(self) -> Generator[None]:
+        """Puts the key of the view before the message of an error."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.key}: {error}") from error
 
     def of_rollouts(
         self, texts: Sequence[dict[str, str]], responses: Sequence[str], group_size: int
@@ -152,6 +175,7 @@ class ViewOfMember:
           responses: the texts of the responses.
           group_size: the number of neighbouring rows with the same prompt.
         """
-        shown = self.view.rows(texts, responses, group_size)
-        encoded = self.encoder.rows([{**row, "response": ""} for row in shown if row is not None])
-        return [None if row is None else np.array(next(encoded).prompt, np.int32) for row in shown]
+        with self._named():
+            shown = self.view.rows(texts, responses, group_size)
+            encoded = self.encoder.rows([{**row, "response": ""} for row in shown if row is not None])
+            return [None if row is None else self._ids(next(encoded).prompt) for row in shown]

@@ -42,7 +42,7 @@ def drop_lowest(
 
 
 def has_view(has_view: Bool[Array, "*tokens"]) -> Bool[Array, "*tokens"]:
-    """Keeps rows for which the teacher has a view of its own.
+    """Keeps rows for which each model with a view that a term reads has a prompt of its own.
 
     Example:
       >>> import jax.numpy as jnp

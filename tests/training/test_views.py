@@ -32,7 +32,7 @@ def test_successful_rollouts_give_the_published_prompts(case):
     options, templates = case["options"], case["templates"]
     view = views.successful_rollout(
         "number_match", at_least=options["success_reward_threshold"], own=not options["dont_reprompt_on_self_success"],
-        use_solutions=options["use_successful_as_teacher"],
+        use_solutions=options["use_successful_as_teacher"], feedback="json:dumps",
         feedback_only_without_solution=options["environment_feedback_only_without_solution"],
         without_thinking=options["remove_thinking_from_demonstration"], text=templates["reprompt_template"],
         solution=templates["solution_template"].replace("successful_previous_attempt", "rollout"),
@@ -300,12 +300,87 @@ def test_a_view_of_ones_own(data_dir, tmp_path):
     assert "? It is\n" in run.tokenizer.decode(batch["teacher_view_teacher_tokens"][0][mask].tolist())
 
 
+def wrong(row, *, how):
+    """A view with a fault."""
+    return {"empty": "", "none": None, "number": 5}[how]
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize(
+    ("reward", "message"), [("raising", "failed: ZeroDivisionError"), ("not_a_number", "the reward must be")]
+)
+def test_a_reward_that_fails_names_the_key(reward, message, data_dir):
+    config = smoke("sdpo", data_dir)
+    config.teacher.view.reward = f"{__name__}:{reward}"
+    run = train.build(config)
+    with pytest.raises(ValueError, match=f"teacher.view: .*{message}"):
+        run.feed.next(0, run.init_state().params)
+
+
+def raising(response, references):
+    return 1 / 0
+
+
+def not_a_number(response, references):
+    return float("nan")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
+def test_the_teachers_text_keeps_the_columns_and_the_response_of_the_dataset(data_dir, tmp_path):
+    """A view of `{response}` shows the response of the dataset, and changed columns change the stored responses."""
+    lines = [{"prompt": f"def f{i}(): return {i}", "response": f"Returns {i}.", "hint": f"h{i}"} for i in range(48)]
+    path, view = tmp_path / "rows.jsonl", {"name": "template", "text": "{prompt} {hint} {response}"}
+
+    def read(lines):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        config = on_file(path, tmp_path, view=view, prefixes={"name": "teacher"}, sampling__max_new_tokens=16)
+        config.data.data_dir = str(tmp_path / "data")
+        run = train.build(config)
+        batch = run.feed.next(0, None)
+        mask = batch["teacher_view_teacher_mask"][0]
+        return run.tokenizer.decode(batch["teacher_view_teacher_tokens"][0][mask].tolist())
+
+    text = read(lines)
+    number = int(text.split("return ")[1].split()[0])
+    assert f"return {number} h{number} Returns {number}." in text
+    assert " new" in read([line | {"hint": line["hint"].replace("h", "new")} for line in lines])
+
+
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(teacher__view={"name": "template", "text": "{prompt} {hnt}"}), "the column 'hnt'.*did you mean 'hint'"),
-        (dict(teacher__view={"name": "template", "text": "{prompt}"}), "no more than the prompt"),
+        (
+            dict(teacher__view={"name": "template", "text": "{prompt}{context}"}),
+            "names no column other than the prompt",
+        ),
+        (dict(teacher__view={"name": "template", "text": ""}), "names no column other than the prompt"),
+        (
+            dict(teacher__view={"name": f"{__name__}:wrong", "how": "empty"}),
+            "teacher.view: a prompt of the view has no token",
+        ),
+        (dict(teacher__view={"name": f"{__name__}:wrong", "how": "none"}), "teacher.view: no row has a view"),
+        (
+            dict(teacher__view={"name": f"{__name__}:wrong", "how": "number"}),
+            "teacher.view: the function wrong returned 5",
+        ),
+        (
+            dict(teacher__view={"name": f"{__name__}:wrong", "how": "raises"}),
+            "teacher.view: the function .*wrong failed: KeyError",
+        ),
+        (
+            dict(teacher__view={"name": f"{__name__}:wrong", "how": "empty", "columns": "hint"}),
+            "columns='hint' must be a list",
+        ),
+        (
+            dict(
+                teacher__view={"name": "successful_rollout", "reward": "rouge_l", "use_solutions": False},
+                prefixes={"name": "student"},
+            ),
+            "shows the teacher nothing",
+        ),
         (dict(teacher__view={"name": "tmplate", "text": "{hint}"}), "did you mean 'template'"),
         (dict(data__loss_on="all"), "data.loss_on='response'"),
         (dict(data__packing="stream"), "teacher.view reads the columns"),
@@ -337,8 +412,11 @@ def test_views_that_cannot_be_used_are_refused(changes, message, data_dir):
 @pytest.mark.parametrize(
     ("where", "changes", "message"),
     [
-        ({"domain": "maths"}, {}, r"no row has domain in \('maths',\); the values of the column are code, math"),
+        ({"domain": "maths"}, {}, "no row has domain='maths'; the values of the column are code, math"),
         ({"topic": "math"}, {}, r"rows.jsonl:1: the field 'topic' is missing"),
+        ({"domain": ["math", "cod"]}, {}, "no row has domain='cod'"),
+        ({"domain": "math", "prompt": "What is 1 + 1?"}, {}, "no row has a value of each column at the same time"),
+        ({"prompt": "nope"}, {}, r"and \d+ more"),
         ({"domain": {"a": 1}}, {}, "must be a text, a number, or a list"),
         ({"domain": "math"}, dict(data__packing="stream"), "term0.where reads the columns"),
     ],
