@@ -39,7 +39,7 @@ def losses() -> dict:
         if "target" in inspect.signature(divergence).parameters:
             made[name] = lambda log_p, log_q, target, divergence=divergence: divergence(log_p, log_q, target=target)
         else:
-            made[name] = lambda log_p, log_q, target, divergence=divergence: divergence(log_p, log_q)
+            made[name] = lambda first, second, target, divergence=divergence: divergence(first, second)
     for name in assistants.__all__:
         loss = token_loss(divergences.forward_kl, bound(assistants, name), ("teacher", "assistant"))
         made[name] = lambda log_p, log_q, target, loss=loss: loss(log_p, log_q, 0.3)
@@ -50,10 +50,16 @@ def losses() -> dict:
     return made
 
 
-def full(loss, hs, ws, ht, wt, coefficient, target):
+def takes_logits(name: str) -> bool:
+    """Returns True if a loss compares logits and not log-probabilities."""
+    divergence = getattr(divergences, name, None)
+    return divergence is not None and "teacher_logits" in inspect.signature(divergence).parameters
+
+
+def full(loss, normalised, hs, ws, ht, wt, coefficient, target):
     """Returns the loss from logits of shape [B, L, V]."""
-    log_p, log_q = jax.nn.log_softmax(ht @ wt), jax.nn.log_softmax(hs @ ws)
-    return jnp.sum(coefficient * loss(log_p, log_q, target))
+    sides = (jax.nn.log_softmax(logits) if normalised else logits for logits in (ht @ wt, hs @ ws))
+    return jnp.sum(coefficient * loss(*sides, target))
 
 
 def products(hs, ws, ht, wt, coefficient, target):
@@ -101,25 +107,24 @@ def main() -> None:
         *states, counted, everywhere, target = map(jax.device_put, (*states, counted, everywhere, target), places)
     gradient = functools.partial(jax.value_and_grad, argnums=(0, 1))
 
-    def chunked(loss):
-        def total(hs, ws, ht, wt, coefficient, target):
-            return token_sum(loss, hs, ws, ht, wt, coefficient, target, chunk=args.chunk or None, mesh=mesh)[0]
-
-        return gradient(total)
-
     made = losses()
+
+    def chunked(name):
+        options = dict(chunk=args.chunk or None, mesh=mesh, normalised=not takes_logits(name))
+        return gradient(lambda *arrays: token_sum(made[name], *arrays, **options)[0])
+
     for name, loss in made.items():
         if args.only and name not in args.only.split(","):
             continue
-        contenders = {"chunked": (chunked(loss), counted)}
+        contenders = {"chunked": (chunked(name), counted)}
         if args.against == "full":
-            contenders["full"] = gradient(functools.partial(full, loss)), counted
+            contenders["full"] = gradient(functools.partial(full, loss, not takes_logits(name))), counted
         if args.against == "products":
             contenders["products"] = products, counted
         if args.against == "unmasked":
-            contenders["unmasked"] = chunked(loss), everywhere
+            contenders["unmasked"] = chunked(name), everywhere
         if args.against == "forward_kl":
-            contenders["forward_kl"] = chunked(made["forward_kl"]), counted
+            contenders["forward_kl"] = chunked("forward_kl"), counted
         line = {key: vars(args)[key] for key in ("tokens", "vocab", "student", "teacher", "masked", "mesh")}
         ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         line["chunk_piece_block"] = head_loss.sweep.sizes_for(shape, args.vocab, args.chunk or None, ways)

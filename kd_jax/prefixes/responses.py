@@ -78,7 +78,7 @@ def _write(
                 response = sampler.tokenizer.decode(response_ids)
                 if sampler.has_ended(ids) and response:
                     ids_of_row = {"prompt_ids": prompt_ids, "response_ids": response_ids}
-                    lines.append({**row, "reference": row["response"], "response": response} | ids_of_row)
+                    lines.append({**row, "reference": row.get("response", ""), "response": response} | ids_of_row)
         if first:  # one line per batch, so that a batch is either complete or absent
             with storing(partial), partial.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(lines) + "\n")

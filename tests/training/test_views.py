@@ -110,11 +110,16 @@ def distances_by_hand(run, params, batch):
         {},
         dict(data__packing="rows", data__max_length=64),
         dict(prefixes={"name": "student"}),
-        dict(prefixes={"name": "mixture", "fraction": 0.5}),
-        dict(microbatches=4),
-        dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2),
-        dict(text__name="docstrings", text__batch_size=8),
-        dict(prefixes={"name": "adaptive", "threshold": 1.0, "capacity": 16}),
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                dict(prefixes={"name": "mixture", "fraction": 0.5}),
+                dict(microbatches=4),
+                dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2),
+                dict(text__name="docstrings", text__batch_size=8),
+                dict(prefixes={"name": "adaptive", "threshold": 1.0, "capacity": 16}),
+            )
+        ),
     ],
 )
 def test_the_loss_is_that_of_the_rows_as_both_models_read_them(changes, data_dir, request):
