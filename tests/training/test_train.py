@@ -37,7 +37,6 @@ QUICK = {
     "eopd",
     "adakd",
     "gopd",
-    "opsd",
     "sdpo",
 }
 
