@@ -101,6 +101,7 @@ def make_train_step(
       - has_view: [B, L], True for the tokens of rows with a view, if a row gate asks for it.
     """
     options: dict[str, Any] = dict(vocab_size=vocab_size, temperature=temperature, chunk=chunk, mesh=mesh)
+    options["store_blocks"] = any(getattr(term.loss, "takes_logits", False) for term in terms)
     by_name = isinstance(teacher, Mapping)
     return Step(
         student, for_terms(teacher, terms), tuple(terms), tx, options, microbatches, max_skipped, by_name, followers

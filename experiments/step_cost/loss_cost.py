@@ -110,7 +110,8 @@ def main() -> None:
     made = losses()
 
     def chunked(name):
-        options = dict(chunk=args.chunk or None, mesh=mesh, normalised=not takes_logits(name))
+        on_logits = takes_logits(name)
+        options = dict(chunk=args.chunk or None, mesh=mesh, normalised=not on_logits, store_blocks=on_logits)
         return gradient(lambda *arrays: token_sum(made[name], *arrays, **options)[0])
 
     for name, loss in made.items():

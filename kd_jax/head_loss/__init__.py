@@ -34,6 +34,7 @@ def token_sum(
     soft_caps: tuple[float | None, float | Sequence[float | None] | None] = (None, None),
     normalised: bool = True,
     measured: int = 0,
+    store_blocks: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "..."]]:
     """Returns the sum of coefficient * token_loss(log_p, log_q), without an array of tokens x vocabulary.
@@ -68,6 +69,8 @@ def token_sum(
         by the temperature.
       measured: the number of further values per token that `token_loss` returns after the K values, for a coefficient
         [B, L, K]. The further values are returned, but they are not a part of the sum.
+      store_blocks: True for a loss of the logits themselves, such as a squared difference, without a softmax. On a CPU,
+        each block of logits is then stored once more. Without the copy, XLA would copy a whole chunk for each block.
       mesh: the mesh from `kd_jax.sharding.make_mesh` that the arrays are on, or None. Each device packs its own rows.
 
     Returns:
@@ -119,7 +122,7 @@ def token_sum(
         return jnp.sum(coefficient * summed), jnp.concatenate([summed, further], axis=-1)
 
     sizes = sizes_for(student_hidden.shape, max(widths), chunk, devices)
-    sweep: Callable[..., Sweep] = partial(sweep_chunks, block_loss, all_tied, sizes, measured)
+    sweep: Callable[..., Sweep] = partial(sweep_chunks, block_loss, all_tied, sizes, measured, store_blocks)
     if mesh is not None and devices > 1:
         sweep = partial(on_mesh, sweep, mesh)
 

@@ -37,12 +37,12 @@ def sizes_for(shape: tuple[int, ...], width: int, chunk: int | None, devices: in
 
 def sweep_chunks(
     block_loss: Callable[..., tuple[Array, Array]], tied: tuple[bool, ...], sizes: tuple[int, int, int | None],
-    measured: int, with_gradient: bool, hidden: Array, head: Array, frozen: Frozen, rest: tuple[Array, ...],
+    measured: int, store_blocks: bool, with_gradient: bool, hidden: Array, head: Array, frozen: Frozen, rest: tuple[Array, ...],
     *, largest: Callable[[Array], Array] = lambda count: count,
 ) -> Sweep:  # fmt: skip
     """Returns the total, the values, and the gradients of the hidden states and the head, computed chunk by chunk.
 
-    `largest` returns the largest of the devices' numbers of tokens.
+    `largest` returns the largest of the devices' numbers of tokens. `store_blocks` is described in `token_sum`.
     """
     chunk, piece, block = sizes
     batch, length = hidden.shape[:2]
@@ -72,7 +72,7 @@ def sweep_chunks(
         )
         coefficient = jnp.where(is_used.reshape(-1, *(1,) * (rest[0].ndim - 1)), take(rest[0]), 0)
         arrays = (frozen_logits, coefficient, *map(take, rest[1:]))
-        part, value, d_logits = _chunk(block_loss, block, measured, with_gradient, logits, *arrays)
+        part, value, d_logits = _chunk(block_loss, block, measured, store_blocks, with_gradient, logits, *arrays)
         values = values.at[index].set(value, mode="drop", unique_indices=True)
         if d_hidden is not None and d_head is not None:
             d_logits = d_logits.astype(head.dtype)
@@ -104,8 +104,8 @@ def sweep_chunks(
 
 
 def _chunk(
-    block_loss: Callable[..., tuple[Array, Array]], block: int | None, measured: int, with_gradient: bool, logits: Array,
-    frozen_logits: tuple[Array, ...], coefficient: Array, *extras: Array,
+    block_loss: Callable[..., tuple[Array, Array]], block: int | None, measured: int, store_blocks: bool,
+    with_gradient: bool, logits: Array, frozen_logits: tuple[Array, ...], coefficient: Array, *extras: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Returns the total, the values and the gradient of the logits, block by block.
 
@@ -125,13 +125,27 @@ def _chunk(
         total, values, logits = carry
         arrays = (logits, frozen_logits, coefficient, *extras)
         rows = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, i * block, block), arrays)
-        part, value, gradient = of_block(*rows)
+        own = _stored(rows[0], i) if store_blocks and with_gradient else rows[0]
+        part, value, gradient = of_block(own, *rows[1:])
         if with_gradient:
             logits = jax.lax.dynamic_update_slice_in_dim(logits, gradient, i * block, axis=0)
         return total + part, jax.lax.dynamic_update_slice_in_dim(values, value, i * block, axis=0), logits
 
     start = jnp.zeros((), logits.dtype), jnp.zeros(_values_shape(coefficient, measured), logits.dtype), logits
     return jax.lax.fori_loop(0, logits.shape[0] // block, body, start)
+
+
+def _stored(block: Array, index: Array) -> Array:
+    """Returns a block of logits, which XLA stores in an array of its own.
+
+    Without this array, the operation that overwrites the logits with the gradient would read the logits again, and XLA
+    would copy the whole chunk for each block. XLA's CPU backend removes an `optimization_barrier` before it decides this,
+    but not a loop. The loop has one step, which XLA cannot derive, because XLA does not know that the index is at least 0.
+    """
+    steps = jnp.minimum(index, 0) + 1
+    store = lambda carry: (carry[0] + 1, jnp.maximum(carry[1], block))
+    start = jnp.zeros_like(index), jnp.full_like(block, -jnp.inf)
+    return jax.lax.while_loop(lambda carry: carry[0] < steps, store, start)[1]
 
 
 def on_mesh(sweep: Callable[..., Sweep], mesh: Mesh, with_gradient: bool, *arrays: PyTree) -> Sweep:

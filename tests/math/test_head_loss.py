@@ -114,6 +114,41 @@ def test_no_block_changes_the_numbers(rows, monkeypatch):
     np.testing.assert_allclose(plain, expected, rtol=1e-6)
 
 
+def test_stored_blocks_have_the_same_bits(monkeypatch):
+    monkeypatch.setattr(head_loss.sweep, "BLOCK_BYTES", 4 * V)
+    a, coefficient, _ = arrays()
+
+    def value_and_gradients(store_blocks):
+        def total(hidden, head):
+            return token_sum(
+                divergences.logit_mse, hidden, head, a["ht"], a["wt"], coefficient, chunk=4, normalised=False,
+                store_blocks=store_blocks,
+            )[0]  # fmt: skip
+
+        return jax.value_and_grad(total, argnums=(0, 1))(a["hs"], a["ws"])
+
+    for found, expected in zip(
+        *(jax.tree.leaves(value_and_gradients(stored)) for stored in (True, False)), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_loss_of_logits_plans_no_further_chunk():
+    """Without stored blocks, XLA copied the chunk of logits for each block."""
+    tokens, vocab, width = 256, 32768, 8
+    shapes = [(1, tokens, width), (width, vocab), (1, tokens, width), (width, vocab), (1, tokens)]
+
+    def planned(divergence, **options):
+        total = lambda *arrays: token_sum(divergence, *arrays, chunk=tokens, **options)[0]
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        program = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(*arguments).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    of_logits = planned(divergences.logit_mse, normalised=False, store_blocks=True)
+    assert of_logits <= 1.05 * planned(divergences.forward_kl)
+    assert of_logits + 0.9 * 4 * tokens * vocab <= planned(divergences.logit_mse, normalised=False)
+
+
 def test_padded_vocabularies_caps_and_temperature():
     a, coefficient, _ = arrays()
     random = np.random.default_rng(1)
