@@ -94,9 +94,14 @@ def counted_tokens(term: Term, batch: Batch) -> Array:
     mask = batch["loss_mask"] & batch[f"where_{term.name}"] if term.where else batch["loss_mask"]
     if "origin" not in batch:  # without origin, every row is from a dataset
         return mask & (term.rows in ("all", "data"))
-    origin = batch["origin"]
-    rows = origin == ORIGINS.index(term.rows) if term.rows != "all" else origin != ORIGINS.index("text")
-    return mask & rows[:, None]
+    if term.rows == "all":
+        return mask & _is_first_stream(batch)
+    return mask & (batch["origin"] == ORIGINS.index(term.rows))[:, None]
+
+
+def _is_first_stream(batch: Batch) -> Array:
+    """Returns an array that broadcasts to [B, L], False for the rows of plain text, which are a second stream of rows."""
+    return batch["origin"][:, None] != ORIGINS.index("text") if "origin" in batch else jnp.ones((1, 1), bool)
 
 
 def prepare(
@@ -147,7 +152,8 @@ def prepare(
         counted = counted & term.gate(early | arrays | inputs)
         token_weight = None if token_weight is None else jnp.where(counted, token_weight, 0)
     shared = counted if token_weight is None or not term.divides_by_kept else token_weight
-    share = as_real(token_coefficients(term.average, shared, segments), params)
+    batch_count = jnp.sum(batch["loss_mask"] & _is_first_stream(batch))
+    share = as_real(token_coefficients(term.average, shared, segments, batch_count), params)
     if token_weight is not None and not term.divides_by_kept:
         share = share * token_weight
     coefficient = term_coefficient * share

@@ -10,11 +10,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kd_jax.policy_gradient import Scores
 
-AVERAGES = ("token", "sequence", "row_sum")
+AVERAGES = ("token", "batch_token", "sequence", "row_sum")
 
 
 def token_coefficients(
-    average: str, mask: Bool[Array, "B L"] | Float[Array, "B L"], segments: Int[Array, "B L"] | None = None
+    average: str,
+    mask: Bool[Array, "B L"] | Float[Array, "B L"],
+    segments: Int[Array, "B L"] | None = None,
+    batch_count: Int[Array, ""] | None = None,
 ) -> Float[Array, "B L"]:
     """Returns weights w such that sum(w * loss) is the average that `average` names.
 
@@ -22,19 +25,24 @@ def token_coefficients(
     their sums, so the result does not depend on the division.
 
     Args:
-      average: 'token' for the sum over all counted tokens, divided by their number. 'sequence' for the mean over rows
-        of the mean over each row's tokens; a row without a counted token is ignored. 'row_sum' for the mean over rows
-        of the sum over each row's tokens.
+      average: 'token' for the sum over all counted tokens, divided by their number. 'batch_token' for the same sum,
+        divided by `batch_count`. 'sequence' for the mean over rows of the mean over each row's tokens; a row without a
+        counted token is ignored. 'row_sum' for the mean over rows of the sum over each row's tokens.
       mask: True where a token counts; or the weight of each token, for an average that is divided by the sum of the
         weights in place of the number of tokens.
       segments: the number of each token's row, if several rows are packed into one; None without packing.
+      batch_count: the number of the batch's tokens, of which a term may count only a part.
 
     Returns:
-      Coefficients whose sum is 1, or 0 if no token counts; with 'row_sum', the sum is the mean length of the rows.
+      Coefficients whose sum is 1, or 0 if no token counts. With 'row_sum', the sum is the mean length of the rows. With
+      'batch_token', the sum is the share of the batch's tokens that count.
     """
     counted = jnp.asarray(mask, float)
     if average == "token":
         return _divided(counted, counted.sum())
+    if average == "batch_token":
+        assert batch_count is not None
+        return _divided(counted, batch_count)
     if segments is None:
         lengths = counted.sum(axis=-1, keepdims=True)
     else:

@@ -99,5 +99,6 @@ class Term:
     policy: Policy = section(Policy, "for kind=policy_gradient: the settings of the policy gradient")
     average: str = key(
         "token",
-        "token: mean over the batch's tokens; sequence: mean over rows of each row's mean; row_sum: of each sum",
+        "token: mean over the tokens that count in the term; batch_token: their sum divided by the number of the batch's "
+        "tokens; sequence: mean over rows of each row's mean; row_sum: of each sum",
     )

@@ -346,6 +346,23 @@ def g_opd(case):
     return Expression({"term": policy(members={"teacher": scale, "reference": 1 - scale})}, loss="surrogate_loss")
 
 
+def g_opd_by_domain(case):
+    """Builds a term for each domain; each token's share is the same as in one average over the whole batch."""
+    scale, domains = case["params"]["lambda"], np.array(case["params"]["rows"])
+    members = {
+        "math": {"teacher": scale, "reference": 1 - scale},
+        "code": {"second_teacher": scale, "reference": 1 - scale},
+        "other": {"teacher": 1.0},
+    }
+    terms = {
+        name: policy(members=of_domain) | {"where": {"domain": name}, "average": "batch_token"}
+        for name, of_domain in members.items()
+    }
+    shape = given(case, "mask").shape
+    batch = {f"where_{name}": np.broadcast_to((domains == name)[:, None], shape) for name in members}
+    return Expression(terms, batch=batch, loss="surrogate_loss")
+
+
 def aligndistil(case):
     """Builds reverse KL to an extrapolation from the reference through the teacher."""
     params = case["params"]
@@ -514,6 +531,7 @@ EXPRESSED = {
         (self_distillation, numbered(closed(98, 106))),
         (comparison, numbered(closed(107, 109))),  # OPSD
         (g_opd, numbered(110, 111)),
+        (g_opd_by_domain, numbered(112)),
         (aligndistil, numbered(113, 115)),
         (delta_kd, numbered(116, 117)),
         (among_teachers, numbered(closed(118, 123))),
@@ -571,7 +589,6 @@ NOT_EXPRESSED = {
         ("draws tokens at random, while a rule is a function of scores", numbered(closed(26, 28))),
         ("needs an advantage of each row, such as a verifier's reward", numbered(41, 42)),
         ("takes the larger of two means over the batch", numbered(66, 68)),
-        ("needs members that are chosen by a tag of the row", numbered(112)),
         ("needs a weight of each token from the divergence of two frozen models", numbered(114)),
         ("needs weights of the teachers from the scores of a batch", numbered(closed(124, 126))),
         ("adds the sampled token's score function to a sum over the top k", numbered(143)),

@@ -9,11 +9,11 @@ import pytest
 
 from configs import base
 from kd_jax import assistants, divergences
-from kd_jax.objectives import cross_entropy, make_terms, token_coefficients, token_loss
+from kd_jax.objectives import ORIGINS, cross_entropy, make_terms, token_coefficients, token_loss
 from kd_jax.run.build import make_objective
 from kd_jax.settings import Settings
 from tests.helpers.runs import smoke
-from tests.helpers.steps import TERM
+from tests.helpers.steps import TERM, B, V, batch, step
 
 MIX = {"assistant": {"name": "geometric_mixture"}, "pair": ("teacher", "assistant")}
 ENTROPY = {"divergence": {"name": "entropy"}, "pair": ("student",)}
@@ -40,6 +40,26 @@ def test_coefficients_give_the_average(average):
 @pytest.mark.parametrize("average", ["token", "sequence"])
 def test_nothing_to_count_is_zero(average):
     assert not np.any(token_coefficients(average, jnp.zeros((2, 3), bool)))
+
+
+def test_terms_that_divide_the_rows_add_up_to_the_average_of_the_batch():
+    """A row of plain text belongs to another stream, and does not count in the divisor."""
+    specs = {name: TERM | {"where": {"domain": name}, "average": "batch_token"} for name in ("math", "code")}
+    made = batch()
+    is_math = np.broadcast_to((np.arange(B) < 3)[:, None], made["loss_mask"].shape)
+    made |= {"where_math": is_math, "where_code": ~is_math, "origin": np.array([0] * (B - 1) + [ORIGINS.index("text")])}
+    random = np.random.default_rng(0)
+    student, teacher = random.normal(size=(2, *made["targets"].shape, V)).astype(np.float32)
+    found, found_gradient = step(specs, student, teacher, made)
+    expected, gradient = step({"both": TERM}, student, teacher, made)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(found_gradient, gradient, atol=1e-7)
+
+
+def test_an_average_over_the_batch_refuses_the_divisor_of_a_rule():
+    rule = {"name": "first", "count": 1, "divide_by": "kept"}
+    with pytest.raises(ValueError, match="batch_token.*tokens.divide_by is 'kept'"):
+        make_terms({"term": TERM | {"average": "batch_token", "tokens": rule}})
 
 
 def test_cross_entropy_is_minus_the_log_probability():
@@ -201,9 +221,9 @@ def test_an_assistants_keyword_may_have_a_schedule():
     changes = {"pair": ("teacher", "assistant"), "weight": 0.3}
     log_p, log_q = jax.nn.log_softmax(jnp.array([[0.0, 1.0, 2.0], [1.0, -1.0, 0.5]]))
     (moving,) = make_terms({"it": TERM | changes | {"assistant": {"name": "alpha_mixture", "alpha": alpha}}})
-    for step in (0, 4, 6, 8):  # alpha is -5, -1, 1, 3
-        number = moving.numbers["assistant.alpha"]((), step=jnp.asarray(step))
-        fixed = {"name": "alpha_mixture", "alpha": -5.0 + step}
+    for time in (0, 4, 6, 8):  # alpha is -5, -1, 1, 3
+        number = moving.numbers["assistant.alpha"]((), step=jnp.asarray(time))
+        fixed = {"name": "alpha_mixture", "alpha": -5.0 + time}
         (still,) = make_terms({"it": TERM | changes | {"assistant": fixed}})
         expected = loss_of(still, log_p, log_q, 0.3)
         np.testing.assert_allclose(
