@@ -194,8 +194,8 @@ def _arithmetic_among(log_probs: Sequence[Array], weights: Sequence[Weight]) -> 
         [log_p + jnp.log(jnp.asarray(w, log_p.dtype)) for log_p, w in zip(log_probs, weights, strict=True)]
     )
     greatest = jax.lax.stop_gradient(jnp.max(logs, axis=0))
-    shift = jnp.where(greatest > -jnp.inf, greatest, 0)
-    total = jnp.sum(jnp.where(logs > -jnp.inf, jnp.exp(jnp.where(logs > -jnp.inf, logs - shift, 0)), 0), axis=0)
+    shift = jnp.where(greatest != -jnp.inf, greatest, 0)
+    total = jnp.sum(jnp.where(logs != -jnp.inf, jnp.exp(jnp.where(logs != -jnp.inf, logs - shift, 0)), 0), axis=0)
     return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + shift, -jnp.inf)
 
 

@@ -36,8 +36,11 @@ def promote(*arrays: Float[Array, "..."]) -> tuple[Array, ...]:
 
 
 def has_mass(log_p: Float[Array, "*shape"]) -> Array:
-    """Returns True where the probability is not exactly zero, even if ``exp`` cannot represent a number so small."""
-    return log_p > -jnp.inf
+    """Returns True where the probability is not exactly zero, even if ``exp`` cannot represent a number so small.
+
+    NaN counts as mass, so that a divergence of NaN is NaN.
+    """
+    return log_p != -jnp.inf
 
 
 def over_vocab(weight: Weight) -> Float[Array, "*batch 1"] | Float[Array, ""] | Number:

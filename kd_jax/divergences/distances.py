@@ -69,5 +69,5 @@ def hellinger(log_p: LogProbs, log_q: LogProbs) -> PerToken:
       Xie et al., `AdaKD <https://arxiv.org/abs/2510.11615>`_, 2025 (as the score of a token).
     """
     squared = squared_hellinger(log_p, log_q)
-    differ = squared > 0
+    differ = ~(squared <= 0)  # NaN remains NaN
     return jnp.where(differ, jnp.sqrt(jnp.where(differ, squared, 1.0)), 0.0)

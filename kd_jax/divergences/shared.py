@@ -42,10 +42,11 @@ def normalise(log_p: LogProbs) -> LogProbs:
 def top_entries(leader: LogProbs, k: int, *others: LogProbs) -> tuple[Float[Array, "*batch k"], ...]:
     """Returns the entries of `others` at the ``k`` likeliest tokens of `leader`, the likeliest first.
 
-    Where the vocabulary has fewer than ``k`` tokens, all tokens are taken.
+    Where the vocabulary has fewer than ``k`` tokens, all tokens are taken. Where `leader` is NaN, the entries are NaN.
     """
-    _, ids = jax.lax.top_k(jax.lax.stop_gradient(leader), min(k, leader.shape[-1]))
-    return tuple(jnp.take_along_axis(other, ids, axis=-1, mode="promise_in_bounds") for other in others)
+    top, ids = jax.lax.top_k(jax.lax.stop_gradient(leader), min(k, leader.shape[-1]))
+    entries = (jnp.take_along_axis(other, ids, axis=-1, mode="promise_in_bounds") for other in others)
+    return tuple(jnp.where(jnp.isnan(top), jnp.nan, of_other) for of_other in entries)
 
 
 def one_hot(token: Target, vocab: int) -> Bool[Array, "*batch vocab"]:

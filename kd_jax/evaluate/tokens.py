@@ -47,7 +47,7 @@ def token_values(
     teacher = as_teacher(teacher)
 
     def values(teacher_side: PyTree, student_side: Array, log_q: Array, target: Array) -> Array:
-        best, plogp = jnp.argmax(log_q, axis=-1), jnp.where(log_q > -jnp.inf, jnp.exp(log_q) * log_q, 0)
+        best, plogp = jnp.argmax(log_q, axis=-1), jnp.where(log_q != -jnp.inf, jnp.exp(log_q) * log_q, 0)
         columns = [cross_entropy(log_q, target), -plogp.sum(axis=-1), jnp.exp(log_q.max(axis=-1)), best == target]
         columns += teacher.measure(teacher_side, student_side, log_q)
         return jnp.stack([column.astype(log_q.dtype) for column in columns], axis=-1)

@@ -104,7 +104,7 @@ def _values(
 
     def values(log_p: Array, log_q: Array) -> Array:
         agree = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
-        largest = jnp.abs(jnp.where(log_p > -jnp.inf, log_p - log_q, 0)).max(axis=-1)
+        largest = jnp.abs(jnp.where(log_p != -jnp.inf, log_p - log_q, 0)).max(axis=-1)
         return jnp.stack([forward_kl(log_p, log_q), agree.astype(log_q.dtype), largest], axis=-1)
 
     hidden = teacher.hidden(sharding.for_lookup(mesh, params), batch["tokens"], batch["mask"])

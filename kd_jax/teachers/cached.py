@@ -198,7 +198,7 @@ def draw(log_p: Array, uniform: Array, power: float = 1.0) -> dict[str, Array]:
     ratio = jnp.take_along_axis(log_p, ids, axis=-1) - jnp.take_along_axis(log_t, ids, axis=-1)
     # A token with probability 0 has the ratio -inf - (-inf), which is NaN and differs from itself.
     weights = jnp.where(ratio == ratio, jnp.exp(ratio), 0) / uniform.shape[-2]
-    entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
+    entropy = -jnp.sum(jnp.where(log_p != -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
     return {"teacher_ids": ids, "teacher_weights": weights, "teacher_entropy": entropy}
 
 

@@ -239,7 +239,7 @@ def top_k_divergence(teacher: LogProbs, student: LogProbs, *, k: int) -> PerToke
     """
     of_teacher, ids = _top(teacher, k)
     of_student = jnp.take_along_axis(_promote(student), ids, axis=-1)
-    has_mass = of_teacher > -jnp.inf
+    has_mass = of_teacher != -jnp.inf
     safe = jnp.where(has_mass, of_teacher, 0.0)
     return jnp.sum(jnp.where(has_mass, jnp.exp(safe) * (safe - of_student), 0.0), axis=-1)
 
@@ -304,7 +304,7 @@ def _checked(k: int) -> int:
 
 def _entropy(log_probs: Array) -> Array:
     log_probs = _promote(log_probs)
-    finite = jnp.where(log_probs > -jnp.inf, log_probs, 0.0)
+    finite = jnp.where(log_probs != -jnp.inf, log_probs, 0.0)
     return jnp.sum(-jnp.exp(log_probs) * finite, axis=-1)
 
 

@@ -536,6 +536,15 @@ def test_properties(name, z, dead):
 
 
 @pytest.mark.parametrize("name", divergences.__all__)
+def test_the_divergence_of_nan_is_nan(name):
+    """An evaluation would otherwise report that a model with NaN parameters equals the teacher."""
+    unknown, known = jnp.full(4, jnp.nan), jax.nn.log_softmax(jnp.arange(4.0))
+    zeros = jnp.log(jnp.array([0.5, 0.5, 0.0, 0.0]))
+    for pair in ((unknown, unknown), (unknown, known), (known, unknown), (unknown, zeros), (zeros, unknown)):
+        assert jnp.isnan(call(name, *pair, target=jnp.int32(0)))
+
+
+@pytest.mark.parametrize("name", divergences.__all__)
 def test_one_token_a_batch_and_vmap_agree_with_jit(name):
     function = functools.partial(call, name, **KEYWORDS[name][0])
     log_p, log_q = map(jax.nn.log_softmax, map(jnp.asarray, logits(shape=(2, 3, 9))))
