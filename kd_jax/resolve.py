@@ -8,8 +8,9 @@ The name may be a call, ``"alpha_beta(alpha=0.2, beta=0.7)"``. Then the keyword 
 so that a flag can replace one function by another function with other keywords.
 
 A module is its own registry: a spec may name the entries of its ``__all__``, or its public callables if it has no
-``__all__``. A name from another module is written like an entry point, ``"package.module:function"``, also as a call.
-For a function of a notebook, or of the script that runs, the module is ``__main__``: ``"__main__:mine(scale=2.0)"``.
+``__all__``. ``ALIASES`` may list further names of entries. A name from another module is written like an entry point,
+``"package.module:function"``, also as a call. For a function of a notebook, or of the script that runs, the module is
+``__main__``: ``"__main__:mine(scale=2.0)"``.
 
 A config holds names, not functions, because a config is data that is stored beside the checkpoints and read again when
 a run resumes.
@@ -136,7 +137,7 @@ def look_up(
         if is_call:
             name, keywords = _parse_call(name)
     known = names(module)
-    if name not in known:
+    if name not in known and name not in getattr(module, "ALIASES", ()):
         problem = "no name" if name is None else f"unknown name {name!r}"
         location = f"in the spec {_show(spec)}{nearest(name, known)}"
         raise ValueError(f"{problem} {location}; {module.__name__} has {', '.join(known)}.")

@@ -26,19 +26,19 @@ from optax.schedules import (
     warmup_exponential_decay_schedule,
 )
 
-from kd_jax.schedules.adaptive import adaptive_fraction, taid
+from kd_jax.schedules.adaptive import adaptive_fraction, adaptive_increase
 from kd_jax.schedules.plain import as_stateful as as_stateful
 from kd_jax.schedules.plain import by_stage
 from kd_jax.schedules.plain import first_value as first_value
-from kd_jax.schedules.skew import distillm2_skew
+from kd_jax.schedules.skew import skew_by_gap
 
 __all__ = [
     "adaptive_fraction",
+    "adaptive_increase",
     "by_stage",
     "constant_schedule",
     "cosine_decay_schedule",
     "cosine_onecycle_schedule",
-    "distillm2_skew",
     "exponential_decay",
     "join_schedules",
     "linear_onecycle_schedule",
@@ -47,8 +47,12 @@ __all__ = [
     "piecewise_interpolate_schedule",
     "polynomial_schedule",
     "sgdr_schedule",
-    "taid",
+    "skew_by_gap",
     "warmup_constant_schedule",
     "warmup_cosine_decay_schedule",
     "warmup_exponential_decay_schedule",
 ]
+
+# The names in configs of two schedules, after the methods that introduced the schedules: TAID and DistiLLM-2.
+ALIASES = ("taid", "distillm2_skew")
+taid, distillm2_skew = adaptive_increase, skew_by_gap

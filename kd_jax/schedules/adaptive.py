@@ -9,21 +9,22 @@ from jaxtyping import Array, Float
 
 from kd_jax.resolve import check_number
 
-__all__ = ["adaptive_fraction", "taid"]
+__all__ = ["adaptive_fraction", "adaptive_increase"]
 
 
-class TaidState(NamedTuple):
-    """The state of TAID: scalars in JAX's default floating type."""
+class IncreaseState(NamedTuple):
+    """The state of `adaptive_increase`: scalars in JAX's default floating type."""
 
     value: Float[Array, ""]
     momentum: Float[Array, ""]
     previous_loss: Float[Array, ""]  # infinite before the first update
 
 
-class taid:
-    """TAID's path: ``t <- min(end, max(start + (end - start) k / N, t + alpha sigmoid(m) (1 - t)))``.
+class adaptive_increase:
+    """A weight that grows from ``start`` to ``end``, and faster while the loss falls.
 
-    The class has a name in lower case because a config names it like optax's functions.
+    The update is ``t <- min(end, max(start + (end - start) k / N, t + alpha sigmoid(m) (1 - t)))``. The class has a name
+    in lower case because a config names it like optax's functions.
 
     ``m`` is the running mean of the relative decrease of the loss. The path is therefore faster while the loss falls,
     and slower while the loss rises. The path never falls below the straight line from start to end. The first update
@@ -45,7 +46,7 @@ class taid:
       ValueError: a number is out of range.
 
     Example:
-      >>> schedule = taid(total_steps=10, alpha=0.5)
+      >>> schedule = adaptive_increase(total_steps=10, alpha=0.5)
       >>> state = schedule.init()
       >>> state = schedule.update(state, step=0, loss=2.0)  # stores the loss
       >>> state = schedule.update(state, step=1, loss=1.0)
@@ -70,21 +71,21 @@ class taid:
         self.start = check_number("start", start, 0.0, 1.0)
         if not self.start <= self.end or self.start == 1 or self.end == 0:
             raise ValueError(
-                f"start is {start!r} and end is {end!r}, but taid needs start below 1, end above 0, and start <= end."
+                f"start is {start!r} and end is {end!r}; start must be below 1 and at most end, and end above 0."
             )
         self.alpha = check_number("alpha", alpha, 0.0, 1.0)
         self.beta = check_number("beta", beta, 0.0, 1.0)
         self.disable_adaptive = disable_adaptive
 
-    def init(self) -> TaidState:
+    def init(self) -> IncreaseState:
         """Returns the state before the first step."""
-        return TaidState(jnp.array(self.start, float), jnp.array(0.0, float), jnp.array(jnp.inf, float))
+        return IncreaseState(jnp.array(self.start, float), jnp.array(0.0, float), jnp.array(jnp.inf, float))
 
-    def __call__(self, state: TaidState, **unused: object) -> Float[Array, ""]:
+    def __call__(self, state: IncreaseState, **unused: object) -> Float[Array, ""]:
         """Returns the teacher's weight for the current step."""
         return state.value
 
-    def update(self, state: TaidState, *, step: ArrayLike, loss: ArrayLike, **unused: object) -> TaidState:
+    def update(self, state: IncreaseState, *, step: ArrayLike, loss: ArrayLike, **unused: object) -> IncreaseState:
         """Returns the state after a step, without a gradient.
 
         Args:
@@ -101,7 +102,7 @@ class taid:
         line = self.start + (self.end - self.start) * jnp.asarray(step, loss.dtype) / self.total_steps
         adaptive = state.value + self.alpha * jax.nn.sigmoid(momentum) * (1 - state.value)
         value = jnp.minimum(self.end, line if self.disable_adaptive else jnp.maximum(line, adaptive))
-        return TaidState(jnp.where(first, state.value, value), jnp.where(first, state.momentum, momentum), loss)
+        return IncreaseState(jnp.where(first, state.value, value), jnp.where(first, state.momentum, momentum), loss)
 
 
 class FractionState(NamedTuple):

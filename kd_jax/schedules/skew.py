@@ -8,17 +8,17 @@ from jaxtyping import Array, Float
 
 from kd_jax.resolve import check_number
 
-__all__ = ["distillm2_skew"]
+__all__ = ["skew_by_gap"]
 
 
 class SkewState(NamedTuple):
-    """The state of DistiLLM-2's curriculum: the sum and the number of the gaps in the first steps."""
+    """The state of `skew_by_gap`: the sum and the number of the gaps in the first steps."""
 
     total: Float[Array, ""]
     count: Float[Array, ""]
 
 
-class distillm2_skew:
+class skew_by_gap:
     """The skew ``1 - (1 - base) m / gap``, clipped to ``[low, base]``.
 
     The skew is the weight of the divergence's first argument in the assistant. A larger gap between the two models

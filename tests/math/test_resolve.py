@@ -59,7 +59,8 @@ def test_a_name_may_say_its_module(monkeypatch):
 def test_build():
     spec = {"name": "linear_schedule", "init_value": 0.0, "end_value": 1.0, "transition_steps": 10}
     assert resolve.build(spec, schedules)(5) == 0.5
-    assert resolve.build(ml_collections.ConfigDict({"name": "taid"}), schedules, total_steps=7).total_steps == 7
+    for name in ("adaptive_increase", "taid"):  # the second name is an alias
+        assert resolve.build(ml_collections.ConfigDict({"name": name}), schedules, total_steps=7).total_steps == 7
     joined = {
         "name": "join_schedules",
         "schedules": [spec, {"name": "constant_schedule", "value": 3.0}],

@@ -92,7 +92,7 @@ def test_one_protocol_for_all():
 
 def test_every_schedule_is_optax_s_own_or_ours():
     for name in schedules.__all__:
-        assert name in ("adaptive_fraction", "taid", "distillm2_skew", "by_stage") or getattr(
+        assert name in ("adaptive_fraction", "adaptive_increase", "skew_by_gap", "by_stage") or getattr(
             schedules, name
         ) is getattr(optax.schedules, name)
     missing = {name for name in dir(optax.schedules) if name.endswith("_schedule") and name[0] != "_"} - set(
