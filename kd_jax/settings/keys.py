@@ -158,6 +158,11 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Log:
+    wandb: str = key("", "project of Weights & Biases that also receives the metrics (package wandb); empty: none")
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """All settings of a run."""
 
@@ -211,6 +216,11 @@ class Settings:
         0, "number of held-out prompts answered per evaluation: ROUGE-L, KLs on student text", least=0
     )
     sample_tokens: int = key(64, "largest number of tokens in a sample shown at the end", least=1)
+    log: Log = section(Log)
+    push: str = key(
+        "", "repository on the Hugging Face hub that receives the student at the end, hf://ORG/NAME; empty: none"
+    )
+    push_private: bool = key(True, "create that repository as private; an existing repository keeps its visibility")
 
     @classmethod
     def read(cls, config: Config) -> Self:

@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from kd_jax import metrics, sharding, storage
-from kd_jax.run import Run, build, identity, quantisation, results, summary
+from kd_jax.run import Run, build, hub_names, identity, quantisation, results, summary
 from kd_jax.settings import Settings
 from kd_jax.storage import checkpoint, directory, remote
 from kd_jax.storage.files import Json
@@ -80,7 +80,7 @@ def train(config: ConfigDict | Settings, workdir: str, quiet: bool = False) -> J
                     f"{line}; the checkpoint is renamed, and the run resumes from step {int(state.step)}."
                 )
         if first and not quiet:
-            metrics.tqdm.write("\n".join([summary.of(run, state), *summary.too_long(run)]))
+            metrics.tqdm.write("\n".join([summary.of(run, state), *hub_names.lines(settings), *summary.too_long(run)]))
             if rounding:
                 metrics.tqdm.write(quantisation.sentence(rounding))
         with metrics.Writer(workdir, int(state.step), silent=not first) as writer:
