@@ -106,10 +106,11 @@ def _settle(given: Json, config: Json | None) -> None:
 
     All processes must call this function.
     """
-    options = {} if config is None else {**config["data"].get("options", {}), "name": config["data"]["name"]}
-    texts = [given["model"], given.get("teacher"), given.get("data"), given.get("data_path")]
-    texts += [*options.values(), *given.get("data_options", {}).values()]
-    named = [text for text in texts if isinstance(text, str) and hub.is_hub(text)]
+    options = {} if config is None else config["data"].get("options", {})
+    values = {f"data.options.{option}": value for option, value in options.items()}
+    values |= {f"--{flag}": given.get(flag) for flag in ("model", "teacher", "data", "data_path")}
+    values |= {f"--data_options {option}": value for option, value in given.get("data_options", {}).items()}
+    named = {value: key for key, value in values.items() if isinstance(value, str) and hub.is_hub(value)}
     run = models.folder(given["model"]) if config is not None else None
     if run is not None and run.name == STUDENT and not (run / directory.IDENTITY).exists():
         run = run.parent

@@ -7,23 +7,25 @@ from kd_jax.settings import Settings
 from kd_jax.storage import directory, hub
 
 
-def addresses(config: Settings) -> list[str]:
-    """Returns the addresses of the models, the tokenizer and the datasets that a run reads.
+def addresses(config: Settings) -> dict[str, str]:
+    """Returns the addresses of the models, the tokenizer and the datasets that a run reads, each with its key.
 
     Example:
       >>> import dataclasses
       >>> settings = Settings()
       >>> teacher = dataclasses.replace(settings.teacher, path="hf://org/teacher@v1")
       >>> addresses(dataclasses.replace(settings, teacher=teacher))
-      ['hf://org/teacher@v1']
+      {'hf://org/teacher@v1': 'teacher.path'}
     """
-    models = [config.teacher, *config.members.values()]
-    paths: list[object] = [model.path for model in models if not model.cache]
-    paths += [config.tokenizer.path, config.student.path if config.student.init == "pretrained" else ""]
-    paths.append(dataset_options(config))
-    if config.text.name:
-        paths.append(dataset_options(config, "text"))
-    return list(dict.fromkeys(text for text in _texts(paths) if hub.is_hub(text)))
+    models = {"teacher": config.teacher} | {f"members.{name}": member for name, member in config.members.items()}
+    values: dict[str, object] = {f"{key}.path": model.path for key, model in models.items() if not model.cache}
+    values["tokenizer.path"] = config.tokenizer.path
+    values["student.path"] = config.student.path if config.student.init == "pretrained" else ""
+    for section in ("data", "text") if config.text.name else ("data",):
+        options = dataset_options(config, section)
+        values |= {f"{section}.options.{option}": value for option, value in options.items()}
+    found = [(text, key) for key, value in values.items() for text in texts(value) if hub.is_hub(text)]
+    return dict(reversed(found))  # of several keys with an address, the first one
 
 
 def settle(config: Settings, workdir: str = "") -> None:
@@ -50,13 +52,13 @@ def lines(config: Settings) -> list[str]:
     return [f"hub      {name} at the commit {commit[:12]}" for name, commit in commits(config).items()]
 
 
-def _texts(tree: object) -> Iterator[str]:
+def texts(tree: object) -> Iterator[str]:
     """Yields the texts in nested mappings and sequences."""
     if isinstance(tree, str):
         yield tree
     elif isinstance(tree, Mapping):
         for value in tree.values():
-            yield from _texts(value)
+            yield from texts(value)
     elif isinstance(tree, list | tuple):
         for value in tree:
-            yield from _texts(value)
+            yield from texts(value)

@@ -12,7 +12,7 @@ A branch may move. So a process resolves an address to a commit only once. A run
 import contextlib
 import glob
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import huggingface_hub
@@ -34,6 +34,7 @@ WEIGHTS = (*CONFIGS, "*.safetensors")
 IGNORED = ("*/*", "consolidated*")
 DATA = ("*.jsonl", "*.jsonl.gz", "*.json", "*.parquet", "*.arrow", "*.txt")  # the files of a folder of data
 
+_keys: dict[str, str] = {}  # an address -> the key or the flag that names the address, for messages
 _commits: dict[str, str] = {}  # the address of a repository -> its commit in this process
 _folders: dict[tuple[str, ...], Path] = {}  # a repository, its commit and patterns -> the folder in the cache
 Uri = huggingface_hub.HfUri
@@ -42,6 +43,11 @@ Uri = huggingface_hub.HfUri
 def is_hub(path: AnyPath) -> bool:
     """Returns True if a path is an address on the hub."""
     return str(path).startswith(HUB)
+
+
+def named(address: str) -> str:
+    """Returns an address after the key of the config, or the flag, that `settle` knows for it."""
+    return f"{_keys[address]}={address}" if address in _keys else address
 
 
 def parse(address: str, kind: str = "") -> Uri:
@@ -63,12 +69,16 @@ def parse(address: str, kind: str = "") -> Uri:
         uri = huggingface_hub.parse_hf_uri(address)
     except errors.HfUriError as error:
         reason = " ".join(str(error).partition("'. ")[2].split()).rstrip(".")
-        raise ValueError(f"{address} is no address on the Hugging Face hub ({reason}); write {FORMS}.") from error
+        raise ValueError(
+            f"{named(address)} is no address on the Hugging Face hub ({reason}); write {FORMS}."
+        ) from error
     if uri.type not in ((kind,) if kind else KINDS):
-        raise ValueError(f"{address} names a {uri.type}, and not a {kind or 'model or a dataset'}; write {FORMS}.")
+        raise ValueError(
+            f"{named(address)} names a {uri.type}, and not a {kind or 'model or a dataset'}; write {FORMS}."
+        )
     if uri.type == "model" and uri.path_in_repo:
         raise ValueError(
-            f"{address}: the files of a model are at the root of its repository; leave out /{uri.path_in_repo}."
+            f"{named(address)}: the files of a model are at the root of its repository; leave out /{uri.path_in_repo}."
         )
     return uri
 
@@ -103,38 +113,35 @@ def commit(address: str) -> str:
     return _commits[name]
 
 
-def settle(addresses: Iterable[str], recorded: Mapping[str, str] | None = None) -> dict[str, str]:
+def settle(keys: Mapping[str, str], recorded: Mapping[str, str] | None = None) -> None:
     """Decides the commit of each repository, for all processes of a run.
 
     All processes must call this function with the same addresses. Only the first process asks the hub. If there is an
     error, all processes raise it.
 
     Args:
-      addresses: paths and addresses; paths are ignored.
+      keys: address -> the key of the config or the flag that names the address, for messages.
       recorded: the commits that the run has recorded, by repository. They have priority over all other commits.
-
-    Returns:
-      The commit of each repository.
 
     Raises:
       ValueError, ConnectionError: as in `commit`.
     """
-    named = {repository(address): address for address in addresses if is_hub(address)}
-    if not named:
-        return {}
+    if not keys:
+        return
     commits: dict[str, str] = {}
     problem, is_lost = "", False
-    if jax.process_index() == 0:
-        known = recorded or {}
+    _keys.update(keys)
+    for address in keys if jax.process_index() == 0 else ():
         try:
-            commits = {name: known.get(name) or commit(address) for name, address in named.items()}
+            name = repository(address)
+            commits[name] = (recorded or {}).get(name) or commit(address)
         except (ValueError, OSError) as error:
             problem, is_lost = str(error), isinstance(error, OSError)
+            break
     commits, problem, is_lost = json.loads(sharding.text_from_first_process(json.dumps([commits, problem, is_lost])))
     if problem:
         raise ConnectionError(problem) if is_lost else ValueError(problem)
     _commits.update(commits)
-    return commits
 
 
 def model(path: AnyPath, weights: bool = True) -> Path:
@@ -155,7 +162,7 @@ def model(path: AnyPath, weights: bool = True) -> Path:
     parse(address, "model")
     folder = _snapshot(address, CONFIGS, IGNORED)
     if not folder.is_dir():
-        raise ValueError(f"{address}: the repository has none of the files of a model{_files_of(address)}.")
+        raise ValueError(f"{named(address)}: the repository has none of the files of a model{_files_of(address)}.")
     if not weights:
         return folder
     folder = _snapshot(address, WEIGHTS, IGNORED)
@@ -181,7 +188,7 @@ def data(address: str) -> Path:
     patterns = (exact, *(f"{exact}/{pattern}" for pattern in DATA)) if name else DATA
     path = _snapshot(address, patterns) / name
     if not path.exists():
-        raise ValueError(f"{address}: the repository {uri.id} has no file or folder {name}{_files_of(address)}.")
+        raise ValueError(f"{named(address)}: the repository {uri.id} has no file or folder {name}{_files_of(address)}.")
     return path
 
 
@@ -231,7 +238,7 @@ def _refuse_other_weights(address: str) -> None:
     )
     has = f"only {', '.join(others[:3])}" if others else "no weights"
     raise ValueError(
-        f"{address}: the repository has {has}, and kd_jax reads weights in safetensors only, because pickled files can run "
+        f"{named(address)}: the repository has {has}, and kd_jax reads weights in safetensors only, because pickled files can run "
         f"code when read. Look for a converted copy: https://huggingface.co/{uri.id}/discussions may have one as a pull request "
         f"(hf://{uri.id}@refs/pr/1). Or convert the model with transformers' save_pretrained, and give the folder."
     )
@@ -254,36 +261,40 @@ def explained(address: str) -> Iterator[None]:
         raise
     except errors.GatedRepoError as error:
         raise ValueError(
-            f"{address}: the repository is gated. Accept the conditions on {page}, and log in with `hf auth login` or set HF_TOKEN "
-            f"to a token of the same account{_token()}."
+            f"{named(address)}: the repository is gated. Accept the conditions on {page}, and log in with "
+            f"`hf auth login` or set HF_TOKEN to a token of the same account{_token()}."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ValueError(
-            f"{address}: the hub has no {uri.type} {uri.id}, or the repository is private. Correct the name, or log in with "
+            f"{named(address)}: the hub has no {uri.type} {uri.id}, or the repository is private. Correct the name, or log in with "
             f"`hf auth login` or set HF_TOKEN{_token()}."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(
-            f"{address}: the repository has no revision {_commits.get(repository(address)) or uri.revision}. Its branches and "
-            f"tags are listed on {page}/tree/main; without @REVISION the branch main is used."
+            f"{named(address)}: the repository has no revision {_commits.get(repository(address)) or uri.revision}. Its "
+            f"branches and tags are listed on {page}/tree/main; without @REVISION the branch main is used."
         ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
             raise ValueError(
-                f"{address}: the hub refuses access (status {status}). Log in with `hf auth login`, or set HF_TOKEN to a token "
-                f"that may read or write this repository{_token()}."
+                f"{named(address)}: the hub refuses access (status {status}). Log in with `hf auth login`, or set HF_TOKEN "
+                f"to a token that may read or write this repository{_token()}."
             ) from error
-        raise ConnectionError(f"{address}: the hub answers with an error, {_short(error)}. Try again later.") from error
+        raise ConnectionError(
+            f"{named(address)}: the hub answers with an error, {_short(error)}. Try again later."
+        ) from error
     except (errors.HTTPError, errors.RevisionResolutionError, errors.LocalEntryNotFoundError, OSError) as error:
         if isinstance(error.__cause__, errors.HfHubHTTPError):
             answer = _short(error.__cause__)
-            raise ConnectionError(f"{address}: the hub answers with an error, {answer}. Try again later.") from error
+            raise ConnectionError(
+                f"{named(address)}: the hub answers with an error, {answer}. Try again later."
+            ) from error
         reason = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"there is no connection: {_short(error)}"
         kind = " --repo-type dataset" if uri.type == "dataset" else ""
         at = f" --revision {uri.revision}" if uri.revision else ""
         raise ConnectionError(
-            f"{address} is not, or not completely, in the cache {constants.HF_HUB_CACHE}, and the hub cannot be reached "
+            f"{named(address)} is not, or not completely, in the cache {constants.HF_HUB_CACHE}, and the hub cannot be reached "
             f"({reason}). Download the repository before, with `hf download {uri.id}{kind}{at}` on a machine with a connection; "
             f"HF_HOME names the folder of the cache."
         ) from error

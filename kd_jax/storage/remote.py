@@ -23,7 +23,12 @@ from kd_jax.storage.checksum import digest
 from kd_jax.storage.files import AnyPath
 from kd_jax.storage.remote_copy import CHECKPOINTS, Copy
 
-UNREAD = ("tensorboard", "profile", "nonfinite")  # folders of a work directory that a resumed run does not read
+UNREAD = (
+    "tensorboard",
+    "wandb",
+    "profile",
+    "nonfinite",
+)  # folders of a work directory that a resumed run does not read
 HEAVY = (*UNREAD, CHECKPOINTS, "student")  # folders that a report page does not need
 BY_ORBAX = ("gs", "gcs")  # the schemes of the addresses to which orbax writes checkpoints
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}

@@ -238,5 +238,6 @@ def forget(monkeypatch):
     """Makes the process forget the commits and folders of earlier addresses, as a new process would."""
     from kd_jax.storage import hub as hub_names
 
+    monkeypatch.setattr(hub_names, "_keys", {})
     monkeypatch.setattr(hub_names, "_commits", {})
     monkeypatch.setattr(hub_names, "_folders", {})
