@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from kd_jax import data, metrics, models, train
+from kd_jax.evaluate import __main__ as evaluate_command
+from kd_jax.evaluate import arguments as evaluate_arguments
 from kd_jax.evaluate import of_run
 from kd_jax.run import hub_names, identity
 from kd_jax.settings import Settings
 from kd_jax.storage import directory, hub, remote
 from tests.helpers import hub_server
-from tests.helpers.commands import environment
+from tests.helpers.commands import environment, free_port
 from tests.helpers.paths import ROOT, TINY
 from tests.helpers.runs import smoke
 
@@ -179,6 +181,48 @@ def test_one_process_of_a_host_downloads_and_the_others_wait(server, tmp_path):
         calls = [threads.submit(download, server, tmp_path / "shared", "hf://org/llama") for _ in range(3)]
         folders = {call.result() for call in calls}
     assert len(folders) == 1 and server.downloads("model.safetensors") == 1
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_run_read_one_commit(server, tmp_path, data_dir):
+    """Only the first process asks for the commit, and the weights are downloaded once."""
+    server.add_folder("org/teacher", models.folder("package:docstrings_teacher"))
+    server.delay = 0.3
+    data.load("docstrings", split="train", data_dir=str(data_dir), packages=("optax", "flax"), standard_library=False)
+    changes = {"teacher__path": "hf://org/teacher", "tokenizer__path": "", "mesh__data": 2}
+    spec = {"data_dir": str(data_dir), "steps": 1, "runs": {"run": ["forward_kl", changes]}}
+    address = f"127.0.0.1:{free_port()}"
+    variables = environment(1) | hub_server.environment(server, tmp_path / "hf")
+    running = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "tests.helpers.processes", json.dumps(spec | {"processes": f"{address},2,{index}"}),
+                str(tmp_path / str(index)),
+            ],
+            cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
+    losses = [json.loads((tmp_path / str(index)).read_text())["run"]["losses"] for index in range(2)]
+    assert losses[0] == losses[1] and server.downloads("model.safetensors") == 1
+    assert server.requests.count("GET /api/models/org/teacher") == 1
+
+
+@pytest.mark.slow
+def test_an_evaluation_reads_the_model_and_the_data_from_the_hub(server, tmp_path):
+    server.add_folder("org/teacher", models.folder("package:docstrings_teacher"))
+    server.add("org/rows", {"test.jsonl": ROWS}, kind="datasets")
+    flags = [
+        "--model=hf://org/teacher", "--data=hf://datasets/org/rows/test.jsonl", "--reference_field=response",
+        "--seeds=", "--rows=8", "--batch_size=8", "--max_prompt_length=16", "--max_new_tokens=8", f"--out={tmp_path / 'out'}",
+    ]  # fmt: skip
+    result = evaluate_command.run(evaluate_arguments.parse(flags))
+    assert result["rows"] == 8 and result["given"]["cross_entropy"] > 0
+    wrong = evaluate_arguments.parse(["--model=hf://org/none", *flags[1:-1], f"--out={tmp_path / 'other'}"])
+    with pytest.raises(ValueError, match="--model=hf://org/none: the hub has no model org/none"):
+        evaluate_command.run(wrong)
 
 
 # --- bad input, before training
@@ -372,5 +416,7 @@ def test_the_command_reads_the_hub_of_hf_endpoint(server, tmp_path, data_dir):
         [*call[:4], f"--workdir={tmp_path / 'other'}", "--config.teacher.path=hf://org/none"],
         cwd=ROOT, env=variables, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 1 and done.stderr.startswith("kd_jax: hf://org/none: the hub has no model org/none")
+    assert done.returncode == 1 and done.stderr.startswith(
+        "kd_jax: teacher.path=hf://org/none: the hub has no model org/none"
+    )
     assert not (tmp_path / "other").exists() and "Traceback" not in done.stderr
