@@ -86,9 +86,8 @@ def open_wandb(project: str, workdir: str, config: Json) -> WandbRun | None:
     if known.get("project") != project:
         known = {"project": project, "id": secrets.token_hex(4)}
         storage.write_whole(path, json.dumps(known) + "\n")
-    run = wandb.init(
-        project=project, id=known["id"], resume="allow", dir=workdir, name=Path(workdir).name, config=config
-    )
+    name = "/".join(Path(workdir).absolute().parts[-2:])  # the runs of an ablation have equal last parts
+    run = wandb.init(project=project, id=known["id"], resume="allow", dir=workdir, name=name, config=config)
     # Metrics are read some steps late, so the rows are not in the order of the steps.
     run.define_metric("*", step_metric="step")
     return run

@@ -54,7 +54,8 @@ def test_a_resumed_run_continues_the_same_run(wandb, tmp_path):
     identity = json.loads((tmp_path / metrics.WANDB).read_text())
     assert identity["project"] == "distil" and len(identity["id"]) == 8
     assert first == second == {
-        "project": "distil", "id": identity["id"], "resume": "allow", "dir": str(tmp_path), "name": tmp_path.name,
+        "project": "distil", "id": identity["id"], "resume": "allow", "dir": str(tmp_path),
+        "name": f"{tmp_path.parent.name}/{tmp_path.name}",
         "config": {"steps": 4},
     }  # fmt: skip
     assert wandb.rows == [{"step": step, "train/loss": float(step)} for step in (1, 2, 3)]
