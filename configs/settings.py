@@ -9,7 +9,7 @@ from configs import base
 
 def get(name: str) -> ConfigDict:
     """Returns the base config with the models and the data of a setting."""
-    settings = {f.__name__: f for f in (docstrings, smoke, dolly_smollm2, dolly_gpt2)}
+    settings = {f.__name__: f for f in SETTINGS}
     if name not in settings:
         close = difflib.get_close_matches(name, settings, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -94,22 +94,42 @@ def dolly_smollm2(config: ConfigDict) -> None:
 
 
 def dolly_gpt2(config: ConfigDict) -> None:
-    """Distils GPT-2 XL into GPT-2 on databricks-dolly-15k, as in MiniLLM and DistiLLM.
+    """Distils MiniLLM's GPT-2 XL into GPT-2 on databricks-dolly-15k, as in MiniLLM and DistiLLM.
 
     The hyper-parameters are those of the scripts of MiniLLM and DistiLLM. The run has 20 epochs of about 12,500 rows in
     batches of 32 (8 on each of 4 devices). AdamW has the learning rate 5e-4 and the weight decay 0.01, except for
     biases and the parameters of norms. The learning rate follows a cosine to 1e-7 without warm-up. The gradient's norm
-    is clipped at 1. A row has up to 512 tokens, of which the prompt has up to 256. Both models must be fine-tuned on
-    Dolly first, for example with
+    is clipped at 1. A row has up to 512 tokens, of which the prompt has up to 256. Both models are fine-tuned on Dolly.
 
-        python -m kd_jax.main --config=configs/sft.py:dolly_gpt2 --config.teacher.path= --config.student.path=FOLDER
+    This setting was not run at full size, and the repositories on the hub were not opened.
     """
-    config.steps = 7800
-    config.teacher.path = "models/gpt2-xl-dolly"
-    config.student.init = "pretrained"
-    config.student.path = "models/gpt2-dolly"
+    _dolly_of_the_papers(config, epochs=20)
+    config.teacher.path = "hf://MiniLLM/teacher-gpt2-1.5B"
+    config.student.path = "hf://MiniLLM/init-gpt2-120M"
     config.optimizer.no_decay = ("*norm*", "*bias")
     config.student.dtype = "bfloat16"
+
+
+def dolly_opt(config: ConfigDict) -> None:
+    """Distils MiniLLM's OPT-13B into OPT-1.3B on databricks-dolly-15k, as in MiniLLM.
+
+    The hyper-parameters are those of MiniLLM's script for OPT-1.3B: 10 epochs in batches of 32 and the learning rate
+    5e-5. All others are those of `dolly_gpt2`. Both models are fine-tuned on Dolly.
+
+    This setting was not run at full size, and the repositories on the hub were not opened.
+    """
+    _dolly_of_the_papers(config, epochs=10)
+    config.learning_rate = base.cosine(config, 5e-5)
+    config.teacher.path = "hf://MiniLLM/teacher-OPT-13B"
+    config.student.path = "hf://MiniLLM/SFT-OPT-1.3B"
+    config.student.dtype = "bfloat16"
+    config.student.remat = "nothing_saveable"
+
+
+def _dolly_of_the_papers(config: ConfigDict, epochs: int) -> None:
+    """Sets the data and the hyper-parameters that the scripts of MiniLLM share."""
+    config.steps = 390 * epochs
+    config.student.init = "pretrained"
     config.teacher.dtype = "bfloat16"
     config.seed = 10
     config.data.name = "dolly"
@@ -119,3 +139,77 @@ def dolly_gpt2(config: ConfigDict) -> None:
     config.text.batch_size = 32
     config.eval_every = 390
     config.checkpoint_every = 390
+
+
+def gsm8k_qwen25(config: ConfigDict) -> None:
+    """Distils Qwen2.5-3B-Instruct into Qwen2.5-0.5B-Instruct on the problems of GSM8K.
+
+    The run has 3 epochs of about 7,250 problems in batches of 32. The prompts have the chat template of the tokenizer.
+    Measure the answers with `python -m kd_jax.evaluate --data=gsm8k --numbers`.
+
+    The learning rate is a guess, and this setting was not run at full size. The repositories were not opened.
+    """
+    _chat(config, steps=680)
+    config.teacher.path = "hf://Qwen/Qwen2.5-3B-Instruct"
+    config.student.path = "hf://Qwen/Qwen2.5-0.5B-Instruct"
+    config.data.name = "gsm8k"
+    config.data.max_length = 640
+    config.data.max_prompt_length = 320
+    config.sampling.max_new_tokens = 320
+
+
+def ultrachat_gemma2(config: ConfigDict) -> None:
+    """Distils Gemma 2 9B into Gemma 2 2B on the first third of UltraChat 200k.
+
+    The run has about 64,000 conversations in batches of 32. Both models are gated: accept the conditions on the page of
+    each model, and log in with `hf auth login`.
+
+    The learning rate is a guess, and this setting was not run at full size. The repositories were not opened.
+    """
+    _chat(config, steps=2000)
+    config.teacher.path = "hf://google/gemma-2-9b-it"
+    config.student.path = "hf://google/gemma-2-2b-it"
+    config.data.name = "jsonl"
+    config.data.defaults.jsonl = ConfigDict(
+        dict(
+            path="hf://datasets/HuggingFaceH4/ultrachat_200k@8049631c405ae6576f93f445c6b8166f76f5505a/data/"
+            "train_sft-00000-of-00003-a3ecf92756993583.parquet"
+        )
+    )
+    config.data.max_length = 2048
+    config.data.max_prompt_length = 1024
+    config.sampling.max_new_tokens = 512
+
+
+def smollm3(config: ConfigDict) -> None:
+    """Distils SmolLM3-3B into a student of every third of its layers on databricks-dolly-15k.
+
+    The run has 10 epochs of about 14,000 rows in batches of 32.
+
+    The learning rate is a guess, and this setting was not run at full size. The repository was not opened.
+    """
+    _chat(config, steps=4400)
+    config.learning_rate = base.cosine(
+        config, 2e-4, 1e-6
+    )  # a student without some of its layers is far from its teacher
+    config.teacher.path = "hf://HuggingFaceTB/SmolLM3-3B"
+    config.student.init = "layers"
+    config.student.layers = tuple(range(0, 36, 3))
+    config.data.name = "dolly"
+    config.sampling.max_new_tokens = 256
+
+
+def _chat(config: ConfigDict, steps: int) -> None:
+    """Sets the keys that the settings with larger chat models share."""
+    config.steps = steps
+    config.learning_rate = base.cosine(config, 1e-5)
+    config.student.init = "pretrained"
+    config.student.dtype = config.teacher.dtype = "bfloat16"
+    config.student.remat = "nothing_saveable"
+    config.data.template = "chat"
+    config.data.long_prompts = "drop"
+
+
+SETTINGS = (
+    docstrings, smoke, dolly_smollm2, dolly_gpt2, dolly_opt, gsm8k_qwen25, ultrachat_gemma2, smollm3,
+)  # fmt: skip

@@ -68,14 +68,20 @@ def run(config: ConfigDict, workdir: str, shard: tuple[int, int] | None = (0, 1)
         raise ValueError(
             f"two runs would have the folder {twice[0]!r}, because two values or seeds are equal or similar; remove one of them."
         )
+    pushed = [run_config.push for run_config in configs if run_config.push]
+    if len(set(pushed)) < len(pushed):
+        raise ValueError(
+            f"base.push={pushed[0]!r}: the runs of an ablation would replace each other's student in this repository. Leave "
+            f"base.push empty, and upload the student of one run by a run of its own."
+        )
     resolved = config.to_dict()
     if shard is None and directory.config_difference(workdir, resolved) is None:
         raise ValueError(f"the work directory {workdir} has no ablation, so --table has no runs to show.")
     directory.check(workdir, resolved)
-    directory.write_config(workdir, resolved)
     for folder, run_config in zip(folders, configs, strict=True):
         if shard:  # otherwise the table would compare runs of different contents
             identity.check(str(folder / "run"), Settings.read(run_config))
+    directory.write_config(workdir, resolved)
     own_runs = list(zip(folders, configs, strict=True))[part::parts] if shard else []
     for position, (folder, run_config) in enumerate(own_runs, start=1):
         run_one(run_config, folder, f"{position} of {len(own_runs)}")

@@ -25,6 +25,7 @@ from jaxtyping import Array, PyTree
 
 from kd_jax import command, data, main, metrics, models, sharding, storage
 from kd_jax.prefixes import responses
+from kd_jax.run import hub_names
 from kd_jax.run.build import make_mesh, make_objective
 from kd_jax.run.cache import check_use, made_from, unpacked
 from kd_jax.run.line_arrays import make_line_arrays
@@ -86,6 +87,7 @@ def write(
     terms, source = make_objective(settings)
     check_use(settings, terms, source, kind, k, member)
     options = _options_of(settings, member)
+    hub_names.settle(settings)
     mesh = make_mesh(settings)
     loaded = load_models(settings, load_tokenizer(settings), mesh, True)
     tokenizer = loaded.tokenizer

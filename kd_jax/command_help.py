@@ -15,6 +15,7 @@ from kd_jax.settings import Settings, Term, is_section, keys_of
 CONFIGS = Path(__file__).parent.parent / "configs"
 ASKED = {"-h", "-help", "--help", "-helpshort", "--helpshort", "-helpfull", "--helpfull"}
 NO_METHODS = ("__init__", "base", "settings", "table")
+NO_SETTINGS = ("get", "own_teacher")  # the other functions of configs/settings.py
 WIDTH = 110
 KEYS_ELSEWHERE = "The keys of a config, with their defaults and meanings: python -m kd_jax.main --help"
 EXAMPLES = {
@@ -131,7 +132,7 @@ def first_sentences(folder: Path) -> dict[str, str]:
 def settings() -> Iterator[tuple[str, str]]:
     """Yields the settings with the first sentences of their docstrings."""
     for node in ast.parse((CONFIGS / "settings.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef) and node.name != "get":
+        if isinstance(node, ast.FunctionDef) and node.name not in NO_SETTINGS and not node.name.startswith("_"):
             yield node.name, first_sentence(ast.get_docstring(node) or "")
 
 

@@ -1,11 +1,15 @@
-"""The outputs of a run: metrics.jsonl, TensorBoard, a progress bar, and tables."""
+"""The outputs of a run: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar, and tables."""
 
 import contextlib
+import importlib
+import importlib.util
 import json
+import os
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, SupportsFloat
+from typing import Any, Protocol, Self, SupportsFloat
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
@@ -16,6 +20,7 @@ from kd_jax import storage
 from kd_jax.storage.files import Json
 
 SECONDS_BETWEEN_FLUSHES = 10.0
+WANDB = "wandb.json"  # in the work directory: the project and the id of the run of Weights & Biases
 proto: Any = event_pb2  # protobuf makes the classes at import time, so a type checker does not see them
 
 
@@ -24,13 +29,77 @@ def averages(sums: Mapping[str, tuple[SupportsFloat, SupportsFloat]]) -> dict[st
     return {name: float(total) / float(count) for name, (total, count) in sums.items() if float(count)}
 
 
+class WandbRun(Protocol):
+    """The methods of `wandb.Run` that are used here."""
+
+    def log(self, data: dict[str, float]) -> object:
+        """Adds a row of values."""
+        ...
+
+    def finish(self, exit_code: int) -> object:
+        """Ends the run; an exit code other than 0 marks the run as failed."""
+        ...
+
+
+def check_wandb(project: str) -> None:
+    """Checks that the package wandb is installed, if a config names a project of Weights & Biases.
+
+    Raises:
+      ValueError: the package is not installed, or it has no valid key.
+    """
+    if not project:
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"log.wandb={project!r} needs the package wandb, which is not installed: pip install wandb. Or leave log.wandb empty."
+        )
+    wandb: Any = importlib.import_module("wandb")
+    if os.environ.get("WANDB_MODE", "online") != "online" or wandb.run is not None:
+        return
+    try:
+        problem = "" if wandb.login(prompt=False) else "there is no key"
+    except Exception as error:  # wandb has several kinds of errors
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if problem:
+        raise ValueError(
+            f"log.wandb={project!r}: Weights & Biases cannot be used ({problem}). Call `wandb login`, or set WANDB_API_KEY. With "
+            f"WANDB_MODE=offline the metrics are written to the folder wandb of the work directory, for `wandb sync`."
+        )
+
+
+def open_wandb(project: str, workdir: str, config: Json) -> WandbRun | None:
+    """Opens the run of Weights & Biases that belongs to a work directory; returns None if no project is named.
+
+    The id of the run is stored in the work directory, so a resumed run continues the same run. Steps that are repeated
+    after a kill are logged twice, with the same values.
+
+    Args:
+      project: the name of the project; "" for none.
+      workdir: the work directory.
+      config: the config of the run, as nested dicts.
+    """
+    if not project:
+        return None
+    wandb: Any = importlib.import_module("wandb")
+    path = Path(workdir) / WANDB
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known.get("project") != project:
+        known = {"project": project, "id": secrets.token_hex(4)}
+        storage.write_whole(path, json.dumps(known) + "\n")
+    name = "/".join(Path(workdir).absolute().parts[-2:])  # the runs of an ablation have equal last parts
+    run = wandb.init(project=project, id=known["id"], resume="allow", dir=workdir, name=name, config=config)
+    # Metrics are read some steps late, so the rows are not in the order of the steps.
+    run.define_metric("*", step_metric="step")
+    return run
+
+
 class Writer:
     """Appends metrics to `metrics.jsonl` and to TensorBoard files in a work directory.
 
     Each line is a JSON object: {"step": ..., "split": "train", "eval" or "speed", name: value, ...}.
     """
 
-    def __init__(self, workdir: str, first_step: int, silent: bool = False):
+    def __init__(self, workdir: str, first_step: int, silent: bool = False, wandb_run: WandbRun | None = None):
         """Opens the files, and drops the lines that follow the checkpoint of `first_step`.
 
         The dropped lines are the evaluation at `first_step`, and all lines of later steps.
@@ -39,8 +108,9 @@ class Writer:
           workdir: the work directory of the run.
           first_step: the step of the checkpoint from which the run resumes.
           silent: True to write nothing, because another process writes.
+          wandb_run: a run of `open_wandb` that also receives the metrics, and that is finished at the end; or None.
         """
-        self._silent = silent
+        self._silent, self._wandb_run = silent, wandb_run
         if silent:
             return
         folder = Path(workdir)
@@ -67,6 +137,8 @@ class Writer:
             return
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
+        if self._wandb_run is not None:
+            self._wandb_run.log({"step": step} | {f"{split}/{name}": value for name, value in values.items()})
         with storage.storing(self._board_path):
             for name, value in values.items():
                 summary = scalar(f"{split}/{name}", value)
@@ -81,6 +153,8 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._silent:
             return
+        if self._wandb_run is not None:
+            self._wandb_run.finish(exit_code=1 if kind else 0)
         # On a full disk the last bytes also fail, and this second error adds nothing to the first.
         with contextlib.suppress(OSError) if kind else storage.storing(self._board_path), self._file:
             self._board.close()

@@ -14,7 +14,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from kd_jax import command, data, metrics, train
-from kd_jax.run import nonfinite
+from kd_jax.run import hub_names, nonfinite
+from kd_jax.settings import Settings
 from kd_jax.settings.value_types import WholeNumberParser
 from kd_jax.storage import directory, remote
 
@@ -50,6 +51,7 @@ def replay(workdir: str, step: int | None = None) -> nonfinite.BadRows:
     if config.mesh.to_dict() != {"data": -1, "fsdp": 1, "tensor": 1} and jax.device_count() == 1:
         # A step of a large machine can be repeated on one device.
         config.mesh = {"data": 1, "fsdp": 1, "tensor": 1}
+    hub_names.settle(Settings.parse(config), workdir)
     run = train.build(config)
     state, batch = nonfinite.load(workdir, step, run.abstract_state)
     state, sums = run.train_step(state, run.models.frozen_params, run.put(batch))

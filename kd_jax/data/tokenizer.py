@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kd_jax.data import limited, tokenizer_folder
 from kd_jax.data.tokenizer_json import named_errors, read_fields
-from kd_jax.storage import untrusted
+from kd_jax.storage import hub, untrusted
 from kd_jax.storage.checksum import digest
 
 NAMING = ("tokenizer_config.json", "special_tokens_map.json")  # the files that can name the end token
@@ -50,12 +50,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json, the special tokens and the chat template of a folder.
+        """Reads tokenizer.json, the special tokens and the chat template of a folder, or of an address hf://ORG/NAME.
 
         Raises:
           ValueError: the folder is invalid, as in `tokenizer_folder.read` and `tokenizer_folder.resolve`.
         """
-        return cls(tokenizer_folder.read(Path(folder).expanduser()))
+        return cls(tokenizer_folder.read(hub.model(folder, weights=False)))
 
     def with_ends(self, eos_id: int, others: Iterable[int] = ()) -> "Tokenizer":
         """Returns a copy of the tokenizer with another trained end token, and with more end tokens.

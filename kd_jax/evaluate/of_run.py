@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from kd_jax import data, models
-from kd_jax.storage import directory, untrusted
+from kd_jax.storage import directory, hub, untrusted
 from kd_jax.storage.files import Json
 
 # The defaults for a model that does not come from a run.
@@ -25,7 +25,7 @@ def config_of(path: str) -> Json | None:
     Raises:
       ValueError: a config.json cannot be read.
     """
-    if path.startswith(models.PACKAGED):
+    if path.startswith(models.PACKAGED) or hub.is_hub(path):
         return None
     folder = models.folder(path).absolute()
     for candidate in (folder, *([folder.parent] if folder.name == STUDENT else [])):
@@ -50,6 +50,8 @@ def model_folder(path: str, flag: str) -> Path:
       ValueError: the path is a work directory whose run has not exported a student, or the folder is invalid, as in
         `models.model_folder`.
     """
+    if hub.is_hub(path):
+        return models.model_folder(path, flag)
     folder = models.folder(path)
     if (folder / STUDENT / "config.json").exists():
         return models.model_folder(str(folder / STUDENT), flag)
@@ -78,6 +80,7 @@ def filled(args: SimpleNamespace) -> tuple[SimpleNamespace, list[str]]:
       ValueError: --data is missing, and --model does not come from a run with a dataset of prompts.
     """
     given, config = vars(args), config_of(args.model)
+    _settle(given, config)
     of_run = {} if config is None else _settings(config, given)
     if "data" not in given and not of_run.get("data"):
         reason = "the rows of the run's dataset, text, have no prompts"
@@ -96,6 +99,22 @@ def filled(args: SimpleNamespace) -> tuple[SimpleNamespace, list[str]]:
                 f"with {_described(teacher_template)}."
             )
     return completed, lines
+
+
+def _settle(given: Json, config: Json | None) -> None:
+    """Decides the commits of the repositories on the Hugging Face hub: those of the run of --model, if it has some.
+
+    All processes must call this function.
+    """
+    options = {} if config is None else config["data"].get("options", {})
+    values = {f"data.options.{option}": value for option, value in options.items()}
+    values |= {f"--{flag}": given.get(flag) for flag in ("model", "teacher", "data", "data_path")}
+    values |= {f"--data_options {option}": value for option, value in given.get("data_options", {}).items()}
+    named = {value: key for key, value in values.items() if isinstance(value, str) and hub.is_hub(value)}
+    run = models.folder(given["model"]) if config is not None else None
+    if run is not None and run.name == STUDENT and not (run / directory.IDENTITY).exists():
+        run = run.parent
+    hub.settle(named, directory.read_commits(str(run)) if run is not None else None)
 
 
 def template_of(args: SimpleNamespace) -> data.Template:

@@ -22,7 +22,7 @@ from kd_jax.models.families.fields import Tensor, refuse_another_function
 from kd_jax.models.folders import check_folder
 from kd_jax.models.functional import Model, Params, Shardings, from_config
 from kd_jax.models.safetensors_io import Reader, open_folder
-from kd_jax.storage import untrusted
+from kd_jax.storage import hub, untrusted
 from kd_jax.storage.files import AnyPath, Json
 
 Index = tuple[slice, ...]  # a slice for each axis
@@ -36,7 +36,7 @@ def load_config(path: AnyPath) -> ModelConfig:
     trust_remote_code.
 
     Args:
-      path: a folder with a config.json.
+      path: a folder with a config.json, or an address such as hf://ORG/NAME.
 
     Returns:
       The config. The family is one of this project's families: for Mistral 'llama', with a sliding window.
@@ -45,8 +45,9 @@ def load_config(path: AnyPath) -> ModelConfig:
       ValueError: the folder or a file does not exist, the folder belongs to an adapter, an architecture or a setting is
         not supported, or sizes do not fit.
     """
-    check_folder(Path(path))
-    file = Path(path) / "config.json"
+    folder = hub.model(path, weights=False)
+    check_folder(folder)
+    file = folder / "config.json"
     fields = untrusted.read_json(file)
     family = _family(file, fields)
     generation = file.with_name("generation_config.json")
@@ -100,7 +101,8 @@ def load_pretrained(
     each slice once. So a model can be loaded that is too large for one device or host.
 
     Args:
-      path: a folder with config.json and model.safetensors, or model.safetensors.index.json and its files.
+      path: a folder with config.json and model.safetensors, or model.safetensors.index.json and its files; or an address
+        such as hf://ORG/NAME.
       dtype: the type of the parameters and of the computation, independent of the type on disk.
       shardings: a function from the abstract parameters (`Model.abstract_params`) to a tree of shardings. By default
         all parameters are on the default device, uncommitted.
@@ -115,8 +117,8 @@ def load_pretrained(
       ValueError: a file, a field or a tensor of the folder is unsupported, missing, superfluous, damaged, or of another
         shape.
     """
-    folder = Path(path)
-    config = load_config(folder)
+    config = load_config(path)
+    folder = hub.model(path)
     model = from_config(config, dtype=dtype, param_dtype=dtype)
     with open_folder(folder) as reader:
         # The tensors are checked before the sizes of config.json decide how much memory is allocated.

@@ -14,6 +14,7 @@ from kd_jax.objectives import Term, make_terms
 from kd_jax.optimizer import Follow, make_optimizer, with_followers
 from kd_jax.prefixes import rollouts
 from kd_jax.prefixes.feed import Feed
+from kd_jax.run import hub_names
 from kd_jax.run.cache import cached_values, open_caches, unpacked
 from kd_jax.run.checks import check_learning_rate, check_mesh, check_vocabulary
 from kd_jax.run.line_arrays import make_line_arrays
@@ -142,6 +143,7 @@ def build(config: Config | Settings) -> Run:
       ValueError: a value of the config is wrong; the message names the key, the value, and a correct value.
     """
     settings = Settings.parse(config)
+    hub_names.settle(settings)
     terms, source = make_objective(settings)
     learning_rate = _make_learning_rate(settings)
     tx = make_optimizer(settings.optimizer, learning_rate, settings.clip_norm)

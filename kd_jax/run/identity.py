@@ -13,6 +13,7 @@ import jax
 
 from kd_jax import data, models, sharding
 from kd_jax.data.options import dataset_options
+from kd_jax.run import hub_names
 from kd_jax.run.cache import unpacked
 from kd_jax.run.models import STUDENT, load_tokenizer
 from kd_jax.run.view_prompts import options_of_rows
@@ -47,6 +48,7 @@ class Part(NamedTuple):
 def check(workdir: str, config: Settings, written: Written = None) -> None:
     """Checks that the contents have not changed since the run of a work directory began.
 
+    Repositories on the Hugging Face hub are read at the commits that the run has recorded, also if a branch has moved.
     All processes must call this function. Only the first process compares, so that each file is read once. All
     processes raise the same error.
 
@@ -58,6 +60,7 @@ def check(workdir: str, config: Settings, written: Written = None) -> None:
     Raises:
       ValueError: some contents differ or cannot be read; the message names each of them.
     """
+    hub_names.settle(config, workdir)
     problem = ""
     if jax.process_index() == 0:
         try:
@@ -75,6 +78,7 @@ def write(workdir: str, config: Settings, written: Written) -> None:
     """
     recorded = directory.read_identity(workdir)
     current = {name: part.fingerprint for name, part in parts(config, written).items() if part.fingerprint}
+    current |= {f"{directory.COMMIT}{name}": commit for name, commit in hub_names.commits(config).items()}
     if current.keys() - recorded.keys():
         directory.write_identity(workdir, current | recorded)
 
@@ -179,7 +183,7 @@ def _tokenizers(config: Settings) -> dict[str, Part]:
     key = next(key for key, path in keys.items() if path)
     tokenizers = {"tokenizer": Part(f"the tokenizer of {key}={keys[key]}", _tokenizer(config, load_tokenizer(config)))}
     if config.student.init == "pretrained" and key != "student.path":
-        own = data.Tokenizer.load(models.folder(config.student.path))
+        own = data.Tokenizer.load(models.folder(config.student.path, weights=False))
         tokenizers["tokenizer of the student"] = Part(
             f"the tokenizer of student.path={config.student.path}", _tokenizer(config, own)
         )

@@ -121,11 +121,11 @@ def load_tokenizer(config: Settings, text_only: bool = False) -> data.Tokenizer:
     key = next((key for key, path in paths.items() if path), None)
     if key is None:
         raise ValueError("no key names a tokenizer: set tokenizer.path, teacher.path or student.path to a folder.")
-    folder = models.folder(paths[key])
+    folder = models.folder(paths[key], weights=False)
     untrusted.check_folder(folder, key)
     tokenizer = data.Tokenizer.load(folder)
     if text_only and pretrained and not config.tokenizer.path:
-        of_student = data.Tokenizer.load(models.folder(config.student.path))
+        of_student = data.Tokenizer.load(models.folder(config.student.path, weights=False))
         tokenizer = tokenizer if of_student.vocabulary() == tokenizer.vocabulary() else of_student
     template = data.Template.of(config.data)
     if config.data.name != "text":  # rows of plain text have no prompts

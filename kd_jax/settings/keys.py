@@ -47,7 +47,8 @@ class Loss:
 class Teacher:
     path: str = key(
         "",
-        "a Hugging Face folder; package:NAME, a model of kd_jax; student: the student before training; empty: no teacher",
+        "a Hugging Face folder; hf://ORG/NAME on the hub; package:NAME, a model of kd_jax; student: the student before "
+        "training; empty: no teacher",
     )
     follow: float = key(
         0.0,
@@ -77,7 +78,7 @@ class Teacher:
 class Member:
     """A frozen model beside the teacher."""
 
-    path: str = key("", "a Hugging Face folder, or package:NAME, or student: the student before training")
+    path: str = key("", "a folder, hf://ORG/NAME, package:NAME, or student: the student before training")
     follow: float = key(0.0, "as teacher.follow", least=0)
     follow_every: int = key(1, "as teacher.follow_every", least=1)
     follow_copy_first: bool = key(False, "as teacher.follow_copy_first")
@@ -94,7 +95,7 @@ class Student:
         "random", "random (sizes in config), pretrained (path), or layers (of the teacher)",
         choices=("random", "pretrained", "layers"),
     )  # fmt: skip
-    path: str = key("", "for init=pretrained: a Hugging Face folder")
+    path: str = key("", "for init=pretrained: a Hugging Face folder, or hf://ORG/NAME")
     layers: tuple[int, ...] = key(
         (), "for init=layers: indices of the teacher's layers to copy, counted from 0", numbers=True
     )
@@ -105,7 +106,9 @@ class Student:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    path: str = key("", "a folder with tokenizer.json; empty: the teacher's folder, or else the student's folder")
+    path: str = key(
+        "", "a folder with tokenizer.json, or hf://ORG/NAME; empty: that of the teacher, or else of the student"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +158,11 @@ class Mesh:
     data: int = key(-1, "number of devices that divide the batch; -1: all devices not used by fsdp and tensor")
     fsdp: int = key(1, "number of devices that divide the batch, and also the parameters, which are gathered when used")
     tensor: int = key(1, "number of devices that divide each matrix product; they do not divide the batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    wandb: str = key("", "project of Weights & Biases that also receives the metrics (package wandb); empty: none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +219,11 @@ class Settings:
         0, "number of held-out prompts answered per evaluation: ROUGE-L, KLs on student text", least=0
     )
     sample_tokens: int = key(64, "largest number of tokens in a sample shown at the end", least=1)
+    log: Log = section(Log)
+    push: str = key(
+        "", "repository on the Hugging Face hub that receives the student at the end, hf://ORG/NAME; empty: none"
+    )
+    push_private: bool = key(True, "create that repository as private; an existing repository keeps its visibility")
 
     @classmethod
     def read(cls, config: Config) -> Self:

@@ -16,6 +16,7 @@ from kd_jax.storage.files import Json
 
 CONFIG, PARTIAL, LOCK = "config.json", "config.json.partial", "lock"
 IDENTITY = "identity.json"  # name -> fingerprint of the data and models that the config names
+COMMIT = "commit of "  # begins the name of an entry of IDENTITY: the commit of a repository on the Hugging Face hub
 # Keys that may differ between a run and its resumption. None of them changes the batches or the training on them.
 FREE = (
     "mesh.",
@@ -25,6 +26,8 @@ FREE = (
     "profile_steps",
     "max_skipped",
     "teacher.int8_report",
+    "push",
+    "log.",
 )
 
 # Keys that earlier versions did not have, each with the value that gives the behaviour of those versions. The keys of
@@ -139,6 +142,12 @@ def read_identity(workdir: str) -> dict[str, str]:
     if not isinstance(fingerprints, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(fingerprints).__name__}.")
     return fingerprints
+
+
+def read_commits(workdir: str) -> dict[str, str]:
+    """Returns the commits of repositories on the Hugging Face hub that a run has recorded, by `hub.repository`."""
+    recorded = read_identity(workdir)
+    return {name.removeprefix(COMMIT): commit for name, commit in recorded.items() if name.startswith(COMMIT)}
 
 
 def _write_json(path: epath.Path, content: Json) -> None:

@@ -3,7 +3,8 @@
 Object stores cannot append, rename or lock. So a run works in a local temporary folder, which is copied to its address
 while the run continues. The run waits for the store only before a checkpoint. On gs://, orbax writes the checkpoints:
 each host writes its part directly to the address. orbax does not support s3://, so checkpoints are copied to s3:// like
-all other files. Other modules handle addresses only through this module.
+all other files. Other modules handle addresses only through this module, and through `hub` for hf://, which is read and
+never written.
 """
 
 import contextlib
@@ -17,12 +18,17 @@ from typing import NamedTuple
 import fsspec
 from fsspec import AbstractFileSystem
 
-from kd_jax.storage import remote_lease, storing, writing_whole
+from kd_jax.storage import hub, remote_lease, storing, writing_whole
 from kd_jax.storage.checksum import digest
 from kd_jax.storage.files import AnyPath
 from kd_jax.storage.remote_copy import CHECKPOINTS, Copy
 
-UNREAD = ("tensorboard", "profile", "nonfinite")  # folders of a work directory that a resumed run does not read
+UNREAD = (
+    "tensorboard",
+    "wandb",
+    "profile",
+    "nonfinite",
+)  # folders of a work directory that a resumed run does not read
 HEAVY = (*UNREAD, CHECKPOINTS, "student")  # folders that a report page does not need
 BY_ORBAX = ("gs", "gcs")  # the schemes of the addresses to which orbax writes checkpoints
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}
@@ -37,9 +43,14 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """Returns fsspec's file system of an address, and the path in it.
 
     Raises:
-      ValueError: the kind of address is unknown, or its package is not installed.
+      ValueError: the kind of address is unknown, its package is not installed, or the address is on the hub.
     """
     scheme = url.partition("://")[0]
+    if hub.is_hub(url):
+        raise ValueError(
+            f"{url}: an address on the Hugging Face hub names a model or a dataset to read, and no place for results. Choose a "
+            f"folder, gs:// or s3://; --config.push=hf://ORG/NAME uploads the student of a run."
+        )
     try:
         system, root = fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -131,6 +142,10 @@ def local_folder(path: AnyPath) -> Path:
     Raises:
       ValueError: the path is an address.
     """
+    if hub.is_hub(path):
+        raise ValueError(
+            f"{path}: a teacher's cache is read from a folder of this machine; download it with hf download."
+        )
     if is_remote(path):
         raise ValueError(
             f"{path} is an address; models and a teacher's cache are read from folders of this machine. Copy the folder first, "
@@ -143,10 +158,16 @@ def local_file(path: AnyPath) -> Path:
     """Returns a local path of a file. A file at an address is copied, unless a copy of the same content exists.
 
     Raises:
-      ValueError: there is no such file at the address.
+      ValueError: there is no such file at the address, or a file on the hub cannot be downloaded, as in `hub.data`.
+      ConnectionError: the hub cannot be reached.
     """
     if not is_remote(path):
         return Path(path).expanduser()
+    if hub.is_hub(path):
+        if (local := hub.data(str(path))).is_dir():
+            names = sorted(file.relative_to(local).as_posix() for file in local.rglob("*") if file.is_file())
+            raise ValueError(f"{path} is a folder; name one of its files: {', '.join(names[:8]) or 'there are none'}.")
+        return local
     system, root = filesystem(str(path))
     with storing(path):
         system.invalidate_cache()
@@ -164,6 +185,8 @@ def matches(pattern: str) -> list[str]:
     """Returns the files, local or at an address, that match a pattern such as 'books/*.txt', in sorted order."""
     if not is_remote(pattern):
         return sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+    if hub.is_hub(pattern):
+        return hub.data_files(pattern)
     system, root = filesystem(pattern)
     with storing(pattern):
         return sorted(map(system.unstrip_protocol, system.glob(root)))

@@ -21,7 +21,7 @@ def check_folder(folder: Path, named: str = "") -> None:
 
     Raises:
       ValueError: the folder does not exist, or is a file. If the name looks like a name on the Hugging Face hub, the
-        message says how to download the model.
+        message says how to write it.
 
     Example:
       >>> check_folder(Path("/nowhere/teacher"), "teacher.path")
@@ -34,11 +34,7 @@ def check_folder(folder: Path, named: str = "") -> None:
     if folder.exists():
         raise ValueError(f"{where}{folder} is a file; expected the folder that contains the file.")
     if HUB_NAME.fullmatch(str(folder)) and not folder.parent.is_dir():
-        target = f"models/{folder.name}"
-        hint = (
-            f" If this is a name on the Hugging Face hub, download the model, e.g. hf download {folder} --local-dir {target}, "
-            f"and give the folder {target}."
-        )
+        hint = f" If this is a name on the Hugging Face hub, write hf://{folder}."
     raise ValueError(f"{where}the folder {folder} does not exist.{hint}")
 
 

@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from kd_jax import metrics, sharding, storage
-from kd_jax.run import Run, build, identity, quantisation, results, summary
+from kd_jax.run import Run, build, hub_names, identity, push, quantisation, results, summary
 from kd_jax.settings import Settings
 from kd_jax.storage import checkpoint, directory, remote
 from kd_jax.storage.files import Json
@@ -38,6 +38,8 @@ def train(config: ConfigDict | Settings, workdir: str, quiet: bool = False) -> J
     Raises:
       ValueError: the config is wrong; the directory is in use, or belongs to another config or to other contents of the
         files that the config names (see `run.identity`); nothing is written then. Or all checkpoints are damaged.
+      ConnectionError: a model or a dataset of the hub cannot be downloaded; nothing is written then. Or the upload of the
+        finished student failed; all results are written then, and a second call uploads again.
       FloatingPointError: a loss or a gradient is not finite.
       loop.Stopped: SIGTERM or a preemption notice arrived, and the state is saved, or there was nothing to save.
       loop.Interrupted: a KeyboardInterrupt; Ctrl-C was pressed, and the state is saved, or there was nothing to save.
@@ -55,6 +57,8 @@ def train(config: ConfigDict | Settings, workdir: str, quiet: bool = False) -> J
             stack.enter_context(directory.alone(workdir))  # the lock is taken before any slow work
             directory.check(workdir, resolved)
         settings = Settings.parse(config)
+        metrics.check_wandb(settings.log.wandb)
+        push.check(settings)
         identity.check(workdir, settings)  # checked before anything is built from changed contents
         run = build(config)
         # This check includes the teacher's responses, which `build` has read or sampled.
@@ -80,12 +84,19 @@ def train(config: ConfigDict | Settings, workdir: str, quiet: bool = False) -> J
                     f"{line}; the checkpoint is renamed, and the run resumes from step {int(state.step)}."
                 )
         if first and not quiet:
-            metrics.tqdm.write("\n".join([summary.of(run, state), *summary.too_long(run)]))
+            metrics.tqdm.write("\n".join([summary.of(run, state), *hub_names.lines(settings), *summary.too_long(run)]))
             if rounding:
                 metrics.tqdm.write(quantisation.sentence(rounding))
-        with metrics.Writer(workdir, int(state.step), silent=not first) as writer:
+        wandb_run = metrics.open_wandb(settings.log.wandb, workdir, resolved) if first else None
+        with metrics.Writer(workdir, int(state.step), silent=not first, wandb_run=wandb_run) as writer:
             state = loop.run_steps(run, state, workdir, writer, manager, notices, quiet, place)
-        return results.finish(run, state.params, workdir, quiet)
+        result = results.finish(run, state.params, workdir, quiet)
+        if settings.push:
+            place.store()  # an upload that fails must lose nothing
+            url = push.push(settings, workdir)
+            if first and not quiet:
+                metrics.tqdm.write(f"uploaded the student to {url}")
+        return result
 
 
 def _allowed(state: TrainState, max_skipped: int) -> TrainState:

@@ -26,6 +26,17 @@ def small(data_dir, **axes):
     return base.ablation(config, axes, seeds=(0, 1), metrics=("forward_kl", "rouge_l"))
 
 
+def test_runs_that_would_replace_each_others_upload_are_refused(tmp_path, data_dir):
+    config = small(data_dir)
+    config.base.push = "hf://org/student"
+    with pytest.raises(ValueError, match="base.push='hf://org/student': the runs of an ablation would replace"):
+        ablate.run(config, str(tmp_path / "ablation"))
+    config.base.push, config.base.teacher.path = "", "hf://org/mo del"
+    with pytest.raises(ValueError, match="teacher.path=hf://org/mo del is no address on the Hugging Face hub"):
+        ablate.run(config, str(tmp_path / "ablation"))
+    assert not (tmp_path / "ablation").exists()
+
+
 @pytest.mark.slow
 def test_an_ablation_goes_on_where_it_stopped(tmp_path, data_dir, monkeypatch):
     config, calls, real = small(data_dir), [], ablate.train.train

@@ -11,7 +11,7 @@ import warnings
 import pytest
 from absl import flags
 
-from configs import base
+from configs import base, settings
 from kd_jax import command_help, main, replay, train
 from kd_jax.command import parse
 from kd_jax.evaluate import arguments as evaluate_arguments
@@ -185,7 +185,8 @@ def test_the_help_has_every_method_setting_key_and_flag():
     for name in (*METHODS, "quickstart"):
         doc = importlib.import_module(f"configs.{name}").__doc__
         assert f"\n  {name}\n      {' '.join(doc.split())[:40]}" in said, name
-    for setting in ("docstrings", "smoke", "dolly_smollm2", "dolly_gpt2"):
+    assert list(dict(command_help.settings())) == [setting.__name__ for setting in settings.SETTINGS]
+    for setting in dict(command_help.settings()):
         assert f"\n  {setting}\n" in said
     declared = directory.flat(base.get_config().to_dict()) | directory.flat(
         {"objective.terms.NAME": base.term().to_dict()}

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import importlib
+import inspect
 import re
 import sys
 from typing import ClassVar
@@ -10,8 +11,12 @@ from typing import ClassVar
 import pytest
 
 from configs import base, settings, table
-from kd_jax import prefixes, sharding, train
+from kd_jax import data, prefixes, sharding, train
+from kd_jax.data.options import dataset_options
+from kd_jax.run import hub_names
+from kd_jax.run.build import make_objective
 from kd_jax.settings import Settings, Teacher, Term, is_section, keys_of
+from kd_jax.storage import hub, hub_upload
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import METHODS, smoke
 
@@ -39,7 +44,9 @@ class Recorded(collections.UserDict):
 def test_every_declared_key_is_read(tmp_path, data_dir, monkeypatch):
     """A run with a teacher, and the assembly of runs with other sources, read every key of the settings."""
     mesh = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
-    whole = smoke("amid", data_dir, **mesh)
+    whole = smoke("amid", data_dir, **mesh, push="hf://org/student")
+    monkeypatch.setattr(hub_upload, "check", lambda address: None)
+    monkeypatch.setattr(hub_upload, "upload", lambda *arguments: "https://huggingface.co/org/student")
     student = dict(student__init="pretrained", student__path=str(tmp_path / "run" / "student"))
     parts = [smoke("amid", data_dir, **mesh, **student), smoke("amid", data_dir, student__init="layers", **mesh)]
     parts[1].student.layers = (0, 3)
@@ -88,7 +95,7 @@ def test_the_layouts_of_a_teacher_are_those_of_the_mesh():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("setting", ["docstrings", "smoke", "dolly_smollm2", "dolly_gpt2"])
+@pytest.mark.parametrize("setting", [setting.__name__ for setting in settings.SETTINGS])
 def test_every_method_has_every_setting(method, setting):
     config = importlib.import_module(f"configs.{method}").get_config(setting)
     with pytest.raises(AttributeError, match="Did you mean"):
@@ -96,6 +103,24 @@ def test_every_method_has_every_setting(method, setting):
     config.steps = 12345
     flat = str(config.to_dict())
     assert flat.count("12345") >= 2, "the learning rate follows the number of steps"
+
+
+@pytest.mark.parametrize("setting", [setting.__name__ for setting in settings.SETTINGS])
+def test_a_setting_passes_the_checks_that_need_no_models(setting):
+    """Checks the keys, the objective, the addresses and the options of the dataset of each setting, and its docstring."""
+    config = importlib.import_module("configs.distillm2").get_config(setting)
+    parsed = Settings.parse(config)
+    make_objective(parsed)
+    addresses = hub_names.addresses(parsed)
+    for address, key in addresses.items():
+        kind = "dataset" if key.startswith("data.") else "model"
+        assert hub.parse(address, kind).id.count("/") == 1
+    data.columns(parsed.data.name, **dataset_options(parsed))
+    text = f"{parsed.data.max_length} tokens"
+    assert parsed.data.max_prompt_length + parsed.sampling.max_new_tokens <= parsed.data.max_length + 1, text
+    doc = inspect.getdoc(getattr(settings, setting))
+    assert not addresses or " not run at full size" in " ".join(doc.split()), setting
+    assert f"| `{setting}`" in CONFIGS.read_text(), "the settings are listed in configs/README.md"
 
 
 def test_an_unknown_setting_is_told_the_nearest():

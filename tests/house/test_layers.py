@@ -39,6 +39,8 @@ HOMES = {
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
     "orbax": {"storage"},
+    "huggingface_hub": {"storage", "run"},
+    "wandb": set(),  # optional, and therefore imported by name in metrics
     "absl": {"main", "ablate", "cache_teacher", "evaluate", "report", "replay", "command", "settings"},
     "ml_collections": {"main", "train", "ablate", "replay", "settings"},
     "configs": set(),
