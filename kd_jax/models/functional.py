@@ -87,7 +87,7 @@ class Model:
             0.
 
         Raises:
-          ValueError: a sequence is longer than the model's learned positions, or than the sliding window.
+          ValueError: a sequence is longer than the model's learned positions.
         """
         return self._apply(params, tokens, mask, None)[0]
 
@@ -158,11 +158,6 @@ class Model:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than the {self.config.max_positions} positions "
                 f"that this {self.config.family} model has learned; shorten the sequence."
-            )
-        if (window := self.config.sliding_window) is not None and length > window:
-            raise ValueError(
-                f"a sequence of {length} tokens is longer than the sliding_window of {window} tokens of this model, and a "
-                f"window that excludes tokens is not supported; shorten the sequence."
             )
         return nnx.merge(_split(self)[0], params)(tokens, mask, cache)
 

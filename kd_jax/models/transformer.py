@@ -47,8 +47,8 @@ class Attention(nnx.Module):
         self.key = linear(width, shared, use_bias=config.attention_bias)
         self.value = linear(width, shared, use_bias=config.attention_bias)
         self.output = linear(queries, width, use_bias=config.output_bias, kernel_init=_residual_init(config))
-        self.query_norm = norm(config.head_dim) if config.qk_norm else None
-        self.key_norm = norm(config.head_dim) if config.qk_norm else None
+        self.query_norm = norm(config.head_dim) if config.qk_norm == "head" else None
+        self.key_norm = norm(config.head_dim) if config.qk_norm == "head" else None
 
     def __call__(self, x, rotary, mask, cache=None):
         query, key, value = (

@@ -17,17 +17,46 @@ MANY_LAYERS = 2**16  # more layers than any model has; limits the length of a li
 class Tensor:
     """The tensor of a Hugging Face checkpoint that holds one of this project's parameters.
 
+    A tensor with several parameters has `groups` groups of `columns` columns. In each group the parameter has the
+    columns from `first` on.
+
     Args:
       name: the tensor's name on disk.
       transposed: True if the tensor on disk is [out, in] (`torch.nn.Linear`) and the parameter is [in, out].
-      part: the index of the parameter among `parts` equal slices of the last axis, for a tensor of several parameters.
-      parts: the number of parameters in the tensor.
+      first: the first column of the parameter in a group, after a transposition.
+      columns: the number of columns of a group; 0 if the tensor has only this parameter.
+      groups: the number of groups, such as the number of heads if the parameters alternate from head to head.
     """
 
     name: str
     transposed: bool = False
-    part: int = 0
-    parts: int = 1
+    first: int = 0
+    columns: int = 0
+    groups: int = 1
+
+    @property
+    def parts(self) -> tuple["Tensor", ...]:
+        """The tensors that hold the parameter: only this one."""
+        return (self,)
+
+    def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the tensor's shape on disk, from the shape of the parameter."""
+        shape = (*parameter[:-1], self.groups * self.columns or parameter[-1])
+        return shape[::-1] if self.transposed else shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Tensors of equal shape, such as those of several experts, which are the rows of one parameter.
+
+    Args:
+      parts: the tensors, in the order of the parameter's first axis.
+    """
+
+    parts: tuple[Tensor, ...]
+
+
+Layout = dict[str, Tensor | Stack]  # the name of a parameter, such as 'layers/0/mlp/up/kernel' -> the tensors on disk
 
 
 @dataclasses.dataclass(frozen=True)
