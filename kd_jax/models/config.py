@@ -14,7 +14,7 @@ PLAIN: dict[str, object] = {
     "position_offset": 0,
     "sliding_window": None,
     "unrotated_layers": (),
-    "rotary_fraction": 1.0,
+    "rotary_share": 1.0,
     "local_rope_theta": None,
     "attention_bias": False,
     "output_bias": False,
@@ -69,7 +69,7 @@ class ModelConfig:
       norm_eps: the number that is added to the variance in every norm.
       rope_theta: the base of the rotary frequencies.
       rope_scaling: the scaling of the rotary frequencies, or None.
-      rotary_fraction: the share of each head's coordinates, from the first coordinate, that rotary positions turn.
+      rotary_share: the share of each head's coordinates, from the first coordinate, that rotary positions turn.
       local_rope_theta: the base of the rotary frequencies in the layers with a window, whose frequencies are not
         scaled; None for the same frequencies in all layers.
       attention_bias: True if the query, key and value projections have a bias.
@@ -133,7 +133,7 @@ class ModelConfig:
     norm_eps: float | None = None
     rope_theta: float = 10000.0
     rope_scaling: Llama3Scaling | None = None
-    rotary_fraction: float | None = None
+    rotary_share: float | None = None
     local_rope_theta: float | None = None
     attention_bias: bool | None = None
     output_bias: bool | None = None

@@ -67,14 +67,14 @@ def check_attention(config: ModelConfig) -> None:
     if config.num_heads % config.num_kv_heads:
         raise ValueError(f"num_heads={config.num_heads} does not divide by num_kv_heads={config.num_kv_heads}.")
     if not config.learned_positions:
-        share = config.rotary_fraction
+        share = config.rotary_share
         if not isinstance(share, int | float) or not 0 < share <= 1 or not int(config.head_dim * share):
             raise ValueError(
-                f"rotary_fraction={untrusted.printable(share)} must be above 0 and at most 1, and rotary positions must turn at "
+                f"rotary_share={untrusted.printable(share)} must be above 0 and at most 1, and rotary positions must turn at "
                 f"least one coordinate of a head of {config.head_dim}."
             )
         if int(config.head_dim * share) % 2:
-            turned = "" if share == 1 else f" * rotary_fraction={share}"
+            turned = "" if share == 1 else f" * rotary_share={share}"
             raise ValueError(
                 f"head_dim={config.head_dim}{turned} must be even, because rotary positions turn pairs of coordinates."
             )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kd_jax.models.functional import Model, Params
 from kd_jax.models.sampling import draw, forbid_repeats, truncate
-from kd_jax.models.transformer import Cache
+from kd_jax.models.attention import Cache
 
 # Prompts are padded to a multiple of this number, so that few shapes occur and few programs are compiled.
 WIDTH_STEP = 32

@@ -261,7 +261,7 @@ def test_llama3_scaling_against_the_published_rule():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"family": "bert"}, "unknown family 'bert'; known: gpt2, llama, qwen2, qwen3"),
+        ({"family": "bert"}, "unknown family 'bert'; known: gpt2, llama, mistral, qwen2, qwen3"),
         ({"hidden_size": 50}, "hidden_size=50 does not divide by num_heads=4"),
         ({"num_kv_heads": 3}, "num_heads=4 does not divide by num_kv_heads=3"),
         ({"num_layers": 0}, "num_layers=0"),
@@ -269,7 +269,7 @@ def test_llama3_scaling_against_the_published_rule():
         ({"head_dim": -2}, "head_dim=-2"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"activation": "tanhshrink"}, "unknown activation 'tanhshrink'; known: gelu"),
-        ({"qk_norm": True}, "family 'llama' fixes qk_norm=False; got True"),
+        ({"qk_norm": "width"}, "family 'llama' fixes qk_norm=none; got .width."),
         ({"attention_bias": True}, "attention_bias=True, output_bias=False"),
         ({"family": "gpt2", "num_kv_heads": 2}, "needs num_kv_heads = num_heads"),
     ],
