@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.norms import Norm, applied
 from kd_jax.models.parts import LinearOf, NormOf, residual_init
+from kd_jax.models.rotary import rotate
 
 LayerCache = tuple[Array, Array, Array]  # keys and values of one layer, and the number of filled slots
 
@@ -19,13 +20,15 @@ class Cache(NamedTuple):
     """Keys and values of the tokens that the model has read, one array per layer.
 
     `index` of the S slots are filled, padding included. Each array has the layout of the matrix product that reads the
-    array, so that no decoding step transposes earlier entries.
+    array, so that no decoding step transposes earlier entries. `tokens` are the ids that the model has read, if a longer
+    sequence changes the keys and values of earlier tokens (`Rotary.restart_length`), and None otherwise.
     """
 
     keys: tuple[Float[Array, "B K H S"], ...]
     values: tuple[Float[Array, "B K S H"], ...]
     mask: Bool[Array, "B S"]
     index: Int[Array, ""]
+    tokens: Int[Array, "B S"] | None = None
 
 
 class Slots(NamedTuple):
@@ -79,7 +82,7 @@ class Attention(nnx.Module):
         mask = context.slots.in_window if self.has_window else context.slots.visible
         rotary = context.window_rotary if self.has_window else context.rotary
         if rotary is not None and self.rotates:
-            query, key = _rotate(query, *rotary), _rotate(key, *rotary)
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is None and self.implementation != "plain":
             # These implementations use a finite bias as mask, so a row that attends to nothing is finite, too.
             implementation = "cudnn" if self.implementation == "cudnn" else "xla"
@@ -175,9 +178,3 @@ def _attend(query, key, value, mask, scale, cap):
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(batch, groups, -1, slots)
     attended = jnp.matmul(weights, value).reshape(batch, groups, heads // groups, length, width)
     return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
-
-
-def _rotate(x, cos, sin):
-    """Rotates coordinates i and i + H/2 of each head as one pair, in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from kd_jax.models import config_checks
 from kd_jax.models.families import FAMILIES
-from kd_jax.models.families.fields import Llama3Scaling
+from kd_jax.models.rotary import Rotary, Scaling
 
 # The settings that only some families have, with their values in all other families. A family module lists the settings
 # that differ in `FIXED`, and the settings that can be chosen in `DEFAULTS`.
@@ -15,7 +15,7 @@ PLAIN: dict[str, object] = {
     "sliding_window": None,
     "unrotated_layers": (),
     "rotary_share": 1.0,
-    "local_rope_theta": None,
+    "window_rotary": None,
     "attention_bias": False,
     "output_bias": False,
     "mlp_bias": False,
@@ -68,10 +68,9 @@ class ModelConfig:
       activation: the activation function of the MLP, by its Hugging Face name.
       norm_eps: the number that is added to the variance in every norm.
       rope_theta: the base of the rotary frequencies.
-      rope_scaling: the scaling of the rotary frequencies, or None.
+      rope_scaling: the scaling of the rotary frequencies, such as `rotary.YarnScaling`, or None.
       rotary_share: the share of each head's coordinates, from the first coordinate, that rotary positions turn.
-      local_rope_theta: the base of the rotary frequencies in the layers with a window, whose frequencies are not
-        scaled; None for the same frequencies in all layers.
+      window_rotary: the rotary embedding of the layers with a window; None for the same embedding in all layers.
       attention_bias: True if the query, key and value projections have a bias.
       output_bias: True if the attention's output projection has a bias.
       mlp_bias: True if the MLP's projections have a bias.
@@ -132,9 +131,9 @@ class ModelConfig:
     activation: str | None = None
     norm_eps: float | None = None
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Scaling | None = None
     rotary_share: float | None = None
-    local_rope_theta: float | None = None
+    window_rotary: Rotary | None = None
     attention_bias: bool | None = None
     output_bias: bool | None = None
     mlp_bias: bool | None = None
@@ -180,7 +179,7 @@ class ModelConfig:
         if self.sliding_layers is not None and len(self.sliding_layers) == self.num_layers:
             self._set("sliding_layers", None)
         if self.sliding_window is None:
-            self._set("local_rope_theta", None)  # no layer reads this base
+            self._set("window_rotary", None)  # no layer reads this embedding
         config_checks.check_attention(self)
         config_checks.check_choices(self)
         family.check(self)
@@ -218,6 +217,11 @@ class ModelConfig:
         for name, value in derived.items():
             if name not in FAMILIES[self.family].DEFAULTS and getattr(self, name) != value:
                 raise ValueError(f"family {self.family!r} fixes {name}={value}; got {getattr(self, name)!r}.")
+
+    @property
+    def rotary(self) -> Rotary:
+        """The rotary embedding of all layers, or of the layers without a window if there is `window_rotary`."""
+        return Rotary(self.rope_theta, self.rope_scaling, 1.0 if self.rotary_share is None else self.rotary_share)
 
     @property
     def layers_with_window(self) -> frozenset[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from kd_jax.models.rotary import DynamicScaling
 from kd_jax.storage import untrusted
 
 if TYPE_CHECKING:
@@ -67,23 +68,25 @@ def check_attention(config: ModelConfig) -> None:
     if config.num_heads % config.num_kv_heads:
         raise ValueError(f"num_heads={config.num_heads} does not divide by num_kv_heads={config.num_kv_heads}.")
     if not config.learned_positions:
-        share = config.rotary_share
-        if not isinstance(share, int | float) or not 0 < share <= 1 or not int(config.head_dim * share):
-            raise ValueError(
-                f"rotary_share={untrusted.printable(share)} must be above 0 and at most 1, and rotary positions must turn at "
-                f"least one coordinate of a head of {config.head_dim}."
-            )
-        if int(config.head_dim * share) % 2:
-            turned = "" if share == 1 else f" * rotary_share={share}"
-            raise ValueError(
-                f"head_dim={config.head_dim}{turned} must be even, because rotary positions turn pairs of coordinates."
-            )
+        _check_rotary(config)
     positive = ("norm_eps", "rope_theta", "attention_scale", "embedding_multiplier", "residual_multiplier", "logit_divisor")
-    for name in (*positive, "attention_cap", "logit_cap", "local_rope_theta"):
+    for name in (*positive, "attention_cap", "logit_cap"):
         value = getattr(config, name)
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
         if not is_number and (value is not None or name in positive):
             raise ValueError(f"{name}={untrusted.printable(value)} must be a positive number.")
+
+
+def _check_rotary(config: ModelConfig) -> None:
+    """Checks that the rotary embeddings fit the heads and the number of positions."""
+    for rotary in (config.rotary, config.window_rotary or config.rotary):
+        rotary.check(config.head_dim)
+        scaling = rotary.scaling
+        if isinstance(scaling, DynamicScaling) and scaling.max_positions != config.max_positions:
+            raise ValueError(
+                f"the dynamic rotary scaling has max_positions={scaling.max_positions}; expected the model's "
+                f"max_positions={config.max_positions}."
+            )
 
 
 def check_choices(config: ModelConfig) -> None:

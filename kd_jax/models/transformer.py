@@ -14,6 +14,7 @@ from kd_jax.models.attention import Attention, Cache, Context, LayerCache, visib
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.norms import Norm, applied
 from kd_jax.models.parts import ACTIVATIONS, LinearOf, NormOf, residual_init
+from kd_jax.models.rotary import rotary_factors
 
 
 class MLP(nnx.Module):
@@ -107,6 +108,33 @@ class Transformer(nnx.Module):
         mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B L E"], Cache | None]:
+        if cache is None or cache.tokens is None:
+            return self._read(tokens, mask, cache)
+        mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+        return self._read_or_restart(tokens, mask, cache)
+
+    def _read_or_restart(
+        self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], cache: Cache
+    ) -> tuple[Array, Cache | None]:
+        """Reads all tokens again if a row becomes longer than the length at which its rotary frequencies change.
+
+        The keys and values of all earlier tokens then change, too, because each layer reads the output of the layer
+        before.
+        """
+        first, length, limit = cache.index, tokens.shape[1], self.config.rotary.restart_length
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=1)
+        cache = cache._replace(tokens=update(cache.tokens, tokens.astype(cache.tokens.dtype)))
+        before = cache.mask.sum(axis=1)
+        is_longer = (0 < before) & (before <= limit) & (before + mask.sum(axis=1) > limit)
+
+        def restart() -> tuple[Array, Cache | None]:
+            empty = cache._replace(mask=jnp.zeros_like(cache.mask), index=jnp.zeros_like(first))
+            x, again = self._read(cache.tokens, update(cache.mask, mask), empty)
+            return jax.lax.dynamic_slice_in_dim(x, first, length, axis=1), again._replace(index=first + length)
+
+        return jax.lax.cond(is_longer.any(), restart, lambda: self._read(tokens, mask, cache))
+
+    def _read(self, tokens: Array, mask: Array | None, cache: Cache | None) -> tuple[Array, Cache | None]:
         x, context, cache = self.begin(tokens, mask, cache)
         written = []
         for i in range(self.config.num_layers):
@@ -137,9 +165,10 @@ class Transformer(nnx.Module):
         if self.project_in is not None:
             x = self.project_in(x)
         if self.positions is None:
-            angles = slots.positions[..., None, None] * rotary_frequencies(config)
-            rotary = jnp.cos(angles), jnp.sin(angles)
-            return x, Context(slots, rotary, rotary), cache
+            segments = mask if cache is None and mask is not None and mask.dtype != bool else None
+            of_layers = lambda rotary: rotary_factors(rotary, config.head_dim, slots.positions, segments)
+            rotary = of_layers(config.rotary)
+            return x, Context(slots, rotary, of_layers(config.window_rotary) if config.window_rotary else rotary), cache
         rows = jnp.minimum(slots.positions, config.max_positions - 1) + config.position_offset
         return x + self.positions(rows).astype(self.dtype), Context(slots, None, None), cache
 
@@ -160,25 +189,3 @@ class Transformer(nnx.Module):
 def _times(x: Array, factor: float) -> Array:
     """Returns the product in the type of x. The factor is not rounded to this type."""
     return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
-
-
-def rotary_frequencies(config: ModelConfig) -> Float[np.ndarray, " H/2"]:
-    """Returns the frequencies theta^(-2i/H), in radians per position.
-
-    The frequencies are scaled as in Llama 3.1 if the config asks for this. The scaling depends on the wavelength.
-
-    - A wavelength above original / low_freq_factor is multiplied by `factor`.
-    - A wavelength below original / high_freq_factor is not changed.
-    - Between these bounds the frequencies are interpolated linearly in original / wavelength.
-
-    References:
-      Su et al., "RoFormer", https://arxiv.org/abs/2104.09864, 2021, eq. 15.
-      Grattafiori et al., "The Llama 3 Herd of Models", https://arxiv.org/abs/2407.21783, 2024.
-    """
-    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-    if scaling := config.rope_scaling:
-        turns = scaling.original_max_positions * frequencies / (2 * np.pi)
-        unscaled = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        unscaled = np.clip(unscaled, 0.0, 1.0)  # the share of each frequency that is not scaled
-        frequencies = frequencies * (unscaled + (1 - unscaled) / scaling.factor)
-    return frequencies.astype(np.float32)

@@ -13,6 +13,36 @@ A family module defines:
 - `TIED`: the name of the output matrix, which is ignored if the matrix equals the embedding.
 """
 
-from kd_jax.models.families import gpt2, llama, mistral, qwen2, qwen3
+from kd_jax.models.families import (
+    gemma2,
+    gemma3_text,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    stablelm,
+)
 
-FAMILIES = {"gpt2": gpt2, "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
+FAMILIES = {
+    "gemma2": gemma2,
+    "gemma3_text": gemma3_text,
+    "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
+    "granite": granite,
+    "llama": llama,
+    "mistral": mistral,
+    "olmo2": olmo2,
+    "opt": opt,
+    "phi3": phi3,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "smollm3": smollm3,
+    "stablelm": stablelm,
+}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kd_jax.models.families.fields import Fields, Layout, Tensor, flag, real, refuse_unless, whole
+from kd_jax.models.families.fields import Fields, Layout, Tensor, check_equal_heads, flag, real, refuse_unless, whole
 from kd_jax.storage.files import Json
 
 if TYPE_CHECKING:
@@ -34,16 +34,8 @@ SPELLINGS = {
 
 
 def check(config: ModelConfig) -> None:
-    """Checks that heads are not grouped, and that the head size is D / num_heads.
-
-    The fused matrix of query, key and value is [D, 3 D], so the three parts must have equal size.
-    """
-    if config.num_kv_heads != config.num_heads or config.head_dim * config.num_heads != config.hidden_size:
-        raise ValueError(
-            f"family 'gpt2' needs num_kv_heads = num_heads and head_dim = hidden_size / num_heads; got "
-            f"hidden_size={config.hidden_size}, num_heads={config.num_heads}, "
-            f"num_kv_heads={config.num_kv_heads}, head_dim={config.head_dim}."
-        )
+    """Checks that the three parts of the fused matrix [D, 3 D] of query, key and value have equal size."""
+    check_equal_heads(config)
 
 
 def from_hf(fields: Fields) -> Json:

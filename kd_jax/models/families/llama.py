@@ -12,10 +12,9 @@ from kd_jax.models.families.fields import (
     flag,
     layer_types,
     real,
-    rotary_from_hf,
-    rotary_to_hf,
     whole,
 )
+from kd_jax.models.families.rotary_fields import RotaryNames, rotary_from_hf, rotary_to_hf
 from kd_jax.storage.files import Json
 
 if TYPE_CHECKING:
@@ -67,9 +66,27 @@ def biases_from_hf(fields: Fields) -> Json:
 
 
 def common_from_hf(
-    fields: Fields, *, activation: str = "hidden_act", eps: str = "rms_norm_eps", tied: bool = False
+    fields: Fields, *, eps: str = "rms_norm_eps", tied: bool = False, rotary: RotaryNames = RotaryNames()
 ) -> Json:
     """Returns the keywords of `ModelConfig` from the fields that most families have in common.
+
+    Args:
+      fields: the fields of config.json.
+      eps, tied: the arguments of `sizes_from_hf`.
+      rotary: the names of the fields of the rotary embedding.
+    """
+    return sizes_from_hf(fields, eps=eps, tied=tied) | rotary_from_hf(fields, rotary)
+
+
+def common_to_hf(config: ModelConfig, *, eps: str = "rms_norm_eps", rotary: RotaryNames = RotaryNames()) -> Json:
+    """Returns the fields that most families have in common. This is the inverse of `common_from_hf`."""
+    return sizes_to_hf(config, eps=eps) | rotary_to_hf(config.rotary, config.max_positions, rotary)
+
+
+def sizes_from_hf(
+    fields: Fields, *, activation: str = "hidden_act", eps: str = "rms_norm_eps", tied: bool = False
+) -> Json:
+    """Returns the keywords of `ModelConfig` for the sizes, the activation and the norms.
 
     Args:
       fields: the fields of config.json.
@@ -91,15 +108,14 @@ def common_from_hf(
         "head_dim": whole(fields, "head_dim", 0),
         "max_positions": whole(fields, "max_position_embeddings"),
         "tie_embeddings": flag(fields, "tie_word_embeddings", tied),
-        **rotary_from_hf(fields),
     }
     if fields.get(activation) is not None:
         keywords["activation"] = fields[activation]
     return keywords if fields.get(eps) is None else keywords | {"norm_eps": real(fields, eps)}
 
 
-def common_to_hf(config: ModelConfig, *, activation: str = "hidden_act", eps: str = "rms_norm_eps") -> Json:
-    """Returns the fields that most families have in common. This is the inverse of `common_from_hf`."""
+def sizes_to_hf(config: ModelConfig, *, activation: str = "hidden_act", eps: str = "rms_norm_eps") -> Json:
+    """Returns the fields of the sizes, the activation and the norms. This is the inverse of `sizes_from_hf`."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -112,7 +128,6 @@ def common_to_hf(config: ModelConfig, *, activation: str = "hidden_act", eps: st
         activation: config.activation,
         eps: config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        **rotary_to_hf(config.rope_theta, config.rope_scaling),
     }
 
 
