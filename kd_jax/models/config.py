@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from kd_jax.models.families import FAMILIES
-from kd_jax.models.families.fields import Llama3Scaling
+from kd_jax.models.rotary import DynamicScaling, Rotary, Scaling
 from kd_jax.storage import untrusted
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
@@ -38,7 +38,11 @@ class ModelConfig:
       activation: the activation function of the MLP, by its Hugging Face name.
       norm_eps: the number that is added to the variance in every norm.
       rope_theta: the base of the rotary frequencies.
-      rope_scaling: the scaling of the rotary frequencies of Llama 3.1, or None.
+      rope_scaling: the scaling of the rotary frequencies, such as `rotary.YarnScaling`, or None.
+      rotary_share: the part of each head's coordinates that rotary positions turn, above 0 and at most 1.
+      local_rope_theta: the base of the rotary frequencies in the layers with a window; None for the same frequencies in
+        all layers.
+      local_rope_scaling: the scaling of the rotary frequencies in the layers with a window, or None.
       attention_bias: True if the query, key and value projections have a bias.
       output_bias: True if the attention's output projection has a bias.
       mlp_bias: True if the MLP's projections have a bias.
@@ -75,7 +79,10 @@ class ModelConfig:
     activation: str | None = None
     norm_eps: float | None = None
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Scaling | None = None
+    rotary_share: float = 1.0
+    local_rope_theta: float | None = None
+    local_rope_scaling: Scaling | None = None
     attention_bias: bool | None = None
     output_bias: bool | None = None
     mlp_bias: bool | None = None
@@ -116,15 +123,25 @@ class ModelConfig:
             self._set("intermediate_size", gated if self.gated_mlp else 4 * self.hidden_size)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide by num_kv_heads={self.num_kv_heads}.")
-        if not self.learned_positions and self.head_dim % 2:
-            raise ValueError(
-                f"head_dim={self.head_dim} must be even, because rotary positions turn pairs of coordinates."
-            )
+        if not self.learned_positions:
+            self._check_rotary()
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"unknown activation {untrusted.printable(self.activation)}; known: {', '.join(ACTIVATIONS)}."
             )
         family.check(self)
+
+    @property
+    def rotary(self) -> Rotary:
+        """The rotary embedding of the layers; of the layers without a window if there is a `local_rope_theta`."""
+        return Rotary(self.rope_theta, self.rope_scaling, self.rotary_share)
+
+    @property
+    def local_rotary(self) -> Rotary:
+        """The rotary embedding of the layers with a window."""
+        if self.local_rope_theta is None:
+            return self.rotary
+        return Rotary(self.local_rope_theta, self.local_rope_scaling, self.rotary_share)
 
     @property
     def longest_sequence(self) -> int:
@@ -150,6 +167,16 @@ class ModelConfig:
         return dataclasses.replace(
             self, num_layers=len(layers), sliding_window=window, sliding_layers=sliding if window else None
         )
+
+    def _check_rotary(self) -> None:
+        for rotary in (self.rotary, self.local_rotary):
+            rotary.check(self.head_dim)
+            scaling = rotary.scaling
+            if isinstance(scaling, DynamicScaling) and scaling.max_positions != self.max_positions:
+                raise ValueError(
+                    f"the dynamic rotary scaling has max_positions={scaling.max_positions}; expected the model's "
+                    f"max_positions={self.max_positions}."
+                )
 
     def _check_window(self) -> None:
         window = self.sliding_window

@@ -140,7 +140,8 @@ class Model:
         heads, layers = (batch, config.num_kv_heads), range(config.num_layers)
         keys = tuple(jnp.zeros((*heads, config.head_dim, length), self.dtype) for _ in layers)
         values = tuple(jnp.zeros((*heads, length, config.head_dim), self.dtype) for _ in layers)
-        return Cache(keys, values, jnp.zeros((batch, length), bool), jnp.int32(0))
+        tokens = None if config.rotary.restart_length is None else jnp.zeros((batch, length), jnp.int32)
+        return Cache(keys, values, jnp.zeros((batch, length), bool), jnp.int32(0), tokens)
 
     def extend(
         self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None, cache: Cache

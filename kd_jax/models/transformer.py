@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from kd_jax.models import int8
 from kd_jax.models.config import ModelConfig
+from kd_jax.models.rotary import rotary_factors, rotate
 
 _ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -26,13 +26,15 @@ class Cache(NamedTuple):
     """Keys and values of the tokens that the model has read, one array per layer.
 
     `index` of the S slots are filled, padding included. Each array has the layout of the matrix product that reads the
-    array, so that no decoding step transposes earlier entries.
+    array, so that no decoding step transposes earlier entries. `tokens` are the ids that the model has read, if a longer
+    sequence changes the keys and values of earlier tokens (`Rotary.restart_length`), and None otherwise.
     """
 
     keys: tuple[Float[Array, "B K H S"], ...]
     values: tuple[Float[Array, "B K S H"], ...]
     mask: Bool[Array, "B S"]
     index: Int[Array, ""]
+    tokens: Int[Array, "B S"] | None = None
 
 
 class Attention(nnx.Module):
@@ -58,7 +60,7 @@ class Attention(nnx.Module):
             query = self.query_norm(query).astype(x.dtype)
             key = self.key_norm(key).astype(x.dtype)
         if rotary is not None:
-            query, key = _rotate(query, *rotary), _rotate(key, *rotary)
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is None and self.implementation != "plain":
             # These implementations use a finite bias as mask, so a row that attends to nothing is finite, too.
             implementation = "cudnn" if self.implementation == "cudnn" else "xla"
@@ -154,6 +156,27 @@ class Transformer(nnx.Module):
         mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B L D"], Cache | None]:
+        limit = self.config.rotary.restart_length
+        if cache is None or cache.tokens is None or limit is None:
+            return self._read(tokens, mask, cache)
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache.index, axis=1)
+        mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+        all_tokens = update(cache.tokens, tokens.astype(cache.tokens.dtype))
+        extended = cache._replace(tokens=all_tokens)
+
+        def restart() -> tuple[Array, Cache | None]:
+            empty = extended._replace(mask=jnp.zeros_like(cache.mask), index=jnp.zeros_like(cache.index))
+            x, again = self._read(all_tokens, update(cache.mask, mask), empty)
+            last = jax.lax.dynamic_slice_in_dim(x, cache.index, tokens.shape[1], axis=1)
+            return last, again and again._replace(index=cache.index + tokens.shape[1])
+
+        # If a row becomes longer than the limit, its rotary frequencies change. The keys and values of all its earlier
+        # tokens then change, too, because each layer reads the output of the layer before.
+        before = cache.mask.sum(axis=1)
+        is_longer = (0 < before) & (before <= limit) & (before + mask.sum(axis=1) > limit)
+        return jax.lax.cond(is_longer.any(), restart, lambda: self._read(tokens, mask, extended))
+
+    def _read(self, tokens: Array, mask: Array | None, cache: Cache | None) -> tuple[Array, Cache | None]:
         x, rotary, attend, cache = self.begin(tokens, mask, cache)
         written = []
         for i in range(self.config.num_layers):
@@ -180,8 +203,8 @@ class Transformer(nnx.Module):
         x = self.embed(tokens).astype(self.dtype)
         rotary = None
         if self.positions is None:
-            angles = positions[..., None, None] * rotary_frequencies(self.config)
-            rotary = jnp.cos(angles), jnp.sin(angles)
+            segments = mask if cache is None and mask is not None and mask.dtype != bool else None
+            rotary = rotary_factors(self.config.rotary, self.config.head_dim, positions, segments)
         else:
             x = x + self.positions(jnp.minimum(positions, self.config.max_positions - 1)).astype(self.dtype)
         return x, rotary, attend, cache
@@ -238,34 +261,6 @@ def _attend(query, key, value, mask):
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(batch, groups, -1, slots)
     attended = jnp.matmul(weights, value).reshape(batch, groups, heads // groups, length, width)
     return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
-
-
-def rotary_frequencies(config: ModelConfig) -> Float[np.ndarray, " H/2"]:
-    """Returns the frequencies theta^(-2i/H), in radians per position.
-
-    The frequencies are scaled as in Llama 3.1 if the config asks for this. The scaling depends on the wavelength.
-
-    - A wavelength above original / low_freq_factor is multiplied by `factor`.
-    - A wavelength below original / high_freq_factor is not changed.
-    - Between these bounds the frequencies are interpolated linearly in original / wavelength.
-
-    References:
-      Su et al., "RoFormer", https://arxiv.org/abs/2104.09864, 2021, eq. 15.
-      Grattafiori et al., "The Llama 3 Herd of Models", https://arxiv.org/abs/2407.21783, 2024.
-    """
-    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-    if scaling := config.rope_scaling:
-        turns = scaling.original_max_positions * frequencies / (2 * np.pi)
-        unscaled = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        unscaled = np.clip(unscaled, 0.0, 1.0)  # the share of each frequency that is not scaled
-        frequencies = frequencies * (unscaled + (1 - unscaled) / scaling.factor)
-    return frequencies.astype(np.float32)
-
-
-def _rotate(x, cos, sin):
-    """Rotates coordinates i and i + H/2 of each head as one pair, in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _residual_init(config: ModelConfig) -> nnx.Initializer:

@@ -30,20 +30,6 @@ class Tensor:
     parts: int = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """The scaling of rotary frequencies in Llama 3.1 for a longer context: low frequencies are divided by `factor`.
-
-    References:
-      Grattafiori et al., "The Llama 3 Herd of Models", https://arxiv.org/abs/2407.21783, 2024.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-
 def required(fields: Fields, name: str) -> Any:
     """Returns the field's value. An absent or null field is an error that names the field."""
     if fields.get(name) is None:
@@ -148,61 +134,3 @@ def _window(fields: Fields) -> int | None:
     window = whole(fields, "sliding_window")
     refuse_unless(window >= 1, fields, "sliding_window", "null, or at least 1")
     return window
-
-
-def rotary_from_hf(fields: Fields) -> Json:
-    """Returns `rope_theta` and `rope_scaling`, read from every spelling that transformers 5.24 reads.
-
-    Up to transformers 4, both fields are at the top level, and `rope_scaling` is null for the plain embedding. Since
-    transformers 5, the field `rope_parameters` has the scaling and the base. If both `rope_scaling` and
-    `rope_parameters` are set, transformers uses `rope_scaling` and ignores `rope_parameters`, including the base.
-    """
-    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    rope = fields.get(name) or {}
-    refuse_unless(isinstance(rope, Mapping), fields, name, "an object, or null")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    both = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-    both |= {key: source[key] for source in (fields, rope) for key in both if source.get(key) is not None}
-    if kind not in ("default", "llama3") or any(isinstance(value, Mapping) for value in rope.values()):
-        raise ValueError(
-            f"the rotary embedding {name} = {untrusted.printable(dict(rope))} is not supported; expected rope_type 'default' "
-            "or 'llama3'."
-        )
-    refuse_unless(both["partial_rotary_factor"] == 1.0, both, "partial_rotary_factor", "1.0")
-    scaling = _llama3_scaling(fields, rope) if kind == "llama3" else None
-    return {"rope_theta": real(both, "rope_theta"), "rope_scaling": scaling}
-
-
-def _llama3_scaling(fields: Fields, rope: Fields) -> Llama3Scaling:
-    """Returns the scaling that the object `rope` describes.
-
-    The length before scaling is a field at the top level or in `rope`. Without this field, the length is the model's
-    number of positions.
-    """
-    name = "original_max_position_embeddings"
-    fields_with_length = fields if fields.get(name) is not None else rope
-    scaling = Llama3Scaling(
-        factor=real(rope, "factor"),
-        low_freq_factor=real(rope, "low_freq_factor"),
-        high_freq_factor=real(rope, "high_freq_factor"),
-        original_max_positions=whole(fields_with_length, name, fields.get("max_position_embeddings")),
-    )
-    ordered = scaling.low_freq_factor < scaling.high_freq_factor
-    refuse_unless(ordered, rope, "low_freq_factor", f"less than high_freq_factor = {scaling.high_freq_factor}")
-    return scaling
-
-
-def rotary_to_hf(theta: float, scaling: Llama3Scaling | None) -> Json:
-    """Returns the fields in the spelling of transformers 4, which transformers 5 still reads."""
-    if scaling is None:
-        return {"rope_theta": theta, "rope_scaling": None}
-    return {
-        "rope_theta": theta,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
-        },
-    }

@@ -16,11 +16,10 @@ from kd_jax.models.families.fields import (
     real,
     refuse_unless,
     required,
-    rotary_from_hf,
-    rotary_to_hf,
     whole,
     window_from_hf,
 )
+from kd_jax.models.families.rotary_fields import rotary_from_hf, rotary_to_hf
 from kd_jax.storage.files import Json
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ def common_to_hf(config: ModelConfig) -> Json:
         "hidden_act": config.activation,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        **rotary_to_hf(config.rope_theta, config.rope_scaling),
+        **rotary_to_hf(config.rotary, config.max_positions),
     }
 
 
