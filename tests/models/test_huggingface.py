@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from kd_jax import models, sharding
-from kd_jax.models.families.fields import Llama3Scaling, rotary_from_hf
+from kd_jax.models.families.rotary_fields import rotary_from_hf
+from kd_jax.models.rotary import Llama3Scaling, rotary_frequencies
 from kd_jax.models.safetensors_io import Reader
-from kd_jax.models.transformer import rotary_frequencies
 from tests.helpers.paths import TINY
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
@@ -279,7 +279,7 @@ def test_the_rotary_embedding_is_read_as_transformers_reads_it(case, copy):
     config = models.load_config(folder)
     assert config.rope_theta == base
     assert (config.rope_scaling.original_max_positions if config.rope_scaling else 0) == original
-    np.testing.assert_allclose(rotary_frequencies(config)[1:3], frequencies, atol=1e-6)
+    np.testing.assert_allclose(rotary_frequencies(config.rotary, config.head_dim)[1:3], frequencies, atol=1e-6)
 
 
 def test_both_spellings_of_gpt2_are_read_and_the_common_one_comes_first(copy):
@@ -410,10 +410,10 @@ CONFIG_ERRORS = [
     ("llama", {"hidden_act": "relu2"}, "unknown activation 'relu2'"),
     (
         "llama",
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-        "'yarn'.*expected rope_type 'default'",
+        {"rope_parameters": {"rope_type": "proportional", "factor": 4.0}},
+        "rope_type 'proportional' in rope_parameters = .* expected rope_type 'default', 'linear', .* or 'llama3'",
     ),
-    ("llama", {"rope_parameters": "absent", "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+    ("llama", {"rope_parameters": "absent", "rope_scaling": {"type": "linear"}}, "'factor' is missing.*'linear'"),
     (
         "llama",
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
@@ -422,8 +422,8 @@ CONFIG_ERRORS = [
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
     (
         "llama",
-        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
-        "rope_scaling = .*'linear'",
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "axial", "factor": 2.0}},
+        "rope_type 'axial' in rope_scaling",
     ),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     ("llama", {"is_causal": False}, "is_causal = False is not supported; expected true"),

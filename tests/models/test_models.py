@@ -12,8 +12,7 @@ import pytest
 from flax import nnx
 
 from kd_jax import models
-from kd_jax.models.families.fields import Llama3Scaling
-from kd_jax.models.transformer import rotary_frequencies
+from kd_jax.models.rotary import Llama3Scaling, rotary_frequencies
 from tests.helpers.paths import TINY
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
@@ -253,8 +252,8 @@ def test_llama3_scaling_against_the_published_rule():
         kinds.add(kind)
         expected.append(value)
     assert kinds == {"kept", "divided", "between"}
-    np.testing.assert_allclose(rotary_frequencies(config), expected, rtol=1e-6)
-    plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None))
+    np.testing.assert_allclose(rotary_frequencies(config.rotary, config.head_dim), expected, rtol=1e-6)
+    plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None).rotary, config.head_dim)
     np.testing.assert_allclose(plain, 500000.0 ** -(np.arange(32) / 32), rtol=1e-6)
 
 
