@@ -40,9 +40,7 @@ class ModelConfig:
       rope_theta: the base of the rotary frequencies.
       rope_scaling: the scaling of the rotary frequencies, such as `rotary.YarnScaling`, or None.
       rotary_share: the part of each head's coordinates that rotary positions turn, above 0 and at most 1.
-      local_rope_theta: the base of the rotary frequencies in the layers with a window; None for the same frequencies in
-        all layers.
-      local_rope_scaling: the scaling of the rotary frequencies in the layers with a window, or None.
+      window_rotary: the rotary embedding of the layers with a window; None for the same embedding in all layers.
       attention_bias: True if the query, key and value projections have a bias.
       output_bias: True if the attention's output projection has a bias.
       mlp_bias: True if the MLP's projections have a bias.
@@ -81,8 +79,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: Scaling | None = None
     rotary_share: float = 1.0
-    local_rope_theta: float | None = None
-    local_rope_scaling: Scaling | None = None
+    window_rotary: Rotary | None = None
     attention_bias: bool | None = None
     output_bias: bool | None = None
     mlp_bias: bool | None = None
@@ -133,15 +130,8 @@ class ModelConfig:
 
     @property
     def rotary(self) -> Rotary:
-        """The rotary embedding of the layers; of the layers without a window if there is a `local_rope_theta`."""
+        """The rotary embedding of all layers, or of the layers without a window if there is `window_rotary`."""
         return Rotary(self.rope_theta, self.rope_scaling, self.rotary_share)
-
-    @property
-    def local_rotary(self) -> Rotary:
-        """The rotary embedding of the layers with a window."""
-        if self.local_rope_theta is None:
-            return self.rotary
-        return Rotary(self.local_rope_theta, self.local_rope_scaling, self.rotary_share)
 
     @property
     def longest_sequence(self) -> int:
@@ -169,7 +159,7 @@ class ModelConfig:
         )
 
     def _check_rotary(self) -> None:
-        for rotary in (self.rotary, self.local_rotary):
+        for rotary in (self.rotary, self.window_rotary or self.rotary):
             rotary.check(self.head_dim)
             scaling = rotary.scaling
             if isinstance(scaling, DynamicScaling) and scaling.max_positions != self.max_positions:
