@@ -39,7 +39,7 @@ def read(fields):
     rotary = r.Rotary(keywords["rope_theta"], keywords["rope_scaling"], keywords["rotary_share"])
     if not layered:
         return keywords, {FULL: rotary}
-    return keywords, {FULL: rotary, LOCAL: r.Rotary(keywords["local_rope_theta"], keywords["local_rope_scaling"])}
+    return keywords, {FULL: rotary, LOCAL: keywords["window_rotary"]}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,6 +71,14 @@ def test_both_spellings_are_written_and_read_again(case):
         written = rotary_to_hf(rotaries[FULL], sizes["max_position_embeddings"], names)
     assert read(sizes | json.loads(json.dumps(written)))[0] == keywords
     assert hash(rotaries[FULL]) == hash(read(fields)[1][FULL])
+
+
+def test_scalings_of_both_types_of_layers_are_written_and_read_again():
+    scaling = r.LongRopeScaling((1.0, 1.5), (2.0, 3.0), 16, 5.0, 1.25)
+    rotaries = r.Rotary(5e5, scaling), r.Rotary(2e4, r.LinearScaling(3.0))
+    written = layered_rotary_to_hf(*rotaries, 64, NAMES["gemma3_text"])
+    read_again = read({"model_type": "gemma3_text", "max_position_embeddings": 64} | written)[1]
+    assert (read_again[FULL], read_again[LOCAL]) == rotaries
 
 
 ROPE = {"factor": 2.0, "rope_type": "linear"}

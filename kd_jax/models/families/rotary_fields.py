@@ -74,7 +74,7 @@ def layered_rotary_from_hf(fields: Fields, names: RotaryNames, window_base: floa
       window_base: the base in layers with a window if no field names this base.
 
     Returns:
-      The keywords that `rotary_from_hf` returns, with `local_rope_theta` and `local_rope_scaling`.
+      The keywords that `rotary_from_hf` returns, and `window_rotary`.
 
     Raises:
       ValueError: a field has a value that the rotary embedding does not have.
@@ -90,12 +90,7 @@ def layered_rotary_from_hf(fields: Fields, names: RotaryNames, window_base: floa
         refuse_unless(isinstance(value, Mapping), fields, name, "an object, or null")
     keywords = rotary_from_hf({**fields, "rope_scaling": None, "rope_parameters": {**full, **scaling}}, names)
     local = dataclasses.replace(names, base="rope_local_base_freq", default_base=window_base)
-    rotary = _rotary(fields, "rope_parameters", window, local)
-    refuse_unless(
-        rotary.share == keywords["rotary_share"], {"partial_rotary_factor": rotary.share}, "partial_rotary_factor",
-        f"the number of the other layers, {keywords['rotary_share']}",
-    )  # fmt: skip
-    return keywords | {"local_rope_theta": rotary.base, "local_rope_scaling": rotary.scaling}
+    return keywords | {"window_rotary": _rotary(fields, "rope_parameters", window, local)}
 
 
 def rotary_to_hf(rotary: Rotary, max_positions: int, names: RotaryNames = RotaryNames()) -> Json:
@@ -108,11 +103,11 @@ def rotary_to_hf(rotary: Rotary, max_positions: int, names: RotaryNames = Rotary
     return fields
 
 
-def layered_rotary_to_hf(rotary: Rotary, local: Rotary, max_positions: int, names: RotaryNames) -> Json:
-    """Returns the fields for layers without a window and for layers with a window, whose rotary embedding is `local`."""
-    if local.scaling is None:
-        return rotary_to_hf(rotary, max_positions, names) | {"rope_local_base_freq": local.base}
-    kinds = {"full_attention": rotary, "sliding_attention": local}  # the older spelling has no scaling of the second
+def layered_rotary_to_hf(rotary: Rotary, window: Rotary, max_positions: int, names: RotaryNames) -> Json:
+    """Returns the fields for layers without a window and for layers with a window. This is the inverse of reading."""
+    if window.scaling is None:
+        return rotary_to_hf(rotary, max_positions, names) | {"rope_local_base_freq": window.base}
+    kinds = {"full_attention": rotary, "sliding_attention": window}  # the older spelling has no scaling of the second
     return {"rope_parameters": {kind: _rope_parameters(part, max_positions) for kind, part in kinds.items()}}
 
 
@@ -217,10 +212,9 @@ def _numbers(rope: Fields, name: str) -> tuple[float, ...]:
 
 
 def _rope_parameters(rotary: Rotary, max_positions: int) -> Json:
-    scaling = _scaling_to_hf(rotary.scaling, max_positions) or {"rope_type": "default"}
-    return (
-        {"rope_theta": rotary.base} | ({} if rotary.share == 1 else {"partial_rotary_factor": rotary.share}) | scaling
-    )
+    scaling, fields = rotary.scaling, _scaling_to_hf(rotary.scaling, max_positions) or {"rope_type": "default"}
+    length = {LENGTH: scaling.original_max_positions} if isinstance(scaling, LongRopeScaling) else {}
+    return {"rope_theta": rotary.base, **fields, **length}
 
 
 def _scaling_to_hf(scaling: Scaling | None, max_positions: int) -> Json | None:
