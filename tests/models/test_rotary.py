@@ -130,7 +130,7 @@ def test_a_misfit_is_refused_with_the_field(case):
 def test_a_rotary_embedding_fits_the_heads(settings, message):
     sizes = {"vocab_size": 9, "hidden_size": 64, "num_layers": 1, "num_heads": 4, "max_positions": 64}
     with pytest.raises(ValueError, match=message):
-        models.ModelConfig(family="llama", **sizes, **settings)
+        models.ModelConfig(family="stablelm", **sizes, **settings)
 
 
 def test_only_the_first_coordinates_are_turned():
