@@ -53,7 +53,7 @@ class Stacks(nnx.Module):
     """The three projections of all experts."""
 
     def __init__(self, config: ModelConfig, linear: LinearOf):
-        count, width, inner = config.num_experts, config.hidden_size, config.expert_size
+        count, width, inner = config.num_experts or 0, config.hidden_size, config.expert_size
         self.gate = Stacked((count, width, inner), linear, linear.keywords["kernel_init"])
         self.up = Stacked((count, width, inner), linear, linear.keywords["kernel_init"])
         self.down = Stacked((count, inner, width), linear, residual_init(config))
@@ -71,8 +71,8 @@ class Experts(nnx.Module):
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         rows = x.reshape(-1, x.shape[-1])
         weights, chosen = route(self.router(rows), self.chosen, self.normalise)
-        stacks = (self.experts.gate, self.experts.up, self.experts.down)
-        kernels: Kernels = tuple(stack.kernel[...] for stack in stacks)
+        stacks = self.experts
+        kernels = (stacks.gate.kernel[...], stacks.up.kernel[...], stacks.down.kernel[...])
         # The sort of `in_blocks` would move the tokens of all devices to each device.
         compute = in_blocks if jax.device_count() == 1 else one_by_one
         return compute(rows, weights, chosen, kernels, str(self.activation)).astype(x.dtype).reshape(x.shape)

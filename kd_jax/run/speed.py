@@ -39,7 +39,7 @@ def forward_flops(model: Model, length: int) -> float:
     attention = config.hidden_size * (2 * queries + 2 * shared)
     mlp = config.hidden_size * config.intermediate_size * (3 if config.gated_mlp else 2)
     # A token reads the router and its own experts. The further cost of experts on several devices is not counted.
-    experts = config.hidden_size * (3 * config.experts_per_token * config.expert_size + config.num_experts)
+    experts = config.hidden_size * (3 * config.experts_per_token * config.expert_size + (config.num_experts or 0))
     with_experts = len(config.layers_with_experts)
     mlps = (config.num_layers - with_experts) * mlp + with_experts * experts
     weights = config.num_layers * attention + mlps + config.hidden_size * config.vocab_size

@@ -84,14 +84,14 @@ def tensors(config: ModelConfig, names: ExpertNames) -> Layout:
     for i in config.layers_with_experts:
         for path in ("gate", "up", "down"):
             del layout[f"layers/{i}/mlp/{path}/kernel"]
-        of_layer = names.tensors(f"model.layers.{i}", config.num_experts)
+        of_layer = names.tensors(f"model.layers.{i}", config.num_experts or 0)
         layout |= {f"layers/{i}/{path}": stored for path, stored in of_layer.items()}
     return layout
 
 
 def as_stored(layout: Layout, names: Collection[str], config: ModelConfig) -> Layout:
     """Returns the layout for a folder with tensors of these names, which may hold all experts in one tensor."""
-    count, inner, layout = config.num_experts, config.expert_size, dict(layout)
+    count, inner, layout = config.num_experts or 0, config.expert_size, dict(layout)
     for i in config.layers_with_experts:
         ours, module = f"layers/{i}/mlp", f"model.layers.{i}.{FUSED}"
         fused = f"{module}.experts.gate_up_proj"
