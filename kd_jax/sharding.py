@@ -23,6 +23,7 @@ RULES = (
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"positions/embedding$", P(None, "fsdp")),
     (r"head/kernel$", P("fsdp", "tensor")),
+    (r"project_(in|out)/kernel$", P("fsdp", None)),
     (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
     (r"(query|key|value|gate|up)/bias$", P("tensor")),
     (r"(output|down)/kernel$", P("tensor", "fsdp")),
