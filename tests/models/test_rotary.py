@@ -122,7 +122,7 @@ def test_a_misfit_is_refused_with_the_field(case):
             {"rotary_share": 0.2},
             "=0.2 of head_dim=16 gives 3 rotary .* even number from 2 to 16",
         ),
-        ({"rope_scaling": r.LongRopeScaling((1.0,), (2.0,), 8, 4.0)}, "short_factor .* has 1 numbers; expected 8"),
+        ({"rope_scaling": r.LongRopeScaling((1.0,), (2.0,), 8, 4.0)}, "short_factor .* has 1 numbers; expected 2"),
         ({"rope_scaling": r.DynamicScaling(2.0, 32)}, "max_positions=32; expected the model's max_positions=64"),
         ({"rope_scaling": r.DynamicScaling(2.0, 64), "rotary_share": 0.125}, "even number from 4 to 16"),
     ],

@@ -88,11 +88,13 @@ def common_from_hf(fields: Fields, windowed: Sequence[int]) -> Json:
 
 def common_to_hf(config: ModelConfig) -> Json:
     """Returns the fields that Gemma 2 and Gemma 3 have in common. This is the inverse of `common_from_hf`."""
+    # transformers makes the mask of a window even if no layer has a window.
+    window = SIZES["sliding_window"] if config.sliding_window is None else config.sliding_window
     return llama.sizes_to_hf(config, activation="hidden_activation") | {
         "attention_bias": config.attention_bias,
         "query_pre_attn_scalar": round(config.attention_scale**-2),
         "final_logit_softcapping": config.logit_cap,
-        **layer_windows_to_hf(config.sliding_window, config.layers_with_window, config.num_layers),
+        **layer_windows_to_hf(window, config.layers_with_window, config.num_layers),
     }
 
 
