@@ -10,8 +10,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from kd_jax.models.config import ModelConfig
 from kd_jax.models.attention import Cache
+from kd_jax.models.config import ModelConfig
 from kd_jax.models.transformer import Transformer
 
 Params = PyTree  # a nested dict of arrays with string keys
