@@ -229,6 +229,11 @@ class ModelConfig:
         all_layers = () if self.sliding_window is None else range(self.num_layers)
         return frozenset(all_layers if self.sliding_layers is None else self.sliding_layers)
 
+    @property
+    def layers_with_experts(self) -> frozenset[int]:
+        """The indices of the layers that have experts in place of one MLP."""
+        return frozenset(range(self.num_layers) if self.num_experts else ()) - frozenset(self.dense_layers)
+
     def with_layers(self, layers: Sequence[int]) -> "ModelConfig":
         """Returns the config of a model that consists of the given layers, in the given order.
 

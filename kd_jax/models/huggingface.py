@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 from kd_jax.models import int8
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.families import FAMILIES
+from kd_jax.models.families.expert_fields import as_stored
 from kd_jax.models.families.fields import Layout, Stack, Tensor, refuse_another_function
 from kd_jax.models.folders import check_folder
 from kd_jax.models.functional import Model, Params, Shardings, from_config
@@ -121,7 +122,7 @@ def load_pretrained(
     with open_folder(folder) as reader:
         # The tensors are checked before the sizes of config.json decide how much memory is allocated.
         _check_depth(reader, config)
-        layout = FAMILIES[config.family].tensors(config)
+        layout = as_stored(FAMILIES[config.family].tensors(config), reader.names, config)
         names = _names_on_disk(reader, config, layout)
         _check_sizes(reader, config, names)
         abstract = model.abstract_params()
@@ -179,7 +180,7 @@ def _check_sizes(reader: Reader, config: ModelConfig, names: dict[str, str]) -> 
     So the sizes of the files limit the shapes that config.json can ask for.
     """
     largest = max(math.prod(reader.shape(name)) for name in names.values())
-    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "expert_size")}
     sizes["num_heads * head_dim"] = config.num_heads * config.head_dim
     sizes |= {"max_positions": config.max_positions} if config.learned_positions else {}
     for name, size in sizes.items():
@@ -254,13 +255,18 @@ def _read(
     columns = stored.columns or width
     if stored.groups == 1:
         bounds[-1] = slice(stored.first + start, stored.first + stop)
-        return _read_tensor(reader, names[stored.name], stored.transposed, bounds)
+        return _read_tensor(reader, names[stored.name], stored, bounds)
     first, last = start // width, -(-stop // width)  # the groups that the slice touches, which are read as a whole
     bounds[-1] = slice(first * columns, last * columns)
-    groups = _read_tensor(reader, names[stored.name], stored.transposed, bounds)
+    groups = _read_tensor(reader, names[stored.name], stored, bounds)
     groups = groups.reshape(*groups.shape[:-1], last - first, columns)[..., stored.first : stored.first + width]
     return groups.reshape(*groups.shape[:-2], -1)[..., start - first * width : stop - first * width]
 
 
-def _read_tensor(reader: Reader, name: str, transposed: bool, bounds: list[slice]) -> np.ndarray:
-    return reader.read(name, tuple(bounds[::-1])).T if transposed else reader.read(name, tuple(bounds))
+def _read_tensor(reader: Reader, name: str, tensor: Tensor, bounds: list[slice]) -> np.ndarray:
+    on_disk = tuple(bounds[::-1] if tensor.transposed else bounds)
+    if tensor.row is None:
+        numbers = reader.read(name, on_disk)
+    else:
+        numbers = reader.read(name, (slice(tensor.row, tensor.row + 1), *on_disk))[0]
+    return numbers.T if tensor.transposed else numbers

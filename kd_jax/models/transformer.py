@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kd_jax.models import int8
 from kd_jax.models.attention import Attention, Cache, Context, LayerCache, visible_slots
 from kd_jax.models.config import ModelConfig
+from kd_jax.models.experts import Experts
 from kd_jax.models.norms import Norm, applied
 from kd_jax.models.parts import ACTIVATIONS, LinearOf, NormOf, residual_init
 from kd_jax.models.rotary import rotary_factors
@@ -44,7 +45,7 @@ class Block(nnx.Module):
         self.attention = Attention(config, layer, linear, norm, implementation)
         self.attention_out_norm = norm(width) if is_last else None
         self.mlp_norm = norm(width) if is_first and config.parallel_norms != 1 else None
-        self.mlp = MLP(config, linear)
+        self.mlp = Experts(config, linear) if layer in config.layers_with_experts else MLP(config, linear)
         self.mlp_out_norm = norm(width) if is_last else None
 
     def __call__(

@@ -31,6 +31,8 @@ class Tensor:
       first: the first column of the parameter in a group, after a transposition.
       columns: the number of columns of a group; 0 if the tensor has only this parameter.
       groups: the number of groups, such as the number of heads if the parameters alternate from head to head.
+      row, rows: the index on the first of three axes, such as the number of the expert, and the length of this axis;
+        None and 0 for a tensor with at most two axes.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Tensor:
     first: int = 0
     columns: int = 0
     groups: int = 1
+    row: int | None = None
+    rows: int = 0
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
@@ -47,7 +51,8 @@ class Tensor:
     def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the tensor's shape on disk, from the shape of the parameter."""
         shape = (*parameter[:-1], self.groups * self.columns or parameter[-1])
-        return shape[::-1] if self.transposed else shape
+        shape = shape[::-1] if self.transposed else shape
+        return (self.rows, *shape) if self.rows else shape
 
 
 @dataclasses.dataclass(frozen=True)
