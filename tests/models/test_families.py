@@ -276,9 +276,8 @@ def test_gemmas_factor_of_the_embedding_is_rounded_to_the_type_of_the_computatio
 
 def test_granites_factors_are_not_rounded_to_the_type_of_the_computation():
     model, params, expected = load("granite")
-    half = dataclasses.replace(
-        model, dtype=jnp.dtype(jnp.bfloat16), config=dataclasses.replace(model.config, embedding_multiplier=1.1)
-    )
+    config = dataclasses.replace(model.config, embedding_multiplier=1.1)
+    half = models.from_config(config, dtype=jnp.bfloat16)
     x = nnx.merge(_split(half)[0], params).begin(jnp.asarray(expected["input_ids"]), None, None)[0]
     rows = params["embed"]["embedding"][expected["input_ids"]].astype(jnp.bfloat16)
     np.testing.assert_array_equal(x, (rows.astype(jnp.float32) * 1.1).astype(jnp.bfloat16))
