@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kd_jax.models import config_checks
 from kd_jax.models.families import FAMILIES
 from kd_jax.models.rotary import Rotary, Scaling
 
+OF_FAMILY: Any = None  # the default of a number that `__post_init__` replaces by the value of the family
 # The settings that only some families have, with their values in all other families. A family module lists the settings
 # that differ in `FIXED`, and the settings that can be chosen in `DEFAULTS`.
 PLAIN: dict[str, object] = {
@@ -123,16 +125,16 @@ class ModelConfig:
     head_dim: int = 0
     embedding_size: int = 0
     max_positions: int = 1024
-    position_offset: int | None = None
+    position_offset: int = OF_FAMILY
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] | None = None
     unrotated_layers: tuple[int, ...] = ()
     tie_embeddings: bool = True
     activation: str | None = None
-    norm_eps: float | None = None
+    norm_eps: float = OF_FAMILY
     rope_theta: float = 10000.0
     rope_scaling: Scaling | None = None
-    rotary_share: float | None = None
+    rotary_share: float = OF_FAMILY
     window_rotary: Rotary | None = None
     attention_bias: bool | None = None
     output_bias: bool | None = None
@@ -144,17 +146,17 @@ class ModelConfig:
     norm_bias: bool | None = None
     unit_offset: bool | None = None
     norms: str | None = None
-    parallel_norms: int | None = None
+    parallel_norms: int = OF_FAMILY
     final_norm: bool | None = None
     gated_mlp: bool | None = None
-    attention_scale: float | None = None
+    attention_scale: float = OF_FAMILY
     attention_cap: float | None = None
     logit_cap: float | None = None
     sqrt_embedding: bool | None = None
-    embedding_multiplier: float | None = None
-    residual_multiplier: float | None = None
-    logit_divisor: float | None = None
-    num_experts: int | None = None
+    embedding_multiplier: float = OF_FAMILY
+    residual_multiplier: float = OF_FAMILY
+    logit_divisor: float = OF_FAMILY
+    num_experts: int = OF_FAMILY
     experts_per_token: int = 0
     expert_size: int = 0
     dense_layers: tuple[int, ...] = ()
@@ -221,7 +223,7 @@ class ModelConfig:
     @property
     def rotary(self) -> Rotary:
         """The rotary embedding of all layers, or of the layers without a window if there is `window_rotary`."""
-        return Rotary(self.rope_theta, self.rope_scaling, 1.0 if self.rotary_share is None else self.rotary_share)
+        return Rotary(self.rope_theta, self.rope_scaling, self.rotary_share)
 
     @property
     def layers_with_window(self) -> frozenset[int]:

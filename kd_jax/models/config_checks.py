@@ -69,7 +69,14 @@ def check_attention(config: ModelConfig) -> None:
         raise ValueError(f"num_heads={config.num_heads} does not divide by num_kv_heads={config.num_kv_heads}.")
     if not config.learned_positions:
         _check_rotary(config)
-    positive = ("norm_eps", "rope_theta", "attention_scale", "embedding_multiplier", "residual_multiplier", "logit_divisor")
+    positive = (
+        "norm_eps",
+        "rope_theta",
+        "attention_scale",
+        "embedding_multiplier",
+        "residual_multiplier",
+        "logit_divisor",
+    )
     for name in (*positive, "attention_cap", "logit_cap"):
         value = getattr(config, name)
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
@@ -94,9 +101,7 @@ def check_choices(config: ModelConfig) -> None:
     choices: dict[str, tuple[object, ...]] = {"activation": ACTIVATIONS, "qk_norm": QK_NORMS, "norms": NORMS}
     for name, known in (choices | {"parallel_norms": (0, 1, 2)}).items():
         if (value := getattr(config, name)) not in known:
-            raise ValueError(
-                f"unknown {name} {untrusted.printable(value)}; known: {', '.join(map(str, known))}."
-            )
+            raise ValueError(f"unknown {name} {untrusted.printable(value)}; known: {', '.join(map(str, known))}.")
     if config.parallel_norms and config.norms != "before":
         raise ValueError(
             f"parallel_norms={config.parallel_norms} needs norms='before', because both parts of a block read the same "

@@ -102,11 +102,16 @@ class Model:
           layer: a function from the number of a layer to the layer's parameters.
           tokens, mask: the arrays that `hidden` takes.
         """
-        x, last = None, self.config.num_layers - 1
-        for i in range(last + 1):
+        last = self.config.num_layers - 1
+
+        def after(i: int, x: Array | None) -> Array:
             one = dataclasses.replace(self, config=self.config.with_layers([i]))
             x = _one_layer(one, {**params, "layers": {"0": layer(i)}}, x, tokens, mask, last=i == last)
-            x.block_until_ready()  # wait, so that the next layer is read only when this one is done
+            return x.block_until_ready()  # wait, so that the next layer is read only when this one is done
+
+        x = after(0, None)
+        for i in range(1, last + 1):
+            x = after(i, x)
         return x
 
     def head(self, params: Params) -> Float[Array, "D V"]:

@@ -109,28 +109,35 @@ class Transformer(nnx.Module):
         mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B L E"], Cache | None]:
-        if cache is None or cache.tokens is None:
+        limit = self.config.rotary.restart_length
+        if cache is None or cache.tokens is None or limit is None:
             return self._read(tokens, mask, cache)
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
-        return self._read_or_restart(tokens, mask, cache)
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache.index, axis=1)
+        every_token = update(cache.tokens, tokens.astype(cache.tokens.dtype))
+        return self._read_or_restart(tokens, mask, cache._replace(tokens=every_token), every_token, limit)
 
     def _read_or_restart(
-        self, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"], cache: Cache
+        self,
+        tokens: Int[Array, "B L"],
+        mask: Bool[Array, "B L"],
+        cache: Cache,
+        every_token: Int[Array, "B S"],
+        limit: int,
     ) -> tuple[Array, Cache | None]:
         """Reads all tokens again if a row becomes longer than the length at which its rotary frequencies change.
 
         The keys and values of all earlier tokens then change, too, because each layer reads the output of the layer
         before.
         """
-        first, length, limit = cache.index, tokens.shape[1], self.config.rotary.restart_length
-        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=1)
-        cache = cache._replace(tokens=update(cache.tokens, tokens.astype(cache.tokens.dtype)))
-        before = cache.mask.sum(axis=1)
+        first, length, before = cache.index, tokens.shape[1], cache.mask.sum(axis=1)
         is_longer = (0 < before) & (before <= limit) & (before + mask.sum(axis=1) > limit)
 
         def restart() -> tuple[Array, Cache | None]:
             empty = cache._replace(mask=jnp.zeros_like(cache.mask), index=jnp.zeros_like(first))
-            x, again = self._read(cache.tokens, update(cache.mask, mask), empty)
+            filled = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, first, axis=1)
+            x, again = self._read(every_token, filled, empty)
+            assert again is not None  # because a cache is given
             return jax.lax.dynamic_slice_in_dim(x, first, length, axis=1), again._replace(index=first + length)
 
         return jax.lax.cond(is_longer.any(), restart, lambda: self._read(tokens, mask, cache))

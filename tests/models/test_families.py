@@ -91,9 +91,7 @@ def test_a_folder_is_written_again_bit_for_bit(name, tmp_path):
     loaded, read = models.load_pretrained(tmp_path / "again")
     assert loaded == model
     jax.tree.map(np.testing.assert_array_equal, read, params)
-    fields, written = (
-        json.loads((folder / "config.json").read_text()) for folder in (TINY / name, tmp_path / "again")
-    )
+    fields, written = (json.loads((folder / "config.json").read_text()) for folder in (TINY / name, tmp_path / "again"))
     unread = {"sliding_window"} if not model.config.layers_with_window else set()
     different = {field for field in set(fields) & set(written) - unread if fields[field] != written[field]}
     assert not different, {field: (fields[field], written[field]) for field in different}
@@ -134,7 +132,7 @@ def test_both_spellings_of_config_json_are_one(name, edited):
 DEFAULTS = {
     "gemma2": (("layer_types",), "sliding_layers", (0, 2)),
     "gemma2_plain": (("attn_logit_softcapping",), "attention_cap", 50.0),
-    "gemma3_text": (("layer_types",), "sliding_layers", (0, 1, 2, 3)),
+    "gemma3_text": (("layer_types", "sliding_window_pattern"), "sliding_layers", (0, 1, 2, 3)),
     "gpt_neox": (("rope_parameters",), "rotary_share", 0.25),
     "opt": (("word_embed_proj_dim", "tie_word_embeddings"), "tie_embeddings", True),
     "phi3_longrope": (("tie_word_embeddings", "num_key_value_heads"), "num_kv_heads", 4),
@@ -161,7 +159,11 @@ REFUSALS = [
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True .* expected false"),
     ("gemma2", {"query_pre_attn_scalar": 7.5}, "attention_scale=.* whole number n in family 'gemma2'"),
     ("gemma2", {"final_logit_softcapping": -1.0}, "final_logit_softcapping = -1.0 .* positive number"),
-    ("gemma2", {"sliding_window": None}, "layer_types = .* expected 'full_attention' in every layer if .*sliding_window"),
+    (
+        "gemma2",
+        {"sliding_window": None},
+        "layer_types = .* expected 'full_attention' in every layer if .*sliding_window",
+    ),
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 .* expected null"),
     ("gemma3_text", {"layer_types": "absent", "sliding_window_pattern": 0}, "sliding_window_pattern = 0 .* at least 1"),
     ("gemma3_text", {"layer_types": ["full_attention"]}, "layer_types = .* a type for each of the 4 layers"),
@@ -189,7 +191,10 @@ SIZES = dict(vocab_size=9, hidden_size=64, num_layers=3, num_heads=4)
     [
         ({"family": "llama", "logit_cap": 30.0}, "family 'llama' fixes logit_cap=None; got 30.0"),
         ({"family": "llama", "attention_scale": 0.5}, "family 'llama' fixes attention_scale=0.25"),
-        ({"family": "mistral", "sliding_window": 8, "sliding_layers": (1,)}, "'mistral' has the sliding window in every layer"),
+        (
+            {"family": "mistral", "sliding_window": 8, "sliding_layers": (1,)},
+            "'mistral' has the sliding window in every layer",
+        ),
         ({"family": "opt", "norms": "residual"}, "norms='residual' with final_norm=False"),
         ({"family": "opt", "mlp_bias": False}, "family 'opt' has all biases or none"),
         ({"family": "gpt_neox", "parallel_norms": 1}, "parallel_norms=2, or 0"),
@@ -209,7 +214,9 @@ def test_settings_that_config_json_cannot_express_are_refused(settings, message)
 def test_every_parameter_of_a_new_model_has_a_place_on_disk_and_on_a_mesh(family, tmp_path):
     model = models.from_config(models.ModelConfig(family=family, **SIZES))
     numbers = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: jnp.asarray(numbers.normal(size=leaf.shape), leaf.dtype), model.abstract_params())
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(numbers.normal(size=leaf.shape), leaf.dtype), model.abstract_params()
+    )
     sharding.tree_shardings(sharding.make_mesh(2, 2, 2), params)  # a parameter without a rule is an error
     models.save_pretrained(tmp_path / "new", model, params)
     again, read = models.load_pretrained(tmp_path / "new")
@@ -269,7 +276,8 @@ def test_gemmas_factor_of_the_embedding_is_rounded_to_the_type_of_the_computatio
 
 def test_granites_factors_are_not_rounded_to_the_type_of_the_computation():
     model, params, expected = load("granite")
-    half = dataclasses.replace(model, dtype=jnp.dtype(jnp.bfloat16), config=dataclasses.replace(model.config, embedding_multiplier=1.1))
+    config = dataclasses.replace(model.config, embedding_multiplier=1.1)
+    half = models.from_config(config, dtype=jnp.bfloat16)
     x = nnx.merge(_split(half)[0], params).begin(jnp.asarray(expected["input_ids"]), None, None)[0]
     rows = params["embed"]["embedding"][expected["input_ids"]].astype(jnp.bfloat16)
     np.testing.assert_array_equal(x, (rows.astype(jnp.float32) * 1.1).astype(jnp.bfloat16))

@@ -9,9 +9,6 @@ import pytest
 
 from kd_jax import data, metrics, models, train
 from kd_jax.data.options import dataset_options
-from kd_jax.evaluate import __main__ as command
-from kd_jax.evaluate.arguments import parse
-from kd_jax.evaluate.of_run import filled
 from kd_jax.settings import Settings
 from kd_jax.storage import directory
 from tests.helpers.runs import AT_WORK, METHODS, configured, last_state, smoke

@@ -33,6 +33,7 @@ PREFIX = "model."
 # The rotary frequencies, which old checkpoints store as a buffer. Every implementation computes them from the config.
 TOLERATED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 TIED = "lm_head.weight"
+ROTARY = RotaryNames()
 NORMS = (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
 
 
@@ -66,7 +67,7 @@ def biases_from_hf(fields: Fields) -> Json:
 
 
 def common_from_hf(
-    fields: Fields, *, eps: str = "rms_norm_eps", tied: bool = False, rotary: RotaryNames = RotaryNames()
+    fields: Fields, *, eps: str = "rms_norm_eps", tied: bool = False, rotary: RotaryNames = ROTARY
 ) -> Json:
     """Returns the keywords of `ModelConfig` from the fields that most families have in common.
 
@@ -78,7 +79,7 @@ def common_from_hf(
     return sizes_from_hf(fields, eps=eps, tied=tied) | rotary_from_hf(fields, rotary)
 
 
-def common_to_hf(config: ModelConfig, *, eps: str = "rms_norm_eps", rotary: RotaryNames = RotaryNames()) -> Json:
+def common_to_hf(config: ModelConfig, *, eps: str = "rms_norm_eps", rotary: RotaryNames = ROTARY) -> Json:
     """Returns the fields that most families have in common. This is the inverse of `common_from_hf`."""
     return sizes_to_hf(config, eps=eps) | rotary_to_hf(config.rotary, config.max_positions, rotary)
 
