@@ -114,7 +114,7 @@ def write(
         "k": 0 if kind == "hidden" else k,
         "power": power if kind == "samples" else 1.0,
         "seed": settings.seed if kind == "samples" else 0,
-        "hidden_size": teacher.config.hidden_size,
+        "hidden_size": teacher.config.embedding_size,
         "head": files.TIED if teacher.config.tie_embeddings else files.UNTIED,
         "teacher": {
             "path": options.path, "dtype": options.dtype, "weights": options.weights, "config": str(teacher.config),
@@ -129,6 +129,8 @@ def write(
         "part_rows": part_rows,
         "head_hash": "",
     } | made_from(settings, tokenizer)  # fmt: skip
+    if teacher.logit_cap is not None:  # without a cap the entry is absent, so that earlier caches stay valid
+        manifest["logit_cap"] = teacher.logit_cap
     check_manifest(cache_folder / files.MANIFEST, manifest)  # a cache that could not be read is not written
     frozen = loaded.compared_teacher if member == "teacher" else loaded.members[member]
     read = _make_read(frozen, teacher, manifest, mesh)

@@ -18,11 +18,14 @@ BATCH = P(("data", "fsdp"))
 
 # The first match counts. The path of an optimiser's state ends with the path of its parameter, so one table places
 # both. Matrices that read the residual stream are [D, out], and matrices that write to it are [in, D]. D is divided
-# over fsdp, the other axis over tensor.
+# over fsdp, the other axis over tensor. The matrices of experts have the number of the expert as their first axis.
 RULES = (
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"positions/embedding$", P(None, "fsdp")),
     (r"head/kernel$", P("fsdp", "tensor")),
+    (r"experts/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"experts/down/kernel$", P(None, "tensor", "fsdp")),
+    (r"(project_in|project_out|router)/kernel$", P("fsdp", None)),
     (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
     (r"(query|key|value|gate|up)/bias$", P("tensor")),
     (r"(output|down)/kernel$", P("tensor", "fsdp")),

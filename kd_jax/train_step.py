@@ -15,7 +15,7 @@ from kd_jax.objectives.prepared import Metrics, PreparedTerm, States, as_real, c
 from kd_jax.objectives.terms import count_apart, counted_gradient, evaluate_score
 from kd_jax.teachers import Outputs, Teacher, for_terms, teacher_arrays
 from kd_jax.teachers.compare import compare_outputs, frozen_outputs, student_outputs
-from kd_jax.teachers.online import HiddenModel
+from kd_jax.teachers.online import HiddenModel, outputs_of
 
 Batch = dict[str, Array]
 
@@ -259,9 +259,10 @@ class Step:
             of_term = lambda term: aligned | {"student": beside} if term.members else {"student": student}
             return token_loss(list(map(of_term, self.terms)), *arrays)
 
-        tied = self.student.stored_head(state.params)[1]
+        hidden, head = outputs
+        student = outputs_of(self.student, state.params, hidden)._replace(head=head)
         return compare_outputs(
-            loss, Outputs(*outputs, tied), self.teachers, frozen, coefficient, *extras, normalised=not whole,
+            loss, student, self.teachers, frozen, coefficient, *extras, normalised=not whole,
             measured=measured, **self.options,
         )  # fmt: skip
 

@@ -139,12 +139,11 @@ def load(args: SimpleNamespace) -> Models:
         tokenizer = check_same_tokenizer(teacher_folder, tokenizer, "teacher")
         teacher, teacher_params = models.load_pretrained(teacher_folder, dtype=args.dtype, shardings=shardings)
         tokenizer = fit_tokenizer(args.teacher, teacher.config.vocab_size, tokenizer, "teacher")
-    longest = min(m.config.longest_sequence for m in (model, teacher) if m is not None)
+    longest = min(m.config.max_positions for m in (model, teacher) if m is not None)
     if args.max_prompt_length + args.max_new_tokens > longest:
         raise ValueError(
             f"--max_prompt_length={args.max_prompt_length} and --max_new_tokens={args.max_new_tokens} are together "
-            f"more than the {longest} tokens that both models accept (the smallest of their positions and sliding "
-            "windows); lower one of the flags."
+            f"more than the {longest} tokens that both models accept; lower one of the flags."
         )
     return Models(mesh, tokenizer, model, params, teacher, teacher_params)
 

@@ -10,8 +10,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from kd_jax.models.attention import Cache
 from kd_jax.models.config import ModelConfig
-from kd_jax.models.transformer import Cache, Transformer
+from kd_jax.models.transformer import Transformer
 
 Params = PyTree  # a nested dict of arrays with string keys
 # A function from the tree of abstract parameters to a tree of `jax.sharding.Sharding` of the same structure.
@@ -76,7 +77,7 @@ class Model:
     def hidden(
         self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | Int[Array, "B L"] | None = None
     ) -> Float[Array, "B L D"]:
-        """Returns the hidden states after the final norm. Their product with `head` is the logits.
+        """Returns the hidden states after the final norm. Their product with `head`, below the cap, is the logits.
 
         Args:
           params: the parameters from `init` or `load_pretrained`; matrices may be in int8.
@@ -87,7 +88,7 @@ class Model:
             0.
 
         Raises:
-          ValueError: a sequence is longer than the model's learned positions, or than the sliding window.
+          ValueError: a sequence is longer than the model's learned positions.
         """
         return self._apply(params, tokens, mask, None)[0]
 
@@ -101,12 +102,17 @@ class Model:
           layer: a function from the number of a layer to the layer's parameters.
           tokens, mask: the arrays that `hidden` takes.
         """
-        one = dataclasses.replace(self, config=self.config.with_layers([0]))
-        x, last = None, self.config.num_layers - 1
-        for i in range(last):
-            x = _one_layer(one, {**params, "layers": {"0": layer(i)}}, x, tokens, mask, last=False)
-            x.block_until_ready()  # wait, so that the next layer is read only when this one is done
-        return _one_layer(one, {**params, "layers": {"0": layer(last)}}, x, tokens, mask, last=True)
+        last = self.config.num_layers - 1
+
+        def after(i: int, x: Array | None) -> Array:
+            one = dataclasses.replace(self, config=self.config.with_layers([i]))
+            x = _one_layer(one, {**params, "layers": {"0": layer(i)}}, x, tokens, mask, last=i == last)
+            return x.block_until_ready()  # wait, so that the next layer is read only when this one is done
+
+        x = after(0, None)
+        for i in range(1, last + 1):
+            x = after(i, x)
+        return x
 
     def head(self, params: Params) -> Float[Array, "D V"]:
         """Returns the output matrix in the type of the computation; for tied embeddings, the transposed embedding."""
@@ -118,21 +124,29 @@ class Model:
         tied = self.config.tie_embeddings
         return (params["embed"]["embedding"] if tied else params["head"]["kernel"]).astype(self.dtype), tied
 
+    @property
+    def logit_cap(self) -> float | None:
+        """The cap of the logits, which `project` applies and which every other reader of `head` must apply."""
+        return self.config.logit_cap
+
     def logits(
         self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None
     ) -> Float[Array, "B L V"]:
-        """Returns hidden @ head, in float32: the scores of the token after each position. The arguments are as in `hidden`."""
+        """Returns the scores of the token after each position, in float32. The arguments are as in `hidden`."""
         return self.project(params, self.hidden(params, tokens, mask))
 
     def project(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Returns the logits of hidden states, in float32."""
+        """Returns the logits of hidden states, in float32: cap * tanh(hidden @ head / cap), or hidden @ head without a cap."""
         matrix, tied = self.stored_head(params)
         if tied and hidden.ndim == 2 and 1 < len(hidden) <= FEW_ROWS and jax.default_backend() == "cpu":
             # With the embedding on the left, a CPU reads the embedding without a transposition. Without the barrier
             # XLA would swap the sides back.
             scores = jnp.matmul(matrix, hidden.T, preferred_element_type=jnp.float32)
-            return jax.lax.optimization_barrier(scores).T
-        return jnp.matmul(hidden, matrix.T if tied else matrix, preferred_element_type=jnp.float32)
+            scores = jax.lax.optimization_barrier(scores).T
+        else:
+            scores = jnp.matmul(hidden, matrix.T if tied else matrix, preferred_element_type=jnp.float32)
+        cap = self.logit_cap
+        return scores if cap is None else cap * jnp.tanh(scores / cap)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache for `length` tokens, padding included."""
@@ -140,7 +154,8 @@ class Model:
         heads, layers = (batch, config.num_kv_heads), range(config.num_layers)
         keys = tuple(jnp.zeros((*heads, config.head_dim, length), self.dtype) for _ in layers)
         values = tuple(jnp.zeros((*heads, length, config.head_dim), self.dtype) for _ in layers)
-        return Cache(keys, values, jnp.zeros((batch, length), bool), jnp.int32(0))
+        tokens = None if config.rotary.restart_length is None else jnp.zeros((batch, length), jnp.int32)
+        return Cache(keys, values, jnp.zeros((batch, length), bool), jnp.int32(0), tokens)
 
     def extend(
         self, params: Params, tokens: Int[Array, "B L"], mask: Bool[Array, "B L"] | None, cache: Cache
@@ -158,11 +173,6 @@ class Model:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than the {self.config.max_positions} positions "
                 f"that this {self.config.family} model has learned; shorten the sequence."
-            )
-        if (window := self.config.sliding_window) is not None and length > window:
-            raise ValueError(
-                f"a sequence of {length} tokens is longer than the sliding_window of {window} tokens of this model, and a "
-                f"window that excludes tokens is not supported; shorten the sequence."
             )
         return nnx.merge(_split(self)[0], params)(tokens, mask, cache)
 
@@ -227,8 +237,8 @@ def take_layers(model: Model, params: Params, layers: Sequence[int]) -> tuple[Mo
 @functools.partial(jax.jit, static_argnames=("model", "last"))
 def _one_layer(model: Model, params: Params, x: Array | None, tokens: Array, mask: Array, last: bool) -> Array:
     module = nnx.merge(_split(model)[0], params)
-    first, rotary, attend, _ = module.begin(tokens, mask, None)
-    x, _ = module.layers["0"](first if x is None else x, rotary, attend)
+    first, context, _ = module.begin(tokens, mask, None)
+    x, _ = module.layers["0"](first if x is None else x, context)
     return module.end(x) if last else x
 
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kd_jax.models.attention import Cache
 from kd_jax.models.functional import Model, Params
 from kd_jax.models.sampling import draw, forbid_repeats, truncate
-from kd_jax.models.transformer import Cache
 
 # Prompts are padded to a multiple of this number, so that few shapes occur and few programs are compiled.
 WIDTH_STEP = 32

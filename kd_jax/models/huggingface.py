@@ -18,7 +18,8 @@ from jaxtyping import PyTree
 from kd_jax.models import int8
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.families import FAMILIES
-from kd_jax.models.families.fields import Tensor, refuse_another_function
+from kd_jax.models.families.expert_fields import as_stored
+from kd_jax.models.families.fields import Layout, Stack, Tensor, refuse_another_function
 from kd_jax.models.folders import check_folder
 from kd_jax.models.functional import Model, Params, Shardings, from_config
 from kd_jax.models.safetensors_io import Reader, open_folder
@@ -39,7 +40,7 @@ def load_config(path: AnyPath) -> ModelConfig:
       path: a folder with a config.json, or an address such as hf://ORG/NAME.
 
     Returns:
-      The config. The family is one of this project's families: for Mistral 'llama', with a sliding window.
+      The config.
 
     Raises:
       ValueError: the folder or a file does not exist, the folder belongs to an adapter, an architecture or a setting is
@@ -123,7 +124,7 @@ def load_pretrained(
     with open_folder(folder) as reader:
         # The tensors are checked before the sizes of config.json decide how much memory is allocated.
         _check_depth(reader, config)
-        layout = FAMILIES[config.family].tensors(config)
+        layout = as_stored(FAMILIES[config.family].tensors(config), reader.names, config)
         names = _names_on_disk(reader, config, layout)
         _check_sizes(reader, config, names)
         abstract = model.abstract_params()
@@ -135,13 +136,13 @@ def load_pretrained(
             key = jax.tree_util.keystr(path, simple=True, separator="/")
             if not key.startswith(only):
                 return leaf
-            tensor, name = layout[key], names[layout[key].name]
-            _check_shape(reader, name, tensor, leaf.shape)
+            stored = layout[key]
+            _check_shape(reader, names, stored, leaf.shape)
             in_int8 = matrices_in_int8 and int8.is_matrix(key)
             dtype_read = np.dtype(np.float32) if in_int8 else leaf.dtype  # float32: the values are rounded only once
 
             def slice_of(index: Index) -> np.ndarray:
-                return _read(reader, name, tensor, leaf.shape, index).astype(dtype_read, copy=False)
+                return _read(reader, names, stored, leaf.shape, index).astype(dtype_read, copy=False)
 
             if sharding is None:
                 array = jnp.array(slice_of((slice(None),) * len(leaf.shape)))
@@ -181,7 +182,7 @@ def _check_sizes(reader: Reader, config: ModelConfig, names: dict[str, str]) -> 
     So the sizes of the files limit the shapes that config.json can ask for.
     """
     largest = max(math.prod(reader.shape(name)) for name in names.values())
-    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "expert_size")}
     sizes["num_heads * head_dim"] = config.num_heads * config.head_dim
     sizes |= {"max_positions": config.max_positions} if config.learned_positions else {}
     for name, size in sizes.items():
@@ -191,7 +192,7 @@ def _check_sizes(reader: Reader, config: ModelConfig, names: dict[str, str]) -> 
             )
 
 
-def _names_on_disk(reader: Reader, config: ModelConfig, layout: dict[str, Tensor]) -> dict[str, str]:
+def _names_on_disk(reader: Reader, config: ModelConfig, layout: Layout) -> dict[str, str]:
     """Returns a dict from the family's name of each tensor to the name in this folder.
 
     No tensor may be missing or superfluous.
@@ -200,7 +201,7 @@ def _names_on_disk(reader: Reader, config: ModelConfig, layout: dict[str, Tensor
     # A checkpoint without an output matrix has the family's names without their prefix.
     bare = not any(name.startswith(family.PREFIX) for name in reader.names)
     on_disk = {name if not bare or name == family.TIED else family.PREFIX + name: name for name in reader.names}
-    needed = {tensor.name for tensor in layout.values()}
+    needed = {tensor.name for stored in layout.values() for tensor in stored.parts}
     if missing := needed - set(on_disk):
         file = reader.file(min(reader.names)) if reader.names else "the checkpoint"
         raise ValueError(
@@ -209,7 +210,7 @@ def _names_on_disk(reader: Reader, config: ModelConfig, layout: dict[str, Tensor
         )
     for name in sorted(set(on_disk) - needed):
         if name == family.TIED:
-            _check_tied(reader, on_disk[name], on_disk[layout["embed/embedding"].name])
+            _check_tied(reader, on_disk[name], on_disk[layout["embed/embedding"].parts[0].name])
         elif not any(re.fullmatch(pattern, name) for pattern in family.TOLERATED):
             raise ValueError(
                 f"{reader.file(on_disk[name])}: tensor {untrusted.printable(on_disk[name])} has no place in a {config.family} model "
@@ -233,20 +234,41 @@ def _check_tied(reader: Reader, head: str, embedding: str) -> None:
         )
 
 
-def _check_shape(reader: Reader, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    expected = (*shape[:-1], shape[-1] * tensor.parts)
-    expected = expected[::-1] if tensor.transposed else expected
-    if reader.shape(name) != expected:
-        raise ValueError(
-            f"{reader.file(name)}: tensor {name!r} has shape {reader.shape(name)}; config.json asks for {expected}."
-        )
+def _check_shape(reader: Reader, names: dict[str, str], stored: Tensor | Stack, shape: tuple[int, ...]) -> None:
+    of_part = shape[1:] if isinstance(stored, Stack) else shape
+    for tensor in stored.parts:
+        name, expected = names[tensor.name], tensor.shape(of_part)
+        if reader.shape(name) != expected:
+            raise ValueError(
+                f"{reader.file(name)}: tensor {name!r} has shape {reader.shape(name)}; config.json asks for {expected}."
+            )
 
 
-def _read(reader: Reader, name: str, tensor: Tensor, shape: tuple[int, ...], index: Index) -> np.ndarray:
-    """Returns a slice of one of this project's parameters, and reads only this slice."""
+def _read(
+    reader: Reader, names: dict[str, str], stored: Tensor | Stack, shape: tuple[int, ...], index: Index
+) -> np.ndarray:
+    """Returns a slice of one of this project's parameters, and reads only the tensors and columns of this slice."""
     bounds = [slice(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
-    offset = tensor.part * shape[-1]
-    bounds[-1] = slice(bounds[-1].start + offset, bounds[-1].stop + offset)
-    if tensor.transposed:
-        return reader.read(name, tuple(bounds[::-1])).T
-    return reader.read(name, tuple(bounds))
+    if isinstance(stored, Stack):
+        rows = stored.parts[bounds[0]]
+        return np.stack([_read(reader, names, tensor, shape[1:], tuple(bounds[1:])) for tensor in rows])
+    width = shape[-1] // stored.groups  # the number of the parameter's columns in a group
+    start, stop = bounds[-1].start, bounds[-1].stop
+    columns = stored.columns or width
+    if stored.groups == 1:
+        bounds[-1] = slice(stored.first + start, stored.first + stop)
+        return _read_tensor(reader, names[stored.name], stored, bounds)
+    first, last = start // width, -(-stop // width)  # the groups that the slice touches, which are read as a whole
+    bounds[-1] = slice(first * columns, last * columns)
+    groups = _read_tensor(reader, names[stored.name], stored, bounds)
+    groups = groups.reshape(*groups.shape[:-1], last - first, columns)[..., stored.first : stored.first + width]
+    return groups.reshape(*groups.shape[:-2], -1)[..., start - first * width : stop - first * width]
+
+
+def _read_tensor(reader: Reader, name: str, tensor: Tensor, bounds: list[slice]) -> np.ndarray:
+    on_disk = tuple(bounds[::-1] if tensor.transposed else bounds)
+    if tensor.row is None:
+        numbers = reader.read(name, on_disk)
+    else:
+        numbers = reader.read(name, (slice(tensor.row, tensor.row + 1), *on_disk))[0]
+    return numbers.T if tensor.transposed else numbers

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,23 @@ from jax.typing import DTypeLike
 
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.families import FAMILIES
-from kd_jax.models.families.fields import Tensor
+from kd_jax.models.families.fields import Stack, Tensor
 from kd_jax.models.functional import Model, Params
 from kd_jax.models.safetensors_io import write_folder
 from kd_jax.storage import writing_whole
 from kd_jax.storage.files import AnyPath, Json
+
+
+class _Part(NamedTuple):
+    """A parameter, or a row of a parameter, and the tensor on disk that holds the numbers."""
+
+    key: str
+    tensor: Tensor
+    row: int | None
+
+    def shape(self, arrays: dict[str, jax.Array]) -> tuple[int, ...]:
+        """Returns the shape of the parameter, or of the row."""
+        return arrays[self.key].shape if self.row is None else arrays[self.key].shape[1:]
 
 
 class SavesItself(Protocol):
@@ -91,26 +103,22 @@ def _write_weights(
     folder: Path | None, config: ModelConfig, arrays: dict[str, jax.Array], dtype: np.dtype, max_shard_bytes: int
 ) -> None:
     """Gathers each tensor, and writes it if there is a folder. All processes gather the tensors in the same order."""
-    stored: dict[str, list[tuple[Tensor, str]]] = {}
-    for key, tensor in FAMILIES[config.family].tensors(config).items():
-        stored.setdefault(tensor.name, []).append((tensor, key))
+    parts: dict[str, list[_Part]] = {}  # the name of each tensor on disk -> the parameters in this tensor
+    for key, stored in FAMILIES[config.family].tensors(config).items():
+        for row, tensor in enumerate(stored.parts):
+            parts.setdefault(tensor.name, []).append(_Part(key, tensor, row if isinstance(stored, Stack) else None))
 
-    def shape(tensor: Tensor, key: str) -> tuple[int, ...]:
-        ours = arrays[key].shape
-        return ours[::-1] if tensor.transposed else (*ours[:-1], ours[-1] * tensor.parts)
-
-    def gathered(key: str) -> np.ndarray:
-        array = arrays[key]
+    def gathered(part: _Part) -> np.ndarray:
+        array = arrays[part.key] if part.row is None else arrays[part.key][part.row]
         is_divided = _is_shared(array) and not array.is_fully_replicated
         numbers = np.asarray(multihost_utils.process_allgather(array, tiled=True) if is_divided else array)
         return numbers.astype(dtype, copy=False)
 
     def values(name: str) -> np.ndarray:
-        parts = sorted(stored[name], key=lambda part: part[0].part)
-        joined = np.concatenate([gathered(key) for _, key in parts], axis=-1)
-        return np.ascontiguousarray(joined.T if parts[0][0].transposed else joined)
+        joined = _joined([(part.tensor, gathered(part)) for part in parts[name]])
+        return np.ascontiguousarray(joined.T if parts[name][0].tensor.transposed else joined)
 
-    shapes = {name: shape(*parts[0]) for name, parts in stored.items()}
+    shapes = {name: first.tensor.shape(first.shape(arrays)) for name, (first, *_) in parts.items()}
     if folder is None:
         for name in shapes:  # the order in which `write_folder` asks for the tensors
             values(name)
@@ -118,13 +126,24 @@ def _write_weights(
     write_folder(folder, shapes, dtype, values, max_shard_bytes)
 
 
+def _joined(parts: list[tuple[Tensor, np.ndarray]]) -> np.ndarray:
+    """Returns the columns of a tensor on disk, from the columns of each of the parameters in this tensor."""
+    first, array = parts[0]
+    if not first.columns:
+        return array
+    joined = np.empty((*array.shape[:-1], first.groups, first.columns), array.dtype)
+    for tensor, array in parts:
+        columns = array.reshape(*array.shape[:-1], tensor.groups, -1)
+        joined[..., tensor.first : tensor.first + columns.shape[-1]] = columns
+    return joined.reshape(*joined.shape[:-2], -1)
+
+
 def _config_fields(config: ModelConfig, dtype: np.dtype) -> Json:
     family = FAMILIES[config.family]
-    # A Llama model with a window has the model_type of Mistral.
-    fields = {"model_type": config.family, **family.to_hf(config)}
     return {
-        "architectures": [family.ARCHITECTURES[fields["model_type"]]],
-        **fields,
+        "model_type": config.family,
+        "architectures": [family.ARCHITECTURES[config.family]],
+        **family.to_hf(config),
         "bos_token_id": config.bos_id,
         "eos_token_id": config.eos_id,
         "pad_token_id": config.pad_id,

@@ -24,14 +24,18 @@ METHOD = f"absmax,{127.5 / 127}"
 
 
 def is_matrix(name: str) -> bool:
-    """Returns True if a parameter is converted to int8. The name is a path such as 'layers/0/mlp/up/kernel'."""
-    return name.startswith("layers/") and name.endswith("/kernel")
+    """Returns True if a parameter is converted to int8. The name is a path such as 'layers/0/mlp/up/kernel'.
+
+    The router of a mixture of experts keeps its type, because rounding could change the choice of experts.
+    """
+    return name.startswith("layers/") and name.endswith("/kernel") and not name.endswith("/router/kernel")
 
 
-def quantise(matrix: Float[Array, "in out"]) -> qwix.QArray:
-    """Returns the matrix in int8, as the nearest multiples of the scales, and the scales [1, out].
+def quantise(matrix: Float[Array, "... in out"]) -> qwix.QArray:
+    """Returns the matrix in int8, as the nearest multiples of the scales, and the scales [..., 1, out].
 
-    The scale of a column is max |column| / 127. The scales are sharded like the columns. The memory of `matrix` is
+    The scale of a column is max |column| / 127. The scales are sharded like the columns. The matrices of several experts
+    have a leading axis, and each expert's columns have their own scales. The memory of `matrix` is
     freed, so `matrix` must not be used afterwards.
 
     Example:
@@ -42,8 +46,8 @@ def quantise(matrix: Float[Array, "in out"]) -> qwix.QArray:
     """
     placement = None
     if isinstance(matrix.sharding, NamedSharding):
-        mesh, (row, column) = matrix.sharding.mesh, (*matrix.sharding.spec, None, None)[:2]
-        placement = NamedSharding(mesh, P(row, column)), NamedSharding(mesh, P(None, column))
+        mesh, spec = matrix.sharding.mesh, (*matrix.sharding.spec, *(None,) * matrix.ndim)[: matrix.ndim]
+        placement = NamedSharding(mesh, P(*spec)), NamedSharding(mesh, P(*spec[:-2], None, spec[-1]))
     quantised = qwix.QArray(*_quantiser(placement)(matrix))
     matrix.delete()
     return quantised
@@ -52,7 +56,10 @@ def quantise(matrix: Float[Array, "in out"]) -> qwix.QArray:
 @functools.cache
 def _quantiser(placement: Placement) -> Callable[[Array], tuple[Array, Array]]:
     def quantise_matrix(matrix: Array) -> tuple[Array, Array]:
-        parts = qwix.quantize(matrix.astype(jnp.float32), jnp.int8, channelwise_axes=[1], calibration_method=METHOD)
+        channels = [*range(matrix.ndim - 2), matrix.ndim - 1]
+        parts = qwix.quantize(
+            matrix.astype(jnp.float32), jnp.int8, channelwise_axes=channels, calibration_method=METHOD
+        )
         return parts.qvalue, parts.scale
 
     return jax.jit(quantise_matrix, out_shardings=placement)

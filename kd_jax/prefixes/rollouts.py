@@ -60,7 +60,7 @@ class Sampler:
         """
         pad = self.tokenizer.pad_id
         writers = (model,) if mixture is None else (model, mixture[0])
-        room = min(writer.config.longest_sequence for writer in writers) - self.max_new_tokens
+        room = min(writer.config.max_positions for writer in writers) - self.max_new_tokens
         tokens, mask = models.left_pad(prompts, pad, room)
         drawn = models.generate(
             model, params, *(sharding.put_whole(self.mesh, array) for array in (tokens, mask)),

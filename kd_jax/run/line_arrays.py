@@ -178,7 +178,7 @@ def _of_member(
     """Returns the view of a frozen model with the prompts of all rows, and the number of truncated prompts."""
     key = key_of_view(member)
     model = loaded.require_teacher() if member == "teacher" else loaded.member_models[member]
-    positions, new_tokens = model.config.longest_sequence, config.sampling.max_new_tokens if samples else 0
+    positions, new_tokens = model.config.max_positions, config.sampling.max_new_tokens if samples else 0
     responses = np.diff(rows.offsets) - rows.prompt_lengths
     longest_response = max(int(responses.max(initial=0)), new_tokens)
     limit = positions + 1 - longest_response

@@ -71,8 +71,8 @@ class Models:
 
     @property
     def max_positions(self) -> int:
-        """The length of the longest sequence for which both models compute the same as in transformers."""
-        return min(model.config.longest_sequence for model in self.loaded)
+        """The number of positions of the model with fewer positions."""
+        return min(model.config.max_positions for model in self.loaded)
 
     @property
     def loaded(self) -> list[models.Model]:

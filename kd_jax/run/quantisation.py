@@ -108,11 +108,11 @@ def _values(
         return jnp.stack([forward_kl(log_p, log_q), agree.astype(log_q.dtype), largest], axis=-1)
 
     hidden = teacher.hidden(sharding.for_lookup(mesh, params), batch["tokens"], batch["mask"])
-    head, tied = teacher.stored_head(params)
+    (head, tied), cap = teacher.stored_head(params), teacher.logit_cap
     counted = jnp.repeat(batch["loss_mask"][..., None].astype(jnp.float32), 3, axis=-1)
     return token_sum(
-        values, hidden, head, float_hidden, float_head, counted, tied=(tied, tied), mesh=mesh, vocab_size=vocab_size,
-        chunk=chunk,
+        values, hidden, head, float_hidden, float_head, counted, tied=(tied, tied), soft_caps=(cap, cap), mesh=mesh,
+        vocab_size=vocab_size, chunk=chunk,
     )[1]  # fmt: skip
 
 

@@ -64,15 +64,8 @@ def check_length(config: Settings, loaded: Models) -> None:
     """Checks that the models accept rows of data.max_length tokens.
 
     Raises:
-      ValueError: the rows are longer than the positions, or than the sliding window, of a model.
+      ValueError: the rows are longer than the positions of a model.
     """
-    for model in loaded.loaded:
-        if (window := model.config.sliding_window) is not None and window < config.data.max_length:
-            who = "teacher" if model is loaded.teacher else "student"
-            raise ValueError(
-                f"data.max_length={config.data.max_length} is longer than sliding_window={window} of the {who}. kd_jax attends to "
-                f"all tokens of a row, so set data.max_length to {window} or less."
-            )
     if loaded.max_positions < config.data.max_length:
         raise ValueError(
             f"data.max_length={config.data.max_length} is longer than the {loaded.max_positions} positions of the models; set "
@@ -173,10 +166,10 @@ def load_responses(
     split = load_texts(config, options.train_split)
     rows = [split[i] for i in range(min(source.num_rows or len(split), len(split)))]
     sampler = rollouts.make_sampler(mesh, writer.tokenizer, options.max_length, config.sampling)
-    if options.max_prompt_length + sampler.max_new_tokens > writer.model.config.longest_sequence:
+    if options.max_prompt_length + sampler.max_new_tokens > writer.model.config.max_positions:
         raise ValueError(
             f"data.max_prompt_length={options.max_prompt_length} plus sampling.max_new_tokens={sampler.max_new_tokens} is more "
-            f"than the {writer.model.config.longest_sequence} positions of the teacher; lower one of them."
+            f"than the {writer.model.config.max_positions} positions of the teacher; lower one of them."
         )
     prompts = data.encode_prompts(
         rows, tokenizer=writer.tokenizer, template=template, max_length=options.max_prompt_length,

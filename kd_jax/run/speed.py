@@ -38,7 +38,11 @@ def forward_flops(model: Model, length: int) -> float:
     queries, shared = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = config.hidden_size * (2 * queries + 2 * shared)
     mlp = config.hidden_size * config.intermediate_size * (3 if config.gated_mlp else 2)
-    weights = config.num_layers * (attention + mlp) + config.hidden_size * config.vocab_size
+    # A token reads the router and its own experts. The further cost of experts on several devices is not counted.
+    experts = config.hidden_size * (3 * config.experts_per_token * config.expert_size + (config.num_experts or 0))
+    with_experts = len(config.layers_with_experts)
+    mlps = (config.num_layers - with_experts) * mlp + with_experts * experts
+    weights = config.num_layers * attention + mlps + config.hidden_size * config.vocab_size
     return 2.0 * weights + config.num_layers * 2 * queries * length
 
 

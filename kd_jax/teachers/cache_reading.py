@@ -66,6 +66,9 @@ def check_manifest(path: Path, manifest: Manifest) -> None:
             )
     if manifest["head"] not in (TIED, UNTIED):
         raise ValueError(f"{path}: head={printable(manifest['head'])} is not {TIED!r} or {UNTIED!r}; {WRITE_AGAIN}")
+    cap = manifest.get("logit_cap")  # absent if the teacher has no cap
+    if cap is not None and not (isinstance(cap, int | float) and 0 < cap < 1e9):
+        raise ValueError(f"{path}: logit_cap={printable(cap)} is not a number above 0 and below 1e9; {WRITE_AGAIN}")
     if not isinstance(manifest["teacher"].get("path"), str):
         raise ValueError(f"{path}: the key 'teacher' has no text 'path'; {WRITE_AGAIN}")
     if set(manifest["splits"]) - set(SPLITS):
@@ -141,7 +144,8 @@ class Cache:
     @property
     def teacher(self) -> Cached:
         """The cached teacher, with which a step compares the student."""
-        return CACHED[self.kind](self.manifest["head"] == TIED, self.manifest["teacher"]["path"], self.member)
+        tied, path = self.manifest["head"] == TIED, self.manifest["teacher"]["path"]
+        return CACHED[self.kind](tied, path, self.member, self.manifest.get("logit_cap"))
 
     def load_params(self, mesh: jax.sharding.Mesh, layout: str) -> dict[str, dict[str, jax.Array]]:
         """Returns a tree with the output matrix, placed on the mesh; {} if the cache has no hidden states.

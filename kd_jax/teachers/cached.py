@@ -41,12 +41,14 @@ class Cached(Teacher):
       tied: True if the output matrix of a cache of hidden states is the tied embedding [V, D].
       path: the path of the teacher with which the cache was written.
       member: the name of the frozen model.
+      logit_cap: the cap of the logits that the hidden states of a cache make, or None.
     """
 
     kind: ClassVar[str]
     tied: bool = False
     path: str = ""
     member: str = "teacher"
+    logit_cap: float | None = None
 
     def on_new_text(self) -> Teacher:
         """Returns `NoTeacher`, because a cache has no values for text that is not in the dataset."""
@@ -71,7 +73,8 @@ class CachedHidden(Cached):
         A batch has the bits of the hidden states as integers, because NumPy has no bfloat16.
         """
         hidden = jax.lax.bitcast_convert_type(batch[name_in_batch("teacher_hidden", self.member)], jnp.bfloat16)
-        return Outputs(hidden, params["embed"]["embedding"] if self.tied else params["head"]["kernel"], self.tied)
+        head = params["embed"]["embedding"] if self.tied else params["head"]["kernel"]
+        return Outputs(hidden, head, self.tied, logit_cap=self.logit_cap)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 from kd_jax.head_loss import token_sum
 from kd_jax.objectives import Term
 from kd_jax.sharding import for_lookup
-from kd_jax.teachers.online import HiddenModel, Online
+from kd_jax.teachers.online import HiddenModel, Online, outputs_of
 from kd_jax.teachers.protocol import NoTeacher, Outputs, Teacher
 
 
@@ -88,7 +88,7 @@ def student_outputs(
 ) -> Outputs:  # fmt: skip
     """Returns the student's hidden states on a batch, and the student's output matrix."""
     params = for_lookup(mesh, params)
-    return Outputs(student.hidden(params, batch["tokens"], batch["mask"]), *student.stored_head(params))
+    return outputs_of(student, params, student.hidden(params, batch["tokens"], batch["mask"]))
 
 
 def frozen_outputs(
@@ -135,5 +135,6 @@ def compare_outputs(
         loss, student.hidden, student.head, [hidden for hidden, _ in of_heads.values()],
         [head for _, head in of_heads.values()], coefficient,
         *(array for outputs in frozen.values() for array in outputs.extras), *extras,
-        tied=(student.tied, [frozen[name].tied for name in of_heads]), **options,
+        tied=(student.tied, [frozen[name].tied for name in of_heads]),
+        soft_caps=(student.logit_cap, [frozen[name].logit_cap for name in of_heads]), **options,
     )  # fmt: skip

@@ -21,12 +21,14 @@ class Outputs(NamedTuple):
       head: the output matrix, [D, V], or [V, D] if it is tied; None if the teacher has no hidden states.
       tied: True if the output matrix is the tied embedding [V, D].
       extras: further arrays [B, L, ...], which `Teacher.align` takes.
+      logit_cap: the cap c of the logits, c * tanh(hidden @ head / c); None for no cap.
     """
 
     hidden: Float[Array, "B L D"] | None
     head: Float[Array, "..."] | None
     tied: bool = False
     extras: tuple[Array, ...] = ()
+    logit_cap: float | None = None
 
 
 class Teacher(Protocol):

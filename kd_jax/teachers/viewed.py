@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from kd_jax.teachers.online import HiddenModel, Online
+from kd_jax.teachers.online import HiddenModel, Online, outputs_of
 from kd_jax.teachers.protocol import Outputs, Teacher
 
 HAS_VIEW = "has_view"  # name of a batch's array [B, L]: True at the tokens of rows that have a view
@@ -106,7 +106,7 @@ class Viewed(Online):
             )
         tokens, mask, positions = (batch[name] for name in names)
         hidden = self.model.hidden(params, tokens, mask)
-        return Outputs(jnp.take_along_axis(hidden, positions[..., None], axis=1), *self.model.stored_head(params))
+        return outputs_of(self.model, params, jnp.take_along_axis(hidden, positions[..., None], axis=1))
 
     def on_new_text(self) -> Teacher:
         """Returns the same model without the view."""

@@ -175,6 +175,29 @@ def test_padded_vocabularies_caps_and_temperature():
         np.testing.assert_allclose(gradient[name], expected_gradient[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("caps", [(3.0, None), (None, 0.5), (2.0, 0.7)])
+def test_caps_of_each_model_are_exact_in_float64(caps):
+    with jax.enable_x64(True):
+        a, coefficient, _ = arrays(np.float64)
+        loss = token_loss(divergences.forward_kl)
+
+        def capped(logits, cap):
+            return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+        def expected(a):
+            student, teacher = capped(a["hs"] @ a["ws"], caps[0]), capped(a["ht"] @ a["wt"], caps[1])
+            return jnp.sum(coefficient * loss(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)))
+
+        def found(a):
+            return token_sum(loss, a["hs"], a["ws"], a["ht"], a["wt"], coefficient, chunk=3, soft_caps=caps)[0]
+
+        (one, gradient), (other, other_gradient) = (jax.value_and_grad(f)(a) for f in (found, expected))
+        np.testing.assert_allclose(one, other, rtol=1e-13)
+        for name in ("hs", "ws"):
+            np.testing.assert_allclose(gradient[name], other_gradient[name], rtol=1e-11, atol=1e-14)
+        assert abs(one - full(loss, a, coefficient)) > 1e-3  # the caps matter
+
+
 @pytest.mark.parametrize("tied", [(True, True), (True, False), (False, True)])
 def test_a_tied_head_is_read_as_the_embedding(tied):
     a, coefficient, _ = arrays()

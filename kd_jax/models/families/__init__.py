@@ -3,8 +3,8 @@
 A family module defines:
 
 - `ARCHITECTURES`: a dict from model_type in config.json to the class that the field architectures must name.
-- `FIXED`: the settings that a `ModelConfig` of this family cannot choose.
-- `DEFAULTS`: the defaults of the settings that a `ModelConfig` can choose.
+- `FIXED`: the settings in which the family differs from `config.PLAIN`, and that a `ModelConfig` cannot choose.
+- `DEFAULTS`: the settings that a `ModelConfig` of this family can choose, with their defaults.
 - `check`: a function that checks a `ModelConfig` of this family.
 - `from_hf` and `to_hf`: functions that read and write the fields of config.json.
 - `tensors`: a function that returns the tensor on disk of each parameter.
@@ -13,6 +13,40 @@ A family module defines:
 - `TIED`: the name of the output matrix, which is ignored if the matrix equals the embedding.
 """
 
-from kd_jax.models.families import gpt2, llama, qwen2, qwen3
+from kd_jax.models.families import (
+    gemma2,
+    gemma3_text,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+    stablelm,
+)
 
-FAMILIES = {"gpt2": gpt2, "llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+FAMILIES = {
+    "gemma2": gemma2,
+    "gemma3_text": gemma3_text,
+    "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
+    "granite": granite,
+    "llama": llama,
+    "mistral": mistral,
+    "mixtral": mixtral,
+    "olmo2": olmo2,
+    "opt": opt,
+    "phi3": phi3,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+    "smollm3": smollm3,
+    "stablelm": stablelm,
+}

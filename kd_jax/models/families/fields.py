@@ -1,11 +1,16 @@
 """The layout of a tensor on disk, and checked fields of config.json. All family files use this code."""
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Mapping, Set
-from typing import Any
+from collections.abc import Iterable, Mapping, Set
+from typing import TYPE_CHECKING, Any
 
 from kd_jax.storage import untrusted
 from kd_jax.storage.files import Json
+
+if TYPE_CHECKING:
+    from kd_jax.models.config import ModelConfig
 
 Fields = Mapping[str, Any]
 MISTRAL_WINDOW = QWEN_WINDOW = 4096  # the default of sliding_window in transformers
@@ -17,31 +22,51 @@ MANY_LAYERS = 2**16  # more layers than any model has; limits the length of a li
 class Tensor:
     """The tensor of a Hugging Face checkpoint that holds one of this project's parameters.
 
+    A tensor with several parameters has `groups` groups of `columns` columns. In each group the parameter has the
+    columns from `first` on.
+
     Args:
       name: the tensor's name on disk.
       transposed: True if the tensor on disk is [out, in] (`torch.nn.Linear`) and the parameter is [in, out].
-      part: the index of the parameter among `parts` equal slices of the last axis, for a tensor of several parameters.
-      parts: the number of parameters in the tensor.
+      first: the first column of the parameter in a group, after a transposition.
+      columns: the number of columns of a group; 0 if the tensor has only this parameter.
+      groups: the number of groups, such as the number of heads if the parameters alternate from head to head.
+      row, rows: the index on the first of three axes, such as the number of the expert, and the length of this axis;
+        None and 0 for a tensor with at most two axes.
     """
 
     name: str
     transposed: bool = False
-    part: int = 0
-    parts: int = 1
+    first: int = 0
+    columns: int = 0
+    groups: int = 1
+    row: int | None = None
+    rows: int = 0
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the parameter: only this one."""
+        return (self,)
+
+    def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the tensor's shape on disk, from the shape of the parameter."""
+        shape = (*parameter[:-1], self.groups * self.columns or parameter[-1])
+        shape = shape[::-1] if self.transposed else shape
+        return (self.rows, *shape) if self.rows else shape
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """The scaling of rotary frequencies in Llama 3.1 for a longer context: low frequencies are divided by `factor`.
+class Stack:
+    """Tensors of equal shape, such as those of several experts, which are the rows of one parameter.
 
-    References:
-      Grattafiori et al., "The Llama 3 Herd of Models", https://arxiv.org/abs/2407.21783, 2024.
+    Args:
+      parts: the tensors, in the order of the parameter's first axis.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
+    parts: tuple[Tensor, ...]
+
+
+Layout = dict[str, Tensor | Stack]  # the name of a parameter, such as 'layers/0/mlp/up/kernel' -> the tensors on disk
 
 
 def required(fields: Fields, name: str) -> Any:
@@ -102,26 +127,35 @@ def refuse_another_function(fields: Fields) -> None:
 def window_from_hf(fields: Fields) -> Json:
     """Returns the sliding window of a Mistral config, which all layers have; null means no window."""
     layer_types(fields, {"full_attention"})
-    return {"sliding_window": _window({"sliding_window": MISTRAL_WINDOW, **fields})}
+    return {"sliding_window": optional_window({"sliding_window": MISTRAL_WINDOW, **fields})}
 
 
 def windows_from_hf(fields: Fields) -> Json:
     """Returns the sliding window of a Qwen config, and the layers that have the window."""
-    depth, kinds = whole(fields, "num_hidden_layers"), layer_types(fields, {"full_attention", "sliding_attention"})
     used = flag(fields, "use_sliding_window", False)
-    window = _window({"sliding_window": QWEN_WINDOW, **fields}) if used else None
+    fields = {"sliding_window": QWEN_WINDOW, **fields} if used else {**fields, "sliding_window": None}
+    last = min(whole(fields, "num_hidden_layers"), MANY_LAYERS)
+    windowed = range(whole(fields, "max_window_layers", QWEN_FULL_LAYERS), last)
+    return layer_windows_from_hf(fields, () if fields["sliding_window"] is None else windowed)
+
+
+def layer_windows_from_hf(fields: Fields, windowed: Iterable[int]) -> Json:
+    """Returns the sliding window, and the layers that have the window.
+
+    Args:
+      fields: the fields of config.json. `layer_types` names the type of each layer.
+      windowed: the indices of the layers with a window if the config has no `layer_types`.
+    """
+    depth, kinds = whole(fields, "num_hidden_layers"), layer_types(fields, {"full_attention", "sliding_attention"})
+    window, layers = optional_window(fields), tuple(windowed)
     if kinds:
         refuse_unless(len(kinds) == depth, fields, "layer_types", f"a type for each of the {depth} layers")
         layers = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
-        refuse_unless(
-            not layers or window is not None, fields, "layer_types",
-            "'full_attention' in every layer if use_sliding_window is false or sliding_window is null",
-        )  # fmt: skip
-    else:
-        layers = tuple(range(whole(fields, "max_window_layers", QWEN_FULL_LAYERS), min(depth, MANY_LAYERS)))
-    if window is None or not layers:
-        return {}
-    return {"sliding_window": window, "sliding_layers": layers}
+    refuse_unless(
+        not layers or window is not None, fields, "layer_types",
+        "'full_attention' in every layer if use_sliding_window is false or sliding_window is null",
+    )  # fmt: skip
+    return {"sliding_window": window, "sliding_layers": layers} if layers else {}
 
 
 def layer_types(fields: Fields, known: Set[str]) -> list[str]:
@@ -136,73 +170,31 @@ def windows_to_hf(window: int | None, layers: Set[int], depth: int) -> Json:
     """Returns the fields of a Qwen config with `depth` layers, of which `layers` have the window."""
     if window is None:
         return {"use_sliding_window": False}
-    kinds = ["sliding_attention" if layer in layers else "full_attention" for layer in range(depth)]
     # The first versions of transformers for Qwen read only max_window_layers.
-    fields = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": min(layers)}
-    return fields | {"layer_types": kinds}
+    fields = {"use_sliding_window": True, "max_window_layers": min(layers)}
+    return fields | layer_windows_to_hf(window, layers, depth)
 
 
-def _window(fields: Fields) -> int | None:
-    if fields["sliding_window"] is None:
+def layer_windows_to_hf(window: int | None, layers: Set[int], depth: int) -> Json:
+    """Returns the window and the types of the layers. This is the inverse of `layer_windows_from_hf`."""
+    kinds = ["sliding_attention" if layer in layers else "full_attention" for layer in range(depth)]
+    return {"sliding_window": window, "layer_types": kinds}
+
+
+def optional_window(fields: Fields) -> int | None:
+    """Returns the sliding window; None if the field is null or absent."""
+    if fields.get("sliding_window") is None:
         return None
     window = whole(fields, "sliding_window")
     refuse_unless(window >= 1, fields, "sliding_window", "null, or at least 1")
     return window
 
 
-def rotary_from_hf(fields: Fields) -> Json:
-    """Returns `rope_theta` and `rope_scaling`, read from every spelling that transformers 5.24 reads.
-
-    Up to transformers 4, both fields are at the top level, and `rope_scaling` is null for the plain embedding. Since
-    transformers 5, the field `rope_parameters` has the scaling and the base. If both `rope_scaling` and
-    `rope_parameters` are set, transformers uses `rope_scaling` and ignores `rope_parameters`, including the base.
-    """
-    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    rope = fields.get(name) or {}
-    refuse_unless(isinstance(rope, Mapping), fields, name, "an object, or null")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    both = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-    both |= {key: source[key] for source in (fields, rope) for key in both if source.get(key) is not None}
-    if kind not in ("default", "llama3") or any(isinstance(value, Mapping) for value in rope.values()):
+def check_equal_heads(config: ModelConfig) -> None:
+    """Checks that heads are not grouped, and that the head size is D / num_heads."""
+    if config.num_kv_heads != config.num_heads or config.head_dim * config.num_heads != config.hidden_size:
         raise ValueError(
-            f"the rotary embedding {name} = {untrusted.printable(dict(rope))} is not supported; expected rope_type 'default' "
-            "or 'llama3'."
+            f"family {config.family!r} needs num_kv_heads = num_heads and head_dim = hidden_size / num_heads; got "
+            f"hidden_size={config.hidden_size}, num_heads={config.num_heads}, "
+            f"num_kv_heads={config.num_kv_heads}, head_dim={config.head_dim}."
         )
-    refuse_unless(both["partial_rotary_factor"] == 1.0, both, "partial_rotary_factor", "1.0")
-    scaling = _llama3_scaling(fields, rope) if kind == "llama3" else None
-    return {"rope_theta": real(both, "rope_theta"), "rope_scaling": scaling}
-
-
-def _llama3_scaling(fields: Fields, rope: Fields) -> Llama3Scaling:
-    """Returns the scaling that the object `rope` describes.
-
-    The length before scaling is a field at the top level or in `rope`. Without this field, the length is the model's
-    number of positions.
-    """
-    name = "original_max_position_embeddings"
-    fields_with_length = fields if fields.get(name) is not None else rope
-    scaling = Llama3Scaling(
-        factor=real(rope, "factor"),
-        low_freq_factor=real(rope, "low_freq_factor"),
-        high_freq_factor=real(rope, "high_freq_factor"),
-        original_max_positions=whole(fields_with_length, name, fields.get("max_position_embeddings")),
-    )
-    ordered = scaling.low_freq_factor < scaling.high_freq_factor
-    refuse_unless(ordered, rope, "low_freq_factor", f"less than high_freq_factor = {scaling.high_freq_factor}")
-    return scaling
-
-
-def rotary_to_hf(theta: float, scaling: Llama3Scaling | None) -> Json:
-    """Returns the fields in the spelling of transformers 4, which transformers 5 still reads."""
-    if scaling is None:
-        return {"rope_theta": theta, "rope_scaling": None}
-    return {
-        "rope_theta": theta,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
-        },
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kd_jax.models.families.fields import Fields, Tensor, flag, real, refuse_unless, whole
+from kd_jax.models.families.fields import Fields, Layout, Tensor, check_equal_heads, flag, real, refuse_unless, whole
 from kd_jax.storage.files import Json
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ FIXED = {
     "learned_positions": True,
     "layer_norm": True,
     "gated_mlp": False,
-    "qk_norm": False,
     "attention_bias": True,
     "output_bias": True,
     "mlp_bias": True,
@@ -35,18 +34,8 @@ SPELLINGS = {
 
 
 def check(config: ModelConfig) -> None:
-    """Checks that heads are not grouped, that the head size is D / num_heads, and that no layer has a window.
-
-    The fused matrix of query, key and value is [D, 3 D], so the three parts must have equal size.
-    """
-    if config.sliding_window is not None:
-        raise ValueError(f"family 'gpt2' has no sliding_window; got {config.sliding_window}.")
-    if config.num_kv_heads != config.num_heads or config.head_dim * config.num_heads != config.hidden_size:
-        raise ValueError(
-            f"family 'gpt2' needs num_kv_heads = num_heads and head_dim = hidden_size / num_heads; got "
-            f"hidden_size={config.hidden_size}, num_heads={config.num_heads}, "
-            f"num_kv_heads={config.num_kv_heads}, head_dim={config.head_dim}."
-        )
+    """Checks that the three parts of the fused matrix [D, 3 D] of query, key and value have equal size."""
+    check_equal_heads(config)
 
 
 def from_hf(fields: Fields) -> Json:
@@ -86,12 +75,12 @@ def to_hf(config: ModelConfig) -> Json:
     }
 
 
-def tensors(config: ModelConfig) -> dict[str, Tensor]:
+def tensors(config: ModelConfig) -> Layout:
     """Returns each parameter's tensor on disk.
 
     A matrix of `Conv1D` is [in, out], as in this project, so only the output matrix is transposed.
     """
-    layout = {
+    layout: Layout = {
         "embed/embedding": Tensor("transformer.wte.weight"),
         "positions/embedding": Tensor("transformer.wpe.weight"),
         "norm/scale": Tensor("transformer.ln_f.weight"),
@@ -99,6 +88,7 @@ def tensors(config: ModelConfig) -> dict[str, Tensor]:
     }
     if not config.tie_embeddings:
         layout["head/kernel"] = Tensor("lm_head.weight", transposed=True)
+    width = config.hidden_size
     for i in range(config.num_layers):
         ours, theirs = f"layers/{i}", f"transformer.h.{i}"
         for leaf, name in (("scale", "weight"), ("bias", "bias")):
@@ -106,7 +96,8 @@ def tensors(config: ModelConfig) -> dict[str, Tensor]:
             layout[f"{ours}/mlp_norm/{leaf}"] = Tensor(f"{theirs}.ln_2.{name}")
         for leaf, name in (("kernel", "weight"), ("bias", "bias")):
             for part, path in enumerate(("query", "key", "value")):
-                layout[f"{ours}/attention/{path}/{leaf}"] = Tensor(f"{theirs}.attn.c_attn.{name}", part=part, parts=3)
+                fused = Tensor(f"{theirs}.attn.c_attn.{name}", first=part * width, columns=3 * width)
+                layout[f"{ours}/attention/{path}/{leaf}"] = fused
             layout[f"{ours}/attention/output/{leaf}"] = Tensor(f"{theirs}.attn.c_proj.{name}")
             layout[f"{ours}/mlp/up/{leaf}"] = Tensor(f"{theirs}.mlp.c_fc.{name}")
             layout[f"{ours}/mlp/down/{leaf}"] = Tensor(f"{theirs}.mlp.c_proj.{name}")

@@ -1,33 +1,27 @@
-"""Llama and models with the same structure: TinyLlama, OpenLLaMA, SmolLM2 and Mistral.
-
-A Mistral checkpoint becomes a `llama` model with a `sliding_window`. A `llama` model with a window is saved as Mistral.
-Without a window, Llama and Mistral compute the same function.
-"""
+"""Llama and models with the same structure: TinyLlama, OpenLLaMA and SmolLM2."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kd_jax.models.families.fields import (
     Fields,
+    Layout,
     Tensor,
     flag,
     layer_types,
     real,
-    refuse_unless,
-    required,
-    rotary_from_hf,
-    rotary_to_hf,
     whole,
-    window_from_hf,
 )
+from kd_jax.models.families.rotary_fields import RotaryNames, rotary_from_hf, rotary_to_hf
 from kd_jax.storage.files import Json
 
 if TYPE_CHECKING:
     from kd_jax.models.config import ModelConfig
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-FIXED = {"learned_positions": False, "layer_norm": False, "gated_mlp": True, "qk_norm": False}
+ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+FIXED: Json = {}
 DEFAULTS = {
     "activation": "silu",
     "norm_eps": 1e-6,
@@ -39,59 +33,73 @@ PREFIX = "model."
 # The rotary frequencies, which old checkpoints store as a buffer. Every implementation computes them from the config.
 TOLERATED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 TIED = "lm_head.weight"
+ROTARY = RotaryNames()
+NORMS = (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
 
 
 def check(config: ModelConfig) -> None:
-    """Checks that config.json can express the biases.
+    """Checks that the four projections of attention have biases, or none has a bias.
 
-    The field `attention_bias` of config.json applies to all four projections. Mistral has neither this field nor
-    `mlp_bias`.
+    The field `attention_bias` of config.json applies to all four.
     """
     if config.attention_bias != config.output_bias:
         raise ValueError(
             f"family {config.family!r} has a bias on all four attention projections or on none; "
             f"got attention_bias={config.attention_bias}, output_bias={config.output_bias}."
         )
-    if config.family == "llama" and config.sliding_window is not None:
-        if config.attention_bias or config.mlp_bias or config.sliding_layers is not None:
-            raise ValueError(
-                f"family 'llama' with sliding_window={config.sliding_window} is saved as Mistral, which has no biases and the "
-                f"window in every layer; got attention_bias={config.attention_bias}, mlp_bias={config.mlp_bias}, "
-                f"sliding_layers={config.sliding_layers}."
-            )
 
 
 def from_hf(fields: Fields) -> Json:
     """Returns the keywords of `ModelConfig` from config.json."""
-    window: Json = {}
-    if fields["model_type"] == "mistral":
-        window = window_from_hf(fields)
-        required(fields, "num_key_value_heads")  # the default of transformers is 8, not the number of heads
-        for name in ("attention_bias", "mlp_bias"):  # transformers reads neither field: Mistral has no biases
-            refuse_unless(not flag(fields, name, False), fields, name, "false in a mistral config")
-    bias = flag(fields, "attention_bias", False)
     layer_types(fields, {"full_attention"})
-    return (
-        common_from_hf(fields)
-        | window
-        | {
-            "attention_bias": bias,
-            "output_bias": bias,
-            "mlp_bias": flag(fields, "mlp_bias", False),
-        }
-    )
+    return common_from_hf(fields) | biases_from_hf(fields) | {"mlp_bias": flag(fields, "mlp_bias", False)}
 
 
 def to_hf(config: ModelConfig) -> Json:
     """Returns the fields of config.json from a `ModelConfig`."""
-    if config.sliding_window is not None:
-        return common_to_hf(config) | {"model_type": "mistral", "sliding_window": config.sliding_window}
     return common_to_hf(config) | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
 
 
-def common_from_hf(fields: Fields) -> Json:
-    """Returns the keywords of `ModelConfig` from the fields that Llama, Qwen2 and Qwen3 have in common."""
-    return {
+def biases_from_hf(fields: Fields) -> Json:
+    """Returns the biases of attention, which `attention_bias` decides for all four projections."""
+    bias = flag(fields, "attention_bias", False)
+    return {"attention_bias": bias, "output_bias": bias}
+
+
+def common_from_hf(
+    fields: Fields, *, eps: str = "rms_norm_eps", tied: bool = False, rotary: RotaryNames = ROTARY
+) -> Json:
+    """Returns the keywords of `ModelConfig` from the fields that most families have in common.
+
+    Args:
+      fields: the fields of config.json.
+      eps, tied: the arguments of `sizes_from_hf`.
+      rotary: the names of the fields of the rotary embedding.
+    """
+    return sizes_from_hf(fields, eps=eps, tied=tied) | rotary_from_hf(fields, rotary)
+
+
+def common_to_hf(config: ModelConfig, *, eps: str = "rms_norm_eps", rotary: RotaryNames = ROTARY) -> Json:
+    """Returns the fields that most families have in common. This is the inverse of `common_from_hf`."""
+    return sizes_to_hf(config, eps=eps) | rotary_to_hf(config.rotary, config.max_positions, rotary)
+
+
+def sizes_from_hf(
+    fields: Fields, *, activation: str = "hidden_act", eps: str = "rms_norm_eps", tied: bool = False
+) -> Json:
+    """Returns the keywords of `ModelConfig` for the sizes, the activation and the norms.
+
+    Args:
+      fields: the fields of config.json.
+      activation: the field of the activation function.
+      eps: the field of the number that is added to the variance.
+      tied: the default of `tie_word_embeddings`.
+
+    Returns:
+      The keywords. Without the fields of the activation and of `norm_eps`, these are absent, and the defaults of the
+      family apply.
+    """
+    keywords = {
         "vocab_size": whole(fields, "vocab_size"),
         "hidden_size": whole(fields, "hidden_size"),
         "intermediate_size": whole(fields, "intermediate_size"),
@@ -100,15 +108,15 @@ def common_from_hf(fields: Fields) -> Json:
         "num_kv_heads": whole(fields, "num_key_value_heads", 0),
         "head_dim": whole(fields, "head_dim", 0),
         "max_positions": whole(fields, "max_position_embeddings"),
-        "activation": fields.get("hidden_act", "silu"),
-        "norm_eps": real(fields, "rms_norm_eps", 1e-6),
-        "tie_embeddings": flag(fields, "tie_word_embeddings", False),
-        **rotary_from_hf(fields),
+        "tie_embeddings": flag(fields, "tie_word_embeddings", tied),
     }
+    if fields.get(activation) is not None:
+        keywords["activation"] = fields[activation]
+    return keywords if fields.get(eps) is None else keywords | {"norm_eps": real(fields, eps)}
 
 
-def common_to_hf(config: ModelConfig) -> Json:
-    """Returns the fields that Llama, Qwen2 and Qwen3 have in common. This is the inverse of `common_from_hf`."""
+def sizes_to_hf(config: ModelConfig, *, activation: str = "hidden_act", eps: str = "rms_norm_eps") -> Json:
+    """Returns the fields of the sizes, the activation and the norms. This is the inverse of `sizes_from_hf`."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -118,21 +126,33 @@ def common_to_hf(config: ModelConfig) -> Json:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_positions,
-        "hidden_act": config.activation,
-        "rms_norm_eps": config.norm_eps,
+        activation: config.activation,
+        eps: config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        **rotary_to_hf(config.rope_theta, config.rope_scaling),
     }
 
 
-def tensors(config: ModelConfig) -> dict[str, Tensor]:
-    """Returns each parameter's tensor on disk. Qwen2 and Qwen3 use the same names."""
-    layout = {
-        "embed/embedding": Tensor("model.embed_tokens.weight"),
-        "norm/scale": Tensor("model.norm.weight"),
-    }
+def tensors(config: ModelConfig) -> Layout:
+    """Returns each parameter's tensor on disk. Most families use the same names."""
+    return outer_tensors(config) | layer_tensors(config)
+
+
+def outer_tensors(config: ModelConfig) -> Layout:
+    """Returns the tensors of the embedding, of the final norm and of the output matrix."""
+    layout: Layout = {"embed/embedding": Tensor("model.embed_tokens.weight")}
+    layout |= norm_tensors(config, "norm", "model.norm")
     if not config.tie_embeddings:
         layout["head/kernel"] = Tensor("lm_head.weight", transposed=True)
+    return layout
+
+
+def layer_tensors(config: ModelConfig, norms: Sequence[tuple[str, str]] = NORMS) -> Layout:
+    """Returns the tensors of the layers.
+
+    Args:
+      config: the config.
+      norms: the names of a layer's norms, here and on disk.
+    """
     projections = [
         ("attention/query", "self_attn.q_proj", config.attention_bias),
         ("attention/key", "self_attn.k_proj", config.attention_bias),
@@ -142,15 +162,27 @@ def tensors(config: ModelConfig) -> dict[str, Tensor]:
         ("mlp/up", "mlp.up_proj", config.mlp_bias),
         ("mlp/down", "mlp.down_proj", config.mlp_bias),
     ]
-    norms = [("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")]
-    if config.qk_norm:
-        norms += [("attention/query_norm", "self_attn.q_norm"), ("attention/key_norm", "self_attn.k_norm")]
+    layout: Layout = {}
     for i in range(config.num_layers):
         ours, theirs = f"layers/{i}", f"model.layers.{i}"
         for path, name, bias in projections:
-            layout[f"{ours}/{path}/kernel"] = Tensor(f"{theirs}.{name}.weight", transposed=True)
-            if bias:
-                layout[f"{ours}/{path}/bias"] = Tensor(f"{theirs}.{name}.bias")
+            layout |= linear_tensors(f"{ours}/{path}", f"{theirs}.{name}", bool(bias))
         for path, name in norms:
-            layout[f"{ours}/{path}/scale"] = Tensor(f"{theirs}.{name}.weight")
+            layout |= norm_tensors(config, f"{ours}/{path}", f"{theirs}.{name}")
+        if config.qk_norm in ("head", "width"):
+            for path, name in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
+                layout[f"{ours}/attention/{path}/scale"] = Tensor(f"{theirs}.self_attn.{name}.weight")
     return layout
+
+
+def linear_tensors(path: str, name: str, bias: bool) -> Layout:
+    """Returns the tensors of a projection, which is `torch.nn.Linear` on disk."""
+    layout: Layout = {f"{path}/kernel": Tensor(f"{name}.weight", transposed=True)}
+    return layout | ({f"{path}/bias": Tensor(f"{name}.bias")} if bias else {})
+
+
+def norm_tensors(config: ModelConfig, path: str, name: str) -> Layout:
+    """Returns the tensors of a norm: a scale, and for LayerNorm also a bias."""
+    leaves = {"scale": "weight"} if config.norm_scale else {}
+    leaves |= {"bias": "bias"} if config.layer_norm and config.norm_bias else {}
+    return {f"{path}/{leaf}": Tensor(f"{name}.{stored}") for leaf, stored in leaves.items()}

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from kd_jax.models.config import ModelConfig
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM"}
-FIXED = llama.FIXED | {"attention_bias": True, "output_bias": False, "mlp_bias": False}
-DEFAULTS = {"activation": "silu", "norm_eps": 1e-6}
+FIXED = {"attention_bias": True}
+DEFAULTS = {"activation": "silu", "norm_eps": 1e-6, "sliding_window": None}
 PREFIX, TOLERATED, TIED = llama.PREFIX, llama.TOLERATED, llama.TIED
 tensors = llama.tensors
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kd_jax.models.families import llama
-from kd_jax.models.families.fields import Fields, flag, required, windows_from_hf, windows_to_hf
+from kd_jax.models.families.fields import Fields, required, windows_from_hf, windows_to_hf
 from kd_jax.storage.files import Json
 
 if TYPE_CHECKING:
     from kd_jax.models.config import ModelConfig
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM"}
-FIXED = llama.FIXED | {"qk_norm": True, "mlp_bias": False}
-DEFAULTS = {"activation": "silu", "norm_eps": 1e-6, "attention_bias": False, "output_bias": False}
+FIXED = {"qk_norm": "head"}
+DEFAULTS = {
+    "activation": "silu", "norm_eps": 1e-6, "attention_bias": False, "output_bias": False, "sliding_window": None,
+}  # fmt: skip
 PREFIX, TOLERATED, TIED = llama.PREFIX, llama.TOLERATED, llama.TIED
 check, tensors = llama.check, llama.tensors
 
@@ -23,8 +25,7 @@ def from_hf(fields: Fields) -> Json:
     # The defaults of transformers are 32 and 128, independent of the other sizes.
     required(fields, "num_key_value_heads")
     required(fields, "head_dim")
-    bias = flag(fields, "attention_bias", False)
-    return llama.common_from_hf(fields) | windows_from_hf(fields) | {"attention_bias": bias, "output_bias": bias}
+    return llama.common_from_hf(fields) | windows_from_hf(fields) | llama.biases_from_hf(fields)
 
 
 def to_hf(config: ModelConfig) -> Json:
