@@ -87,9 +87,9 @@ def route(logits: Float[Array, "T E"], count: int, normalise: bool) -> tuple[Flo
       normalise: True to divide the K probabilities by their sum.
 
     Example:
-      >>> weights, chosen = route(jnp.log(jnp.array([[0.5, 0.125, 0.375]])), 2, normalise=False)
-      >>> weights.round(3).tolist(), chosen.tolist()
-      ([[0.5, 0.375]], [[0, 2]])
+      >>> weights, chosen = route(jnp.array([[0.0, -1.0, 0.0]]), 2, normalise=True)
+      >>> weights.tolist(), chosen.tolist()
+      ([[0.5, 0.5]], [[0, 2]])
     """
     weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), count)
     return (weights / weights.sum(axis=-1, keepdims=True) if normalise else weights), chosen
