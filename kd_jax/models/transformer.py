@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from kd_jax.models import int8
+from kd_jax.models import lora
 from kd_jax.models.config import ModelConfig
 
 _ACTIVATIONS = {
@@ -118,7 +118,8 @@ class Transformer(nnx.Module):
             dtype=dtype,
             param_dtype=param_dtype,
             kernel_init=nnx.initializers.normal(0.02),
-            promote_dtype=int8.promote,
+            promote_dtype=lora.promote,
+            dot_general=lora.product,
             rngs=rngs,
         )
         # With dtype=float32 the norm is computed in float32, and the caller casts the result. The fast variance would
