@@ -9,11 +9,16 @@ from kd_jax.models.huggingface import load_config, load_pretrained
 from kd_jax.models.huggingface_save import save_pretrained
 from kd_jax.models.int8 import dequantise
 from kd_jax.models.paths import PACKAGED, folder, model_folder
+from kd_jax.models.trained import HEAD_OF, Chosen, Lora, Part
 
 __all__ = [
+    "HEAD_OF",
     "PACKAGED",
+    "Chosen",
+    "Lora",
     "Model",
     "ModelConfig",
+    "Part",
     "check_folder",
     "dequantise",
     "fingerprint",

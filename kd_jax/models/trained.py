@@ -9,7 +9,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,18 @@ from kd_jax.models.lora import FrozenMatrix, add_product
 ALL_LINEAR = "all-linear"
 EMBEDDING = "embed/embedding"
 HEAD = "head/kernel"
+HEAD_OF = {True: EMBEDDING, False: HEAD}  # tied or not -> the name of the output matrix
 
 
 class Part(Protocol):
-    """A way to divide the parameters of a model into trained arrays and frozen arrays."""
+    """A way to divide the parameters of a model into trained arrays and frozen arrays.
+
+    Attributes:
+      dropout: the probability of dropout; 0 for a part without dropout.
+    """
+
+    @property
+    def dropout(self) -> float: ...
 
     def is_frozen(self, name: str) -> bool:
         """Returns True if a parameter of the model is frozen. The name is a path such as 'layers/0/mlp/up/kernel'."""
@@ -58,6 +66,7 @@ class Chosen:
     """
 
     frozen: frozenset[str]
+    dropout: ClassVar[float] = 0.0
 
     @classmethod
     def of(cls, pattern: str, model: Model) -> "Chosen":
