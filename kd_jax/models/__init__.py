@@ -3,7 +3,7 @@
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.fingerprint import fingerprint
 from kd_jax.models.folders import check_folder
-from kd_jax.models.functional import Model, from_config, take_layers
+from kd_jax.models.functional import Model, Shardings, from_config, take_layers
 from kd_jax.models.generate import generate, left_pad
 from kd_jax.models.huggingface import load_config, load_pretrained
 from kd_jax.models.huggingface_save import save_pretrained
@@ -19,6 +19,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Part",
+    "Shardings",
     "check_folder",
     "dequantise",
     "fingerprint",

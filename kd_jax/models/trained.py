@@ -237,6 +237,11 @@ def owners(targets: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
     return {path: first[names[path]] for path in chosen}
 
 
+def names_of(model: Model) -> list[str]:
+    """Returns the names of a model's parameters."""
+    return list(flatten_dict(model.abstract_params(), sep="/"))
+
+
 def select(params: Params, keeps: Callable[[str], bool]) -> Params:
     """Returns the parameters whose names `keeps` accepts, as a nested dict."""
     return unflatten_dict({name: leaf for name, leaf in flatten_dict(params, sep="/").items() if keeps(name)}, sep="/")
