@@ -200,8 +200,11 @@ def _targets(where: str, reader: Reader, names: Mapping[str, str]) -> list[str]:
     by_name: dict[str, list[str]] = {}
     for path, name in names.items():
         by_name.setdefault(name, []).append(path)
-    expected = {key: (name, paths) for name, paths in by_name.items() for key in _keys(name, paths[0])}
-    for tensor in sorted(reader.names):
+    expected = {key: name for name, paths in by_name.items() for key in _keys(name, paths[0])}
+    # PEFT also writes the embedding and the output matrix of the base model if they are targets.
+    copies = {f"{PREFIX}{name}.base_layer.weight" for name in by_name}
+    tensors = reader.names - copies
+    for tensor in sorted(tensors):
         if tensor not in expected:
             module = re.sub(r"\.lora_\w+(\.weight)?$", "", tensor.removeprefix(PREFIX))
             raise ValueError(
@@ -209,9 +212,9 @@ def _targets(where: str, reader: Reader, names: Mapping[str, str]) -> list[str]:
                 f"another model, or the module {untrusted.printable(module)} cannot have an adapter in kd_jax. The modules are "
                 f"{', '.join(dict.fromkeys(re.sub(r'^.*[.][0-9]+[.]', '', name) for name in names.values()))}."
             )
-    found = {expected[tensor][0] for tensor in reader.names}
+    found = {expected[tensor] for tensor in tensors}
     for name in sorted(found):
-        if missing := [key for key in _keys(name, by_name[name][0]) if key not in reader.names]:
+        if missing := [key for key in _keys(name, by_name[name][0]) if key not in tensors]:
             raise ValueError(f"{where}: tensor {missing[0]!r} is missing in {WEIGHTS}.")
     if not found:
         raise ValueError(f"{where}: {WEIGHTS} has no tensors.")
