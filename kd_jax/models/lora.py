@@ -75,7 +75,7 @@ def product(x: Array, kernel: PyTree, dimension_numbers: Any, **options: Any) ->
 
     if not isinstance(kernel, FrozenMatrix):
         return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
-    is_converted = kernel.base.dtype != x.dtype
+    is_converted = any(leaf.dtype != x.dtype for leaf in jax.tree.leaves(kernel.base))
     # With a checkpoint the backward pass converts the matrix again, and does not keep the converted matrix.
     y = (jax.checkpoint(dot) if is_converted else dot)(x, kernel.base)
     if kernel.lora_a is None:

@@ -60,9 +60,9 @@ class Trainee:
             return count
         if isinstance(self.part, models.Lora):
             of_factors = f"LoRA of rank {self.part.rank} on {len(self.part.owners)} matrices"
-            return f"{count}, all frozen; {of_factors}, {_millions(trained.number_of(self.abstract))} trained parameters"
+            return f"{count}, all frozen; {of_factors}, {trained.number_of(self.abstract):,} trained parameters"
         whole = trained.number_of(self.abstract) + trained.number_of(self.frozen)
-        return f"{_millions(whole)} parameters, {_millions(trained.number_of(self.abstract))} of them trained"
+        return f"{_millions(whole)} parameters, {trained.number_of(self.abstract):,} of them trained"
 
 
 def make_student(
