@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from kd_jax import data, models, sharding
 from kd_jax.data.shared import check_same_tokenizer, fit_tokenizer
 from kd_jax.models import int8, peft, trained
-from kd_jax.settings import Settings
+from kd_jax.settings import Lora, Settings
 from kd_jax.storage.files import Json
 
 FACTORS = 1  # separates the key of the first factors of LoRA from the key of the model's own parameters
@@ -119,6 +119,7 @@ def _part(config: Settings, model: models.Model, adapter: peft.Adapter | None) -
     """Returns the part of the student that the config trains; None for all parameters."""
     lora, freeze = config.student.lora, config.student.freeze
     if adapter is not None:
+        _check_same(config, model, adapter.lora)
         part = dataclasses.replace(adapter.lora, dropout=lora.dropout)
     elif lora.rank:
         owners = trained.find_targets(lora.targets, model)
@@ -131,6 +132,23 @@ def _part(config: Settings, model: models.Model, adapter: peft.Adapter | None) -
             f"matrix before it is used. Set student.lora.dropout=0, or choose targets in the layers only."
         )
     return part
+
+
+def _check_same(config: Settings, model: models.Model, found: models.Lora) -> None:
+    """Checks that the keys of LoRA that are not at their defaults agree with an adapter."""
+    lora, scaling = config.student.lora, "root" if found.root else "rank"
+    of_adapter = {"rank": found.rank, "alpha": found.alpha, "scaling": scaling}
+    wrong = [name for name, value in of_adapter.items() if getattr(lora, name) not in (value, getattr(Lora(), name))]
+    if wrong:
+        raise ValueError(
+            f"student.lora.{wrong[0]}={getattr(lora, wrong[0])!r}, but the adapter student.lora.path={lora.path!r} has "
+            f"{of_adapter[wrong[0]]!r}; set this value, or leave the key at its default."
+        )
+    if tuple(lora.targets) != Lora().targets and trained.find_targets(lora.targets, model) != found.owners:
+        raise ValueError(
+            f"student.lora.targets={tuple(lora.targets)!r} are other matrices than those of the adapter student.lora.path="
+            f"{lora.path!r}; leave student.lora.targets at its default."
+        )
 
 
 def _place(array: np.ndarray, placement: jax.sharding.Sharding) -> jax.Array:

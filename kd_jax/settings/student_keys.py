@@ -20,7 +20,7 @@ class Lora:
         ("all-linear",), "all-linear, names as in PEFT such as q_proj, or patterns of parameter paths"
     )
     dropout: float = key(0.0, "probability of dropout of each input of the product, during training only", least=0)
-    path: str = key("", "an adapter of PEFT to continue from, with its own rank, alpha, scaling and targets")
+    path: str = key("", "a folder with an adapter of PEFT to continue from, whose rank, alpha, scaling and targets are used")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,6 @@ def check_part(student: Student) -> None:
     lora, default = student.lora, Lora()
     is_lora = bool(lora.rank or lora.path)
     changed = [name for name, value in vars(lora).items() if value != getattr(default, name)]
-    if lora.path and (given := [name for name in changed if name not in ("path", "dropout")]):
-        raise ValueError(
-            f"student.lora.{given[0]}={getattr(lora, given[0])!r} and student.lora.path={lora.path!r}: the adapter has its own "
-            f"rank, alpha, scaling and targets, so leave these keys at their defaults."
-        )
     if changed and not is_lora:
         raise ValueError(
             f"student.lora.{changed[0]}={getattr(lora, changed[0])!r} has no effect, because student.lora.rank is 0: set "

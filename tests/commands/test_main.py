@@ -185,7 +185,7 @@ def test_the_help_has_every_method_setting_key_and_flag():
     for name in (*METHODS, "quickstart"):
         doc = importlib.import_module(f"configs.{name}").__doc__
         assert f"\n  {name}\n      {' '.join(doc.split())[:40]}" in said, name
-    for setting in ("docstrings", "smoke", "dolly_smollm2", "dolly_gpt2"):
+    for setting in ("docstrings", "smoke", "dolly_smollm2", "dolly_gpt2", "dolly_openllama"):
         assert f"\n  {setting}\n" in said
     declared = directory.flat(base.get_config().to_dict()) | directory.flat(
         {"objective.terms.NAME": base.term().to_dict()}

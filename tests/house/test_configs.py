@@ -88,7 +88,7 @@ def test_the_layouts_of_a_teacher_are_those_of_the_mesh():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("setting", ["docstrings", "smoke", "dolly_smollm2", "dolly_gpt2"])
+@pytest.mark.parametrize("setting", ["docstrings", "smoke", "dolly_smollm2", "dolly_gpt2", "dolly_openllama"])
 def test_every_method_has_every_setting(method, setting):
     config = importlib.import_module(f"configs.{method}").get_config(setting)
     with pytest.raises(AttributeError, match="Did you mean"):

@@ -221,6 +221,9 @@ def test_a_run_continues_from_an_adapter(one, tmp_path):
     ).read()  # fmt: skip
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+    for key, value in dict(rank=8, alpha=2.0, scaling="root", targets=("q_proj",)).items():
+        with pytest.raises(ValueError, match=f"student.lora.{key}=.*adapter"):
+            train.build(make(student__lora__path=str(folder / "adapter"), **{f"student__lora__{key}": value}))
 
 
 @pytest.mark.usefixtures("one_device")
@@ -260,7 +263,6 @@ BAD = [
     (dict(student__lora__rank=4, student__lora__dropout=1.0), "below 1"),
     (dict(student__lora__rank=4, student__lora__targets=("lm_head",)), "tied|matches"),
     (dict(student__lora__path="nowhere"), "nowhere"),
-    (dict(student__lora__path="nowhere", student__lora__rank=4), "its own rank"),
 ]
 
 
