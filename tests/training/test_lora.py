@@ -290,10 +290,10 @@ def distilled(config):
 @pytest.mark.parametrize("method", ["taid", "distillm", "gkd", "sdft"])
 @pytest.mark.parametrize("changes", [LORA, dict(student__freeze="layers/0/attention/.*")])
 def test_a_part_of_the_student_comes_nearer_to_the_teacher(method, changes, data_dir):
+    if changes is LORA and method != "sdft":  # few factors cannot train a model that begins with random matrices
+        changes = LORA | dict(student__init="layers", student__layers=(0,))
     config = smoke(method, data_dir, steps=40, data__eval_rows=32, **AT_WORK.get(method, {}) | changes)
     before, after = distilled(config)
-    for name in ("forward_kl", "reverse_kl"):
-        assert np.isfinite(after[name])
     assert after["forward_kl"] + after["reverse_kl"] < before["forward_kl"] + before["reverse_kl"] - 0.02
 
 
