@@ -133,8 +133,7 @@ class Step:
     def train_step(self, state: TrainState, teacher_params: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         frozen_params = dict(teacher_params) if self.by_name else {"teacher": teacher_params}
         for name in self.followers:
-            followed = state.opt_state.followers[name]
-            frozen_params[name] = self.student.complete(followed, frozen_params.get("student"))
+            frozen_params[name] = self.student.complete(state.opt_state.followers[name], frozen_params.get("student"))
         compute = self._in_microbatches if self.microbatches > 1 else self._at_once
         prepared, loss, values, gradient = compute(state, frozen_params, batch)
         updates, opt_state = self.tx.update(gradient, state.opt_state, state.params)
@@ -177,7 +176,7 @@ class Step:
     ) -> list[PreparedTerm]:
         """Returns the prepared terms, from the outputs of the models for the whole batch."""
         counted = [counted_tokens(term, batch) for term in self.terms]
-        early = self._early_scores(state, outputs, frozen, _parts(batch) | {"counted": jnp.stack(counted, axis=-1)})
+        early = self._early_scores(state, outputs, frozen, self._parts(state, batch) | {"counted": jnp.stack(counted, axis=-1)})
         return self._prepare(state, early, counted, batch)
 
     def measure(self, state: TrainState, frozen_params: PyTree, batch: Batch) -> tuple[list[PreparedTerm], Array]:
@@ -187,7 +186,7 @@ class Step:
         prepared = self._prepare_at_once(state, outputs, frozen, batch)
         # The values of a term whose coefficient is 0 are also computed.
         ones = jnp.stack([term.counted.astype(jnp.float32) for term in prepared], axis=-1)
-        part = _parts(batch) | _prepared_parts(prepared) | {"coefficients": ones}
+        part = self._parts(state, batch) | _prepared_parts(prepared) | {"coefficients": ones}
         return prepared, self._losses(outputs, frozen, part)[1]
 
     def _in_microbatches(
@@ -331,7 +330,8 @@ class Step:
 
     def _parts(self, state: TrainState, batch: Batch) -> dict[str, PyTree]:
         """Returns the arrays of a batch that the models and the loss read, and the keys of the rows for dropout."""
-        return _parts(batch) | self.student.row_keys(state.key, state.step, len(batch["tokens"]))
+        keys = self.student.row_keys(state.key, state.step, len(batch["tokens"]))
+        return {name: batch[name] for name in ("tokens", "targets", "mask")} | teacher_arrays(batch) | keys
 
     def _plain_arrays(self, term: Term, states: States, state: TrainState) -> dict[str, Array]:
         """Returns the numbers of a term's schedules that read no scores, for a rule that reads the term's own loss."""
@@ -340,11 +340,6 @@ class Step:
         values = [schedule(of, step=state.step) for schedule, of in zip(term.schedules, states, strict=True)]
         weight, _, *numbers = as_real(values, state.params)
         return {"weight": weight} | dict(zip(term.numbers, numbers, strict=True))
-
-
-def _parts(batch: Batch) -> dict[str, PyTree]:
-    """Returns the arrays of a batch that the models and the loss read."""
-    return {name: batch[name] for name in ("tokens", "targets", "mask")} | teacher_arrays(batch)
 
 
 def _prepared_parts(prepared: Sequence[PreparedTerm]) -> dict[str, PyTree]:
