@@ -176,7 +176,9 @@ class Step:
     ) -> list[PreparedTerm]:
         """Returns the prepared terms, from the outputs of the models for the whole batch."""
         counted = [counted_tokens(term, batch) for term in self.terms]
-        early = self._early_scores(state, outputs, frozen, self._parts(state, batch) | {"counted": jnp.stack(counted, axis=-1)})
+        early = self._early_scores(
+            state, outputs, frozen, self._parts(state, batch) | {"counted": jnp.stack(counted, axis=-1)}
+        )
         return self._prepare(state, early, counted, batch)
 
     def measure(self, state: TrainState, frozen_params: PyTree, batch: Batch) -> tuple[list[PreparedTerm], Array]:
@@ -269,7 +271,8 @@ class Step:
         self, outputs: Outputs, frozen: dict[str, Outputs], part: PyTree
     ) -> tuple[tuple[Array, Array], dict[str, Array]]:
         """Returns `_losses` of a part of the rows, and the gradients of `Student.differentiated`."""
-        of_arrays = lambda arrays: self._losses(outputs._replace(**arrays), frozen, part)
+        own = lambda arrays: Outputs(arrays["hidden"], arrays.get("head", outputs.head), outputs.tied)
+        of_arrays = lambda arrays: self._losses(own(arrays), frozen, part)
         return jax.value_and_grad(of_arrays, has_aux=True)(self.student.differentiated(outputs))
 
     def _losses(self, outputs: Outputs, frozen: dict[str, Outputs], part: PyTree) -> tuple[Array, Array]:
@@ -321,7 +324,7 @@ class Step:
 
         labels = [(i, label) for i, label, *_ in columns] + own
         mask = jnp.stack([part["counted"][..., i] for i, _ in labels], axis=-1).astype(jnp.float32)
-        outputs = outputs._replace(**jax.lax.stop_gradient(self.student.differentiated(outputs)))
+        outputs = Outputs(*jax.lax.stop_gradient(outputs[:2]), outputs.tied)
         values = self._compare(token_scores, outputs, frozen, mask, part["targets"])[1]
         early: list[dict[str, Array]] = [{} for _ in self.terms]
         for column, (i, label) in enumerate(labels):
@@ -330,8 +333,8 @@ class Step:
 
     def _parts(self, state: TrainState, batch: Batch) -> dict[str, PyTree]:
         """Returns the arrays of a batch that the models and the loss read, and the keys of the rows for dropout."""
-        keys = self.student.row_keys(state.key, state.step, len(batch["tokens"]))
-        return {name: batch[name] for name in ("tokens", "targets", "mask")} | teacher_arrays(batch) | keys
+        arrays = {name: batch[name] for name in ("tokens", "targets", "mask")} | teacher_arrays(batch)
+        return arrays | self.student.row_keys(state.key, state.step, len(batch["tokens"]))
 
     def _plain_arrays(self, term: Term, states: States, state: TrainState) -> dict[str, Array]:
         """Returns the numbers of a term's schedules that read no scores, for a rule that reads the term's own loss."""

@@ -22,7 +22,7 @@ from kd_jax.settings import Term, defaults
 from kd_jax.sharding import path_name
 from kd_jax.train_step import init_state, make_train_step
 
-ROWS, LENGTH = 4, 512
+ROWS, LENGTH = 1, 512
 CONFIG = models.ModelConfig(
     family="llama", vocab_size=49152, hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
     intermediate_size=1536, max_positions=2048, tie_embeddings=True, rope_theta=100000.0,
@@ -32,7 +32,7 @@ TX = optax.adamw(1e-4)
 
 
 def main() -> None:
-    model = models.from_config(CONFIG, dtype="bfloat16", remat="nothing_saveable")
+    model = models.from_config(CONFIG)
     lora = models.Lora(16, 16.0, 0.0, False, find_targets(["all-linear"], model))
     lines = {
         "all parameters": (None, "float32"),
@@ -70,7 +70,10 @@ def _measure(model: models.Model, part: models.Part | None, dtype: str) -> list[
     frozen_params = None if part is None else {"student": frozen}
     planned = step.lower(state, frozen_params, batch).compile().memory_analysis()
     sizes = _bytes(frozen), _bytes(state), planned.temp_size_in_bytes
-    return [f"{sum(leaf.size for leaf in jax.tree.leaves(trained)):,}", *(f"{size / 1e6:,.0f}" for size in (*sizes, sum(sizes)))]
+    return [
+        f"{sum(leaf.size for leaf in jax.tree.leaves(trained)):,}",
+        *(f"{size / 1e6:,.0f}" for size in (*sizes, sum(sizes))),
+    ]
 
 
 def _in_type(params: PyTree, dtype: str) -> PyTree:

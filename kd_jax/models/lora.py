@@ -68,20 +68,43 @@ def promote(operands: PyTree, /, *, dtype: DTypeLike | None = None, inexact: boo
 
 def product(x: Array, kernel: PyTree, dimension_numbers: Any, **options: Any) -> Array:
     """Returns the product of `nnx.Linear`. The arguments are those of `jax.lax.dot_general`."""
-
-    def dot(x: Array, matrix: PyTree) -> Array:
-        x, matrix, _ = int8.promote((x, matrix, None), dtype=x.dtype)
-        return jax.lax.dot_general(x, matrix, dimension_numbers, **options)
-
     if not isinstance(kernel, FrozenMatrix):
         return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
     is_converted = any(leaf.dtype != x.dtype for leaf in jax.tree.leaves(kernel.base))
-    # With a checkpoint the backward pass converts the matrix again, and does not keep the converted matrix.
-    y = (jax.checkpoint(dot) if is_converted else dot)(x, kernel.base)
+    if is_converted:
+        y = _converted_product(x, kernel.base)
+    else:
+        y = jax.lax.dot_general(x, kernel.base, dimension_numbers, **options)
     if kernel.lora_a is None:
         return y
     low = jax.lax.dot_general(_dropped(x, kernel), kernel.lora_a, dimension_numbers, **options)
     return y + kernel.scale * jax.lax.dot_general(low, kernel.lora_b, dimension_numbers, **options)
+
+
+@jax.custom_vjp
+def _converted_product(x: Float[Array, "*batch in"], base: PyTree) -> Float[Array, "*batch out"]:
+    """Returns the product with a matrix of another type. The backward pass converts the matrix again, and keeps no copy."""
+    return jnp.matmul(x, _converted(base, x))
+
+
+def _forward(x: Array, base: PyTree) -> tuple[Array, PyTree]:
+    return _converted_product(x, base), base
+
+
+def _backward(base: PyTree, gradient: Array) -> tuple[Array, None]:
+    return jnp.matmul(gradient, _converted(base, gradient).T), None
+
+
+_converted_product.defvjp(_forward, _backward)
+
+
+def _converted(base: PyTree, operand: Array) -> Array:
+    """Returns the matrix in the type of an operand of its product, converted when the operand is known, as in `int8`."""
+    if not isinstance(base, jax.Array):
+        return int8.promote((operand, base, None), dtype=operand.dtype)[1]
+    operand, base = jax.lax.optimization_barrier((operand, base))
+    zero = 0 * operand[(0,) * operand.ndim] if jax.default_backend() == "cpu" else 0
+    return base.astype(operand.dtype) + zero
 
 
 def merged(leaf: PyTree) -> Array:

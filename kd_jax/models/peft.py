@@ -77,7 +77,9 @@ def open_adapter(folder: Path, model: Model, base: str, key: str) -> Adapter:
     where = f"{key}: {folder}"
     for name in (ADAPTER, WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(f"{where}: the folder has no {name}; expected an adapter of PEFT with {ADAPTER} and {WEIGHTS}.")
+            raise ValueError(
+                f"{where}: the folder has no {name}; expected an adapter of PEFT with {ADAPTER} and {WEIGHTS}."
+            )
     fields = untrusted.read_json(folder / ADAPTER)
     _refuse_unknown(where, fields)
     _check_base(where, fields, base)
@@ -163,7 +165,9 @@ def _fields(lora: Lora, model: Model, base: str) -> Json:
 def _refuse_unknown(where: str, fields: Json) -> None:
     """Refuses an adapter of another kind, and each field that would need a function that kd_jax does not have."""
     if fields.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{where}: peft_type {untrusted.printable(fields['peft_type'])} is not implemented; only LORA is.")
+        raise ValueError(
+            f"{where}: peft_type {untrusted.printable(fields['peft_type'])} is not implemented; only LORA is."
+        )
     if fields.get("bias", "none") != "none":
         raise ValueError(f"{where}: bias={untrusted.printable(fields['bias'])} is not implemented; only 'none' is.")
     if fields.get("init_lora_weights", True) not in BEGINNINGS:

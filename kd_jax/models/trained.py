@@ -192,7 +192,10 @@ def modules(model: Model) -> dict[str, str]:
     These are the matrices of the layers, and the embedding and the output matrix if the two are not tied. The parts of
     one tensor are neighbours, in their order.
     """
-    tensors, shapes = FAMILIES[model.config.family].tensors(model.config), flatten_dict(model.abstract_params(), sep="/")
+    tensors, shapes = (
+        FAMILIES[model.config.family].tensors(model.config),
+        flatten_dict(model.abstract_params(), sep="/"),
+    )
     further = () if model.config.tie_embeddings else (EMBEDDING, HEAD)
     return {
         path: tensors[path].name.removesuffix(".weight")

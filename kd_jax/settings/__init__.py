@@ -1,7 +1,7 @@
 """Settings of a run, typed and checked.
 
-`keys` declares every key of a config once, `student_keys` those of the student, and `term_keys` those of a term. `Settings.parse` turns a config into
-`Settings`. `declare` reads a config by such a declaration. This package does not import JAX, because the help of the
+`keys` declares every key of a config once, `student_keys` those of the student, and `term_keys` those of a term.
+`Settings.parse` turns a config into `Settings`. `declare` reads a config by such a declaration. This package does not import JAX, because the help of the
 commands reads it first.
 """
 

@@ -20,7 +20,9 @@ class Lora:
         ("all-linear",), "all-linear, names as in PEFT such as q_proj, or patterns of parameter paths"
     )
     dropout: float = key(0.0, "probability of dropout of each input of the product, during training only", least=0)
-    path: str = key("", "a folder with an adapter of PEFT to continue from, whose rank, alpha, scaling and targets are used")
+    path: str = key(
+        "", "a folder with an adapter of PEFT to continue from, whose rank, alpha, scaling and targets are used"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,10 +46,9 @@ class Student:
     ) -> tuple[Outputs, Callable[[dict[str, Array]], PyTree]]:
         """Returns `outputs`, and the function from the gradients of `differentiated` to those of the trained arrays."""
         head, tied = self.model.stored_head(self.complete(trained, frozen, batch))
-        found, pull_back = jax.vjp(
-            lambda trained: self.differentiated(self.outputs(trained, frozen, batch)), trained
-        )
-        return Outputs(**({"head": head} | found), tied=tied), lambda gradients: pull_back(gradients)[0]
+        found, pull_back = jax.vjp(lambda trained: self.differentiated(self.outputs(trained, frozen, batch)), trained)
+        outputs = Outputs(found["hidden"], found.get("head", head), tied)
+        return outputs, lambda gradients: pull_back(gradients)[0]
 
     def differentiated(self, outputs: Outputs) -> dict[str, Array]:
         """Returns the outputs that depend on trained arrays: the hidden states, and the output matrix unless it is frozen."""

@@ -76,7 +76,9 @@ def test_a_written_adapter_has_the_tensors_that_peft_wrote(name, tmp_path):
         np.testing.assert_array_equal(ours[key], array)
     again = peft.open_adapter(tmp_path / "adapter", model, str(BASES[name]), "k")
     assert again.lora == adapter.lora
-    fields, expected = (json.loads((folder / peft.ADAPTER).read_text()) for folder in (tmp_path / "adapter", GOLDEN / name))
+    fields, expected = (
+        json.loads((folder / peft.ADAPTER).read_text()) for folder in (tmp_path / "adapter", GOLDEN / name)
+    )
     for field in ("r", "lora_alpha", "use_rslora", "bias", "peft_type", "task_type"):
         assert fields[field] == expected[field]
 
@@ -109,7 +111,14 @@ def test_a_part_of_a_fused_matrix_is_written_with_zeros_for_the_others(tmp_path)
 
 @pytest.mark.parametrize(
     ("pattern", "count"),
-    [("all-linear", 14), ("q_proj", 2), ("self_attn.q_proj", 2), ("attention/query", 2), ("layers/0/*", 7), ("lm_head", 1)]
+    [
+        ("all-linear", 14),
+        ("q_proj", 2),
+        ("self_attn.q_proj", 2),
+        ("attention/query", 2),
+        ("layers/0/*", 7),
+        ("lm_head", 1),
+    ]
     + [(r"model\.layers\.1\..*_proj", 7), ("embed_tokens", 1), (r".*/(query|value)/kernel", 4)],
 )
 def test_targets_are_names_of_peft_or_patterns_of_paths(pattern, count):
@@ -117,7 +126,9 @@ def test_targets_are_names_of_peft_or_patterns_of_paths(pattern, count):
 
 
 def test_a_target_that_matches_nothing_is_refused_with_the_names():
-    with pytest.raises(ValueError, match=r"'c_attn'.*self_attn.q_proj, self_attn.k_proj.*layers/0/attention/query/kernel"):
+    with pytest.raises(
+        ValueError, match=r"'c_attn'.*self_attn.q_proj, self_attn.k_proj.*layers/0/attention/query/kernel"
+    ):
         trained.find_targets(["q_proj", "c_attn"], models.load_pretrained(BASES["q_v"])[0])
     with pytest.raises(ValueError, match="tied"):
         trained.find_targets(["lm_head"], models.load_pretrained(BASES["fused"])[0])
