@@ -88,8 +88,7 @@ def make_train_step(
       max_skipped: the largest number of consecutive steps that may be skipped because they are not finite.
       followers: the names of the frozen models that follow the student. Their parameters are in the state of `tx`, which
         `optimizer.with_followers` made, and not in `teacher_params`.
-      part: the part of the student that is trained; None for all parameters. With a part, `teacher_params` is by name,
-        and has the frozen parameters of the student as "student".
+      part: the trained part of the student; if not None, `teacher_params` has the frozen parameters as "student".
 
     Returns:
       (state, teacher_params, batch) -> (state, metrics), to be jitted with the state donated. The batch contains:
@@ -132,8 +131,8 @@ class Step:
 
     def train_step(self, state: TrainState, teacher_params: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         frozen_params = dict(teacher_params) if self.by_name else {"teacher": teacher_params}
-        for name in self.followers:
-            frozen_params[name] = self.student.complete(state.opt_state.followers[name], frozen_params.get("student"))
+        followed = {name: state.opt_state.followers[name] for name in self.followers}
+        frozen_params |= {k: self.student.complete(v, frozen_params.get("student")) for k, v in followed.items()}
         compute = self._in_microbatches if self.microbatches > 1 else self._at_once
         prepared, loss, values, gradient = compute(state, frozen_params, batch)
         updates, opt_state = self.tx.update(gradient, state.opt_state, state.params)
@@ -271,7 +270,7 @@ class Step:
         self, outputs: Outputs, frozen: dict[str, Outputs], part: PyTree
     ) -> tuple[tuple[Array, Array], dict[str, Array]]:
         """Returns `_losses` of a part of the rows, and the gradients of `Student.differentiated`."""
-        own = lambda arrays: Outputs(arrays["hidden"], arrays.get("head", outputs.head), outputs.tied)
+        own = lambda arrays: Outputs(**({"head": outputs.head} | arrays), tied=outputs.tied)
         of_arrays = lambda arrays: self._losses(own(arrays), frozen, part)
         return jax.value_and_grad(of_arrays, has_aux=True)(self.student.differentiated(outputs))
 

@@ -1,8 +1,8 @@
 """Settings of a run, typed and checked.
 
 `keys` declares every key of a config once, `student_keys` those of the student, and `term_keys` those of a term.
-`Settings.parse` turns a config into `Settings`. `declare` reads a config by such a declaration. This package does not import JAX, because the help of the
-commands reads it first.
+`Settings.parse` turns a config into `Settings`. `declare` reads a config by such a declaration. This package does not
+import JAX, because the help of the commands reads it first.
 """
 
 from kd_jax.settings.declare import Config, defaults, is_open, is_section, keys_of, open_names
