@@ -6,7 +6,7 @@
 import dataclasses
 import fnmatch
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ MASKS = ("mask", "weight_decay_mask")
 
 
 def make_optimizer(
-    spec: resolve.Spec, learning_rate: optax.Schedule, clip_norm: float = 0.0
+    spec: resolve.Spec, learning_rate: optax.Schedule, clip_norm: float = 0.0, frozen: Iterable[str] = ()
 ) -> optax.GradientTransformation:
     """Builds the gradient transformation that `config.optimizer` and `config.clip_norm` describe.
 
@@ -30,6 +30,7 @@ def make_optimizer(
         parameters without weight decay, as in `decays`.
       learning_rate: a function step -> value.
       clip_norm: the largest norm of the gradient; 0 for no clipping.
+      frozen: the names of parameters that are not trained, which a pattern of `no_decay` may match alone.
 
     Raises:
       ValueError: a name or keyword is unknown, a number is out of range, or `no_decay` is given for an optimiser that
@@ -56,7 +57,7 @@ def make_optimizer(
                 f"optimizer.no_decay={tuple(patterns)} needs an optimiser with a mask for weight decay, which {function.__name__} "
                 f"lacks. The optimisers of optax with a mask are {', '.join(_with_masks())}."
             )
-        keywords[masks[0]] = lambda params: decays(params, tuple(patterns))
+        keywords[masks[0]] = lambda params: decays(params, tuple(patterns), frozen)
     tx = function(**resolve.build_nested(keywords, optax))
     if clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(resolve.check_number("clip_norm", clip_norm, 0.0)), tx)
@@ -129,13 +130,14 @@ def with_followers(tx: optax.GradientTransformation, follows: Mapping[str, Follo
     return optax.GradientTransformation(init, update)
 
 
-def decays(params: PyTree, patterns: tuple[str, ...]) -> PyTree:
+def decays(params: PyTree, patterns: tuple[str, ...], frozen: Iterable[str] = ()) -> PyTree:
     """Returns a tree like `params` with True for each parameter that weight decay changes, as optax's masks require.
 
     Args:
       params: a tree of parameters.
       patterns: patterns of the paths of parameters without decay. A path is for example layers/3/attention_norm/scale.
         As in `fnmatch`, * stands for any characters, ? for one character, and [abc] for one of the characters a, b, c.
+      frozen: the paths of further parameters that a pattern may match, which are not in the tree.
 
     Raises:
       ValueError: a pattern matches no parameter. The message lists the paths.
@@ -143,7 +145,7 @@ def decays(params: PyTree, patterns: tuple[str, ...]) -> PyTree:
     path = lambda keys: jax.tree_util.keystr(keys, simple=True, separator="/")
     paths = [path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in paths):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in (*paths, *frozen)):
             raise ValueError(
                 f"optimizer.no_decay={pattern!r} matches no parameter. The parameters are {', '.join(_first_layer(paths))}."
             )

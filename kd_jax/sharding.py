@@ -87,7 +87,8 @@ def tree_shardings(mesh: Mesh, tree: PyTree, layout: str = "student") -> PyTree:
 
     Args:
       mesh: the mesh from `make_mesh`.
-      tree: arrays or ShapeDtypeStructs. A matrix in int8 and its scales are sharded like the matrix.
+      tree: arrays or ShapeDtypeStructs. A matrix in int8 and its scales are sharded like the matrix. The two factors of
+        LoRA are divided like the rows and like the columns of their matrix.
       layout: a name in LAYOUTS.
 
     Returns:
@@ -100,10 +101,14 @@ def tree_shardings(mesh: Mesh, tree: PyTree, layout: str = "student") -> PyTree:
 
     def sharding_of(path: KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         name = re.sub("/kernel/(qvalue|scale)$", "/kernel", path_name(path))
+        matrix = re.sub("/lora_[ab]$", "", name)
         if leaf.ndim == 0:
             return NamedSharding(mesh, P())
         for pattern, spec in RULES:
-            if re.search(pattern, name):
+            if re.search(pattern, matrix):
+                # The rank of low-rank factors is small, and is not divided.
+                factor = {"lora_a": (0,), "lora_b": (1,)}.get(name.rpartition("/")[2], range(len(spec)))
+                spec = [axis if i in factor else None for i, axis in enumerate(spec)]
                 return NamedSharding(mesh, _fit(mesh, P(*(axes.get(axis, axis) for axis in spec)), leaf.shape))
         raise ValueError(f"no sharding rule matches the parameter {name!r} of shape {leaf.shape}; add one to RULES.")
 

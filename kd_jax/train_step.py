@@ -10,12 +10,13 @@ import optax
 from flax import struct
 from jaxtyping import Array, Int, PyTree
 
+from kd_jax.models import Part
 from kd_jax.objectives import Term
 from kd_jax.objectives.prepared import Metrics, PreparedTerm, States, as_real, counted_tokens, prepare, where
 from kd_jax.objectives.terms import count_apart, counted_gradient, evaluate_score
-from kd_jax.teachers import Outputs, Teacher, for_terms, teacher_arrays
-from kd_jax.teachers.compare import compare_outputs, frozen_outputs, student_outputs
-from kd_jax.teachers.online import HiddenModel, outputs_of
+from kd_jax.teachers import Outputs, Student, Teacher, for_terms, teacher_arrays
+from kd_jax.teachers.compare import compare_outputs, frozen_outputs
+from kd_jax.teachers.online import HiddenModel
 
 Batch = dict[str, Array]
 
@@ -26,7 +27,7 @@ class TrainState:
 
     Attributes:
       step: the number of steps made, skipped steps included.
-      params: the student's parameters.
+      params: the student's parameters; only the trained arrays if a part of the student is trained.
       opt_state: the optimiser's state.
       schedules: the states of the schedules of each term.
       key: a random key for a step function that you write; use `jax.random.fold_in(key, step)`. The step of
@@ -61,6 +62,7 @@ def make_train_step(
     mesh: jax.sharding.Mesh | None = None,
     max_skipped: int = 0,
     followers: tuple[str, ...] = (),
+    part: Part | None = None,
 ) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, Metrics]]:
     """Returns the step that trains `student` towards `teacher` on a batch.
 
@@ -86,6 +88,7 @@ def make_train_step(
       max_skipped: the largest number of consecutive steps that may be skipped because they are not finite.
       followers: the names of the frozen models that follow the student. Their parameters are in the state of `tx`, which
         `optimizer.with_followers` made, and not in `teacher_params`.
+      part: the trained part of the student; if not None, `teacher_params` has the frozen parameters as "student".
 
     Returns:
       (state, teacher_params, batch) -> (state, metrics), to be jitted with the state donated. The batch contains:
@@ -102,9 +105,10 @@ def make_train_step(
     """
     options: dict[str, Any] = dict(vocab_size=vocab_size, temperature=temperature, chunk=chunk, mesh=mesh)
     options["store_blocks"] = any(getattr(term.loss, "takes_logits", False) for term in terms)
-    by_name = isinstance(teacher, Mapping)
+    by_name = isinstance(teacher, Mapping) or part is not None
+    trained = Student(student, part, mesh)
     return Step(
-        student, for_terms(teacher, terms), tuple(terms), tx, options, microbatches, max_skipped, by_name, followers
+        trained, for_terms(teacher, terms), tuple(terms), tx, options, microbatches, max_skipped, by_name, followers
     ).train_step
 
 
@@ -116,7 +120,7 @@ class Step:
     if the parameters of the frozen models are given by name.
     """
 
-    student: HiddenModel
+    student: Student
     teachers: dict[str, Teacher]
     terms: tuple[Term, ...]
     tx: optax.GradientTransformation
@@ -128,7 +132,8 @@ class Step:
 
     def train_step(self, state: TrainState, teacher_params: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         frozen_params = dict(teacher_params) if self.by_name else {"teacher": teacher_params}
-        frozen_params |= {name: state.opt_state.followers[name] for name in self.followers}
+        followed = {name: state.opt_state.followers[name] for name in self.followers}
+        frozen_params |= {k: self.student.complete(v, frozen_params.get("student")) for k, v in followed.items()}
         compute = self._in_microbatches if self.microbatches > 1 else self._at_once
         prepared, loss, values, gradient = compute(state, frozen_params, batch)
         updates, opt_state = self.tx.update(gradient, state.opt_state, state.params)
@@ -159,29 +164,32 @@ class Step:
         self, state: TrainState, frozen_params: PyTree, batch: Batch
     ) -> tuple[list[PreparedTerm], Array, Array, PyTree]:
         """Returns the prepared terms, the loss, the values of `_losses`, and the gradient, from one pass of each model."""
-        outputs, pull_back = jax.vjp(lambda params: self._student_arrays(params, batch), state.params)
+        part = self._parts(state, batch)
+        outputs, pull_back = self.student.with_gradient(state.params, frozen_params.get("student"), part)
         frozen = frozen_outputs(self.teachers, frozen_params, batch, self.options["mesh"])
         prepared = self._prepare_at_once(state, outputs, frozen, batch)
-        (loss, values), gradient = self._gradient(state, outputs, frozen, _parts(batch) | _prepared_parts(prepared))
-        return prepared, loss, values, pull_back(gradient)[0]
+        (loss, values), gradient = self._gradient(outputs, frozen, part | _prepared_parts(prepared))
+        return prepared, loss, values, pull_back(gradient)
 
     def _prepare_at_once(
-        self, state: TrainState, outputs: tuple[Array, Array], frozen: dict[str, Outputs], batch: Batch
+        self, state: TrainState, outputs: Outputs, frozen: dict[str, Outputs], batch: Batch
     ) -> list[PreparedTerm]:
         """Returns the prepared terms, from the outputs of the models for the whole batch."""
         counted = [counted_tokens(term, batch) for term in self.terms]
-        early = self._early_scores(state, outputs, frozen, _parts(batch) | {"counted": jnp.stack(counted, axis=-1)})
+        early = self._early_scores(
+            state, outputs, frozen, self._parts(state, batch) | {"counted": jnp.stack(counted, axis=-1)}
+        )
         return self._prepare(state, early, counted, batch)
 
     def measure(self, state: TrainState, frozen_params: PyTree, batch: Batch) -> tuple[list[PreparedTerm], Array]:
         """Returns the prepared terms and the values of `_losses` at all tokens that count, without a gradient."""
-        outputs = self._student_arrays(state.params, batch)
+        outputs = self.student.outputs(state.params, frozen_params.get("student"), batch)
         frozen = frozen_outputs(self.teachers, frozen_params, batch, self.options["mesh"])
         prepared = self._prepare_at_once(state, outputs, frozen, batch)
         # The values of a term whose coefficient is 0 are also computed.
         ones = jnp.stack([term.counted.astype(jnp.float32) for term in prepared], axis=-1)
-        part = _parts(batch) | _prepared_parts(prepared) | {"coefficients": ones}
-        return prepared, self._losses(state, outputs, frozen, part)[1]
+        part = self._parts(state, batch) | _prepared_parts(prepared) | {"coefficients": ones}
+        return prepared, self._losses(outputs, frozen, part)[1]
 
     def _in_microbatches(
         self, state: TrainState, frozen_params: PyTree, batch: Batch
@@ -192,13 +200,13 @@ class Step:
         hidden states of the frozen models are kept, so that each of these models runs once.
         """
         counted = [counted_tokens(term, batch) for term in self.terms]
-        parts = _parts(batch)
+        parts, own = self._parts(state, batch), frozen_params.get("student")
         early: list[dict[str, Array]] = [{} for _ in self.terms]
         if self._has_early_scores:
 
             def first_pass(part: Batch) -> tuple[list[dict[str, Array]], dict[str, Array | None]]:
                 frozen = frozen_outputs(self.teachers, frozen_params, part, self.options["mesh"])
-                scores = self._early_scores(state, self._student_arrays(state.params, part), frozen, part)
+                scores = self._early_scores(state, self.student.outputs(state.params, own, part), frozen, part)
                 return scores, {name: outputs.hidden for name, outputs in frozen.items()}
 
             split = _split_rows(parts | {"counted": jnp.stack(counted, axis=-1)}, self.microbatches)
@@ -206,13 +214,13 @@ class Step:
         prepared = self._prepare(state, early, counted, batch)
 
         def differentiate(part: PyTree) -> tuple[Array, Array, PyTree]:
-            outputs, pull_back = jax.vjp(lambda params: self._student_arrays(params, part), state.params)
+            outputs, pull_back = self.student.with_gradient(state.params, own, part)
             frozen = frozen_outputs(self.teachers, frozen_params, part, self.options["mesh"])
             # The stored hidden states replace the new ones, whose computation XLA then removes.
             stored = part.get("frozen_hidden", {})
             frozen = {name: models._replace(hidden=stored.get(name, models.hidden)) for name, models in frozen.items()}
-            (loss, values), gradient = self._gradient(state, outputs, frozen, part)
-            return loss, values, pull_back(gradient)[0]
+            (loss, values), gradient = self._gradient(outputs, frozen, part)
+            return loss, values, pull_back(gradient)
 
         def accumulate(carry: PyTree, part: PyTree) -> tuple[PyTree, Array]:
             loss, values, gradient = differentiate(part)
@@ -240,14 +248,9 @@ class Step:
             for term, states, of_term, mask in zip(self.terms, state.schedules, early, counted, strict=True)
         ]
 
-    def _student_arrays(self, params: PyTree, batch: Batch) -> tuple[Array, Array]:
-        outputs = student_outputs(self.student, params, batch, self.options["mesh"])
-        assert outputs.hidden is not None and outputs.head is not None
-        return outputs.hidden, outputs.head
-
     def _compare(
-        self, token_loss: Callable[..., Array], state: TrainState, outputs: tuple[Array, Array],
-        frozen: dict[str, Outputs], coefficient: Array, *extras: Array, measured: int = 0,
+        self, token_loss: Callable[..., Array], outputs: Outputs, frozen: dict[str, Outputs], coefficient: Array,
+        *extras: Array, measured: int = 0,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Returns `compare_outputs` of a loss (logits of each term's models, target, *extras) -> values per token."""
         whole = all(teacher.is_whole for teacher in self.teachers.values())
@@ -259,22 +262,20 @@ class Step:
             of_term = lambda term: aligned | {"student": beside} if term.members else {"student": student}
             return token_loss(list(map(of_term, self.terms)), *arrays)
 
-        hidden, head = outputs
-        student = outputs_of(self.student, state.params, hidden)._replace(head=head)
         return compare_outputs(
-            loss, student, self.teachers, frozen, coefficient, *extras, normalised=not whole,
+            loss, outputs, self.teachers, frozen, coefficient, *extras, normalised=not whole,
             measured=measured, **self.options,
         )  # fmt: skip
 
     def _gradient(
-        self, state: TrainState, outputs: tuple[Array, Array], frozen: dict[str, Outputs], part: PyTree
-    ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        """Returns `_losses` of a part of the rows, and the gradients of the student's hidden states and head."""
-        return jax.value_and_grad(lambda outputs: self._losses(state, outputs, frozen, part), has_aux=True)(outputs)
+        self, outputs: Outputs, frozen: dict[str, Outputs], part: PyTree
+    ) -> tuple[tuple[Array, Array], dict[str, Array]]:
+        """Returns `_losses` of a part of the rows, and the gradients of `Student.differentiated`."""
+        own = lambda arrays: Outputs(**({"head": outputs.head} | arrays), tied=outputs.tied)
+        of_arrays = lambda arrays: self._losses(own(arrays), frozen, part)
+        return jax.value_and_grad(of_arrays, has_aux=True)(self.student.differentiated(outputs))
 
-    def _losses(
-        self, state: TrainState, outputs: tuple[Array, Array], frozen: dict[str, Outputs], part: PyTree
-    ) -> tuple[Array, Array]:
+    def _losses(self, outputs: Outputs, frozen: dict[str, Outputs], part: PyTree) -> tuple[Array, Array]:
         """Returns (loss, values) of a part of the rows.
 
         The values [B, L, K] are the losses of the K terms at each token. If a term has a local rule, the weights of the
@@ -297,11 +298,11 @@ class Step:
 
         measured = len(self.terms) if self._has_local_rules else 0
         return self._compare(
-            token_loss, state, outputs, frozen, part["coefficients"], part["targets"], *leaves, measured=measured
+            token_loss, outputs, frozen, part["coefficients"], part["targets"], *leaves, measured=measured
         )
 
     def _early_scores(
-        self, state: TrainState, outputs: tuple[Array, Array], frozen: dict[str, Outputs], part: Batch
+        self, state: TrainState, outputs: Outputs, frozen: dict[str, Outputs], part: Batch
     ) -> list[dict[str, Array]]:
         """Returns the values of each term's early scores at the tokens that the term counts, and 0 elsewhere.
 
@@ -323,12 +324,17 @@ class Step:
 
         labels = [(i, label) for i, label, *_ in columns] + own
         mask = jnp.stack([part["counted"][..., i] for i, _ in labels], axis=-1).astype(jnp.float32)
-        outputs = jax.lax.stop_gradient(outputs)
-        values = self._compare(token_scores, state, outputs, frozen, mask, part["targets"])[1]
+        outputs = Outputs(*jax.lax.stop_gradient(outputs[:2]), outputs.tied)
+        values = self._compare(token_scores, outputs, frozen, mask, part["targets"])[1]
         early: list[dict[str, Array]] = [{} for _ in self.terms]
         for column, (i, label) in enumerate(labels):
             early[i][label] = values[..., column]
         return early
+
+    def _parts(self, state: TrainState, batch: Batch) -> dict[str, PyTree]:
+        """Returns the arrays of a batch that the models and the loss read, and the keys of the rows for dropout."""
+        arrays = {name: batch[name] for name in ("tokens", "targets", "mask")} | teacher_arrays(batch)
+        return arrays | self.student.row_keys(state.key, state.step, len(batch["tokens"]))
 
     def _plain_arrays(self, term: Term, states: States, state: TrainState) -> dict[str, Array]:
         """Returns the numbers of a term's schedules that read no scores, for a rule that reads the term's own loss."""
@@ -337,11 +343,6 @@ class Step:
         values = [schedule(of, step=state.step) for schedule, of in zip(term.schedules, states, strict=True)]
         weight, _, *numbers = as_real(values, state.params)
         return {"weight": weight} | dict(zip(term.numbers, numbers, strict=True))
-
-
-def _parts(batch: Batch) -> dict[str, PyTree]:
-    """Returns the arrays of a batch that the models and the loss read."""
-    return {name: batch[name] for name in ("tokens", "targets", "mask")} | teacher_arrays(batch)
 
 
 def _prepared_parts(prepared: Sequence[PreparedTerm]) -> dict[str, PyTree]:

@@ -94,7 +94,7 @@ def load_pretrained(
     dtype: DTypeLike = jnp.float32,
     shardings: Shardings | None = None,
     matrices_in_int8: bool = False,
-    only: str = "",
+    only: str | Callable[[str], bool] = "",
 ) -> tuple[Model, Params]:
     """Loads a model and its parameters from a Hugging Face folder.
 
@@ -109,7 +109,8 @@ def load_pretrained(
         all parameters are on the default device, uncommitted.
       matrices_in_int8: True to convert each matrix of the layers to int8 and scales when it is read. Such a model
         cannot be trained.
-      only: the prefix of the names of the parameters to read, such as 'layers/3/'. All other parameters stay abstract.
+      only: the prefix of the names of the parameters to read, such as 'layers/3/', or a function that returns True for
+        these names. All other parameters stay abstract.
 
     Returns:
       The model, and a plain nested dict of arrays; matrices in int8 are `qwix.QArray`s.
@@ -134,7 +135,7 @@ def load_pretrained(
             path: KeyPath, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None = None
         ) -> PyTree:
             key = jax.tree_util.keystr(path, simple=True, separator="/")
-            if not key.startswith(only):
+            if not (key.startswith(only) if isinstance(only, str) else only(key)):
                 return leaf
             stored = layout[key]
             _check_shape(reader, names, stored, leaf.shape)

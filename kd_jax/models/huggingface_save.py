@@ -14,6 +14,7 @@ from kd_jax.models.config import ModelConfig
 from kd_jax.models.families import FAMILIES
 from kd_jax.models.families.fields import Stack, Tensor
 from kd_jax.models.functional import Model, Params
+from kd_jax.models.lora import FrozenMatrix, merged
 from kd_jax.models.safetensors_io import write_folder
 from kd_jax.storage import writing_whole
 from kd_jax.storage.files import AnyPath, Json
@@ -56,7 +57,7 @@ def save_pretrained(
     Args:
       path: the folder to create; missing parent folders are created, too.
       model: the model whose config is written.
-      params: the model's parameters.
+      params: the model's parameters. The products of low-rank factors are added to the matrices.
       tokenizer: a tokenizer that is saved beside the weights, or None.
       dtype: the type on disk; by default the type of the embedding.
       max_shard_bytes: the largest size of a file in bytes. Larger weights are split over several files with an index.
@@ -84,7 +85,10 @@ def save_pretrained(
 def _arrays_of(model: Model, params: Params) -> dict[str, jax.Array]:
     """Returns the parameters by name, such as 'layers/0/mlp/up/kernel', after a check of the shapes."""
     arrays, expected = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, FrozenMatrix))
+        }
         for tree in (params, model.abstract_params())
     )
     for key in sorted(arrays.keys() | expected.keys()):
@@ -109,7 +113,8 @@ def _write_weights(
             parts.setdefault(tensor.name, []).append(_Part(key, tensor, row if isinstance(stored, Stack) else None))
 
     def gathered(part: _Part) -> np.ndarray:
-        array = arrays[part.key] if part.row is None else arrays[part.key][part.row]
+        array = merged(arrays[part.key]) if isinstance(arrays[part.key], FrozenMatrix) else arrays[part.key]
+        array = array if part.row is None else array[part.row]
         is_divided = _is_shared(array) and not array.is_fully_replicated
         numbers = np.asarray(multihost_utils.process_allgather(array, tiled=True) if is_divided else array)
         return numbers.astype(dtype, copy=False)

@@ -53,6 +53,12 @@ def quantise(matrix: Float[Array, "... in out"]) -> qwix.QArray:
     return quantised
 
 
+def quantise_all(params: PyTree) -> PyTree:
+    """Returns the parameters with each matrix of the layers in int8, as in `quantise`."""
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree.map_with_path(lambda path, leaf: quantise(leaf) if is_matrix(name(path)) else leaf, params)
+
+
 @functools.cache
 def _quantiser(placement: Placement) -> Callable[[Array], tuple[Array, Array]]:
     def quantise_matrix(matrix: Array) -> tuple[Array, Array]:

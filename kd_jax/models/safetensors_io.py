@@ -125,6 +125,18 @@ def open_folder(folder: Path) -> Iterator[Reader]:
         yield Reader(files, owners, folder)
 
 
+@contextlib.contextmanager
+def open_file(folder: Path, name: str) -> Iterator[Reader]:
+    """Opens one file of a folder.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        file = _open(folder / name, stack)
+        yield Reader({name: file}, dict.fromkeys(file.keys(), name), folder)
+
+
 def _open(file: Path, stack: contextlib.ExitStack) -> _File:
     if not file.is_file():
         raise ValueError(f"{file}: the file is missing, but {INDEX} lists this file.")

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from kd_jax.models import int8
+from kd_jax.models import lora
 from kd_jax.models.attention import Attention, Cache, Context, LayerCache, visible_slots
 from kd_jax.models.config import ModelConfig
 from kd_jax.models.experts import Experts
@@ -79,7 +79,8 @@ class Transformer(nnx.Module):
             dtype=dtype,
             param_dtype=param_dtype,
             kernel_init=nnx.initializers.normal(0.02),
-            promote_dtype=int8.promote,
+            promote_dtype=lora.promote,
+            dot_general=lora.product,
             rngs=rngs,
         )
         norm: NormOf = functools.partial(Norm, config=config, param_dtype=param_dtype)

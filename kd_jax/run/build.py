@@ -10,6 +10,7 @@ import optax
 from jaxtyping import PyTree
 
 from kd_jax import data, evaluate, models, prefixes, resolve, schedules, sharding
+from kd_jax.models.trained import names_of
 from kd_jax.objectives import Term, make_terms
 from kd_jax.optimizer import Follow, make_optimizer, with_followers
 from kd_jax.prefixes import rollouts
@@ -78,9 +79,9 @@ class Run:
     def batch(self, step: int, params: PyTree) -> Batch:
         """Returns the batch of update `step` on the mesh. Steps are counted from 0.
 
-        If the source samples responses of the student, `params` are the student's parameters.
+        If the source samples responses of the student, `params` are the trained parameters of a state.
         """
-        return self.put(self.feed.next(step, params))
+        return self.put(self.feed.next(step, self.models.complete(params)))
 
     def put(self, batch: dict[str, np.ndarray]) -> Batch:
         """Places a NumPy batch on the mesh."""
@@ -93,15 +94,18 @@ class Run:
         Held-out rows have no rollouts, so a teacher whose view shows rollouts reads the student's prompts of these rows.
 
         Args:
-          params: the student's parameters.
+          params: the trained parameters of a state, which are all parameters unless some are frozen.
           teacher_params: the result of `teacher_params`; None for the teacher's parameters before training.
         """
         teacher_params = self.models.teacher_params if teacher_params is None else teacher_params
-        return self._evaluate(self.models.student, params, self.models.compared_teacher, teacher_params)
+        complete = self.models.complete(params)
+        return self._evaluate(self.models.student, complete, self.models.compared_teacher, teacher_params)
 
     def teacher_params(self, state: TrainState) -> PyTree:
         """Returns the teacher's parameters in a state. They change only if the teacher follows the student."""
-        return state.opt_state.followers["teacher"] if self.config.teacher.follow else self.models.teacher_params
+        if not self.config.teacher.follow:
+            return self.models.teacher_params
+        return self.models.complete(state.opt_state.followers["teacher"])
 
     def evaluate_teacher(self) -> dict[str, float]:
         """Evaluates the teacher on the held-out rows, without a comparison to another model.
@@ -146,10 +150,13 @@ def build(config: Config | Settings) -> Run:
     hub_names.settle(settings)
     terms, source = make_objective(settings)
     learning_rate = _make_learning_rate(settings)
-    tx = make_optimizer(settings.optimizer, learning_rate, settings.clip_norm)
+    tx = make_optimizer(settings.optimizer, learning_rate, settings.clip_norm)  # an error is reported early
     mesh = make_mesh(settings)
     caches = open_caches(settings, terms, source)
     loaded = _load_models(settings, source, terms, mesh, caches)
+    if loaded.trainee.part is not None:
+        frozen = names_of(loaded.student)
+        tx = make_optimizer(settings.optimizer, learning_rate, settings.clip_norm, frozen=frozen)
     if follows := _follows(settings):
         tx = with_followers(tx, follows)
     terms = loaded.compared_teacher.terms(terms)
@@ -164,6 +171,7 @@ def build(config: Config | Settings) -> Run:
         loaded.student, loaded.frozen, terms, tx, vocab_size=tokenizer.vocab_size,
         temperature=settings.objective.temperature, microbatches=settings.microbatches,
         chunk=settings.loss.chunk or None, mesh=mesh, max_skipped=settings.max_skipped, followers=tuple(follows),
+        part=loaded.trainee.part,
     )  # fmt: skip
     fresh_state, abstract_state, placed = _make_state(settings, loaded, tx, terms, mesh)
     eval_texts = partial(load_texts, settings, options.eval_split)
@@ -275,7 +283,7 @@ def _make_state(
     """Returns the function that makes the first state, the state's shapes with shardings, and the shardings."""
     key = jax.random.key(settings.seed)
     make_state = partial(init_state, tx=tx, terms=terms)
-    abstract_state = jax.eval_shape(make_state, loaded.student.abstract_params(), key=key)
+    abstract_state = jax.eval_shape(make_state, loaded.trainee.abstract, key=key)
     placed = sharding.tree_shardings(mesh, abstract_state)
 
     def fresh_state() -> TrainState:

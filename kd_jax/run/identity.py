@@ -13,6 +13,7 @@ import jax
 
 from kd_jax import data, models, sharding
 from kd_jax.data.options import dataset_options
+from kd_jax.models import peft
 from kd_jax.run import hub_names
 from kd_jax.run.cache import unpacked
 from kd_jax.run.models import STUDENT, load_tokenizer
@@ -140,6 +141,8 @@ def parts(config: Settings, written: Written = None) -> dict[str, Part]:
             contents[f"member {name}"] = _model(f"members.{name}.path", member.path)
     if config.student.init == "pretrained":
         contents["student"] = _model("student.path", config.student.path)
+    if path := config.student.lora.path:
+        contents["adapter"] = Part(f"student.lora.path={path}", peft.fingerprint(models.folder(path)))
     contents |= _tokenizers(config)
     contents |= {f"source of {name}": part for name, part in _own_functions(config).items()}
     if written is not None:

@@ -1,20 +1,18 @@
 """Loads the tokenizer, the teacher and the student of a config, and checks that they fit together."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from kd_jax import data, models, sharding, views
 from kd_jax.data.shared import check_same_tokenizer, fit_tokenizer
+from kd_jax.run.student import Trainee, make_student
 from kd_jax.settings import Member, Settings, Spec
 from kd_jax.settings import Teacher as TeacherKeys
 from kd_jax.storage import untrusted
-from kd_jax.storage.files import Json
 from kd_jax.teachers import NoTeacher, Teacher, Viewed, as_teacher
 
 STUDENT = "student"  # a path that stands for the student before training
@@ -36,7 +34,7 @@ class Models:
     Attributes:
       student: the student. The student's config names every end token of the run, so the exported model stops at each
         end token.
-      init_student: makes the student's initial parameters from a key, placed on the mesh.
+      trainee: the student with the division of the parameters into trained and frozen ones.
       tokenizer: the tokenizer of both models. `end_ids` joins the end tokens that the tokenizer, the prompt template
         and the folders of the two models name.
       teacher: the teacher's model, which can also write text; None if no model is loaded for the teacher.
@@ -49,7 +47,7 @@ class Models:
     """
 
     student: models.Model
-    init_student: Callable[[jax.Array], PyTree]
+    trainee: Trainee
     tokenizer: data.Tokenizer
     teacher: models.Model | None = None
     teacher_params: PyTree = None
@@ -62,12 +60,27 @@ class Models:
     @property
     def frozen(self) -> Teacher | dict[str, Teacher]:
         """The first argument but one of `make_train_step`: the teacher, or all frozen models by name."""
-        return {"teacher": self.compared_teacher, **self.members} if self.members else self.compared_teacher
+        return {"teacher": self.compared_teacher, **self.members} if self._by_name else self.compared_teacher
 
     @property
     def frozen_params(self) -> PyTree:
-        """The parameters of `frozen`, which the training step takes."""
-        return {"teacher": self.teacher_params, **self.member_params} if self.members else self.teacher_params
+        """The parameters of `frozen`, which the training step takes, with the frozen parameters of the student."""
+        if not self._by_name:
+            return self.teacher_params
+        own = {} if self.trainee.part is None else {"student": self.trainee.frozen}
+        return {"teacher": self.teacher_params, **self.member_params, **own}
+
+    @property
+    def _by_name(self) -> bool:
+        return bool(self.members) or self.trainee.part is not None
+
+    def init_student(self, key: jax.Array) -> PyTree:
+        """Returns the trained parameters at the start, placed on the mesh."""
+        return self.trainee.init(key)
+
+    def complete(self, trained: PyTree) -> PyTree:
+        """Returns the student's complete parameters from the trained parameters of a state."""
+        return self.trainee.complete(trained)
 
     @property
     def max_positions(self) -> int:
@@ -178,7 +191,8 @@ def load_models(
             teacher = params = None
         else:
             tokenizer = of_teacher
-    student, init_student, tokenizer = _make_student(config, tokenizer, mesh, teacher, params)
+    trainee, tokenizer = make_student(config, tokenizer, mesh, teacher, params, initial_key(config))
+    student = trainee.model
     # A text ends at each end token that the folder of one of the two models names.
     ends = [number for model in (student, teacher) if model is not None for number in end_ids(model.config)]
     tokenizer = tokenizer.with_ends(tokenizer.eos_id, ends)
@@ -187,9 +201,9 @@ def load_models(
     student_config = dataclasses.replace(student.config, eos_id=eos_id, pad_id=pad_id)
     student = dataclasses.replace(student, config=student_config)
     if is_own_teacher:
-        teacher, params = student, init_student(initial_key(config))
+        teacher, params = student, trainee.complete(trainee.init(initial_key(config)))
     compared_teacher = _compared(teacher, "teacher", config.teacher.view)
-    loaded = Models(student, init_student, tokenizer, teacher, params, compared_teacher, writer)
+    loaded = Models(student, trainee, tokenizer, teacher, params, compared_teacher, writer)
     return _with_members(config, loaded, mesh)
 
 
@@ -206,7 +220,8 @@ def _with_members(config: Settings, loaded: Models, mesh: jax.sharding.Mesh) -> 
         if member.cache:  # the cache replaces the model
             continue
         if member.path == STUDENT:
-            of_members[name], params[name] = loaded.student, loaded.init_student(initial_key(config))
+            at_start = loaded.init_student(initial_key(config))
+            of_members[name], params[name] = loaded.student, loaded.complete(at_start)
             continue
         path = models.model_folder(member.path, f"members.{name}.path")
         tokenizer = check_same_tokenizer(path, loaded.tokenizer, f"member {name}")
@@ -240,54 +255,3 @@ def _load_frozen(
         matrices_in_int8=options.weights == "int8",
     )
     return dataclasses.replace(model, attention=attention), params
-
-
-def _make_student(
-    config: Settings, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh, teacher: models.Model | None,
-    teacher_params: PyTree,
-) -> tuple[models.Model, Callable[[jax.Array], PyTree], data.Tokenizer]:  # fmt: skip
-    """Returns the student, the function that makes the initial parameters, and the tokenizer, limited to the student's ids."""
-    shardings_of = partial(sharding.tree_shardings, mesh)
-    options = dict(dtype=config.student.dtype, remat=config.student.remat, attention=config.attention)
-    if config.student.init == "random":
-        ids: Json = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-        try:
-            student = models.from_config(models.ModelConfig(**(ids | dict(config.student.config))), **options)
-        except TypeError as error:  # a keyword that ModelConfig does not have
-            known = ", ".join(field.name for field in dataclasses.fields(models.ModelConfig))
-            raise ValueError(f"student.config={dict(config.student.config)}: {error}; the keys are {known}.") from error
-        _check_vocabulary(student.config, tokenizer)
-        return student, partial(student.init, shardings=shardings_of), tokenizer
-
-    if config.student.init == "pretrained":
-        if not config.student.path:
-            raise ValueError("student.init='pretrained' needs student.path, the folder of the pretrained student.")
-        path = models.folder(config.student.path)
-        tokenizer = check_same_tokenizer(path, tokenizer, "student")
-        tokenizer = fit_tokenizer(config.student.path, models.load_config(path).vocab_size, tokenizer, "student")
-        student = models.from_config(models.load_config(path), **options)
-        # The parameters are read when the state is made, so that only the state holds the initial parameters.
-        return (
-            student,
-            lambda key: models.load_pretrained(path, dtype=jnp.float32, shardings=shardings_of)[1],
-            tokenizer,
-        )
-
-    assert teacher is not None  # `open_caches` and `load_models` refuse layers of a teacher that is not loaded
-    student, params = models.take_layers(teacher, teacher_params, tuple(config.student.layers))
-    student = dataclasses.replace(student, param_dtype=jnp.float32, **options)
-    # The arrays are copied because the state is donated to every step, and the arrays also belong to the teacher.
-    as_float = lambda tree: models.dequantise(tree, jnp.float32)
-    copy = jax.jit(
-        lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), as_float(tree)),
-        out_shardings=shardings_of(student.abstract_params()),
-    )
-    return student, lambda key: copy(params), tokenizer
-
-
-def _check_vocabulary(config: models.ModelConfig, tokenizer: data.Tokenizer) -> None:
-    if config.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"the student (student.config) has an output of {config.vocab_size} ids, fewer than the tokenizer's "
-            f"{tokenizer.vocab_size}. Teacher, student and tokenizer must share one vocabulary; an output may have more ids."
-        )

@@ -146,7 +146,7 @@ def _load_scores(
 ) -> dict[str, np.ndarray]:
     """Returns the scores of `score_rows` by name, from the file of an earlier run or computed now."""
     options, student = config.data, loaded.student
-    params = loaded.init_student(initial_key(config))
+    params = loaded.complete(loaded.init_student(initial_key(config)))
     only_responses = dataclasses.replace(rows, first_counted=rows.prompt_lengths)
     settings: Json = {
         "max_new_tokens": config.sampling.max_new_tokens, "max_length": options.max_length,

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from kd_jax import evaluate, metrics, models, report, sharding
+from kd_jax.models import peft
 from kd_jax.prefixes import rollouts
 from kd_jax.report import plots
 from kd_jax.run.build import Run
@@ -19,11 +20,19 @@ from kd_jax.storage import read_json_lines, write_json_lines, write_whole
 from kd_jax.storage.files import Json
 from kd_jax.train_step import Batch
 
+STUDENT, ADAPTER = "student", "adapter"
 BEFORE, AFTER = "generations_before.jsonl", "generations.jsonl"
 
 
 def begin(run: Run, params: PyTree, workdir: str) -> None:
-    """Writes the student's texts before the first step. `finish` shows these texts beside the texts after training."""
+    """Writes the student's texts before the first step. `finish` shows these texts beside the texts after training.
+
+    Args:
+      run: a `Run`.
+      params: the trained parameters of the first state.
+      workdir: the work directory of the run.
+    """
+    params = run.models.complete(params)
     written = _answers(run, run.models.student, params, token_weights(run, params, step=0))[0]
     if jax.process_index() == 0:
         write_json_lines(Path(workdir) / BEFORE, written)
@@ -34,7 +43,7 @@ def finish(run: Run, params: PyTree, workdir: str, quiet: bool = False) -> Json:
 
     Args:
       run: a `Run`.
-      params: the parameters of the trained student.
+      params: the trained parameters of the last state.
       workdir: the work directory of the run, with its metrics.
       quiet: whether to print nothing.
 
@@ -45,6 +54,7 @@ def finish(run: Run, params: PyTree, workdir: str, quiet: bool = False) -> Json:
       processes, only the first one has "before" and "after".
     """
     folder, first = Path(workdir), jax.process_index() == 0
+    trained, params = params, run.models.complete(params)
     result: Json = {}
     if first:
         lines = [_numbers(line) for line in metrics.read(workdir) if line["split"] == "eval"]
@@ -61,15 +71,13 @@ def finish(run: Run, params: PyTree, workdir: str, quiet: bool = False) -> Json:
         result["by_place"] = {"places": evaluate.PLACES, **places}
     if sentences := with_rules(run)[1]:
         result["without_weights"] = sentences
-    export = folder / "student"
-    if not sharding.from_first_process(int(first and export.exists())):
-        models.save_pretrained(export, run.models.student, params, run.tokenizer)
+    _export(run, trained, params, folder)
     if first:
         _write(folder, result, texts)
         if not quiet:
             metrics.tqdm.write((folder / "samples.md").read_text(encoding="utf-8"))
             metrics.tqdm.write((folder / "table.md").read_text(encoding="utf-8"))
-            metrics.tqdm.write(f"wrote {folder / 'report.html'} and {export}")
+            metrics.tqdm.write(f"wrote {folder / 'report.html'} and {folder / STUDENT}")
     sharding.barrier("the results are written")  # otherwise processes that leave early would time out at the exit
     return result
 
@@ -97,6 +105,19 @@ def _write(folder: Path, result: Json, texts: dict[str, list[Json]]) -> None:
         plots.save(chart, folder)
     report.write_environment(folder)
     report.write([folder])
+
+
+def _export(run: Run, trained: PyTree, params: PyTree, folder: Path) -> None:
+    """Writes the student as a complete model, with the products of LoRA added, and beside it the adapter of PEFT."""
+    trainee, options = run.models.trainee, run.config.student
+    exists = lambda name: sharding.from_first_process(int(jax.process_index() == 0 and (folder / name).exists()))
+    if not exists(STUDENT):
+        # The type of frozen parameters may be too coarse for the changes.
+        dtype = None if trainee.part is None else np.float32
+        models.save_pretrained(folder / STUDENT, run.models.student, params, run.tokenizer, dtype=dtype)
+    if isinstance(trainee.part, models.Lora) and not exists(ADAPTER):
+        base = options.path if options.init == "pretrained" else ""
+        peft.save_adapter(folder / ADAPTER, trainee.part, trained, run.models.student, base)
 
 
 def _answers(

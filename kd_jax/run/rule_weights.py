@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from kd_jax.objectives import Term
 from kd_jax.run.build import Run
-from kd_jax.teachers import for_terms
+from kd_jax.teachers import Student, for_terms
 from kd_jax.train_step import Batch, Step, init_state
 
 
@@ -21,7 +21,7 @@ def token_weights(run: Run, params: PyTree, step: int) -> Callable[[Batch], dict
 
     Args:
       run: the run.
-      params: the student's parameters.
+      params: the student's complete parameters.
       step: the number of the step, which decides the values of the schedules.
 
     Returns:
@@ -39,7 +39,8 @@ def token_weights(run: Run, params: PyTree, step: int) -> Callable[[Batch], dict
     tx, key, frozen, frozen_params = optax.identity(), jax.random.key(0), run.models.frozen, run.models.frozen_params
     if not isinstance(frozen, Mapping):
         frozen, frozen_params = {"teacher": frozen}, {"teacher": frozen_params}
-    of_terms = Step(run.models.student, for_terms(frozen, terms), terms, tx, options, 1, 0, True, ())
+    student = Student(run.models.student, None, run.mesh)
+    of_terms = Step(student, for_terms(frozen, terms), terms, tx, options, 1, 0, True, ())
 
     @jax.jit
     def weigh(params: PyTree, frozen_params: PyTree, batch: Batch, step: Array | int) -> dict[str, Array]:

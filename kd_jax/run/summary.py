@@ -21,7 +21,7 @@ def of(run: Run, state: TrainState) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     lines = {
         "method": "\n         ".join([*method(config), f"rows: prefixes.{spec_text(config.prefixes)}"]),
-        "models": f"{_teacher(run)} -> student, {_count(state.params)} parameters",
+        "models": f"{_teacher(run)} -> student, {run.models.trainee.describe()}",
         "data": f"{options.name}; {rows}{order}",
         "devices": f"{devices} {jax.devices()[0].platform} device{'s' * (devices > 1)}, {processes} "
         f"process{'es' * (processes > 1)}, mesh {mesh}",

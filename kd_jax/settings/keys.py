@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from kd_jax.settings.declare import Config, check_ranges, defaults, key, read, section
+from kd_jax.settings.student_keys import DTYPES, Student, check_part
 from kd_jax.settings.term_keys import Spec, Term
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def name_of(spec: Spec) -> str:
@@ -87,21 +86,6 @@ class Member:
     dtype: str = key("float32", "number type of the parameters and the computation", choices=DTYPES)
     weights: str = key("float", "float or int8, as teacher.weights", choices=("float", "int8"))
     sharding: str = key("student", "as teacher.sharding", choices=("student", "spread", "tensor", "whole"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Student:
-    init: str = key(
-        "random", "random (sizes in config), pretrained (path), or layers (of the teacher)",
-        choices=("random", "pretrained", "layers"),
-    )  # fmt: skip
-    path: str = key("", "for init=pretrained: a Hugging Face folder, or hf://ORG/NAME")
-    layers: tuple[int, ...] = key(
-        (), "for init=layers: indices of the teacher's layers to copy, counted from 0", numbers=True
-    )
-    config: Mapping[str, Any] = key({}, "for init=random: keywords of kd_jax.models.ModelConfig", is_open=True)
-    dtype: str = key("float32", "number type of the computation; the parameters are float32", choices=DTYPES)
-    remat: str = key("none", "none, or a policy of jax.checkpoint_policies: values kept for the backward pass")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,6 +266,7 @@ def _read_member(name: str, member: Any) -> Member:
 
 def _check_choices(settings: Settings) -> None:
     """Checks values that depend on JAX or on other values."""
+    check_part(settings.student)
     import jax  # imported here because the help of the commands reads this module, and JAX takes seconds
 
     if settings.student.dtype == "float16":

@@ -35,7 +35,9 @@ FREE = (
 ADDED: Json = {
     "data.template_options": {}, "data.system": "", "optimizer.no_decay": [], "members": {}, "teacher.follow": 0.0,
     "teacher.follow_every": 1, "teacher.follow_copy_first": False, "teacher.view.name": "none",
-    "data.order.name": "shuffled",
+    "data.order.name": "shuffled", "student.lora.rank": 0, "student.lora.alpha": 16.0, "student.lora.scaling": "rank",
+    "student.lora.targets": ["all-linear"], "student.lora.dropout": 0.0, "student.lora.path": "", "student.freeze": "",
+    "student.frozen_dtype": "float32", "student.frozen_weights": "float",
 } | {
     # keys of a term, and of its policy
     "between": ["student", "teacher"], "weights": {}, "vocabulary.support": "whole", "entry_clip": 0.0, "logits.name": "raw",

@@ -177,7 +177,7 @@ def run_steps(
                 jax.profiler.start_trace(str(Path(workdir) / "profile"))
             if step == start + 1 and not quiet and jax.process_index() == 0:
                 metrics.tqdm.write("compiling the training step …")
-            rows = run.feed.next(step - 1, state.params)
+            rows = run.feed.next(step - 1, run.models.complete(state.params))
             state, sums = run.train_step(state, run.models.frozen_params, run.put(rows))
             if step == start + 1:  # the clock of the bar starts after the compilation
                 jax.block_until_ready(sums)
