@@ -58,17 +58,21 @@ def source(
     check_columns(columns)
     files = shards.splits_of(shards.local_path(path))
     if validation_path:
-        files["validation"] = sum(shards.splits_of(shards.local_path(validation_path)).values(), [])
+        files["validation"] = _all_files(shards.splits_of(shards.local_path(validation_path)))
     names = (format, prompt_field, response_field, context_field, messages_field)
     found = dataclasses.replace(_recognised(files, *names), columns=tuple(columns))
     held_out = "validation" not in files and "train" in files
-    fingerprint = digest(sum(files.values(), []), _settings(found, files, validation_fraction if held_out else ""))
+    fingerprint = digest(_all_files(files), _settings(found, files, validation_fraction if held_out else ""))
     splits: dict[str, Callable[[], Iterable[dict[str, str]]]] = {
         split: partial(_rows, of_split, found) for split, of_split in files.items()
     }
     if held_out:
         splits |= {split: partial(_part, files["train"], found, validation_fraction, split) for split in PARTS}
     return fingerprint, splits
+
+
+def _all_files(splits: dict[str, list[Path]]) -> list[Path]:
+    return [file for files in splits.values() for file in files]
 
 
 def format_of(
