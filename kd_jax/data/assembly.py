@@ -68,7 +68,9 @@ def tokenize(
             f"response fits."
         )
     encoder = Encoder(tokenizer, template, max_prompt_length, long_prompts == "cut", all_turns=loss_on == "all")
-    rows, counts, first = _assemble(encoder.rows(source), tokenizer, max_length, max_prompt_length, long_responses, loss_on)
+    rows, counts, first = _assemble(
+        encoder.rows(source), tokenizer, max_length, max_prompt_length, long_responses, loss_on
+    )
     rows = dataclasses.replace(rows, examples={name: shown_row(source[index]) for name, index in first.items()})
     if not counts["kept"]:
         raise ValueError(
@@ -113,7 +115,9 @@ def _assemble(
         if encoded.spans:
             piece, problem = _piece_of_turns(encoded, max_length, max_prompt_length, long_responses, loss_on)
         else:
-            piece, problem = _piece_of_response(encoded, tokenizer, max_length, max_prompt_length, long_responses, loss_on)
+            piece, problem = _piece_of_response(
+                encoded, tokenizer, max_length, max_prompt_length, long_responses, loss_on
+            )
         happened = {"prompts_cut": encoded.truncated, "own_prefix": encoded.own_prefix, problem: bool(problem)}
         for name in ("read", *(name for name, is_so in happened.items() if is_so)):
             counts[name] += 1
@@ -174,7 +178,9 @@ def _piece_of_turns(
     ids, too_long = ids[: spans[-1][1]], len(ids) > room
     prompt_length = min(len(encoded.prompt), spans[-1][0])
     is_one = len(spans) == 1 and spans[0][1] == len(ids)
-    return _Piece(np.array(ids, np.int32), prompt_length, spans[0][0], () if is_one else spans), "responses_cut" * too_long
+    return _Piece(
+        np.array(ids, np.int32), prompt_length, spans[0][0], () if is_one else spans
+    ), "responses_cut" * too_long
 
 
 def _mask(piece: _Piece) -> Bool[np.ndarray, " L"]:

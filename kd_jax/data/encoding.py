@@ -93,7 +93,9 @@ class Encoder:
 
     def _encoded(self, render: prompts.Render, rows: Sequence[Mapping[str, str]]) -> list[Encoded]:
         is_chat = not prompts.adds_special_tokens(self.template)
-        of_turns = [index for index, row in enumerate(rows) if row.get(MESSAGES) and (is_chat or self._refuse_turns(row))]
+        of_turns = [
+            index for index, row in enumerate(rows) if row.get(MESSAGES) and (is_chat or self._refuse_turns(row))
+        ]
         found = dict(zip(of_turns, self._encoded_turns([rows[i] for i in of_turns]), strict=True))
         others = [row for index, row in enumerate(rows) if index not in found]
         hide = self._literal.hide if is_chat else str

@@ -115,7 +115,9 @@ def recognise(
     found = {column: named[column] or field for column, field in known.items()}
     by_format = format in ("instruction", "text")
     keys = {
-        column: f"data.options.format={format!r}" if by_format and not named[column] else f"data.options.{column}_field={field!r}"
+        column: f"data.options.format={format!r}"
+        if by_format and not named[column]
+        else f"data.options.{column}_field={field!r}"
         for column, field in found.items()
     }
     return Format(format, found, keys, optional=("context",) if format == "instruction" else ())
@@ -217,14 +219,18 @@ def _turn(turn: object, where: str) -> Json:
         turn["role"], turn["content"] = role, turn.pop("value", None)
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str) or not role:
-        raise ValueError(f"{where}: the role is {untrusted.printable(role)}; expected a text such as user or assistant.")
+        raise ValueError(
+            f"{where}: the role is {untrusted.printable(role)}; expected a text such as user or assistant."
+        )
     if content is None and turn.get("tool_calls"):
         content = ""
     if isinstance(content, list):
         content = "".join(_part(part, where) for part in content)
     if not isinstance(content, str):
         problem = "has no content" if content is None else f"has the content {untrusted.printable(content)}"
-        raise ValueError(f"{where} of the role {untrusted.printable(role)} {problem}; expected a text or a list of parts.")
+        raise ValueError(
+            f"{where} of the role {untrusted.printable(role)} {problem}; expected a text or a list of parts."
+        )
     if not is_text(content) or not is_text(role):
         raise ValueError(f"{where} has half of a surrogate pair, which is no character.")
     return {**turn, "role": role, "content": content}

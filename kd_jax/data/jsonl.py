@@ -99,7 +99,9 @@ def format_of(
 
 def _recognised(files: dict[str, list[Path]], *names: str) -> formats.Format:
     """Returns the format of the first row of the files. The names are those of `formats.recognise`."""
-    where, row = next((row for of_split in files.values() for file in of_split for row in shards.checked_rows(file)), ("", {}))
+    where, row = next(
+        (row for of_split in files.values() for file in of_split for row in shards.checked_rows(file)), ("", {})
+    )
     try:
         return formats.recognise(row, *names)
     except ValueError as error:

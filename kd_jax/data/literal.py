@@ -107,7 +107,9 @@ class LiteralTokens:
             model["vocab"] = [[names.get(token, token), *others] for token, *others in model["vocab"]]
         if model.get("unk_token") in names:
             model["unk_token"] = names[model["unk_token"]]
-        problem = f"{self._tokenizer.folder}: a turn has a special token as text, and this tokenizer cannot encode it so"
+        problem = (
+            f"{self._tokenizer.folder}: a turn has a special token as text, and this tokenizer cannot encode it so"
+        )
         with named_errors(problem):
             second = tokenizers.Tokenizer.from_str(json.dumps(fields))
             if any(second.token_to_id(name) != self._ids[content] for content, name in names.items()):

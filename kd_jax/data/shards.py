@@ -244,9 +244,11 @@ def _unpacks(path: Path) -> ValueError:
 def _text(path: Path) -> Iterator[TextIO]:
     """Opens a file as UTF-8 text, and turns any error into a ValueError that names the file."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(
-            encoding="utf-8-sig"
-        ) as file:
+        with (
+            gzip.open(path, "rt", encoding="utf-8-sig")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8-sig") as file
+        ):
             yield file  # pyrefly: ignore[invalid-yield]  # gzip.open in mode "rt" returns text
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as UTF-8 text ({error}); the file may be incomplete.") from error
@@ -282,7 +284,9 @@ class _Array:
         while (character := self._next_character()) != "]":
             if opening == ",":
                 if character != ",":
-                    raise ValueError(f"{self.path}:{self.line}: not valid JSON (expected a comma or a closing bracket).")
+                    raise ValueError(
+                        f"{self.path}:{self.line}: not valid JSON (expected a comma or a closing bracket)."
+                    )
                 self.position += 1
                 self._next_character()
             yield self._element()

@@ -110,7 +110,11 @@ class Turns:
         text = self._render(messages, add_generation_prompt=add_generation_prompt, marked=marked)
         for message in messages:
             content = message["content"].strip()
-            if message["role"] != ASSISTANT and content not in text and json.dumps(content, ensure_ascii=False)[1:-1] not in text:
+            if (
+                message["role"] != ASSISTANT
+                and content not in text
+                and json.dumps(content, ensure_ascii=False)[1:-1] not in text
+            ):
                 raise ValueError(
                     f"it does not write a turn of the role {untrusted.printable(message['role'])}, so that the text would lack "
                     f"{untrusted.printable(content.replace(literal.BREAK, ''))}"

@@ -64,7 +64,17 @@ def config(**more):
 def byte_level(folder, special, added=(), bos="", **named):
     """Writes a tokenizer like GPT-2's with few merges, and with added tokens. `bos` is put before each text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("i", "t"), ("R", "o"), ("m", "e"), ("Ro", "me"), ("Ġ", "i"), ("Ċ", "Ċ"), ("l", "l"), ("e", "r"), ("u", "s")]
+    merges = [
+        ("i", "t"),
+        ("R", "o"),
+        ("m", "e"),
+        ("Ro", "me"),
+        ("Ġ", "i"),
+        ("Ċ", "Ċ"),
+        ("l", "l"),
+        ("e", "r"),
+        ("u", "s"),
+    ]
     pieces = [*alphabet, *("".join(pair) for pair in merges)]
     made = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
