@@ -47,6 +47,10 @@ class LiteralTokens:
         text = clean(text)
         return self._hidden.sub(lambda found: found[0][0] + BREAK + found[0][1:], text) if self._hidden else text
 
+    def without_tokens(self, text: str) -> str:
+        """Returns a text in which a space is in place of each special token."""
+        return self._hidden.sub(" ", text) if self._hidden else text
+
     def encode(self, texts: Sequence[str], spans: Sequence[Sequence[int]]) -> list[tuple[Encoding, list[int]]]:
         """Returns the encoding of each text, and positions in the text as positions of the encoded text.
 

@@ -88,7 +88,8 @@ class Turns:
             return ""
         before = text.partition(mark)[0]
         before = before.replace(self._template.system, "") if self._template.system else before
-        return before.strip() if len(re.findall(r"[^\W\d_]{2,}", before)) >= WORDS else ""
+        words = re.findall(r"[^\W\d_]{2,}", self._literal.without_tokens(before))
+        return before.strip() if len(words) >= WORDS else ""
 
     def _messages(self, row: Mapping[str, str]) -> list[Json]:
         """Returns the turns of a row with the system message of the template, and with special tokens as text."""

@@ -194,7 +194,7 @@ def test_long_conversations_are_dropped_truncated_and_shown(tmp_path):
         "<|im_start|>user\nccccccccc<|im_end|>\n<|im_start|>assist"
     )
     whole, counts = tokenize(tokenizer, rows[:1], loss_on="all", max_length=45, max_prompt_length=30)
-    assert counts["responses_cut"] == 1 and len(whole[0]) == 46 - 8 and len(counted(tokenizer, whole)) == 1
+    assert counts["responses_cut"] == 1 and len(whole[0]) == 36 and len(counted(tokenizer, whole)) == 1
     with pytest.raises(ValueError, match="no row is left"):
         tokenize(tokenizer, rows[:1], loss_on="all", long_responses="drop", max_length=45, max_prompt_length=30)
 
