@@ -183,8 +183,9 @@ def row_of_turns(row: Json, where: str, format: Format) -> dict[str, str]:
 
 
 def first_words(messages: list[Json]) -> str:
-    """Returns the content of the first turn that is not the system's, which decides the split of a conversation."""
-    return next((message["content"] for message in messages if message["role"] != "system"), "")
+    """Returns the content of the first turn of a user, or of a tool, which decides the split of a conversation."""
+    others = [message for message in messages if message["role"] not in (ASSISTANT, "system")]
+    return next((message["content"] for message in others if message["role"] == "user"), others[0]["content"])
 
 
 def _turns(row: Json, where: str, format: Format) -> list[Json]:

@@ -42,8 +42,8 @@ def source(
       context_field: the name of the context's field; empty if there is no context.
       validation_path: a file or folder of held-out rows. If empty, and if no file of a folder is named for the split
         validation, a part of the split train is held out.
-      validation_fraction: the share of `path` that is held out, in [0, 1), chosen by a hash of the prompt, or of the
-        first turn of a conversation. Above 0, each split has at least one prompt, provided that there are two different
+      validation_fraction: the share of `path` that is held out, in [0, 1), chosen by a hash of the prompt, or of
+        a conversation's first turn of a user. Above 0, each split has at least one prompt, provided that there are two different
         prompts. With 0 nothing is held out.
       columns: the names of further fields, which become columns of the same name. A number or a boolean becomes its
         JSON text, such as 3, 0.5 or true.
@@ -137,7 +137,7 @@ def _part(files: Sequence[Path], format: formats.Format, share: float, split: st
 
 
 def _fraction(row: dict[str, str]) -> float:
-    """Returns `fraction` of a row's prompt, of the first turn of a conversation, or of a plain text."""
+    """Returns `fraction` of a row's prompt, of the first turn of a user in a conversation, or of a plain text."""
     if messages := row.get(formats.MESSAGES):
         return fraction(formats.first_words(json.loads(messages)))
     return fraction(row["prompt"] or row["response"])
