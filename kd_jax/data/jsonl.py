@@ -1,4 +1,4 @@
-"""Prompts and responses of the user's own, from files with one JSON object per line."""
+"""Rows of the user's own, from files or folders in JSON lines, JSON, Parquet or Arrow: conversations, prompts or text."""
 
 import dataclasses
 import json

@@ -15,7 +15,7 @@ from tests.helpers.runs import smoke
 pytestmark = pytest.mark.usefixtures("one_device")
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% if message['role'] == 'assistant' %}"
-    "{{ eos_token }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    "{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 NOUNS = ("path", "name", "list", "value", "key", "file", "size", "text")
 
@@ -94,7 +94,7 @@ def test_on_policy_prompts_are_all_turns_before_an_answer(files):
         run = train.build(config(files, "gkd", data__loss_on=loss_on))
         params = run.init_state().params
         kept = run.counts["train"]["kept"]
-        assert run.counts["train"]["read"] == kept and kept == count * (64 - run.counts["validation"]["read"])
+        assert run.counts["train"]["read"] == kept == count * 55, "nine of 64 conversations are held out"
         run.feed.next(0, params)
         batch = run.feed.next(1, params)
         texts = [
@@ -140,15 +140,23 @@ def test_plain_text_needs_the_template_plain_and_no_answers(files):
     ):
         train.build(config(files, file="text.jsonl"))
     run = train.build(config(files, file="text.jsonl", data__template="plain", data__packing="stream"))
-    assert run.feed.next(0, None)["loss_mask"].all() and "plain text in the field text" in run.remarks[0]
+    batch = run.feed.next(0, None)
+    assert np.array_equal(batch["loss_mask"], batch["mask"]) and "plain text in the field text" in run.remarks[0]
     with pytest.raises(ValueError, match="needs a dataset with prompts"):
         train.build(config(files, "gkd", file="text.jsonl", data__template="plain"))
 
 
 def test_dropped_rows_are_shown(files):
-    run = train.build(config(files, data__max_prompt_length=62, data__max_length=100))
-    assert run.counts["train"]["prompts_dropped"]
-    assert any("train, rows dropped for their prompts: for example chat.jsonl:" in remark for remark in run.remarks)
+    rows = [conversation(i) for i in range(64)]
+    for row in rows[::3]:
+        row["messages"][1]["content"] *= 3
+    (files / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = train.build(config(files, file="long.jsonl", data__long_prompts="drop"))
+    assert run.counts["train"]["prompts_dropped"] and run.counts["train"]["kept"]
+    assert any("train, rows dropped for their prompts: for example long.jsonl:" in remark for remark in run.remarks)
+    run = train.build(config(files, file="long.jsonl"))
+    assert run.counts["train"]["prompts_cut"] and not run.counts["train"]["prompts_dropped"]
+    assert any("train, prompts truncated: for example long.jsonl:" in remark for remark in run.remarks)
 
 
 @pytest.mark.slow
@@ -169,7 +177,7 @@ def test_the_loss_falls_on_conversations(files, method, file, loss_on, tmp_path)
         eval_prompts=4,
     )
     result = train.train(made, str(tmp_path / "run"), quiet=True)
-    assert result["after"]["cross_entropy"] < 0.9 * result["before"]["cross_entropy"]
+    assert result["after"]["cross_entropy"] < 0.95 * result["before"]["cross_entropy"]
     assert result["after"]["forward_kl"] < result["before"]["forward_kl"]
     rows = json.loads((tmp_path / "run" / "rows.json").read_text())
     assert rows["counts"]["train"]["kept"] and "conversations" in rows["remarks"][0]
