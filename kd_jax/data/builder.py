@@ -186,10 +186,9 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: objec
             f"training and validation are {', '.join(SOURCES)}."
         )
     fingerprint, splits = _open(name, SOURCES, split, options)
+    further = (*_further(name, options), *_of_turns(name, options))
     # pyrefly: ignore[unexpected-keyword]  # tfds hides that its BuilderConfig is a dataclass
-    config = RowsConfig(
-        name=f"{name}-{fingerprint}", splits=splits, columns=(*_further(name, options), *_of_turns(name, options))
-    )
+    config = RowsConfig(name=f"{name}-{fingerprint}", splits=splits, columns=further)
     address = data_dir if data_dir and remote.is_remote(data_dir) else ""
     data_dir = str(remote.stand_in(address)) if address else data_dir
     builder = open_builder(data_dir, config)

@@ -12,9 +12,9 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from kd_jax.storage import remote, untrusted
 from kd_jax.storage.files import Json
@@ -153,7 +153,7 @@ def _saved(folder: Path) -> list[Path]:
     return paths
 
 
-def _columnar(path: Path, kind: str, read: Any) -> Iterator[tuple[str, object]]:
+def _columnar(path: Path, kind: str, read: Callable[[Path], Iterator[list[Json]]]) -> Iterator[tuple[str, object]]:
     """Yields the rows of a Parquet or Arrow file with their numbers, a batch at a time."""
     import pyarrow as pa  # imported here because the import takes a third of a second, and most runs do not need it
 

@@ -5,9 +5,10 @@ The text is the one of `apply_chat_template` in transformers. The loss counts th
 end, with the start of an answer, and ends after the token that ends a turn.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import NamedTuple
 
 from kd_jax.data import literal, prompts
@@ -59,7 +60,8 @@ class Turns:
         """
         messages = self._messages(row)
         last = _last(messages)
-        return self._named(row, lambda: self._checked(messages[:last], add_generation_prompt=True))
+        with self._named(row):
+            return self._checked(messages[:last], add_generation_prompt=True)
 
     def whole(self, row: Mapping[str, str], all_turns: bool) -> Rendered:
         """Returns the conversation up to the assistant's last turn.
@@ -76,7 +78,8 @@ class Turns:
         messages = self._messages(row)
         messages = messages[: _last(messages) + 1]
         counted = answered(messages) if all_turns else [len(messages) - 1]
-        return self._named(row, lambda: (self._by_marks if self._marked else self._by_prefixes)(messages, counted))
+        with self._named(row):
+            return self._by_marks(messages, counted) if self._marked else self._by_prefixes(messages, counted)
 
     def added(self) -> str:
         """Returns the text that the template writes before the first turn of a user; "" if there are only a few words."""
@@ -122,9 +125,11 @@ class Turns:
                 )
         return text
 
-    def _named(self, row: Mapping[str, str], render: Callable[[], str] | Callable[[], Rendered]):
+    @contextlib.contextmanager
+    def _named(self, row: Mapping[str, str]) -> Generator[None]:
+        """Puts the row and the tokenizer's folder before the message of an error."""
         try:
-            return render()
+            yield
         except ValueError as error:
             where = f"{row['name']}: " if row.get("name") else ""
             raise ValueError(
