@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kd_jax import metrics, train
+from kd_jax import cache_teacher, metrics, train
 from kd_jax.data import Tokenizer
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import smoke
@@ -157,6 +157,32 @@ def test_dropped_rows_are_shown(files):
     run = train.build(config(files, file="long.jsonl"))
     assert run.counts["train"]["prompts_cut"] and not run.counts["train"]["prompts_dropped"]
     assert any("train, prompts truncated: for example long.jsonl:" in remark for remark in run.remarks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["none", "rows"])
+def test_a_cache_of_all_turns_gives_the_loss_of_the_teacher(files, packing, tmp_path):
+    made = config(files, data__loss_on="all", data__packing=packing, steps=3)
+    cache_teacher.write(made, str(tmp_path / "cache"), "hidden", part_rows=100, quiet=True)
+    online = train.train(made, str(tmp_path / "online"), quiet=True)
+    made.teacher.cache = str(tmp_path / "cache")
+    cached = train.train(made, str(tmp_path / "cached"), quiet=True)
+    assert cached["after"]["forward_kl"] == pytest.approx(online["after"]["forward_kl"], rel=1e-3)
+    made.data.loss_on = "last"
+    with pytest.raises(ValueError, match="data.loss_on: 'all' in the cache, 'last' now"):
+        train.build(made)
+
+
+@pytest.mark.slow
+def test_a_teacher_answers_each_turn_of_the_assistant(files):
+    run = train.build(
+        config(files, "seqkd", data__loss_on="all", sampling__max_new_tokens=40, data__max_prompt_length=80)
+    )
+    assert run.counts["train"]["prompts"] == 2 * 55 and run.counts["train"]["kept"]
+    batch = run.feed.next(0, None)
+    assert all(
+        len(parts) == 1 for parts, mask in zip(responses(run, batch), batch["loss_mask"], strict=True) if mask.any()
+    )
 
 
 @pytest.mark.slow
