@@ -12,6 +12,7 @@ Other packages import from this package, and from the modules `counts`, `encodin
 `orders`.
 """
 
+from kd_jax.data.assembly import from_ids, tokenize
 from kd_jax.data.builder import (
     COLUMNS,
     DEFAULT_DIR,
@@ -23,7 +24,7 @@ from kd_jax.data.builder import (
     load_references,
     splits,
 )
-from kd_jax.data.pipeline import batches, encode_prompts, from_ids, pack, pad, prompt_of, tokenize
+from kd_jax.data.pipeline import batches, encode_prompts, pack, pad, prompt_of
 from kd_jax.data.prompts import TEMPLATES, Template, make_render, with_template_end
 from kd_jax.data.rows import LineArrays, Packed, Rows, Texts, TokenValues, join, pack_rows
 from kd_jax.data.tokenizer import Tokenizer

@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from kd_jax import storage
 from kd_jax.data import docstrings, dolly, gsm8k, instructions, jsonl, text
+from kd_jax.data.formats import MESSAGES
 from kd_jax.resolve import nearest
 from kd_jax.settings.value_types import EXPECTED
 from kd_jax.storage import remote, untrusted
@@ -185,8 +186,9 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: objec
             f"training and validation are {', '.join(SOURCES)}."
         )
     fingerprint, splits = _open(name, SOURCES, split, options)
+    further = (*_further(name, options), *_of_turns(name, options))
     # pyrefly: ignore[unexpected-keyword]  # tfds hides that its BuilderConfig is a dataclass
-    config = RowsConfig(name=f"{name}-{fingerprint}", splits=splits, columns=_further(name, options))
+    config = RowsConfig(name=f"{name}-{fingerprint}", splits=splits, columns=further)
     address = data_dir if data_dir and remote.is_remote(data_dir) else ""
     data_dir = str(remote.stand_in(address)) if address else data_dir
     builder = open_builder(data_dir, config)
@@ -245,6 +247,11 @@ def columns(name: str, **options: object) -> tuple[str, ...]:
 def _further(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the names of the columns in addition to `FIELDS`."""
     return (*COLUMNS.get(name, ()), *options.get("columns", ()))
+
+
+def _of_turns(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the column of a conversation's turns, if the rows are conversations."""
+    return (MESSAGES,) if name == "jsonl" and jsonl.format_of(**options).has_turns else ()
 
 
 def load_references(name: str, *, split: str, data_dir: str | None = None, **options: object) -> list[Json]:

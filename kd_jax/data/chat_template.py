@@ -40,13 +40,14 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def render(template: str, variables: Mapping[str, object], date: str) -> str:
+def render(template: str, variables: Mapping[str, object], date: str, marks: tuple[str, str] = ("", "")) -> str:
     """Returns the rendered template, as transformers renders it.
 
     Args:
       template: the Jinja template.
       variables: the values that the template may read, each a JSON value.
       date: the date, in ISO 8601 format, that `strftime_now` returns in place of the present date.
+      marks: texts that are written at the start and at the end of each part inside the tag `generation`.
 
     Raises:
       ValueError: the template is not valid Jinja, raised an error, was refused by the sandbox, or needed too much time,
@@ -56,7 +57,7 @@ def render(template: str, variables: Mapping[str, object], date: str) -> str:
     limit = CHARACTERS + 16 * len(json.dumps(variables))
     pieces, length = [], 0
     with _errors(), _time_limit():
-        compiled = _compiled(template)
+        compiled = _compiled(template, marks)
         for piece in compiled.generate({"strftime_now": lambda format: today.strftime(format)} | dict(variables)):
             pieces.append(piece)
             length += len(piece)
@@ -85,7 +86,10 @@ class _LimitError(jinja2.TemplateError):
 
 
 class _Generation(jinja2.ext.Extension):
-    """The tag `generation`, which marks the assistant's text. The tag does not change the rendered text."""
+    """The tag `generation`, which marks the assistant's text.
+
+    The tag changes the rendered text only if the environment has `marks`.
+    """
 
     tags = {"generation"}  # noqa: RUF012  # as in Jinja
 
@@ -96,7 +100,8 @@ class _Generation(jinja2.ext.Extension):
         return jinja2.nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
 
     def _text(self, caller: Callable[[], str]) -> str:
-        return caller()
+        start, end = getattr(self.environment, "marks", ("", ""))
+        return f"{start}{caller()}{end}"
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -161,7 +166,7 @@ def _checked(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
     return checked
 
 
-def _environment() -> jinja2.Environment:
+def _environment(marks: tuple[str, str]) -> jinja2.Environment:
     """Returns a Jinja environment with the settings of transformers, so that a template gives the same text.
 
     There is one difference: `strftime_now` is a variable of `render`. The present date in a prompt would change the
@@ -173,13 +178,14 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {name: _checked(environment.filters[name]) for name in WITH_NUMBERS}
     environment.filters["tojson"] = _to_json
+    environment.marks = marks
     environment.globals |= {"raise_exception": _raise_exception, "namespace": _Namespace}
     return environment
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(template: str) -> jinja2.Template:
-    return _environment().from_string(template)
+def _compiled(template: str, marks: tuple[str, str] = ("", "")) -> jinja2.Template:
+    return _environment(marks).from_string(template)
 
 
 @contextlib.contextmanager

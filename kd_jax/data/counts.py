@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 from kd_jax.data import pipeline
+from kd_jax.data.formats import MESSAGES
 from kd_jax.data.prompts import Template
 from kd_jax.data.rows import Texts
 from kd_jax.data.tokenizer import Tokenizer
@@ -11,6 +12,7 @@ from kd_jax.data.tokenizer import Tokenizer
 MANY = 0.1  # share of truncated or dropped rows above which a warning is given
 SAMPLE = 1000  # the smallest number of rows that are measured for a warning, if the source has as many
 KEEPS_MOST = "prompt_length_90"  # name of a count: the 90th percentile of prompt lengths, in tokens
+PROMPT = ("name", "prompt", "context", MESSAGES)  # the columns that decide a prompt
 NAMES = {
     "read": "rows read",
     "prompts_cut": "prompts truncated",
@@ -81,7 +83,7 @@ def with_length(
     if counts["prompts_cut"] + counts["prompts_dropped"] <= MANY * counts["read"]:
         return counts
     step = max(1, len(source) // SAMPLE)
-    rows = [{name: source[i][name] for name in ("prompt", "context")} for i in range(0, len(source), step)]
+    rows = [{name: text for name, text in source[i].items() if name in PROMPT} for i in range(0, len(source), step)]
     encoded = pipeline.encode_prompts(rows, tokenizer=tokenizer, template=template, max_length=2**31, cut=False)
     lengths = sorted(len(ids or ()) for ids in encoded)
     return counts | {KEEPS_MOST: lengths[math.ceil(0.9 * len(lengths)) - 1]}

@@ -1,46 +1,54 @@
-"""Prompts and responses of the user's own, from files with one JSON object per line."""
+"""Rows of the user's own, from files or folders in JSON lines, JSON, Parquet or Arrow: conversations, prompts or text."""
 
-import codecs
-import gzip
+import dataclasses
 import json
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from kd_jax.storage import checksum, remote, untrusted
+from kd_jax.data import formats, shards
+from kd_jax.storage import checksum, untrusted
 from kd_jax.storage.checksum import file_digest
 from kd_jax.storage.files import Json
 
-MAX_LINE = 16 * untrusted.MIB
-MAX_BLANK = 10_000
+PARTS = ("train", "validation")
+VERSION = 1  # of the rows of conversations, instructions and texts
 ROW = ("name", "prompt", "context", "response")  # the columns that every row of a built dataset has
-MAX_RATIO = 200  # the compression ratio of text is 3 to 20; gzip can reach 1,000
 
 
 def source(
     path: str,
-    prompt_field: str = "prompt",
-    response_field: str = "response",
+    prompt_field: str = "",
+    response_field: str = "",
     context_field: str = "",
     validation_path: str = "",
     validation_fraction: float = 0.02,
     columns: tuple[str, ...] = (),
+    format: str = "auto",
+    messages_field: str = "",
 ) -> tuple[str, dict[str, Callable[[], Iterable[dict[str, str]]]]]:
-    """Returns the fingerprint and the splits train and validation of a JSON-lines file.
+    """Returns the fingerprint and the splits of a file or of a folder of shards.
+
+    The splits are train and validation, and those that the names of a folder's files name (`shards.splits_of`).
 
     Args:
-      path: a .jsonl or .jsonl.gz file, as a local path or an address.
-      prompt_field: the name of the prompt's field.
-      response_field: the name of the response's field.
+      path: a file that ends in .jsonl, .json, .jsonl.gz, .json.gz, .parquet or .arrow, as a local path or an address;
+        or a folder of such files, or a folder that the library `datasets` saved to disk.
+      prompt_field: the name of the prompt's field; empty for the name of the format, which is prompt or instruction.
+      response_field: the name of the response's field; empty for response, output or text.
       context_field: the name of the context's field; empty if there is no context.
-      validation_path: a file of held-out rows. If empty, a part of `path` is held out.
-      validation_fraction: the share of `path` that is held out, in [0, 1), chosen by a hash of the prompt. Above 0,
-        each split has at least one prompt, provided that there are two different prompts. With 0 nothing is held out.
+      validation_path: a file or folder of held-out rows. If empty, and if no file of a folder is named for the split
+        validation, a part of the split train is held out.
+      validation_fraction: the share of `path` that is held out, in [0, 1), chosen by a hash of the prompt, or of
+        a conversation's first turn of a user. Above 0, each split has at least one prompt, provided that there are two different
+        prompts. With 0 nothing is held out.
       columns: the names of further fields, which become columns of the same name. A number or a boolean becomes its
         JSON text, such as 3, 0.5 or true.
+      format: one of `formats.FORMATS`; auto to recognise the format by the fields of the first row.
+      messages_field: the name of the field with the turns of a conversation; empty for messages or conversations.
 
     Raises:
       ValueError: a file does not exist, a line is not JSON, a row lacks a field, the share is out of range, or a name
@@ -48,25 +56,91 @@ def source(
     """
     check_share(validation_fraction, validation_path)
     check_columns(columns)
-    fields = {"prompt": prompt_field, "response": response_field}
-    if context_field:
-        fields["context"] = context_field
-    settings = (fields, validation_fraction if not validation_path else "", "at least one")
-    fields = fields | {column: column for column in columns}
-    files = [remote.local_file(p) for p in (path, validation_path) if p]
-    # Without further columns the text is the one of earlier versions, so that their built datasets stay valid.
-    fingerprint = digest(files, str((*settings, tuple(columns)) if columns else settings))
-    read_rows = lambda file: read(file, fields, scalars=tuple(columns))
+    files = shards.splits_of(shards.local_path(path))
+    if validation_path:
+        files["validation"] = _all_files(shards.splits_of(shards.local_path(validation_path)))
+    names = (format, prompt_field, response_field, context_field, messages_field)
+    found = dataclasses.replace(_recognised(files, *names), columns=tuple(columns))
+    held_out = "validation" not in files and "train" in files
+    fingerprint = digest(_all_files(files), _settings(found, files, validation_fraction if held_out else ""))
+    splits: dict[str, Callable[[], Iterable[dict[str, str]]]] = {
+        split: partial(_rows, of_split, found) for split, of_split in files.items()
+    }
+    if held_out:
+        splits |= {split: partial(_part, files["train"], found, validation_fraction, split) for split in PARTS}
+    return fingerprint, splits
 
-    def rows(held_out: bool) -> Iterator[dict[str, str]]:
-        if validation_path:
-            yield from read_rows(files[held_out])
-            return
-        parts = divide((fraction(row["prompt"]) for row in read_rows(files[0])), {"validation": validation_fraction})
-        low, high = parts["validation" if held_out else "train"]
-        yield from (row for row in read_rows(files[0]) if low <= fraction(row["prompt"]) < high)
 
-    return fingerprint, {"train": lambda: rows(False), "validation": lambda: rows(True)}
+def _all_files(splits: dict[str, list[Path]]) -> list[Path]:
+    return [file for files in splits.values() for file in files]
+
+
+def format_of(
+    path: str,
+    format: str = "auto",
+    prompt_field: str = "",
+    response_field: str = "",
+    context_field: str = "",
+    messages_field: str = "",
+    **others: object,
+) -> formats.Format:
+    """Returns the format of the rows of `source` with the same options. Only the first row is read.
+
+    Args:
+      path, format, prompt_field, response_field, context_field, messages_field: the arguments of `source`.
+      **others: further arguments of `source`, which do not decide the format.
+
+    Raises:
+      ValueError: a file does not exist or cannot be read, or no format is recognised.
+    """
+    files = shards.splits_of(shards.local_path(path))
+    return _recognised(files, format, prompt_field, response_field, context_field, messages_field)
+
+
+def _recognised(files: dict[str, list[Path]], *names: str) -> formats.Format:
+    """Returns the format of the first row of the files. The names are those of `formats.recognise`."""
+    where, row = next(
+        (row for of_split in files.values() for file in of_split for row in shards.checked_rows(file)), ("", {})
+    )
+    try:
+        return formats.recognise(row, *names)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _settings(format: formats.Format, files: dict[str, list[Path]], share: float | str) -> str:
+    """Returns the text of all options that decide the rows, for the fingerprint."""
+    # For one file of prompts and responses the text is the one of earlier versions, so that built datasets stay valid.
+    settings: tuple[object, ...] = (dict(format.fields), share, "at least one")
+    if format.columns:
+        settings = (*settings, format.columns)
+    if format.name != "prompt_response":
+        settings = (*settings, format.name, VERSION)
+    sizes = {split: len(of_split) for split, of_split in files.items()}
+    if any(size > 1 for size in sizes.values()) or not set(sizes) <= set(PARTS):
+        settings = (*settings, sizes)
+    return str(settings)
+
+
+def _rows(files: Sequence[Path], format: formats.Format) -> Iterator[dict[str, str]]:
+    """Yields the rows of some files, one file after another."""
+    for file in files:
+        of_file = dataclasses.replace(format, nulls=shards.is_columnar(file))
+        for where, row in shards.checked_rows(file):
+            yield formats.row_of(row, where, of_file)
+
+
+def _part(files: Sequence[Path], format: formats.Format, share: float, split: str) -> Iterator[dict[str, str]]:
+    """Yields the rows of the split train without the held-out rows, or the held-out rows."""
+    low, high = divide((_fraction(row) for row in _rows(files, format)), {"validation": share})[split]
+    yield from (row for row in _rows(files, format) if low <= _fraction(row) < high)
+
+
+def _fraction(row: dict[str, str]) -> float:
+    """Returns `fraction` of a row's prompt, of the first turn of a user in a conversation, or of a plain text."""
+    if messages := row.get(formats.MESSAGES):
+        return fraction(formats.first_words(json.loads(messages)))
+    return fraction(row["prompt"] or row["response"])
 
 
 def check_share(validation_fraction: float, validation_path: str | tuple[str, ...]) -> None:
@@ -138,78 +212,15 @@ def read(
     """Yields the rows of a file.
 
     Args:
-      path: the file.
-      fields: the name of a field in kd_jax -> the name of the field in the file.
-      several: the names in kd_jax of the fields whose value may also be a non-empty list of strings.
-      scalars: the names in kd_jax of the fields whose value may also be a finite number or a boolean, which becomes its
-        JSON text.
-      optional: the names in kd_jax of the fields that may be missing, which then are empty.
+      path: the file, in a format of `shards`.
+      fields, several, scalars, optional: the arguments of `formats.values_of`.
 
     Raises:
       ValueError: a row is not a JSON object, or a field is missing or has the wrong type; the message names the file
         and the line.
     """
-    for number, line in _lines(path):
-        where = f"{path}:{number}"
-        # NaN is allowed in fields that are not read here, because Python can write it.
-        row = untrusted.parse_json(line, where, finite=False)
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}.")
-        values = {}
-        for ours, field in fields.items():
-            value = row.get(field, "" if ours in optional else None)
-            if ours in scalars and (isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
-                value = json.dumps(value)
-            many = ours in several and isinstance(value, list) and value and all(isinstance(v, str) for v in value)
-            if not isinstance(value, str) and not many:
-                kinds = "a string, a finite number or a boolean" if ours in scalars else "a string"
-                problem = f"is {untrusted.printable(row[field])}, not {kinds}" if field in row else "is missing"
-                names = untrusted.clip(", ".join(row))
-                raise ValueError(f"{where}: the field {field!r} {problem}; the row has {names}.")
-            if not all(map(_is_text, value if many else [value])):
-                raise ValueError(f"{where}: the field {field!r} has half of a surrogate pair, which is no character.")
-            values[ours] = value
-        yield values
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields the number and the bytes of each line that is not blank.
-
-    A compressed file may expand at most `MAX_RATIO`-fold, or to 1 MiB, because text never compresses that well.
-    """
-    compressed = path.suffix == ".gz"
-    try:
-        limit = max(untrusted.MIB, MAX_RATIO * path.stat().st_size) if compressed else math.inf
-        total = number = blank = 0
-        with gzip.open(path) if compressed else path.open("rb") as file:
-            while line := file.readline(MAX_LINE + 1):
-                untrusted.refuse_pointer(path, line)
-                number, total = number + 1, total + len(line)
-                line = (
-                    line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                )  # Windows writes this byte order mark
-                if len(line) > MAX_LINE:
-                    raise ValueError(f"{path}:{number}: the line is longer than {MAX_LINE} bytes.")
-                if total > limit:
-                    raise ValueError(
-                        f"{path}: the file unpacks to more than {MAX_RATIO} times its size, and no text does that. If you trust "
-                        f"the file, unpack it by hand."
-                    )
-                blank = 0 if line.strip() else blank + 1
-                if blank > MAX_BLANK:
-                    raise ValueError(f"{path}:{number}: more than {MAX_BLANK} blank lines in a row end here.")
-                if not blank:
-                    yield number, line
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); the file may be incomplete.") from error
-
-
-def _is_text(value: str) -> bool:
-    """Returns True if a string can be encoded in UTF-8."""
-    try:
-        return value.isascii() or bool(value.encode())
-    except UnicodeEncodeError:
-        return False
+    for where, row in shards.checked_rows(path):
+        yield formats.values_of(row, where, fields, several=several, scalars=scalars, optional=optional)
 
 
 def read_references(path: Path, fields: dict[str, str]) -> Iterator[Json]:

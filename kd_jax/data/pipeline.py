@@ -4,132 +4,16 @@ Rows are tokenised once, and the seed decides the global order. Iteration over t
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
-from kd_jax.data.encoding import Encoded, Encoder
+from kd_jax.data.encoding import Encoder
 from kd_jax.data.prompts import Template
 from kd_jax.data.rows import LineArrays, Packed, Rows, Texts, TokenValues, from_pieces
 from kd_jax.data.tokenizer import Tokenizer
-
-COUNTS = ("read", "prompts_cut", "prompts_dropped", "responses_cut", "responses_dropped", "empty", "own_prefix")
-
-
-def tokenize(
-    source: Texts,
-    tokenizer: Tokenizer,
-    *,
-    template: str | Template,
-    max_length: int,
-    max_prompt_length: int,
-    long_prompts: str = "drop",
-    long_responses: str = "cut",
-    loss_on: str = "response",
-) -> tuple[Rows, dict[str, int]]:
-    """Returns the rows of the source as prompt, response and one end token, with at most max_length + 1 tokens.
-
-    A row has one more token than `max_length` because it gives inputs [:-1] and targets [1:]. Prompt and response are
-    encoded as one text (`Tokenizer.encode_pairs`).
-
-    Args:
-      source: rows with prompt, context and response.
-      tokenizer: the tokenizer, whose `eos_id` is the end token.
-      template: the template: plain, alpaca or chat (`kd_jax.data.prompts`).
-      max_length: the number of tokens of a model's input.
-      max_prompt_length: the largest number of tokens of a prompt.
-      long_prompts: the treatment of a longer prompt. "cut" truncates the user's text, the context first, and never the
-        template's own tokens. "drop" drops the row.
-      long_responses: the treatment of a response that does not fit with its end token. "cut" truncates the response and
-        adds no end token, because a truncated response has no end. "drop" drops the row.
-      loss_on: "response" counts the response and its end token in the loss; "all" counts the prompt as well.
-
-    Returns:
-      The rows, and these counts: read, prompts_cut, prompts_dropped, responses_cut, responses_dropped, empty (rows
-        whose response has no token, which are dropped), own_prefix (prompts whose text begins with the tokenizer's
-        `prefix_ids`) and kept.
-
-    Raises:
-      ValueError: `max_prompt_length` leaves no room for a response or for the template, a choice is unknown, or all
-        rows are dropped.
-
-    References:
-      Long prompts are truncated in DistiLLM and dropped in MiniLLM.
-    """
-    _check_choice("long_prompts", long_prompts, ("drop", "cut"))
-    _check_choice("long_responses", long_responses, ("cut", "drop"))
-    _check_choice("loss_on", loss_on, ("response", "all"))
-    if not 0 < max_prompt_length < max_length:
-        raise ValueError(
-            f"max_prompt_length={max_prompt_length} must be at least 1 and less than max_length={max_length}, or no "
-            f"response fits."
-        )
-    encoder = Encoder(tokenizer, template, max_prompt_length, truncates=long_prompts == "cut")
-    rows, counts = _assemble(encoder.rows(source), tokenizer, max_length, max_prompt_length, long_responses, loss_on)
-    if not counts["kept"]:
-        raise ValueError(
-            f"no row is left of {counts['read']}: {counts['prompts_dropped']} prompts are longer than "
-            f"max_prompt_length={max_prompt_length} tokens (raise it, or long_prompts='cut'), "
-            f"{counts['responses_dropped']} responses do not fit into max_length={max_length} (raise it, or "
-            f"long_responses='cut'), {counts['empty']} responses are empty."
-        )
-    return rows, counts
-
-
-def from_ids(
-    pairs: Sequence[tuple[list[int], list[int]]], tokenizer: Tokenizer, *, max_length: int, loss_on: str = "response"
-) -> tuple[Rows, dict[str, int]]:
-    """Returns rows made from ids, such as sampled responses. Each row gets one end token.
-
-    Args:
-      pairs: (ids of a prompt, ids of its response). End tokens after the response are replaced by the trained end
-        token.
-      tokenizer, max_length, loss_on: the arguments of `tokenize`. Longer responses are truncated.
-
-    Returns:
-      The rows and counts, as `tokenize` returns them.
-    """
-    encoded = (Encoded(prompt, response, False, False) for prompt, response in pairs)
-    return _assemble(encoded, tokenizer, max_length, max_length, "cut", loss_on)
-
-
-def _assemble(
-    encoded_rows: Iterable[Encoded], tokenizer: Tokenizer, max_length: int, max_prompt_length: int, long_responses: str,
-    loss_on: str,
-) -> tuple[Rows, dict[str, int]]:  # fmt: skip
-    """Joins prompt, response and end token of each row, and counts the rows that are dropped or truncated."""
-    counts = dict.fromkeys(COUNTS, 0)
-    pieces: list[Int[np.ndarray, " L"]] = []
-    prompt_lengths: list[int] = []
-    sources: list[int] = []
-    for index, encoded in enumerate(encoded_rows):
-        counts["read"] += 1
-        counts["prompts_cut"] += encoded.truncated
-        counts["own_prefix"] += encoded.own_prefix
-        prompt, response = encoded.prompt, tokenizer.strip_ends(encoded.response)
-        if not response:
-            counts["empty"] += 1
-            continue
-        if len(prompt) > max_prompt_length:
-            counts["prompts_dropped"] += 1
-            continue
-        room = max_length + 1 - len(prompt)
-        response = [*response, tokenizer.eos_id]
-        if len(response) > room:
-            if long_responses == "drop":
-                counts["responses_dropped"] += 1
-                continue
-            counts["responses_cut"] += 1
-            response = response[:room]
-        pieces.append(np.array(prompt + response, np.int32))
-        prompt_lengths.append(len(prompt))
-        sources.append(index)
-    counts["kept"] = len(pieces)
-    lengths = np.array(prompt_lengths, np.int32)
-    first = lengths if loss_on == "response" else np.zeros_like(lengths)
-    return from_pieces(pieces, lengths, first, np.array(sources, np.int32)), counts
 
 
 def pack(source: Texts, tokenizer: Tokenizer, *, max_length: int) -> tuple[Rows, dict[str, int]]:
@@ -291,11 +175,9 @@ def pad(
             tokens[batch_row, start:end] = row[:-1]
             targets[batch_row, start:end] = row[1:]
             segments[batch_row, start:end] = segment
-            # The target at t is the row's token t + 1; a row's first token is never a target.
-            counted = slice(start + max(rows.first_counted[index] - 1, 0), end)
-            loss_mask[batch_row, counted] = True
+            counted = loss_mask[batch_row, start:end] = rows.targets_counted(index)
             for name, values in {} if token_values is None else token_values.read(index).items():
-                more[name][batch_row, counted] = values
+                more[name][batch_row, start:end][counted] = values
     return {"tokens": tokens, "targets": targets, "mask": segments, "loss_mask": loss_mask, **more}
 
 
@@ -317,8 +199,3 @@ def encode_prompts(
     encoder = Encoder(tokenizer, template, max_length, truncates=cut)
     prompts = (encoded.prompt for encoded in encoder.rows([{**row, "response": ""} for row in rows]))
     return [ids if len(ids) <= max_length else None for ids in prompts]
-
-
-def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")

@@ -164,7 +164,7 @@ def with_template_end(tokenizer: Tokenizer, template: str | Template) -> Tokeniz
     answer = "kd_jax"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
     try:
-        text = _render_chat(template, tokenizer, messages, add_generation_prompt=False)
+        text = render_chat(template, tokenizer, messages, add_generation_prompt=False)
     except ValueError:  # the template does not support a turn of the assistant
         return tokenizer
     after = text.rpartition(answer)[2].lstrip(" ")
@@ -189,7 +189,7 @@ def _make_chat(template: Template, tokenizer: Tokenizer) -> Render:
     def write(system: str, prompt: str, context: str) -> str:
         content = "\n\n".join(part for part in (prompt, context) if part)
         messages = [{"role": "system", "content": system}] if system else []
-        return _render_chat(template, tokenizer, [*messages, {"role": "user", "content": content}])
+        return render_chat(template, tokenizer, [*messages, {"role": "user", "content": content}])
 
     def chat(prompt: str, context: str) -> str:
         try:
@@ -205,16 +205,27 @@ def _make_chat(template: Template, tokenizer: Tokenizer) -> Render:
     return chat
 
 
-def _render_chat(
-    template: Template, tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = True
-) -> str:
+def render_chat(
+    template: Template, tokenizer: Tokenizer, messages: list[Json], add_generation_prompt: bool = True,
+    marks: tuple[str, str] = ("", ""),
+) -> str:  # fmt: skip
     """Returns the messages as the tokenizer's chat template writes them.
 
     As in transformers, tools and documents are None in a template, and only the special tokens that exist are defined.
+
+    Args:
+      template: the template chat with its options.
+      tokenizer: the tokenizer, which has the chat template.
+      messages: the turns, each with role and content.
+      add_generation_prompt: True to end the text with the start of an answer.
+      marks: the argument of `chat_template.render`.
+
+    Raises:
+      ValueError: the template fails, as in `chat_template.render`.
     """
     variables: Json = tokenizer.special_tokens | {"tools": None, "documents": None} | dict(template.options)
     variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-    return chat_template.render(tokenizer.chat_template or "", variables, template.options.get("date", DATE))
+    return chat_template.render(tokenizer.chat_template or "", variables, template.options.get("date", DATE), marks)
 
 
 def _check_options(template: Template, variables: list[str], folder: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +18,9 @@ class Rows:
       prompt_lengths: the number of prompt tokens at the start of each row.
       first_counted: the position in each row of the first token that the loss counts. All later tokens count, too.
       sources: the index in the dataset of each row's text; None for rows that are not rows of a dataset.
+      counted: for rows in which the loss counts several parts, True for each of `tokens` that the loss counts;
+        `prompt_lengths` then ends before the last part. None if `first_counted` is enough.
+      examples: the name of a count of dropped or truncated rows -> a phrase that shows one such row.
     """
 
     tokens: Int[np.ndarray, " T"]
@@ -25,12 +28,20 @@ class Rows:
     prompt_lengths: Int[np.ndarray, " N"]
     first_counted: Int[np.ndarray, " N"]
     sources: Int[np.ndarray, " N"] | None = None
+    counted: Bool[np.ndarray, " T"] | None = None
+    examples: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
 
     def __getitem__(self, index: int) -> Int[np.ndarray, " L"]:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def targets_counted(self, index: int) -> Bool[np.ndarray, " L-1"]:
+        """Returns True for each target of a row that the loss counts. A row's first token is never a target."""
+        if self.counted is not None:
+            return self.counted[self.offsets[index] + 1 : self.offsets[index + 1]]
+        return np.arange(1, int(self.offsets[index + 1] - self.offsets[index])) >= self.first_counted[index]
 
 
 class Texts(Protocol):
@@ -90,13 +101,13 @@ class Packed:
 
 def from_pieces(
     pieces: Sequence[Int[np.ndarray, " L"]], prompt_lengths: Int[np.ndarray, " N"], first: Int[np.ndarray, " N"],
-    sources: Int[np.ndarray, " N"] | None = None,
+    sources: Int[np.ndarray, " N"] | None = None, counted: Sequence[Bool[np.ndarray, " L"]] | None = None,
 ) -> Rows:  # fmt: skip
-    """Returns `Rows` made from one array per row."""
+    """Returns `Rows` made from one array per row, and optionally one array of the counted tokens per row."""
     offsets = np.zeros(len(pieces) + 1, np.int64)
     np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
-    return Rows(tokens, offsets, prompt_lengths, first, sources)
+    return Rows(tokens, offsets, prompt_lengths, first, sources, None if counted is None else np.concatenate(counted))
 
 
 def join(rows: Rows, *, max_length: int) -> Rows:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import tokenizers
+
 from kd_jax.data import limited, tokenizer_folder
 from kd_jax.data.tokenizer_json import named_errors, read_fields
 from kd_jax.storage import hub, untrusted
@@ -166,6 +168,18 @@ class Tokenizer:
             split = next((i for i, (_, end) in enumerate(encoding.offsets) if end > begin), len(encoding.ids))
             rows.append((encoding.ids[:split], encoding.ids[split:]))
         return rows
+
+    def encode_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Returns the ids of each text, and for each id its first character and the one after its last character."""
+        with self._named("encode"):
+            encoded = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        self._check_known(encoding.ids for encoding in encoded)
+        return [(encoding.ids, encoding.offsets) for encoding in encoded]
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The tokenizer of the tokenizers library."""
+        return self._backend
 
     def token_ends(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the end position of each token of each text, in characters."""

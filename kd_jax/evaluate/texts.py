@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from kd_jax import data, models
+from kd_jax.data.formats import MESSAGES
 from kd_jax.data.scores import exact_match, number_match, rouge_l
 from kd_jax.evaluate.tokens import collect, summary
 from kd_jax.prefixes import rollouts
@@ -52,8 +53,8 @@ def read_examples(
       ValueError: no row has a prompt of at least one and at most `max_prompt_length` tokens.
     """
     encoded = data.encode_prompts(
-        [{"prompt": row["prompt"], "context": row["context"]} for row in rows], tokenizer=tokenizer, template=template,
-        max_length=max_prompt_length, cut=cut,
+        [{name: row[name] for name in ("name", "prompt", "context", MESSAGES) if name in row} for row in rows],
+        tokenizer=tokenizer, template=template, max_length=max_prompt_length, cut=cut,
     )  # fmt: skip
     examples = [Example(ids, tuple(row["references"])) for row, ids in zip(rows, encoded, strict=True) if ids]
     if not examples:

@@ -20,6 +20,7 @@ from kd_jax.run.cache import cached_values, open_caches, unpacked
 from kd_jax.run.checks import check_learning_rate, check_mesh, check_vocabulary
 from kd_jax.run.line_arrays import make_line_arrays
 from kd_jax.run.models import Models, initial_key, load_models, load_tokenizer
+from kd_jax.run.remarks import remarks
 from kd_jax.run.rows import (
     batch_options,
     check_length,
@@ -58,6 +59,7 @@ class Run:
       sample_examples: the held-out prompts of one evaluation batch, whose answers are shown before and after training.
       counts: for each split, the numbers of rows that were kept, truncated or dropped.
       written: the rows of the teacher's responses; None if the run trains on the data's responses.
+      remarks: sentences about the rows, which the run prints at its start.
     """
 
     config: Settings
@@ -75,6 +77,7 @@ class Run:
     sample_examples: list[evaluate.Example]
     counts: dict[str, dict[str, int]]
     written: data.Rows | data.Packed | None = None
+    remarks: tuple[str, ...] = ()
 
     def batch(self, step: int, params: PyTree) -> Batch:
         """Returns the batch of update `step` on the mesh. Steps are counted from 0.
@@ -202,6 +205,7 @@ def build(config: Config | Settings) -> Run:
         feed=make_feed(settings, source, tokenizer, loaded, mesh, train_rows, text_rows, caches, of_train),
         eval_batches=lambda: iter(held_out), examples=examples, counts=counts,
         written=train_rows if isinstance(source, prefixes.teacher) else None,
+        remarks=remarks(settings, tokenizer, {options.train_split: train_rows, options.eval_split: eval_rows}),
         sample_examples=evaluate.held_out_examples(unpacked(eval_rows), tokenizer, options.eval_batch_size),
     )  # fmt: skip
 

@@ -12,7 +12,15 @@ from kd_jax import assistants, data, resolve
 from kd_jax.objectives import Term
 from kd_jax.policy_gradient import Scores
 from kd_jax.prefixes import Source
-from kd_jax.run.view_prompts import columns_read, key_of_view, live_views, make_views, options_of_rows
+from kd_jax.run.view_prompts import (
+    columns_read,
+    is_plain_text,
+    key_of_view,
+    live_views,
+    make_views,
+    options_of_rows,
+    rows_are_turns,
+)
 from kd_jax.schedules import first_value
 from kd_jax.settings import Settings, name_of
 from kd_jax.token_weights.shapes import check_numbers
@@ -271,7 +279,8 @@ def check_learning_rate(schedule: optax.Schedule, steps: int) -> None:
 def check_sampling(config: Settings, source: Source) -> None:
     """Checks that the authors of the source can answer the dataset's prompts, and the settings of their sampling."""
     name, options, sampling = name_of(config.prefixes), config.data, config.sampling
-    if options.name == "text" or (source.authors and (options.packing != "none" or options.loss_on != "response")):
+    counts_response = options.loss_on in ("response", "last") or rows_are_turns(config)
+    if is_plain_text(config) or (source.authors and (options.packing != "none" or not counts_response)):
         raise ValueError(
             f"prefixes.name={name!r} needs a dataset with prompts, data.packing='none' and data.loss_on='response', but "
             f"data.name={options.name!r}, data.packing={options.packing!r} and data.loss_on={options.loss_on!r}."
@@ -298,6 +307,19 @@ def check_sampling(config: Settings, source: Source) -> None:
         raise ValueError(
             f"sampling.teacher_share={share} and sampling.temperature={sampling.temperature}: a mixture of teacher and student "
             f"needs a share below 1 and a temperature above 0."
+        )
+
+
+def check_template(config: Settings) -> None:
+    """Checks that rows of plain text have the template plain.
+
+    Raises:
+      ValueError: the template writes something around a prompt, and the rows have no prompt.
+    """
+    if config.data.template != "plain" and config.data.name != "text":
+        raise ValueError(
+            f"data.template={config.data.template!r} writes a prompt, but the rows of data.name={config.data.name!r} are plain "
+            f"text. Set data.template='plain', or name the fields of prompt and response."
         )
 
 

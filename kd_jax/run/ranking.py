@@ -147,7 +147,7 @@ def _load_scores(
     """Returns the scores of `score_rows` by name, from the file of an earlier run or computed now."""
     options, student = config.data, loaded.student
     params = loaded.complete(loaded.init_student(initial_key(config)))
-    only_responses = dataclasses.replace(rows, first_counted=rows.prompt_lengths)
+    only_responses = dataclasses.replace(rows, first_counted=rows.prompt_lengths, counted=None)
     settings: Json = {
         "max_new_tokens": config.sampling.max_new_tokens, "max_length": options.max_length,
         "student": str(student.config), "dtype": config.student.dtype, "rows": describe_rows(only_responses),

@@ -74,6 +74,8 @@ def finish(run: Run, params: PyTree, workdir: str, quiet: bool = False) -> Json:
     _export(run, trained, params, folder)
     if first:
         _write(folder, result, texts)
+        rows = {"counts": run.counts, "remarks": run.remarks}
+        write_whole(folder / "rows.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
         if not quiet:
             metrics.tqdm.write((folder / "samples.md").read_text(encoding="utf-8"))
             metrics.tqdm.write((folder / "table.md").read_text(encoding="utf-8"))

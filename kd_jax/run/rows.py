@@ -13,11 +13,11 @@ from kd_jax.objectives import Term
 from kd_jax.prefixes import Source, responses, rollouts
 from kd_jax.prefixes.feed import Author, Feed
 from kd_jax.run.cache import AnyRows, cached_values, unpacked
-from kd_jax.run.checks import check_room, check_sampling, check_term, check_views
+from kd_jax.run.checks import check_room, check_sampling, check_template, check_term, check_views
 from kd_jax.run.line_arrays import LineArrays
 from kd_jax.run.models import Models, Writer
 from kd_jax.run.ranking import check_order, load_order
-from kd_jax.run.view_prompts import columns_read, load_texts
+from kd_jax.run.view_prompts import columns_read, is_plain_text, load_texts, rows_are_turns
 from kd_jax.settings import Settings, name_of
 from kd_jax.storage import remote
 from kd_jax.storage.checksum import digest
@@ -82,8 +82,10 @@ def load_rows(config: Settings, tokenizer: data.Tokenizer, split: str, limit: in
     source = load_texts(config, split)
     if limit and limit < len(source):
         source = [source[i] for i in range(limit)]
-    if options.name == "text":
-        return data.pack(source, tokenizer, max_length=options.max_length)
+    if is_plain_text(config):
+        check_template(config)
+        if options.name == "text" or options.packing == "stream":
+            return data.pack(source, tokenizer, max_length=options.max_length)
     if not training:
         return _tokenize(config, tokenizer, source, "response")
     return _packed(config, *_tokenize(config, tokenizer, source, options.loss_on))
@@ -103,6 +105,9 @@ def _tokenize(
     config: Settings, tokenizer: data.Tokenizer, source: data.Texts, loss_on: str
 ) -> tuple[data.Rows, Counts]:
     options, template = config.data, data.Template.of(config.data)
+    loss_on = (
+        "response" if rows_are_turns(config) else loss_on
+    )  # a row is one turn, with the turns before as its prompt
     rows, row_counts = data.tokenize(
         source, tokenizer, template=template, max_length=options.max_length,
         max_prompt_length=options.max_prompt_length, long_prompts=options.long_prompts,
@@ -120,9 +125,9 @@ def load_examples(config: Settings, tokenizer: data.Tokenizer) -> list[evaluate.
     options = config.data
     if not config.eval_prompts:
         return []
-    if options.name == "text":
+    if is_plain_text(config):
         raise ValueError(
-            f"eval_prompts={config.eval_prompts}, but the rows of data.name='text' have no prompts; set eval_prompts=0."
+            f"eval_prompts={config.eval_prompts}, but the rows of data.name={options.name!r} have no prompts; set eval_prompts=0."
         )
     check_room(config)
     source = load_texts(config, options.eval_split)
@@ -138,7 +143,7 @@ def load_text(config: Settings, tokenizer: data.Tokenizer) -> data.Rows:
     options, length = config.text, config.data.max_length
     keywords = dataset_options(config, "text")
     source = data.load(options.name, split=options.split, data_dir=config.data.data_dir or None, **keywords)
-    if options.name == "text":
+    if is_plain_text(config, "text"):
         return data.pack(source, tokenizer, max_length=length)[0]
     return data.join(_tokenize(config, tokenizer, source, "all")[0], max_length=length)
 
@@ -198,7 +203,8 @@ def load_responses(
         tokenized = _tokenize(config, tokenizer, written, options.loss_on)
     else:
         ids = [(row["prompt_ids"], row["response_ids"]) for row in written]
-        tokenized = data.from_ids(ids, tokenizer, max_length=options.max_length, loss_on=options.loss_on)
+        loss_on = "response" if rows_are_turns(config) else options.loss_on
+        tokenized = data.from_ids(ids, tokenizer, max_length=options.max_length, loss_on=loss_on)
     packed, row_counts = _packed(config, *tokenized)
     texts = [{**row, "response": row.get("reference", "")} for row in written]
     return packed, {"prompts": len(rows)} | row_counts, texts

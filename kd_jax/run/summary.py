@@ -22,7 +22,7 @@ def of(run: Run, state: TrainState) -> str:
     lines = {
         "method": "\n         ".join([*method(config), f"rows: prefixes.{spec_text(config.prefixes)}"]),
         "models": f"{_teacher(run)} -> student, {run.models.trainee.describe()}",
-        "data": f"{options.name}; {rows}{order}",
+        "data": "\n         ".join([f"{options.name}; {rows}{order}", *run.remarks]),
         "devices": f"{devices} {jax.devices()[0].platform} device{'s' * (devices > 1)}, {processes} "
         f"process{'es' * (processes > 1)}, mesh {mesh}",
         "step": f"{int(state.step)} of {config.steps}, {options.batch_size} rows of at most {options.max_length} tokens each",

@@ -10,10 +10,12 @@ import numpy as np
 from jaxtyping import Int
 
 from kd_jax import data, views
+from kd_jax.data import formats, jsonl
 from kd_jax.data.builder import FIELDS, SOURCES
+from kd_jax.data.by_turn import ByTurn
 from kd_jax.data.encoding import Encoder
 from kd_jax.data.options import dataset_options
-from kd_jax.settings import Settings
+from kd_jax.settings import Settings, name_of
 from kd_jax.storage.checksum import digest
 from kd_jax.storage.files import Json
 from kd_jax.views import View
@@ -72,10 +74,47 @@ def options_of_rows(config: Settings) -> Json:
     return options
 
 
+def format_of_rows(config: Settings, section: str = "data") -> formats.Format | None:
+    """Returns the format of the rows of a dataset of the user's own, of the section data or text; None for another one."""
+    name = config.text.name if section == "text" else config.data.name
+    return jsonl.format_of(**dataset_options(config, section)) if name == "jsonl" else None
+
+
+def is_plain_text(config: Settings, section: str = "data") -> bool:
+    """Returns True if the rows of a section of the settings are plain text without prompts."""
+    found, name = format_of_rows(config, section), config.text.name if section == "text" else config.data.name
+    return name == "text" or (found is not None and found.name == "text")
+
+
+def has_turns(config: Settings) -> bool:
+    """Returns True if the rows of the dataset are conversations."""
+    found = format_of_rows(config)
+    return found is not None and found.has_turns
+
+
+def rows_are_turns(config: Settings) -> bool:
+    """Returns True if each turn of the assistant is a training row of its own, with all turns before as the prompt.
+
+    This is so if a model answers the prompts of conversations, and all turns count.
+    """
+    return config.data.loss_on == "all" and name_of(config.prefixes) != "data" and has_turns(config)
+
+
 def load_texts(config: Settings, split: str) -> data.Texts:
-    """Returns the rows of a split of the dataset, with all columns that the config uses."""
+    """Returns the rows of a split of the dataset, with all columns that the config uses.
+
+    Raises:
+      ValueError: a row cannot be read, or lacks a column; the message names the key that names the column.
+    """
     options = config.data
-    return data.load(options.name, split=split, data_dir=options.data_dir or None, **options_of_rows(config))
+    try:
+        rows = data.load(options.name, split=split, data_dir=options.data_dir or None, **options_of_rows(config))
+    except formats.MissingFieldError as error:
+        key = columns_read(config).get(error.column)
+        if key is None or error.column in dataset_options(config).get("columns", ()):
+            raise
+        raise ValueError(str(error).replace(f"{formats.OF_COLUMNS} asks", f"{key} asks")) from error
+    return ByTurn(rows) if split == options.train_split and rows_are_turns(config) else rows
 
 
 def described_view(config: Settings, member: str, rows: data.Rows, split: str) -> Json:
@@ -135,9 +174,10 @@ class ViewOfMember:
             encoded = self.encoder.rows(
                 [row | ({"response": ""} if sampled else {}) for row in shown if row is not None]
             )
-            for i, (prompt, response, was_truncated, _) in zip(indices, encoded, strict=True):
+            for i, one in zip(indices, encoded, strict=True):
+                prompt, was_truncated = one.prompt, one.truncated
                 if not sampled:
-                    self._check_response(prompt, response, rows[i][rows.prompt_lengths[i] :].tolist())
+                    self._check_response(prompt, one.response, rows[i][rows.prompt_lengths[i] :].tolist())
                 prompts[i], truncated = self._ids(prompt), truncated + was_truncated
         return prompts, truncated
 

@@ -115,7 +115,10 @@ class Data:
     max_prompt_length: int = key(256, "largest number of tokens of a prompt, as part of max_length")
     long_prompts: str = key("drop", "drop: omit the row; cut: truncate the user's text, but never the template")
     long_responses: str = key("cut", "cut: truncate the response; drop: omit the row")
-    loss_on: str = key("response", "tokens of training rows that count: response (with its end token), or all")
+    loss_on: str = key(
+        "response", "tokens that count: response or last (the last turn, with its end token); all: all turns of the assistant "
+        "in a conversation, and all tokens of other rows",
+    )  # fmt: skip
     packing: str = key(
         "none", "none; rows: several rows in one, kept separate; stream: joined, all tokens count",
         choices=("none", "rows", "stream"),

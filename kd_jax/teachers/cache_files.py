@@ -69,23 +69,25 @@ def identity(manifest: Manifest, split: str) -> bytes:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode()).digest()
 
 
-def row_key(identity: bytes, row: np.ndarray, first_counted: int) -> bytes:
-    """Returns the hash of a row's tokens, the position of the first counted token, and the identity of the teacher."""
-    content = np.array([first_counted], "<i8").tobytes() + row.astype("<i4").tobytes() + identity
+def row_key(identity: bytes, rows: data.Rows, index: int) -> bytes:
+    """Returns the hash of a row's tokens, the positions of its counted tokens, and the identity of the teacher."""
+    first_counted = np.array([rows.first_counted[index]], "<i8").tobytes()
+    several = b"" if rows.counted is None else rows.targets_counted(index).tobytes()
+    content = first_counted + rows[index].astype("<i4").tobytes() + identity + several
     return hashlib.blake2b(content, digest_size=HEADER["key"].shape[0]).digest()
 
 
 def describe_rows(rows: data.Rows) -> Json:
     """Returns the number of rows, the number of counted tokens, and a hash of all rows."""
-    arrays = (array.astype("<i8").tobytes() for array in (rows.tokens, rows.offsets, rows.first_counted))
+    arrays = [array.astype("<i8").tobytes() for array in (rows.tokens, rows.offsets, rows.first_counted)]
+    arrays += [] if rows.counted is None else [rows.counted.tobytes()]
     tokens = sum(counted(rows, index) for index in range(len(rows)))
     return {"rows": len(rows), "tokens": tokens, "hash": digest(*arrays)[:16]}
 
 
 def counted(rows: data.Rows, index: int) -> int:
     """Returns the number of a row's counted tokens. As in `data.batches`, the first token of a row is never a target."""
-    length = int(rows.offsets[index + 1] - rows.offsets[index])
-    return length - 1 - max(int(rows.first_counted[index]) - 1, 0)
+    return int(rows.targets_counted(index).sum())
 
 
 def differences(written: object, wanted: object, prefix: str = "") -> list[str]:
@@ -167,7 +169,7 @@ def record(
     """
     header = np.zeros((), HEADER)
     header["row"], header["count"] = index, counted(rows, index)
-    key = row_key(identity(manifest, split), rows[index], int(rows.first_counted[index]))
+    key = row_key(identity(manifest, split), rows, index)
     header["key"] = np.frombuffer(key, np.uint8)
     arrays = []
     for name, (dtype, shape) in fields(manifest).items():

@@ -269,7 +269,7 @@ class CachedValues:
         if len(content) < HEADER.itemsize:
             raise ValueError(f"the record has {len(content)} bytes, fewer than a header's {HEADER.itemsize}")
         header, start = np.frombuffer(content, HEADER, 1)[0], HEADER.itemsize
-        expected = row_key(self._identity, rows[index], int(rows.first_counted[index]))
+        expected = row_key(self._identity, rows, index)
         if header["row"] != index or header["key"].tobytes() != expected:
             raise ValueError(f"the record is of row {header['row']}, with other tokens or of another cache")
         shapes = {name: (count, *shape) for name, (_, shape) in self._fields.items()}

@@ -59,3 +59,30 @@ def token(content, special=True, **flags):
 def config(**more):
     """Returns the contents of a tokenizer_config.json."""
     return {"tokenizer_class": "PreTrainedTokenizerFast", **more}
+
+
+def byte_level(folder, special, added=(), bos="", **named):
+    """Writes a tokenizer like GPT-2's with few merges, and with added tokens. `bos` is put before each text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [
+        ("i", "t"),
+        ("R", "o"),
+        ("m", "e"),
+        ("Ro", "me"),
+        ("Ġ", "i"),
+        ("Ċ", "Ċ"),
+        ("l", "l"),
+        ("e", "r"),
+        ("u", "s"),
+    ]
+    pieces = [*alphabet, *("".join(pair) for pair in merges)]
+    made = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(list(special))
+    made.add_tokens(list(added))
+    if bos:
+        made.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, made.token_to_id(bos))]
+        )
+    return save(folder, made, tokenizer_config={"bos_token": bos or None} | named)
