@@ -8,6 +8,7 @@ the UTF-8 text and not characters, because a token may end inside a character, s
 import dataclasses
 import functools
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -177,6 +178,10 @@ class ByteReader:
         [ends] = self.tokenizer.token_ends([before + decoded])
         of_text = np.array(ends[len(ends) - len(encoded) :][: len(ids)], np.int64) - len(before)
         bytes_before = np.concatenate([[0], np.cumsum([len(character.encode()) for character in decoded])])
+        # If a normalizer composed a character and an accent, the offset is that of the character.
+        for i in reversed(range(len(decoded))):
+            if unicodedata.combining(decoded[i]):
+                bytes_before[i] = bytes_before[i + 1]
         return Reading(ids, np.maximum.accumulate(bytes_before[np.maximum(of_text, 0)]))
 
 
