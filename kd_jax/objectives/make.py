@@ -23,6 +23,7 @@ from kd_jax import (
 )
 from kd_jax.divergences import of_one
 from kd_jax.objectives.comparison import Arrays, Comparison, Logits, Temperatures, check_pair, cross_entropy
+from kd_jax.objectives.span_terms import SpanLoss, make_spans
 from kd_jax.objectives.spec import TermSpec, check_keys, has_function, name_of_call
 from kd_jax.objectives.terms import ROWS, Term, needs_scores
 from kd_jax.objectives.token_arrays import AVERAGES
@@ -32,7 +33,7 @@ from kd_jax.token_weights import temperatures as of_scores
 from kd_jax.token_weights.shapes import check_numbers
 from kd_jax.token_weights.specs import TokenFunction, make_gate, make_rule, make_temperature
 
-KINDS = ("divergence", "hard_labels", "policy_gradient")
+KINDS = ("divergence", "hard_labels", "policy_gradient", "spans")
 TWO_SIDED = ("teacher_top_k", "union", "intersection")  # the supports that need a teacher
 TEMPERATURE_RULES = tuple(of_scores.__all__)
 
@@ -84,12 +85,16 @@ def _make_term(
         check_keys(spec)
         signals: Callable[[Scores], dict[str, Array]] | None = None
         reward_members, numbers, temperature_rule, read = {"teacher": 1.0}, {}, None, ()
+        compared: SpanLoss | None = None
         if kind == "hard_labels":
             loss = partial(_hard_labels, temperature)
         elif kind == "policy_gradient":
             loss, signals = _policy_gradient(spec["policy"], teacher_share, max_new_tokens)
             reward_members = _reward_members(spec["policy"]["members"], members)
             read = tuple(reward_members)
+        elif kind == "spans":
+            loss = compared = make_spans(spec["spans"], temperature)
+            read = ("teacher",)
         else:
             loss, numbers, temperature_rule = _divergence_loss(spec, temperature, members)
             read = tuple(member for member in loss.members if member != "student")
@@ -103,7 +108,7 @@ def _make_term(
         raise ValueError(f"objective.terms.{name}: {error}") from error
     term = Term(
         name, loss, read, weight, coefficient, spec["rows"], spec["average"], numbers, signals, reward_members, rule, gate,
-        temperature_rule, temperature, where,
+        temperature_rule, temperature, where, compared,
     )  # fmt: skip
     _check_own_values(term)
     return dataclasses.replace(term, members=_members_of(term))

@@ -51,6 +51,11 @@ def check_keys(spec: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"{key}={spec[key]!r} goes with kind='divergence', not with kind={kind!r}; set {key}={standard[key]!r}."
                 )
+    for key in ("tokens", "row_gate"):
+        if kind == "spans" and has_function(spec[key]):
+            raise ValueError(
+                f"{key}={spec[key]!r} weights tokens, but kind='spans' compares spans of several tokens; set {key}.name='none'."
+            )
     if not has_function(spec["assistant"]) and (spec["weight"] != 0 or spec["stop_gradient"]):
         raise ValueError(
             f"there is no assistant for weight={spec['weight']} and stop_gradient={spec['stop_gradient']}: name an "

@@ -9,6 +9,7 @@ from jaxtyping import Array
 from optax.schedules import StatefulSchedule
 
 from kd_jax.objectives.comparison import Arrays, Comparison, Logits
+from kd_jax.objectives.span_terms import SpanLikelihood, SpanLoss
 from kd_jax.policy_gradient import Scores
 from kd_jax.token_weights import scores as token_scores
 from kd_jax.token_weights.functions import Rule, Score, TokenFunction
@@ -41,6 +42,7 @@ class Term:
       temperature: the temperature of the objective, by which the logits are divided.
       where: column of the dataset -> the values that a row of the term may have. The batch then has the array
         `where_NAME` [B, L], which is True for the tokens of these rows.
+      spans: the comparison of spans with a teacher of another tokenizer, which is then also `loss`; or None.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Term:
     temperature_rule: TokenFunction | None = None
     temperature: float = 1.0
     where: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    spans: SpanLoss | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -107,6 +110,9 @@ class Term:
             found["log_q"] = "teacher", LOG_Q
         if self.needs_scores:
             found |= {f"log_p of {member}": (member, LOG_P) for member in self.reward_members}
+        if isinstance(self.spans, SpanLikelihood):
+            scores = {"log_q": LOG_Q, **self.spans.scores}
+            found |= {label: ("teacher", of_token) for label, of_token in scores.items()}
         return found
 
     @property

@@ -117,6 +117,7 @@ def compare_outputs(
     pairs = {name: (outputs.hidden, outputs.head) for name, outputs in frozen.items()}
     of_heads = {name: (h, w) for name, (h, w) in pairs.items() if h is not None and w is not None}
     positions = {name: i for i, name in enumerate(of_heads)}
+    own_sizes = [teachers[name].vocab_size for name in of_heads]
     counts = [len(outputs.extras) for outputs in frozen.values()]
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]
 
@@ -135,5 +136,5 @@ def compare_outputs(
         loss, student.hidden, student.head, [hidden for hidden, _ in of_heads.values()],
         [head for _, head in of_heads.values()], coefficient,
         *(array for outputs in frozen.values() for array in outputs.extras), *extras,
-        tied=(student.tied, [frozen[name].tied for name in of_heads]), **options,
+        tied=(student.tied, [frozen[name].tied for name in of_heads]), frozen_vocab_sizes=own_sizes or None, **options,
     )  # fmt: skip

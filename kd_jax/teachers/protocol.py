@@ -36,9 +36,11 @@ class Teacher(Protocol):
 
     Attributes:
       measures: the names of the values of `measure`.
+      vocab_size: the number of the teacher's ids, if the teacher has a vocabulary of its own; None for the student's.
       is_whole: True if the teacher's side of a comparison is a distribution over the whole vocabulary.
     """
 
+    vocab_size: int | None = None
     is_whole: ClassVar[bool] = True
     measures: ClassVar[tuple[str, ...]] = ("forward_kl", "reverse_kl", "total_variation", "top1_agreement")
 
