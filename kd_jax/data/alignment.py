@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.storage.files import Json
@@ -183,6 +183,18 @@ class ByteReader:
             if unicodedata.combining(decoded[i]):
                 bytes_before[i] = bytes_before[i + 1]
         return Reading(ids, np.maximum.accumulate(bytes_before[np.maximum(of_text, 0)]))
+
+
+def begins_word(reader: ByteReader) -> Bool[np.ndarray, " V"]:
+    """Returns True for each id that begins a word or ends the text: after such an id, the word before has ended.
+
+    These are the ids whose text begins with a space, a tab or a line break, and the special tokens.
+    """
+    tokenizer = reader.tokenizer
+    pieces = reader.pieces or [tokenizer.decode([i], skip_special_tokens=False).encode() for i in range(tokenizer.vocab_size)]
+    begins = [piece[:1] in (b" ", b"\t", b"\n", b"\r") for piece in pieces]
+    special = set(tokenizer.end_ids) | {tokenizer.pad_id} | ({tokenizer.bos_id} - {None})
+    return np.array([space or i in special or tokenizer.is_added(i) for i, space in enumerate(begins)])
 
 
 def pieces_of(fields: Json, vocabulary: Mapping[str, int]) -> tuple[bytes, ...] | None:

@@ -17,6 +17,7 @@ from kd_jax.run.checks import check_room, check_sampling, check_term, check_view
 from kd_jax.run.line_arrays import LineArrays
 from kd_jax.run.models import Models, Writer
 from kd_jax.run.ranking import check_order, load_order
+from kd_jax.run.span_checks import check_spans
 from kd_jax.run.view_prompts import columns_read, load_texts
 from kd_jax.settings import Settings, name_of
 from kd_jax.storage import remote
@@ -43,6 +44,7 @@ def make_source(config: Settings, terms: tuple[Term, ...]) -> Source:
         raise ValueError(f"prefixes: {error}") from error
     for term in terms:
         check_term(config, source, term)
+    check_spans(config, source, terms)
     check_views(config, source, terms)
     if config.text.name and not any(term.rows == "text" for term in terms):
         raise ValueError(
@@ -207,7 +209,7 @@ def load_responses(
         ids = [(row["prompt_ids"], row["response_ids"]) for row in written]
         tokenized = data.from_ids(ids, tokenizer, max_length=options.max_length, loss_on=options.loss_on)
     packed, row_counts = _packed(config, *tokenized)
-    texts = [{**row, "response": row.get("reference", "")} for row in written]
+    texts = [{**row, "response": row.get("reference", ""), "written": row["response"]} for row in written]
     return packed, {"prompts": len(rows)} | row_counts, texts
 
 

@@ -9,11 +9,16 @@ import numpy as np
 import optax
 import pytest
 
+from configs import base
+from kd_jax import data, models, train
+from kd_jax.data.alignment import ByteReader
 from kd_jax.objectives import make_terms
 from kd_jax.objectives.span_terms import OF_STUDENT
 from kd_jax.teachers.aligned import Aligned, AlignedRow, aligned_arrays
 from kd_jax.train_step import init_state, make_train_step
 from tests.helpers.axes import CASES, arrays, closed, numbered
+from tests.helpers.folders import llama
+from tests.helpers.runs import smoke
 from tests.helpers.steps import Logits
 
 DIVERGENCES = {
@@ -98,3 +103,63 @@ def test_published_loss_and_gradient_of_a_step(key):
     np.testing.assert_allclose(loss, arrays()[f"{key}/loss"], rtol=1e-9)
     np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
     np.testing.assert_allclose(metrics["spans/loss"][0] / metrics["spans/loss"][1], loss, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    """A small teacher with a tokenizer like Llama 2's."""
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    tokenizer = data.Tokenizer.load(llama(tmp_path_factory.mktemp("tokenizer")))
+    sizes = dict(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_positions=256)
+    model = models.from_config(models.ModelConfig(family="llama", vocab_size=tokenizer.vocab_size + 3, **sizes))
+    models.save_pretrained(folder, model, model.init(jax.random.key(5)), tokenizer)
+    return folder
+
+
+LIKELIHOOD = {"name": "likelihood", "divergence": {"name": "binary_kl", "temperature": 10.0}}
+
+
+def config_of(data_dir, folder, spans=LIKELIHOOD, **changes):
+    """Returns the config of a run with a teacher whose tokenizer differs from the student's."""
+    config = smoke("sft", data_dir, teacher__path=str(folder), tokenizer__path="package:docstrings_teacher")
+    base.set_terms(config, spans=base.term(kind="spans", spans=spans))
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+def check_spans(run, batch):
+    """Checks that the tokens of each span of a batch are the same text in both models. Returns the number of spans."""
+    student, teacher = run.tokenizer, run.models.writer.tokenizer
+    count = 0
+    for i, of_student in enumerate(batch[OF_STUDENT]):
+        of_teacher = batch["teacher_span_of_teacher"][i]
+        assert set(of_student.tolist()) == set(of_teacher.tolist()) | {-1}
+        for index in range(of_student.max() + 1):
+            ids = batch["targets"][i][of_student == index], batch["teacher_span_targets"][i][of_teacher == index]
+            texts = [ByteReader(tokenizer).join(row.tolist()) for tokenizer, row in zip((student, teacher), ids, strict=True)]
+            if index == of_student.max() and ids[0][-1] == student.eos_id:
+                assert ids[1].tolist() == [teacher.eos_id]
+            else:
+                assert texts[0].strip() == texts[1].strip() and len(texts[1]) - len(texts[0]) in (0, 1)
+            count += 1
+        assert np.all(batch["loss_mask"][i][of_student >= 0])
+    return count
+
+
+@pytest.mark.usefixtures("one_device")
+def test_off_policy_rows_are_aligned(data_dir, teacher_folder):
+    run = train.build(config_of(data_dir, teacher_folder))
+    batch = run.feed.next(0, None)
+    assert check_spans(run, batch) > 40
+    prompts = [row[mask].tolist() for row, mask in zip(batch["teacher_span_tokens"], batch["teacher_span_mask"], strict=True)]
+    assert all(ids[0] == run.models.writer.tokenizer.bos_id for ids in prompts)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_responses_of_the_student_are_aligned(data_dir, teacher_folder):
+    run = train.build(config_of(data_dir, teacher_folder, prefixes={"name": "student"}))
+    params = run.init_state().params
+    batch = run.feed.next(0, params)
+    assert check_spans(run, batch) > 20
+    state, metrics = run.train_step(run.init_state(), run.models.frozen_params, run.put(batch))
+    assert np.isfinite(metrics["loss"][0]) and metrics["loss"][0] > 0
