@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from configs import base
-from kd_jax import data, models, train
+from kd_jax import data, models, span_divergences, spans, train
 from kd_jax.data.alignment import ByteReader
 from kd_jax.objectives import make_terms
 from kd_jax.objectives.span_terms import OF_STUDENT
@@ -163,3 +163,77 @@ def test_responses_of_the_student_are_aligned(data_dir, teacher_folder):
     assert check_spans(run, batch) > 20
     state, metrics = run.train_step(run.init_state(), run.models.frozen_params, run.put(batch))
     assert np.isfinite(metrics["loss"][0]) and metrics["loss"][0] > 0
+
+
+WITH_ENDS = LIKELIHOOD | {"word_ends": True, "join_at_most": 0.4}
+
+
+def whole_loss(run, batch, spec, params):
+    """Returns the loss from the logits of all tokens, in one piece."""
+    teacher, frozen = run.models.compared_teacher, run.models.frozen_params
+    log_probs = {}
+    for name, model, of_model, tokens, mask in (
+        ("teacher", teacher.model, frozen, "teacher_span_tokens", "teacher_span_mask"),
+        ("student", run.models.student, params, "tokens", "mask"),
+    ):
+        size = teacher.vocab_size if name == "teacher" else run.tokenizer.vocab_size
+        hidden, (head, tied) = model.hidden(of_model, batch[tokens], batch[mask]), model.stored_head(of_model)
+        log_probs[name] = jax.nn.log_softmax((hidden @ (head.T if tied else head))[..., :size])
+    of_student, of_teacher = np.asarray(batch[OF_STUDENT]), np.asarray(batch["teacher_span_of_teacher"])
+    picked = {
+        "student": np.asarray(batch["targets"]), "teacher": np.asarray(batch["teacher_span_targets"])
+    }  # fmt: skip
+    begins = {"teacher": teacher.begins_word, "student": teacher.student_begins_word}
+    values = []
+    for row in range(len(of_student)):
+        sums = {"student": 0.0, "teacher": 0.0}
+        for index in range(of_student[row].max() + 1):
+            at = {"student": np.flatnonzero(of_student[row] == index), "teacher": np.flatnonzero(of_teacher[row] == index)}
+            if spec["name"] == "sorted_distance":
+                values.append(spans.sorted_distance(*(log_probs[name][row, at[name][0]] for name in ("teacher", "student"))))
+                continue
+            following = {name: int(where[-1]) + 1 for name, where in at.items()}
+            known = following["student"] < len(of_student[row]) and batch["loss_mask"][row, following["student"]]
+            known &= following["teacher"] < len(of_teacher[row]) and batch["teacher_span_mask"][row, following["teacher"]]
+            end = {}
+            for name in ("student", "teacher"):
+                of_row = log_probs[name][row]
+                sums[name] = sums[name] + of_row[at[name], picked[name][row, at[name]]].sum()
+                end[name] = jax.nn.logsumexp(of_row[following[name]][begins[name]]) if known else 0.0
+            if spec.get("join_at_most") and known and index < of_student[row].max():
+                if np.exp(float(end["teacher"])) <= spec["join_at_most"]:
+                    continue
+            pair = [jnp.minimum(sums[n] + (end[n] if spec.get("word_ends") else 0.0), 0) for n in ("teacher", "student")]
+            values.append(span_divergences.binary_kl(*pair, temperature=spec["divergence"]["temperature"]))
+            sums = {"student": 0.0, "teacher": 0.0}
+    return sum(values) / len(values)
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize(
+    "spec, prefixes",
+    [
+        (WITH_ENDS, "data"),
+        pytest.param(LIKELIHOOD, "data", marks=pytest.mark.slow),
+        pytest.param({"name": "sorted_distance"}, "data", marks=pytest.mark.slow),
+        pytest.param(WITH_ENDS, "student", marks=pytest.mark.slow),
+        pytest.param({"name": "sorted_distance"}, "student", marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_equals_the_loss_from_all_logits(data_dir, teacher_folder, spec, prefixes):
+    """Also with two microbatches on a mesh of eight devices."""
+    config = config_of(data_dir, teacher_folder, spec, prefixes={"name": prefixes}, clip_norm=1e9)
+    run = train.build(config)
+    params = run.init_state().params
+    batch = run.feed.next(0, params)
+    state, metrics = run.train_step(run.init_state(), run.models.frozen_params, run.put(batch))
+    expected, gradient = jax.value_and_grad(partial(whole_loss, run, batch, spec))(params)
+    np.testing.assert_allclose(metrics["loss"][0], expected, rtol=2e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"][0], optax.tree.norm(gradient), rtol=1e-3)  # cancellation in float32
+    config.update_from_flattened_dict({"microbatches": 2, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    other = train.build(config)
+    new, found = other.train_step(other.init_state(), other.models.frozen_params, other.put(batch))
+    np.testing.assert_allclose(found["loss"][0], metrics["loss"][0], rtol=1e-5)
+    np.testing.assert_allclose(found["gradient_norm"][0], metrics["gradient_norm"][0], rtol=1e-3)
+    for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
