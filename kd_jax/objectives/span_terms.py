@@ -161,7 +161,7 @@ SpanLoss = SpanLikelihood | SortedDistance
 
 
 def likelihood(
-    divergence: Spec = "binary_kl", word_ends: bool = False, join_at_most: float = 0.0
+    *, divergence: Spec = "binary_kl", word_ends: bool = False, join_at_most: float = 0.0
 ) -> SpanLikelihood:  # fmt: skip
     """Returns the divergence of the likelihoods of each span, as approximate likelihood matching compares them.
 
@@ -179,7 +179,7 @@ def likelihood(
     return SpanLikelihood(resolve.bind(divergence, span_divergences), bool(word_ends), float(join_at_most))
 
 
-def sorted_distance(temperature: float = 1.0) -> SortedDistance:
+def sorted_distance(*, temperature: float = 1.0) -> SortedDistance:
     """Returns the sorted distance at the first token of each span, as universal logit distillation compares them.
 
     Args:

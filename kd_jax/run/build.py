@@ -253,7 +253,7 @@ def _load_models(
     caches: dict[str, Cache],
 ) -> Models:
     """Loads the models of the run. A cache replaces the teacher, or a member."""
-    needs_teacher = any(term.needs_teacher for term in terms)
+    needs_teacher = any("teacher" in term.members for term in terms)
     compares_spans = any(term.spans is not None for term in terms)
     own_tokenizer = compares_spans or learns_from_text(settings, source, terms)
     tokenizer = load_tokenizer(settings, own_tokenizer)

@@ -153,9 +153,9 @@ def load_text(config: Settings, tokenizer: data.Tokenizer) -> data.Rows:
 
 
 def learns_from_text(config: Settings, source: Source, terms: tuple[Term, ...]) -> bool:
-    """Returns True if the student learns only from the teacher's text, so that both may have different tokenizers."""
-    from_responses = isinstance(source, prefixes.teacher) and config.student.init != "layers"
-    return from_responses and not any(term.needs_teacher for term in terms)
+    """Returns True if the student learns at most from the teacher's text, so that both may have different tokenizers."""
+    uses_tokens = "teacher" in source.authors or config.sampling.teacher_share or config.student.init == "layers"
+    return not uses_tokens and not any("teacher" in term.members for term in terms)
 
 
 def load_responses(

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 from configs import base
 from kd_jax import data, models, span_divergences, spans, train
 from kd_jax.data.alignment import ByteReader
 from kd_jax.objectives import make_terms
 from kd_jax.objectives.span_terms import OF_STUDENT
+from kd_jax.prefixes import rollouts
 from kd_jax.teachers.aligned import Aligned, AlignedRow, aligned_arrays
 from kd_jax.train_step import init_state, make_train_step
 from tests.helpers.axes import CASES, arrays, closed, numbered
@@ -237,3 +239,70 @@ def test_a_step_equals_the_loss_from_all_logits(data_dir, teacher_folder, spec, 
     np.testing.assert_allclose(found["gradient_norm"][0], metrics["gradient_norm"][0], rtol=1e-3)
     for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_runs_that_need_no_common_vocabulary_have_any_teacher(data_dir, teacher_folder, tmp_path, monkeypatch):
+    """The student learns from text that the teacher wrote, or only from the data."""
+    own = dict(teacher__path=str(teacher_folder), tokenizer__path="package:docstrings_teacher")
+    run = train.build(smoke("sft", data_dir, **own))
+    assert run.models.writer is not None and run.models.teacher is None
+    assert "forward_kl" not in run.evaluate(run.init_state().params)
+
+    def answer(sampler, model, params, prompts, *args):
+        """Returns rows in which the teacher answers each prompt with an emoji and its end token."""
+        assert model is not run.models.student
+        tokenizer, rows = sampler.tokenizer, []
+        response = [*tokenizer.encode_pairs([("\n", "Say it 🙂")])[0][1], tokenizer.eos_id]
+        tokens = np.full((len(prompts), sampler.max_length + 1), tokenizer.pad_id, np.int32)
+        for i, prompt in enumerate(prompts):
+            rows.append([*prompt, *response])
+            tokens[i, : len(rows[i])] = rows[i]
+        lengths, prompt_lengths = np.array([*map(len, rows)]), np.array([*map(len, prompts)])
+        return dict(tokens=tokens, lengths=lengths, prompt_lengths=prompt_lengths, origin=np.ones(len(rows), np.int32))
+
+    monkeypatch.setattr(rollouts.Sampler, "rows", answer)
+    changes = own | dict(prefixes__num_rows=16, sampling__max_new_tokens=16, data__data_dir=str(tmp_path))
+    run = train.build(smoke("seqkd", tmp_path, **changes))
+    batch = run.feed.next(0, None)
+    texts = [run.tokenizer.decode(row[mask]) for row, mask in zip(batch["targets"], batch["loss_mask"], strict=True)]
+    assert set(texts) == {"Say it 🙂"}
+    config = smoke("seqkd", tmp_path, **changes)
+    config.objective.terms.spans = base.term(kind="spans", spans=LIKELIHOOD)
+    run = train.build(config)  # spans of the teacher's own text
+    assert check_spans(run, run.feed.next(0, None)) >= 8 * 3
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(teacher__path=""), "objective.terms.spans has kind='spans', which compares the student with another model"),
+        (dict(teacher__path="student"), "teacher.path='student'"),
+        (dict(teacher__cache="folder"), "teacher.cache='folder' has values at the student's tokens"),
+        (dict(teacher__view={"name": "template", "text": "{prompt}"}), "teacher.view='template'"),
+        (dict(student__init="layers", student__layers=(0,)), "student.init='layers' copies the teacher's embedding"),
+        (dict(data__packing="rows"), "data.packing='rows' join rows"),
+        (dict(prefixes={"name": "paired"}), "prefixes.name='paired' the teacher samples tokens"),
+        (dict(sampling__teacher_share=0.2, prefixes={"name": "student"}), "sampling.teacher_share=0.2"),
+        (dict(objective__temperature=2.0), "objective.temperature=2.0"),
+        (dict(objective__terms__spans__spans={"name": "likelihod"}), "did you mean 'likelihood'"),
+        (dict(objective__terms__spans__spans__divergence={"name": "binary_kl", "temperature": 0}), "temperature"),
+        (dict(objective__terms__spans__spans__join_at_most=1.5), "join_at_most"),
+        (dict(objective__terms__spans__tokens={"name": "first", "count": 2, "divide_by": "all"}), "compares spans of several"),
+        (dict(objective__terms__spans__vocabulary={"support": "teacher_top_k", "k": 2}), "vocabulary=.* goes with kind='div"),
+        (dict(objective__terms__kl=base.term()), "objective.terms.kl compares distributions over one vocabulary"),
+        (dict(objective__terms__spans=None, objective__terms__kl=base.term()), "or compare spans of text with a term of"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_refused(data_dir, teacher_folder, changes, message):
+    config = config_of(data_dir, teacher_folder)
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        part = config
+        for name in path:
+            part = part[name]
+        with part.unlocked():
+            part[last] = ConfigDict(value) if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=message):
+        train.build(config)
