@@ -268,7 +268,7 @@ def test_runs_that_need_no_common_vocabulary_have_any_teacher(data_dir, teacher_
     texts = [run.tokenizer.decode(row[mask]) for row, mask in zip(batch["targets"], batch["loss_mask"], strict=True)]
     assert set(texts) == {"Say it 🙂"}
     config = smoke("seqkd", tmp_path, **changes)
-    config.objective.terms.spans = base.term(kind="spans", spans=LIKELIHOOD)
+    base.set_terms(config, labels=base.hard_labels(), spans=base.term(kind="spans", spans=LIKELIHOOD))
     run = train.build(config)  # spans of the teacher's own text
     assert check_spans(run, run.feed.next(0, None)) >= 8 * 3
 
@@ -280,7 +280,7 @@ def test_runs_that_need_no_common_vocabulary_have_any_teacher(data_dir, teacher_
         (dict(teacher__path=""), "objective.terms.spans has kind='spans', which compares the student with another model"),
         (dict(teacher__path="student"), "teacher.path='student'"),
         (dict(teacher__cache="folder"), "teacher.cache='folder' has values at the student's tokens"),
-        (dict(teacher__view={"name": "template", "text": "{prompt}"}), "teacher.view='template'"),
+        (dict(teacher__view={"name": "template", "text": "{prompt}{response}"}), "teacher.view='template'"),
         (dict(student__init="layers", student__layers=(0,)), "student.init='layers' copies the teacher's embedding"),
         (dict(data__packing="rows"), "data.packing='rows' join rows"),
         (dict(prefixes={"name": "paired"}), "prefixes.name='paired' the teacher samples tokens"),
