@@ -15,7 +15,17 @@ from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
 
-from kd_jax import assistants, data, divergences, logit_transforms, span_divergences, supports, temperatures, token_weights, views
+from kd_jax import (
+    assistants,
+    data,
+    divergences,
+    logit_transforms,
+    span_divergences,
+    supports,
+    temperatures,
+    token_weights,
+    views,
+)
 from kd_jax.command_help import first_sentence
 from kd_jax.divergences import of_one
 from kd_jax.objectives import span_terms

@@ -191,7 +191,9 @@ def begins_word(reader: ByteReader) -> Bool[np.ndarray, " V"]:
     These are the ids whose text begins with a space, a tab or a line break, and the special tokens.
     """
     tokenizer = reader.tokenizer
-    pieces = reader.pieces or [tokenizer.decode([i], skip_special_tokens=False).encode() for i in range(tokenizer.vocab_size)]
+    pieces = reader.pieces or [
+        tokenizer.decode([i], skip_special_tokens=False).encode() for i in range(tokenizer.vocab_size)
+    ]
     begins = [piece[:1] in (b" ", b"\t", b"\n", b"\r") for piece in pieces]
     special = set(tokenizer.end_ids) | {tokenizer.pad_id} | ({tokenizer.bos_id} - {None})
     return np.array([space or i in special or tokenizer.is_added(i) for i, space in enumerate(begins)])

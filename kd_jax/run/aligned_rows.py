@@ -191,7 +191,9 @@ def _align(
     of_student, of_teacher = np.full(len(ids) - 1, -1, np.int32), np.full(max(len(tokens) - 1, 0), -1, np.int32)
     # The target at position t is the token t + 1, and the first token of a row is no target.
     found = found + np.array([prompt_length - 1] * 2 + [len(prompt) - 1] * 2)
-    is_used = (found[:, 0] >= 0) & (found[:, 2] >= 0) & (found[:, 3] <= len(of_teacher)) & (found[:, 1] <= len(of_student))
+    is_used = (
+        (found[:, 0] >= 0) & (found[:, 2] >= 0) & (found[:, 3] <= len(of_teacher)) & (found[:, 1] <= len(of_student))
+    )
     for index, (start, stop, first, after) in enumerate(found[is_used].tolist()):
         of_student[start:stop], of_teacher[first:after] = index, index
     return AlignedRow(tokens, of_teacher, of_student)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from configs import base
 from kd_jax import data, models, span_divergences, spans, train
 from kd_jax.data.alignment import ByteReader
+from kd_jax.models.paths import folder
 from kd_jax.objectives import make_terms
 from kd_jax.objectives.span_terms import OF_STUDENT
 from kd_jax.prefixes import rollouts
@@ -20,7 +21,7 @@ from kd_jax.teachers.aligned import Aligned, AlignedRow, aligned_arrays
 from kd_jax.train_step import init_state, make_train_step
 from tests.helpers.axes import CASES, arrays, closed, numbered
 from tests.helpers.folders import llama
-from tests.helpers.runs import smoke
+from tests.helpers.runs import WHOLE, assert_same_run, smoke, until
 from tests.helpers.steps import Logits
 
 DIVERGENCES = {
@@ -138,7 +139,9 @@ def check_spans(run, batch):
         assert set(of_student.tolist()) == set(of_teacher.tolist()) | {-1}
         for index in range(of_student.max() + 1):
             ids = batch["targets"][i][of_student == index], batch["teacher_span_targets"][i][of_teacher == index]
-            texts = [ByteReader(tokenizer).join(row.tolist()) for tokenizer, row in zip((student, teacher), ids, strict=True)]
+            texts = [
+                ByteReader(tokenizer).join(row.tolist()) for tokenizer, row in zip((student, teacher), ids, strict=True)
+            ]
             if index == of_student.max() and ids[0][-1] == student.eos_id:
                 assert ids[1].tolist() == [teacher.eos_id]
             else:
@@ -153,7 +156,9 @@ def test_off_policy_rows_are_aligned(data_dir, teacher_folder):
     run = train.build(config_of(data_dir, teacher_folder))
     batch = run.feed.next(0, None)
     assert check_spans(run, batch) > 40
-    prompts = [row[mask].tolist() for row, mask in zip(batch["teacher_span_tokens"], batch["teacher_span_mask"], strict=True)]
+    prompts = [
+        row[mask].tolist() for row, mask in zip(batch["teacher_span_tokens"], batch["teacher_span_mask"], strict=True)
+    ]
     assert all(ids[0] == run.models.writer.tokenizer.bos_id for ids in prompts)
 
 
@@ -190,13 +195,20 @@ def whole_loss(run, batch, spec, params):
     for row in range(len(of_student)):
         sums = {"student": 0.0, "teacher": 0.0}
         for index in range(of_student[row].max() + 1):
-            at = {"student": np.flatnonzero(of_student[row] == index), "teacher": np.flatnonzero(of_teacher[row] == index)}
+            at = {
+                "student": np.flatnonzero(of_student[row] == index),
+                "teacher": np.flatnonzero(of_teacher[row] == index),
+            }
             if spec["name"] == "sorted_distance":
-                values.append(spans.sorted_distance(*(log_probs[name][row, at[name][0]] for name in ("teacher", "student"))))
+                values.append(
+                    spans.sorted_distance(*(log_probs[name][row, at[name][0]] for name in ("teacher", "student")))
+                )
                 continue
             following = {name: int(where[-1]) + 1 for name, where in at.items()}
             known = following["student"] < len(of_student[row]) and batch["loss_mask"][row, following["student"]]
-            known &= following["teacher"] < len(of_teacher[row]) and batch["teacher_span_mask"][row, following["teacher"]]
+            known &= (
+                following["teacher"] < len(of_teacher[row]) and batch["teacher_span_mask"][row, following["teacher"]]
+            )
             end = {}
             for name in ("student", "teacher"):
                 of_row = log_probs[name][row]
@@ -205,7 +217,9 @@ def whole_loss(run, batch, spec, params):
             if spec.get("join_at_most") and known and index < of_student[row].max():
                 if np.exp(float(end["teacher"])) <= spec["join_at_most"]:
                     continue
-            pair = [jnp.minimum(sums[n] + (end[n] if spec.get("word_ends") else 0.0), 0) for n in ("teacher", "student")]
+            pair = [
+                jnp.minimum(sums[n] + (end[n] if spec.get("word_ends") else 0.0), 0) for n in ("teacher", "student")
+            ]
             values.append(span_divergences.binary_kl(*pair, temperature=spec["divergence"]["temperature"]))
             sums = {"student": 0.0, "teacher": 0.0}
     return sum(values) / len(values)
@@ -231,7 +245,9 @@ def test_a_step_equals_the_loss_from_all_logits(data_dir, teacher_folder, spec, 
     state, metrics = run.train_step(run.init_state(), run.models.frozen_params, run.put(batch))
     expected, gradient = jax.value_and_grad(partial(whole_loss, run, batch, spec))(params)
     np.testing.assert_allclose(metrics["loss"][0], expected, rtol=2e-5)
-    np.testing.assert_allclose(metrics["gradient_norm"][0], optax.tree.norm(gradient), rtol=1e-3)  # cancellation in float32
+    np.testing.assert_allclose(
+        metrics["gradient_norm"][0], optax.tree.norm(gradient), rtol=1e-3
+    )  # cancellation in float32
     config.update_from_flattened_dict({"microbatches": 2, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
     other = train.build(config)
     new, found = other.train_step(other.init_state(), other.models.frozen_params, other.put(batch))
@@ -306,3 +322,59 @@ def test_settings_that_do_not_fit_are_refused(data_dir, teacher_folder, changes,
             part[last] = ConfigDict(value) if isinstance(value, dict) else value
     with pytest.raises(ValueError, match=message):
         train.build(config)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
+def test_a_run_ends_with_a_student(data_dir, teacher_folder, tmp_path):
+    """The run evaluates, samples answers, and saves the student with the student's tokenizer."""
+    config = config_of(data_dir, teacher_folder, WITH_ENDS, prefixes={"name": "mixture", "fraction": 0.5}, steps=4)
+    result = train.train(config, str(tmp_path / "run"), quiet=True)
+    assert np.isfinite(result["after"]["cross_entropy"]) and "forward_kl" not in result["after"]
+    assert (
+        data.Tokenizer.load(tmp_path / "run" / "student").vocabulary()
+        == data.Tokenizer.load(folder("package:docstrings_teacher")).vocabulary()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("prefixes", ["data", "student"])
+def test_a_killed_run_goes_on_exactly(data_dir, teacher_folder, tmp_path, prefixes):
+    changes = dict(prefixes={"name": prefixes}) | WHOLE
+    config = config_of(data_dir, teacher_folder, WITH_ENDS, **changes)
+    train.train(config, str(tmp_path / "whole"), quiet=True)
+    again = until(2, tmp_path / "whole", tmp_path / "again")
+    train.train(config, str(again), quiet=True)
+    assert_same_run(tmp_path / "whole", again)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("method", ["alm", "uld"])
+def test_the_loss_of_spans_falls(data_dir, method):
+    """The trained teacher of the package reads tokens of its own, which are the student's tokens here."""
+    config = smoke(method, data_dir, steps=60)
+    config.objective.terms.labels = None
+    run = train.build(config)
+    state, losses = run.init_state(), []
+    for step in range(config.steps):
+        state, sums = run.train_step(state, run.models.frozen_params, run.batch(step, state.params))
+        losses.append(float(sums["distil/loss"][0] / sums["distil/loss"][1]))
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+@pytest.mark.usefixtures("one_device")
+def test_rows_whose_text_is_not_known_have_no_span(data_dir, teacher_folder):
+    """A student may sample bytes that are no text. Other rows of the batch keep their spans."""
+    run = train.build(config_of(data_dir, teacher_folder, prefixes={"name": "student"}))
+    aligned, tokenizer = run.feed._rollout_arrays.aligned, run.tokenizer
+    half = tokenizer.vocabulary()["Ċ"], tokenizer.vocabulary()["ł"]  # a line break, and a byte that begins no character
+    rows = [[5, 6, 7, half[1], half[0]], [5, 6, 7, *tokenizer.encode("the sum"), tokenizer.eos_id], [5, 6, 7]]
+    tokens = np.full((3, aligned.length + 1), tokenizer.pad_id, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    sampled = dict(tokens=tokens, lengths=np.array([*map(len, rows)]), prompt_lengths=np.full(3, 3))
+    batch = aligned.of_rollouts(aligned.with_arrays(sampled, np.arange(3)))
+    assert np.all(batch[OF_STUDENT][[0, 2]] == -1) and np.all(batch["teacher_span_of_teacher"][[0, 2]] == -1)
+    assert batch[OF_STUDENT][1].max() >= 1
