@@ -12,7 +12,6 @@ from jaxtyping import Array, Int, PyTree
 
 from kd_jax.objectives import Term
 from kd_jax.objectives.prepared import Metrics, PreparedTerm, States, as_real, counted_tokens, prepare, where
-from kd_jax.objectives.span_terms import OF_TEACHER, SpanLikelihood
 from kd_jax.objectives.terms import count_apart, counted_gradient, evaluate_score
 from kd_jax.teachers import Outputs, Teacher, for_terms, teacher_arrays
 from kd_jax.teachers.compare import compare_outputs, frozen_outputs, student_outputs
@@ -327,9 +326,8 @@ class Step:
         early: list[dict[str, Array]] = [{} for _ in self.terms]
         for column, (i, label) in enumerate(labels):
             early[i][label] = values[..., column]
-        for i, term in enumerate(self.terms):
-            if isinstance(term.spans, SpanLikelihood):
-                early[i] |= dict(zip(OF_TEACHER, frozen["teacher"].extras, strict=False))
+        for of_term, term in zip(early, self.terms, strict=True):
+            of_term |= term.scores_of_spans(frozen)
         return early
 
     def _plain_arrays(self, term: Term, states: States, state: TrainState) -> dict[str, Array]:

@@ -18,12 +18,13 @@ from jaxtyping import Bool, Int
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.storage.files import Json
 
+Ends = Sequence[int] | Int[np.ndarray, " N"]
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # The steps of a decoder that leave the bytes of each token as they are, apart from those that `_replacements` finds.
 PLAIN_STEPS = ("ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip")
 
 
-def common_spans(first_ends: Sequence[int], second_ends: Sequence[int]) -> Int[np.ndarray, "S 6"]:
+def common_spans(first_ends: Ends, second_ends: Ends) -> Int[np.ndarray, "S 6"]:
     """Returns the finest common spans of two tokenisations of a text, in time linear in the length of the text.
 
     Bytes after the last common boundary are in no span. A token without a byte of its own, such as the space that

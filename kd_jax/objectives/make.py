@@ -1,7 +1,6 @@
 """Makes the terms of the objective from their description in a config, and checks all of them."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -24,7 +23,7 @@ from kd_jax import (
 from kd_jax.divergences import of_one
 from kd_jax.objectives.comparison import Arrays, Comparison, Logits, Temperatures, check_pair, cross_entropy
 from kd_jax.objectives.span_terms import SpanLoss, make_spans
-from kd_jax.objectives.spec import TermSpec, check_keys, has_function, name_of_call
+from kd_jax.objectives.spec import TermSpec, check_keys, has_function, name_of_call, values_by_column
 from kd_jax.objectives.terms import ROWS, Term, needs_scores
 from kd_jax.objectives.token_arrays import AVERAGES
 from kd_jax.policy_gradient import Scores
@@ -81,7 +80,7 @@ def _make_term(
             if spec[key] not in known:
                 raise ValueError(f"{key}={spec[key]!r} is not one of {', '.join(known)}.")
         kind, rule, gate = spec["kind"], make_rule(spec["tokens"]), make_gate(spec["row_gate"])
-        where = _values_by_column(spec["where"])
+        where = values_by_column(spec["where"])
         check_keys(spec)
         signals: Callable[[Scores], dict[str, Array]] | None = None
         reward_members, numbers, temperature_rule, read = {"teacher": 1.0}, {}, None, ()
@@ -112,19 +111,6 @@ def _make_term(
     )  # fmt: skip
     _check_own_values(term)
     return dataclasses.replace(term, members=_members_of(term))
-
-
-def _values_by_column(where: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Returns the key `where` with a tuple of texts for each column."""
-    found = {}
-    for column, values in where.items():
-        listed = tuple(values) if isinstance(values, list | tuple) else (values,)
-        if not listed or not all(isinstance(value, str | int | float) for value in listed):
-            raise ValueError(
-                f"where={dict(where)!r}: the value of {column} must be a text, a number, or a list of these."
-            )
-        found[column] = tuple(value if isinstance(value, str) else json.dumps(value) for value in listed)
-    return found
 
 
 def _check_own_values(term: Term) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Array
 from optax.schedules import StatefulSchedule
 
 from kd_jax.objectives.comparison import Arrays, Comparison, Logits
-from kd_jax.objectives.span_terms import SpanLikelihood, SpanLoss
+from kd_jax.objectives.span_terms import OF_TEACHER, SpanLikelihood, SpanLoss
 from kd_jax.policy_gradient import Scores
 from kd_jax.token_weights import scores as token_scores
 from kd_jax.token_weights.functions import Rule, Score, TokenFunction
@@ -110,10 +111,19 @@ class Term:
             found["log_q"] = "teacher", LOG_Q
         if self.needs_scores:
             found |= {f"log_p of {member}": (member, LOG_P) for member in self.reward_members}
-        if isinstance(self.spans, SpanLikelihood):
+        if self.takes_slopes and self.spans is not None:
             scores = {"log_q": LOG_Q, **self.spans.scores}
             found |= {label: ("teacher", of_token) for label, of_token in scores.items()}
         return found
+
+    def scores_of_spans(self, frozen: Mapping[str, Any]) -> dict[str, Array]:
+        """Returns the teacher's values of the spans, by label, from the outputs of the frozen models by name."""
+        return dict(zip(OF_TEACHER, frozen["teacher"].extras, strict=True)) if self.takes_slopes else {}
+
+    @property
+    def takes_slopes(self) -> bool:
+        """True if the term compares likelihoods of spans, whose gradient needs the likelihoods first."""
+        return isinstance(self.spans, SpanLikelihood)
 
     @property
     def needs_own_values_early(self) -> bool:

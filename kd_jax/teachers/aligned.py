@@ -92,6 +92,11 @@ class Aligned(Online):
     mesh: jax.sharding.Mesh | None = None
     measures: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def own_vocab_size(self) -> int | None:
+        """The number of ids of the teacher's tokenizer."""
+        return self.vocab_size
+
     def for_terms(self, terms: Sequence[Term]) -> "Aligned":
         """Returns the teacher that computes only the outputs that the terms read."""
         of_spans = [term.spans for term in terms if term.spans is not None]

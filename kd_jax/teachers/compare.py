@@ -117,7 +117,7 @@ def compare_outputs(
     pairs = {name: (outputs.hidden, outputs.head) for name, outputs in frozen.items()}
     of_heads = {name: (h, w) for name, (h, w) in pairs.items() if h is not None and w is not None}
     positions = {name: i for i, name in enumerate(of_heads)}
-    own_sizes = [teachers[name].vocab_size for name in of_heads]
+    own_sizes = [teachers[name].own_vocab_size for name in of_heads]
     counts = [len(outputs.extras) for outputs in frozen.values()]
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]
 
