@@ -191,8 +191,8 @@ def test_the_help_has_every_method_setting_key_and_flag():
         {"objective.terms.NAME": base.term().to_dict()}
     )
     specs = (
-        "optimizer", "learning_rate", "prefixes", "divergence", "assistant", "logits", "tokens", "row_gate", "vocabulary",
-        "reward", "policy.members", "spans", "data.order", "teacher.view",
+        "spans", "optimizer", "learning_rate", "prefixes", "divergence", "assistant", "logits", "tokens", "row_gate", "vocabulary",
+        "reward", "policy.members", "data.order", "teacher.view",
     )  # fmt: skip
     for key in declared:
         shown = next((key[: key.index(spec) + len(spec)] for spec in specs if f".{spec}." in f".{key}."), key)
