@@ -351,8 +351,8 @@ def test_a_killed_run_goes_on_exactly(data_dir, teacher_folder, tmp_path, prefix
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("method", ["alm", "uld"])
-def test_the_loss_of_spans_falls(data_dir, method):
+@pytest.mark.parametrize("method, share", [("alm", 0.8), ("uld", 0.9)])
+def test_the_loss_of_spans_falls(data_dir, method, share):
     """The trained teacher of the package reads tokens of its own, which are the student's tokens here."""
     config = smoke(method, data_dir, steps=60)
     config.objective.terms.labels = None
@@ -361,7 +361,7 @@ def test_the_loss_of_spans_falls(data_dir, method):
     for step in range(config.steps):
         state, sums = run.train_step(state, run.models.frozen_params, run.batch(step, state.params))
         losses.append(float(sums["distil/loss"][0] / sums["distil/loss"][1]))
-    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    assert np.mean(losses[-10:]) < share * np.mean(losses[:10])
 
 
 @pytest.mark.usefixtures("one_device")
