@@ -15,9 +15,20 @@ from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
 
-from kd_jax import assistants, data, divergences, logit_transforms, supports, temperatures, token_weights, views
+from kd_jax import (
+    assistants,
+    data,
+    divergences,
+    logit_transforms,
+    span_divergences,
+    supports,
+    temperatures,
+    token_weights,
+    views,
+)
 from kd_jax.command_help import first_sentence
 from kd_jax.divergences import of_one
+from kd_jax.objectives import span_terms
 from kd_jax.policy_gradient import reward_shapes
 from kd_jax.settings import Settings, Term, is_section, keys_of
 from kd_jax.token_weights import row_gates, scores
@@ -27,13 +38,14 @@ METHODS = (
     "sft", "seqkd", "forward_kl", "reverse_kl", "mixed_kl", "jensen_shannon", "total_variation", "alpha_divergence",
     "akl", "skew_kl", "abkd", "todi", "csd", "dkd", "atkd", "selectkd", "adakd", "pocl", "taid", "amid", "ensemble", "imitkd", "gkd",
     "distillm", "distillm2", "minillm", "opd", "vopd", "iw_opd", "fire_opd", "gopd", "eopd", "tip", "ta_opd", "tsd_kd",
-    "topk_opd", "opsd", "sdft", "sdpo",
+    "topk_opd", "opsd", "sdft", "sdpo", "alm", "uld",
 )  # fmt: skip
 TABLES = {
     "view": views, "divergence": divergences, "function of one member": of_one, "assistant": assistants, "support": supports,
     "rule of `tokens`": token_weights,
     "score of a token": scores, "row gate": row_gates, "transform of logits": logit_transforms,
     "temperature of each model": temperatures, "temperature of each token": of_scores, "reward": reward_shapes,
+    "comparison of spans": span_terms, "divergence of a span's likelihoods": span_divergences,
 }  # fmt: skip
 SHORT = {"teacher": "p", "student": "q", "assistant": "r"}
 
@@ -64,6 +76,8 @@ def _term(name: str, term: ConfigDict) -> tuple[str, ...]:
     end = ("; ".join(weights), "; ".join(schedules))
     if term.kind == "hard_labels":
         return f"{factor}-log q(token){rows}", "", "", "", *end
+    if term.kind == "spans":
+        return f"{factor}{_spec(term.spans)} of spans{rows}", "p, q", "", "", *end
     if term.kind == "policy_gradient":
         members = dict(term.policy.members)
         reward = "" if members == {"teacher": 1.0} else f", reward of {_weights(members)}"

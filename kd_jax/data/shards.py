@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from kd_jax.storage import remote, untrusted
+from kd_jax.storage import hub, remote, untrusted
 from kd_jax.storage.files import Json
 
 MAX_LINE = 16 * untrusted.MIB
@@ -35,12 +35,13 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def local_path(path: str) -> Path:
-    """Returns the local file or folder of an option such as `path`. A file at an address is copied first.
+    """Returns the local file or folder of an option such as `path`. A file at an address is copied first, and
+    files on the Hugging Face hub are downloaded.
 
     Raises:
       ValueError: there is no such file or folder, or the address is that of a folder.
     """
-    found = remote.local_file(path)
+    found = hub.data(path) if hub.is_hub(path) else remote.local_file(path)
     if not found.exists():
         raise ValueError(f"there is no file {path}.")
     return found

@@ -8,6 +8,12 @@ from tqdm import tqdm
 from kd_jax.data.limited import common_ids, differing_tokens, shown_difference, shown_tokens
 from kd_jax.data.tokenizer import Tokenizer
 
+# The uses of a teacher with another tokenizer, for a message.
+ACROSS = (
+    ", or compare spans of text with a term of kind='spans' (configs/alm.py), or learn from the teacher's text "
+    "(configs/seqkd.py)"
+)
+
 
 def fit_tokenizer(path: str, vocab_size: int, tokenizer: Tokenizer, who: str) -> Tokenizer:
     """Returns the tokenizer without the few added tokens for which a model has no ids. Removed tokens are printed.
@@ -68,8 +74,9 @@ def check_same_tokenizer(path: Path, tokenizer: Tokenizer, who: str) -> Tokenize
     except ValueError as error:
         raise ValueError(
             f"the {who}'s tokenizer ({path}, {model_tokenizer.vocab_size} ids) is not the run's ({tokenizer.vocab_size} ids): "
-            f"{shown_difference(different, who)}. A divergence compares id by id; choose models that share a tokenizer. The "
-            f"tokenizers may only differ in a few added tokens at the end. {error}"
+            f"{shown_difference(different, who)}. A divergence compares id by id; choose models that share a "
+            f"tokenizer{ACROSS if who == 'teacher' else ''}. The tokenizers may only differ in a few "
+            f"added tokens at the end. {error}"
         ) from error
     removed = [token for token, *_ in different]
     _print(

@@ -13,6 +13,7 @@ from kd_jax.data import limited, tokenizer_folder
 from kd_jax.data.tokenizer_json import named_errors, read_fields
 from kd_jax.storage import hub, untrusted
 from kd_jax.storage.checksum import digest
+from kd_jax.storage.files import Json
 
 NAMING = ("tokenizer_config.json", "special_tokens_map.json")  # the files that can name the end token
 
@@ -250,6 +251,10 @@ class Tokenizer:
     def vocabulary(self) -> dict[str, int]:
         """Returns the ids by token, added tokens included."""
         return self._backend.get_vocab(with_added_tokens=True)
+
+    def fields(self) -> Json:
+        """Returns the fields of tokenizer.json, as the library writes them."""
+        return json.loads(self._backend.to_str())
 
     def save(self, folder: str | Path) -> None:
         """Writes the files from which the tokenizer was loaded.

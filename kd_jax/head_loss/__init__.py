@@ -30,6 +30,7 @@ def token_sum(
     chunk: int | None = None,
     tied: tuple[bool, bool | Sequence[bool]] = (False, False),
     vocab_size: int | None = None,
+    frozen_vocab_sizes: Sequence[int | None] | None = None,
     temperature: float = 1.0,
     soft_caps: tuple[float | None, float | Sequence[float | None] | None] = (None, None),
     normalised: bool = True,
@@ -62,6 +63,8 @@ def token_sum(
         The embedding is then read without a transposed copy. With several frozen models, the second entry is a list.
       vocab_size: the number of token ids in use. Each head may have more columns. `token_loss` never sees these
         columns, and their gradient is 0.
+      frozen_vocab_sizes: for each frozen model the number of ids in use, or None for `vocab_size`. `token_loss` then gets
+        distributions over different numbers of ids.
       temperature: the divisor of both models' logits, applied after the soft caps.
       soft_caps: the caps of the student's and the teacher's logits: cap * tanh(logits / cap). With several frozen
         models, the second entry is None or a list.
@@ -95,16 +98,18 @@ def token_sum(
     widths = [
         head.shape[0 if is_tied else 1] for (_, head), is_tied in zip(pairs, all_tied, strict=True) if head is not None
     ]
-    for name, value, most in (("vocab_size", vocab_size, min(widths)), ("chunk", chunk, math.inf)):
+    sizes_of_frozen = list(frozen_vocab_sizes or [None] * len(frozen_hidden))
+    shared = [w for w, own in zip(widths, [None, *sizes_of_frozen], strict=False) if own is None]
+    for name, value, most in (("vocab_size", vocab_size, min(shared)), ("chunk", chunk, math.inf)):
         if value is not None and not 1 <= value <= most:
             limit = "" if most == math.inf else f" and at most {most}, the columns of the narrower output matrix"
             raise ValueError(f"{name}={value} must be at least 1{limit}; None chooses a value.")
     if measured and coefficient.ndim != 3:
         raise ValueError(f"measured={measured} needs a coefficient [B, L, K], not one of shape {coefficient.shape}.")
-    vocab_size = vocab_size or min(widths)
+    vocab_size = vocab_size or min(shared)
     to_student, *to_frozen = (
-        partial(_scores, vocab_size=vocab_size, temperature=temperature, soft_cap=cap, normalised=normalised)
-        for cap in caps
+        partial(_scores, vocab_size=own or vocab_size, temperature=temperature, soft_cap=cap, normalised=normalised)
+        for cap, own in zip(caps, [None, *sizes_of_frozen], strict=True)
     )
 
     def block_loss(

@@ -1,7 +1,6 @@
 """Makes the terms of the objective from their description in a config, and checks all of them."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,7 +12,8 @@ from optax.schedules import StatefulSchedule
 from kd_jax import divergences, policy_gradient, resolve, schedules
 from kd_jax.objectives.comparison import Arrays, Logits, cross_entropy
 from kd_jax.objectives.make_comparison import make_comparison, schedule_of
-from kd_jax.objectives.spec import TermSpec, check_keys
+from kd_jax.objectives.span_terms import SpanLoss, make_spans
+from kd_jax.objectives.spec import TermSpec, check_keys, values_by_column
 from kd_jax.objectives.terms import ROWS, Term
 from kd_jax.objectives.token_arrays import AVERAGES
 from kd_jax.policy_gradient import Scores
@@ -21,7 +21,7 @@ from kd_jax.settings import Config
 from kd_jax.token_weights.shapes import check_numbers
 from kd_jax.token_weights.specs import TokenFunction, make_gate, make_rule
 
-KINDS = ("divergence", "hard_labels", "policy_gradient")
+KINDS = ("divergence", "hard_labels", "policy_gradient", "spans")
 
 
 def make_terms(
@@ -67,16 +67,20 @@ def _make_term(
             if spec[key] not in known:
                 raise ValueError(f"{key}={spec[key]!r} is not one of {', '.join(known)}.")
         kind, rule, gate = spec["kind"], make_rule(spec["tokens"]), make_gate(spec["row_gate"])
-        where = _values_by_column(spec["where"])
+        where = values_by_column(spec["where"])
         check_keys(spec)
         signals: Callable[[Scores], dict[str, Array]] | None = None
         reward_members, numbers, temperature_rule, read = {"teacher": 1.0}, {}, None, ()
+        compared: SpanLoss | None = None
         if kind == "hard_labels":
             loss = partial(_hard_labels, temperature)
         elif kind == "policy_gradient":
             loss, signals = _policy_gradient(spec["policy"], teacher_share, max_new_tokens)
             reward_members = _reward_members(spec["policy"]["members"], members)
             read = tuple(reward_members)
+        elif kind == "spans":
+            loss = compared = make_spans(spec["spans"], temperature)
+            read = ("teacher",)
         else:
             loss, numbers, temperature_rule = make_comparison(spec, temperature, members)
             read = tuple(member for member in loss.members if member != "student")
@@ -90,7 +94,7 @@ def _make_term(
         raise ValueError(f"objective.terms.{name}: {error}") from error
     term = Term(
         name, loss, read, weight, coefficient, spec["rows"], spec["average"], numbers, signals, reward_members, rule, gate,
-        temperature_rule, temperature, where,
+        temperature_rule, temperature, where, compared,
     )  # fmt: skip
     if term.average == "batch_token" and term.divides_by_kept:
         raise ValueError(
@@ -99,19 +103,6 @@ def _make_term(
         )
     _check_own_values(term)
     return dataclasses.replace(term, members=_members_of(term))
-
-
-def _values_by_column(where: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Returns the key `where` with a tuple of texts for each column."""
-    found = {}
-    for column, values in where.items():
-        listed = tuple(values) if isinstance(values, list | tuple) else (values,)
-        if not listed or not all(isinstance(value, str | int | float) for value in listed):
-            raise ValueError(
-                f"where={dict(where)!r}: the value of {column} must be a text, a number, or a list of these."
-            )
-        found[column] = tuple(value if isinstance(value, str) else json.dumps(value) for value in listed)
-    return found
 
 
 def _check_own_values(term: Term) -> None:

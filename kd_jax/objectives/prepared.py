@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 from optax.schedules import StatefulSchedule
 
+from kd_jax.objectives.span_terms import OF_STUDENT
 from kd_jax.objectives.terms import ORIGINS, Term, checked_weights, drawn_log_probs
 from kd_jax.objectives.token_arrays import positions, positions_from_end, row_means, row_numbers, token_coefficients
 from kd_jax.policy_gradient import Scores
@@ -148,6 +149,10 @@ def prepare(
         kept = counted.astype(jnp.float32) if token_weight is None else token_weight
         factor = term.temperature_rule(early | arrays | inputs | {"weights": kept})
         arrays["temperature"] = as_real(term.temperature * factor, params)
+    touched = None
+    if term.spans is not None:
+        counted, touched, of_spans = term.spans.prepare(early, batch[OF_STUDENT], counted)
+        arrays |= as_real(of_spans, params)
     if term.gate is not None:
         counted = counted & term.gate(early | arrays | inputs)
         token_weight = None if token_weight is None else jnp.where(counted, token_weight, 0)
@@ -156,6 +161,8 @@ def prepare(
     share = as_real(token_coefficients(term.average, shared, segments, batch_count), params)
     if token_weight is not None and not term.divides_by_kept:
         share = share * token_weight
+    if touched is not None:  # all spans of a row have the same share, which each of their tokens gets
+        share = jnp.where(touched, share.max(axis=1, keepdims=True), 0)
     coefficient = term_coefficient * share
     return PreparedTerm(term, counted, means, weight, term_coefficient, token_weight, coefficient, arrays)
 

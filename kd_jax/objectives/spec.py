@@ -1,5 +1,6 @@
 """The description of a term in a config: all keys, their default values, and the keys that go together."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,11 +52,29 @@ def check_keys(spec: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"{key}={spec[key]!r} goes with kind='divergence', not with kind={kind!r}; set {key}={standard[key]!r}."
                 )
+    for key in ("tokens", "row_gate"):
+        if kind == "spans" and has_function(spec[key]):
+            raise ValueError(
+                f"{key}={spec[key]!r} weights tokens, but kind='spans' compares spans of several tokens; set {key}.name='none'."
+            )
     if not has_function(spec["assistant"]) and (spec["weight"] != 0 or spec["stop_gradient"]):
         raise ValueError(
             f"there is no assistant for weight={spec['weight']} and stop_gradient={spec['stop_gradient']}: name an "
             "assistant, or set weight=0.0 and stop_gradient=False."
         )
+
+
+def values_by_column(where: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Returns the key `where` with a tuple of texts for each column."""
+    found = {}
+    for column, values in where.items():
+        listed = tuple(values) if isinstance(values, list | tuple) else (values,)
+        if not listed or not all(isinstance(value, str | int | float) for value in listed):
+            raise ValueError(
+                f"where={dict(where)!r}: the value of {column} must be a text, a number, or a list of these."
+            )
+        found[column] = tuple(value if isinstance(value, str) else json.dumps(value) for value in listed)
+    return found
 
 
 def has_function(spec: Spec | None) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jaxtyping import Array
 from optax.schedules import StatefulSchedule
 
 from kd_jax.objectives.comparison import Arrays, Comparison, Logits
+from kd_jax.objectives.span_terms import OF_TEACHER, SpanLikelihood, SpanLoss
 from kd_jax.policy_gradient import Scores
 from kd_jax.token_weights import scores as token_scores
 from kd_jax.token_weights.functions import Rule, Score, TokenFunction
@@ -41,6 +43,7 @@ class Term:
       temperature: the temperature of the objective, by which the logits are divided.
       where: column of the dataset -> the values that a row of the term may have. The batch then has the array
         `where_NAME` [B, L], which is True for the tokens of these rows.
+      spans: the comparison of spans with a teacher of another tokenizer, which is then also `loss`; or None.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Term:
     temperature_rule: TokenFunction | None = None
     temperature: float = 1.0
     where: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    spans: SpanLoss | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -107,7 +111,19 @@ class Term:
             found["log_q"] = "teacher", LOG_Q
         if self.needs_scores:
             found |= {f"log_p of {member}": (member, LOG_P) for member in self.reward_members}
+        if self.takes_slopes and self.spans is not None:
+            scores = {"log_q": LOG_Q, **self.spans.scores}
+            found |= {label: ("teacher", of_token) for label, of_token in scores.items()}
         return found
+
+    def scores_of_spans(self, frozen: Mapping[str, Any]) -> dict[str, Array]:
+        """Returns the teacher's values of the spans, by label, from the outputs of the frozen models by name."""
+        return dict(zip(OF_TEACHER, frozen["teacher"].extras, strict=True)) if self.takes_slopes else {}
+
+    @property
+    def takes_slopes(self) -> bool:
+        """True if the term compares likelihoods of spans, whose gradient needs the likelihoods first."""
+        return isinstance(self.spans, SpanLikelihood)
 
     @property
     def needs_own_values_early(self) -> bool:

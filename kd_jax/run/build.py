@@ -34,7 +34,7 @@ from kd_jax.run.rows import (
 )
 from kd_jax.run.view_prompts import load_texts
 from kd_jax.settings import Config, Sampling, Settings, name_of
-from kd_jax.teachers import Teacher
+from kd_jax.teachers import Aligned, Teacher
 from kd_jax.teachers.cache_reading import Cache
 from kd_jax.train_step import Batch, Metrics, TrainState, init_state, make_train_step
 
@@ -101,8 +101,10 @@ class Run:
           teacher_params: the result of `teacher_params`; None for the teacher's parameters before training.
         """
         teacher_params = self.models.teacher_params if teacher_params is None else teacher_params
-        complete = self.models.complete(params)
-        return self._evaluate(self.models.student, complete, self.models.compared_teacher, teacher_params)
+        teacher = self.models.compared_teacher
+        if isinstance(teacher, Aligned):  # distributions over tokens of two tokenizers cannot be compared
+            teacher, teacher_params = None, None
+        return self._evaluate(self.models.student, self.models.complete(params), teacher, teacher_params)
 
     def teacher_params(self, state: TrainState) -> PyTree:
         """Returns the teacher's parameters in a state. They change only if the teacher follows the student."""
@@ -179,7 +181,8 @@ def build(config: Config | Settings) -> Run:
     fresh_state, abstract_state, placed = _make_state(settings, loaded, tx, terms, mesh)
     eval_texts = partial(load_texts, settings, options.eval_split)
     of_eval = make_line_arrays(
-        settings, loaded, eval_rows, eval_texts, counts[options.eval_split], members=("teacher",)
+        settings, loaded, eval_rows, eval_texts, counts[options.eval_split],
+        members=() if isinstance(loaded.compared_teacher, Aligned) else ("teacher",),
     )  # fmt: skip
     held_out = data.batches(
         eval_rows, batch_size=options.eval_batch_size, shuffle=False, num_epochs=1,
@@ -263,9 +266,13 @@ def _load_models(
     caches: dict[str, Cache],
 ) -> Models:
     """Loads the models of the run. A cache replaces the teacher, or a member."""
-    needs_teacher = any(term.needs_teacher for term in terms)
-    text_only = learns_from_text(settings, source, terms)
-    loaded = load_models(settings, load_tokenizer(settings, text_only), mesh, needs_teacher, text_only)
+    needs_teacher = any("teacher" in term.members for term in terms)
+    compares_spans = any(term.spans is not None for term in terms)
+    own_tokenizer = compares_spans or learns_from_text(settings, source, terms)
+    tokenizer = load_tokenizer(settings, own_tokenizer)
+    loaded = load_models(settings, tokenizer, mesh, needs_teacher, own_tokenizer, compares_spans)
+    if isinstance(loaded.compared_teacher, Aligned):
+        loaded = dataclasses.replace(loaded, compared_teacher=loaded.compared_teacher.for_terms(terms))
     params = {
         name: cache.load_params(mesh, (settings.teacher if name == "teacher" else settings.members[name]).sharding)
         for name, cache in caches.items()

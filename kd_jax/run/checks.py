@@ -196,8 +196,8 @@ def check_gradient(config: Settings, term: Term) -> None:
                 f"with itself, and the loss is 0. Set a weight {'below 1' if end else 'above 0'}; or set pair=('teacher', "
                 f"'student'), assistant.name='none' and weight=0.0."
             )
-    # The cross-entropy always has a gradient. A large k would need a large made-up vocabulary.
-    if spec["kind"] == "hard_labels" or _outcomes(config, term) > MOST_OUTCOMES:
+    # The cross-entropy and a comparison of spans always have a gradient. A large k would need a large made-up vocabulary.
+    if spec["kind"] in ("hard_labels", "spans") or _outcomes(config, term) > MOST_OUTCOMES:
         return
     largest = 1.0 if coefficients is None else float(np.abs(coefficients).max())
     some_weights = [0.5] if weights is None else sorted({float(f(weights)) for f in (np.min, np.median, np.max)})

@@ -21,6 +21,7 @@ def addresses(config: Settings) -> dict[str, str]:
     values: dict[str, object] = {f"{key}.path": model.path for key, model in models.items() if not model.cache}
     values["tokenizer.path"] = config.tokenizer.path
     values["student.path"] = config.student.path if config.student.init == "pretrained" else ""
+    values["student.lora.path"] = config.student.lora.path
     for section in ("data", "text") if config.text.name else ("data",):
         options = dataset_options(config, section)
         values |= {f"{section}.options.{option}": value for option, value in options.items()}

@@ -29,7 +29,7 @@ OWN = re.compile(r"(?<![\w.:])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 Written = data.Rows | data.Packed | None
 TERM_SPECS = (
     "divergence", "assistant", "weight", "coefficient", "vocabulary", "logits", "temperature", "teacher_temperature",
-    "tokens", "row_gate",
+    "tokens", "row_gate", "spans",
 )  # fmt: skip
 FUNCTIONS_OF_VIEWS = ("name", "reward", "feedback")  # the keys of a view that name functions
 

@@ -10,10 +10,12 @@ from kd_jax import data
 from kd_jax.data.encoding import Encoder
 from kd_jax.objectives import Term
 from kd_jax.prefixes import rollouts
+from kd_jax.run.aligned_rows import AlignedRows, make_aligned_rows
 from kd_jax.run.models import Models
 from kd_jax.run.view_prompts import ViewOfMember, key_of_view, live_views
 from kd_jax.settings import Settings
 from kd_jax.storage.untrusted import clip
+from kd_jax.teachers.aligned import Aligned
 from kd_jax.teachers.viewed import HAS_VIEW, ViewedRow, view_arrays
 from kd_jax.views import View
 
@@ -34,6 +36,7 @@ class LineArrays:
       length: the number of positions of the student.
       tokenizer: the tokenizer.
       packed: True if a line of a batch may have several rows.
+      aligned: the rows of a teacher with a tokenizer of its own, or None.
     """
 
     rows: data.Rows
@@ -43,6 +46,7 @@ class LineArrays:
     length: int
     tokenizer: data.Tokenizer
     packed: bool = False
+    aligned: AlignedRows | None = None
 
     def of_lines(self, groups: Sequence[Sequence[int]], num_lines: int) -> dict[str, np.ndarray]:
         """Returns the arrays of a batch of the dataset, as in `data.LineArrays`.
@@ -59,7 +63,8 @@ class LineArrays:
                     masks[f"where_{term}"][line, end - len(self.rows[i]) + 1 : end] = counted[i]
         viewed = lambda view, i: ViewedRow(self.rows[i], int(self.rows.prompt_lengths[i]), view.prompts[i])
         lines = {name: [[viewed(view, i) for i in group] for group in groups] for name, view in self.views.items()}
-        return {"row": row} | masks | self._view_arrays(lines, num_lines)
+        of_spans = {} if self.aligned is None else self.aligned.of_lines(groups, num_lines)
+        return {"row": row} | masks | self._view_arrays(lines, num_lines) | of_spans
 
     def with_arrays(
         self, rows: rollouts.Rows, indices: Int[np.ndarray, " M"], responses: Sequence[str], group_size: int
@@ -81,7 +86,8 @@ class LineArrays:
             for line, prompt in enumerate(prompts):
                 if prompt is not None:
                     added[f"view_{member}"][line, : len(prompt)] = prompt
-        return {**rows, **added}
+        rows = {**rows, **added}
+        return rows if self.aligned is None else self.aligned.with_arrays(rows, indices)
 
     def of_rollouts(self, rows: rollouts.Rows) -> dict[str, np.ndarray]:
         """Returns the arrays of a batch of rows from `with_arrays`."""
@@ -94,13 +100,15 @@ class LineArrays:
                 [ViewedRow(tokens[:length], int(prompt_length), ids[ids >= 0] if ids[0] >= 0 else None)]
                 for tokens, length, prompt_length, ids in parts
             ]
-        return masks | self._view_arrays(lines, len(rows["lengths"]))
+        of_spans = {} if self.aligned is None else self.aligned.of_rollouts(rows)
+        return masks | self._view_arrays(lines, len(rows["lengths"])) | of_spans
 
     def without_columns(self, rows: data.Rows) -> "LineArrays":
         """Returns the maker of the same arrays for rows of the second stream, which have no view and no column."""
         views = {name: dataclasses.replace(view, prompts=[None] * len(rows)) for name, view in self.views.items()}
         counted = {term: np.zeros(len(rows), bool) for term in self.counted}
-        return dataclasses.replace(self, rows=rows, texts=(), views=views, counted=counted)
+        aligned = None if self.aligned is None else self.aligned.without_spans(len(rows))
+        return dataclasses.replace(self, rows=rows, texts=(), views=views, counted=counted, aligned=aligned)
 
     def _view_arrays(self, lines: Mapping[str, list[list[ViewedRow]]], num_lines: int) -> dict[str, np.ndarray]:
         arrays: dict[str, np.ndarray] = {}
@@ -142,7 +150,8 @@ def make_line_arrays(
     """
     views = {name: view for name, view in live_views(config).items() if name in members}
     wheres = {term.name: term.where for term in terms if term.where}
-    if not views and not wheres:
+    has_spans = isinstance(loaded.compared_teacher, Aligned) and "teacher" in members
+    if not views and not wheres and not has_spans:
         return None
     packed, single = isinstance(rows, data.Packed), rows.rows if isinstance(rows, data.Packed) else rows
     groups = rows.groups if isinstance(rows, data.Packed) else tuple((i,) for i in range(len(single)))
@@ -168,7 +177,10 @@ def make_line_arrays(
             f"rows without {key}": 0 if view.needs_rollouts else without,
         }
     texts_of_rollouts = of_rows if any(view.needs_rollouts for view in views.values()) else ()
-    return LineArrays(single, texts_of_rollouts, made, counted, config.data.max_length, loaded.tokenizer, packed)
+    aligned = make_aligned_rows(config, loaded, single, of_rows, counts, samples=samples) if has_spans else None
+    return LineArrays(
+        single, texts_of_rollouts, made, counted, config.data.max_length, loaded.tokenizer, packed, aligned
+    )  # fmt: skip
 
 
 def _of_member(

@@ -8,19 +8,20 @@ import jax
 from jaxtyping import PyTree
 
 from kd_jax import data, models, sharding, views
+from kd_jax.data.alignment import ByteReader, begins_word
 from kd_jax.data.shared import check_same_tokenizer, fit_tokenizer
 from kd_jax.run.student import Trainee, make_student
 from kd_jax.settings import Member, Settings, Spec
 from kd_jax.settings import Teacher as TeacherKeys
 from kd_jax.storage import untrusted
-from kd_jax.teachers import NoTeacher, Teacher, Viewed, as_teacher
+from kd_jax.teachers import Aligned, NoTeacher, Teacher, Viewed, as_teacher
 
 STUDENT = "student"  # a path that stands for the student before training
 
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """A teacher with another tokenizer than the student's. The student learns only from the teacher's text."""
+    """A teacher with a tokenizer of its own, which writes text. The student learns from text, or from spans of text."""
 
     model: models.Model
     params: PyTree
@@ -40,7 +41,7 @@ class Models:
       teacher: the teacher's model, which can also write text; None if no model is loaded for the teacher.
       teacher_params: the parameters of `compared_teacher`.
       compared_teacher: the teacher with which a step compares the student: the model, a cache, or `NoTeacher`.
-      writer: a teacher that only writes text, or None.
+      writer: a teacher with a tokenizer of its own, or None. `teacher` is then None.
       members: the further frozen models by name, without the teacher.
       member_params: the parameters of the further frozen models by name.
       member_models: the models of `members` by name.
@@ -105,7 +106,7 @@ class Models:
         return self.teacher
 
 
-def load_tokenizer(config: Settings, text_only: bool = False) -> data.Tokenizer:
+def load_tokenizer(config: Settings, own_tokenizer: bool = False) -> data.Tokenizer:
     """Loads the tokenizer of tokenizer.path, or else of the teacher's cache or folder, or else of the student's folder.
 
     The folders of the models are checked first, so that an error in a folder is not reported as an error of the
@@ -113,8 +114,8 @@ def load_tokenizer(config: Settings, text_only: bool = False) -> data.Tokenizer:
 
     Args:
       config: the config of the run.
-      text_only: whether the student learns only from the teacher's text. A pretrained student may then have another
-        tokenizer than the teacher, and the student's tokenizer is returned.
+      own_tokenizer: whether the teacher may have a tokenizer of its own, because the student learns from the teacher's text
+        or from spans of text. The tokenizer of a pretrained student is then returned.
 
     Raises:
       ValueError: no key names a tokenizer; a folder does not exist, or has no model or no tokenizer; or the prompt
@@ -137,7 +138,7 @@ def load_tokenizer(config: Settings, text_only: bool = False) -> data.Tokenizer:
     folder = models.folder(paths[key], weights=False)
     untrusted.check_folder(folder, key)
     tokenizer = data.Tokenizer.load(folder)
-    if text_only and pretrained and not config.tokenizer.path:
+    if own_tokenizer and pretrained and not config.tokenizer.path:
         of_student = data.Tokenizer.load(models.folder(config.student.path, weights=False))
         tokenizer = tokenizer if of_student.vocabulary() == tokenizer.vocabulary() else of_student
     template = data.Template.of(config.data)
@@ -147,8 +148,9 @@ def load_tokenizer(config: Settings, text_only: bool = False) -> data.Tokenizer:
 
 
 def load_models(
-    config: Settings, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh, needs_teacher: bool, text_only: bool = False
-) -> Models:
+    config: Settings, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh, needs_teacher: bool,
+    own_tokenizer: bool = False, compares_spans: bool = False,
+) -> Models:  # fmt: skip
     """Loads the teacher and the student of a config. Each array is placed on the mesh when it is read.
 
     Args:
@@ -156,7 +158,8 @@ def load_models(
       tokenizer: the tokenizer from `load_tokenizer`.
       mesh: the mesh of the run.
       needs_teacher: whether a term of the objective compares with the teacher.
-      text_only: as in `load_tokenizer`; the teacher may then have another tokenizer.
+      own_tokenizer: as in `load_tokenizer`; the teacher may then have another tokenizer.
+      compares_spans: whether a term compares spans of text, for which the teacher always reads tokens of its own.
 
     Raises:
       ValueError: a folder, a size or a vocabulary does not fit.
@@ -178,8 +181,8 @@ def load_models(
     if path_of_teacher:  # loaded even if no term needs the teacher, because evaluations compare with the teacher
         path = models.folder(path_of_teacher)
         template = data.Template.of(config.data)
-        of_teacher = data.with_template_end(data.Tokenizer.load(path), template) if text_only else tokenizer
-        writes_only = of_teacher.vocabulary() != tokenizer.vocabulary()
+        of_teacher = data.with_template_end(data.Tokenizer.load(path), template) if own_tokenizer else tokenizer
+        writes_only = compares_spans or of_teacher.vocabulary() != tokenizer.vocabulary()
         if config.tokenizer.path and not writes_only:
             tokenizer = check_same_tokenizer(path, tokenizer, "teacher")
         of_teacher = fit_tokenizer(
@@ -203,6 +206,8 @@ def load_models(
     if is_own_teacher:
         teacher, params = student, trainee.complete(trainee.init(initial_key(config)))
     compared_teacher = _compared(teacher, "teacher", config.teacher.view)
+    if compares_spans and writer is not None:
+        compared_teacher, params = _aligned(config, writer, tokenizer, mesh), writer.params
     loaded = Models(student, trainee, tokenizer, teacher, params, compared_teacher, writer)
     return _with_members(config, loaded, mesh)
 
@@ -236,6 +241,15 @@ def _compared(model: models.Model | None, name: str, view: Spec) -> Teacher:
     """Returns a frozen model as the step compares it with the student."""
     has_view = model is not None and views.make_view(view) is not None
     return Viewed(model, name) if has_view else as_teacher(model)
+
+
+def _aligned(config: Settings, writer: Writer, tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh) -> Aligned:
+    """Returns the teacher that reads tokens of its own."""
+    return Aligned(
+        writer.model, vocab_size=writer.tokenizer.vocab_size, begins_word=begins_word(ByteReader(writer.tokenizer)),
+        student_begins_word=begins_word(ByteReader(tokenizer)), path=config.teacher.path,
+        chunk=config.loss.chunk or None, mesh=mesh,
+    )  # fmt: skip
 
 
 def end_ids(config: models.ModelConfig) -> tuple[int, ...]:

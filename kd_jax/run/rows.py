@@ -17,6 +17,7 @@ from kd_jax.run.checks import check_room, check_sampling, check_template, check_
 from kd_jax.run.line_arrays import LineArrays
 from kd_jax.run.models import Models, Writer
 from kd_jax.run.ranking import check_order, load_order
+from kd_jax.run.span_checks import check_spans
 from kd_jax.run.view_prompts import columns_read, is_plain_text, load_texts, rows_are_turns
 from kd_jax.settings import Settings, name_of
 from kd_jax.storage import remote
@@ -43,6 +44,7 @@ def make_source(config: Settings, terms: tuple[Term, ...]) -> Source:
         raise ValueError(f"prefixes: {error}") from error
     for term in terms:
         check_term(config, source, term)
+    check_spans(config, source, terms)
     check_views(config, source, terms)
     if config.text.name and not any(term.rows == "text" for term in terms):
         raise ValueError(
@@ -149,9 +151,9 @@ def load_text(config: Settings, tokenizer: data.Tokenizer) -> data.Rows:
 
 
 def learns_from_text(config: Settings, source: Source, terms: tuple[Term, ...]) -> bool:
-    """Returns True if the student learns only from the teacher's text, so that both may have different tokenizers."""
-    from_responses = isinstance(source, prefixes.teacher) and config.student.init != "layers"
-    return from_responses and not any(term.needs_teacher for term in terms)
+    """Returns True if the student learns at most from the teacher's text, so that both may have different tokenizers."""
+    uses_tokens = "teacher" in source.authors or config.sampling.teacher_share or config.student.init == "layers"
+    return not uses_tokens and not any("teacher" in term.members for term in terms)
 
 
 def load_responses(
@@ -206,7 +208,7 @@ def load_responses(
         loss_on = "response" if rows_are_turns(config) else options.loss_on
         tokenized = data.from_ids(ids, tokenizer, max_length=options.max_length, loss_on=loss_on)
     packed, row_counts = _packed(config, *tokenized)
-    texts = [{**row, "response": row.get("reference", "")} for row in written]
+    texts = [{**row, "response": row.get("reference", ""), "written": row["response"]} for row in written]
     return packed, {"prompts": len(rows)} | row_counts, texts
 
 

@@ -9,6 +9,7 @@ from kd_jax.data.counts import sentence, warnings
 from kd_jax.run.build import Run
 from kd_jax.settings import Member, Settings, Spec, Teacher, name_of
 from kd_jax.storage.files import Json
+from kd_jax.teachers import Aligned
 from kd_jax.train_step import TrainState
 
 
@@ -72,6 +73,7 @@ def _term(term: Json) -> str:
         "divergence": f"{spec_text(term['divergence'])} of {' and '.join(term['pair'])}{assistant}",
         "hard_labels": "cross-entropy of the tokens",
         "policy_gradient": "policy gradient of KL(student || teacher)",
+        "spans": f"spans of text, compared by {spec_text(term.get('spans', {'name': 'likelihood'}))}",
     }[term["kind"]]
     rows = "" if term["rows"] == "all" else f" on {term['rows']} rows"
     return f"{loss}{rows}, coefficient {spec_text(term['coefficient'])}{_options(term)}"
@@ -105,7 +107,7 @@ def _sees(model: Teacher | Member) -> str:
 
 def _model_of_teacher(run: Run) -> str:
     path = run.config.teacher.path
-    if run.models.writer:
+    if run.models.writer and not isinstance(run.models.compared_teacher, Aligned):
         count = _count(run.models.writer.model.abstract_params())
         return f"teacher {path}, {count} parameters (another tokenizer than the student's, so only the text is used)"
     return run.models.compared_teacher.described(path)

@@ -41,14 +41,22 @@ class Term:
     """One summand of the objective.
 
     Only terms of kind divergence use divergence, pair, assistant, between, weight, stop_gradient, vocabulary, entry_clip,
-    logits, the temperatures, and importance. Only terms of kind policy_gradient use policy.
+    logits, the temperatures, and importance. Only terms of kind policy_gradient use policy, and only terms of kind spans use spans.
     """
 
-    kind: str = key("divergence", "divergence; hard_labels: -log q(token); policy_gradient of KL(q || p): see policy")
+    kind: str = key(
+        "divergence",
+        "divergence; hard_labels: -log q(token); policy_gradient of KL(q || p): see policy; spans: a teacher with another tokenizer",
+    )
     divergence: Spec = key(
         {"name": "forward_kl"}, "spec: a divergence of kd_jax.divergences, or entropy for a pair of one", is_open=True
     )
     assistant: Spec = key({"name": "none"}, "spec: an assistant of kd_jax.assistants, or none", is_open=True)
+    spans: Spec = key(
+        {"name": "likelihood", "divergence": {"name": "binary_kl", "temperature": 100.0}},
+        "for kind=spans: likelihood of common spans of text, with a divergence of kd_jax.span_divergences; or sorted_distance",
+        is_open=True,
+    )  # fmt: skip
     pair: tuple[str, ...] = key(
         ("teacher", "student"),
         "first and second argument of the divergence: teacher, student, assistant, or a member; entropy has one",

@@ -117,6 +117,7 @@ def compare_outputs(
     pairs = {name: (outputs.hidden, outputs.head) for name, outputs in frozen.items()}
     of_heads = {name: (h, w) for name, (h, w) in pairs.items() if h is not None and w is not None}
     positions = {name: i for i, name in enumerate(of_heads)}
+    own_sizes = [teachers[name].own_vocab_size for name in of_heads]
     counts = [len(outputs.extras) for outputs in frozen.values()]
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]
 
@@ -135,6 +136,6 @@ def compare_outputs(
         loss, student.hidden, student.head, [hidden for hidden, _ in of_heads.values()],
         [head for _, head in of_heads.values()], coefficient,
         *(array for outputs in frozen.values() for array in outputs.extras), *extras,
-        tied=(student.tied, [frozen[name].tied for name in of_heads]),
+        tied=(student.tied, [frozen[name].tied for name in of_heads]), frozen_vocab_sizes=own_sizes or None,
         soft_caps=(student.logit_cap, [frozen[name].logit_cap for name in of_heads]), **options,
     )  # fmt: skip

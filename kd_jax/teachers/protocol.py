@@ -44,6 +44,11 @@ class Teacher(Protocol):
     is_whole: ClassVar[bool] = True
     measures: ClassVar[tuple[str, ...]] = ("forward_kl", "reverse_kl", "total_variation", "top1_agreement")
 
+    @property
+    def own_vocab_size(self) -> int | None:
+        """The number of the teacher's ids, if the teacher has a vocabulary of its own; None for the student's."""
+        return None
+
     def outputs(self, params: PyTree, batch: Mapping[str, Array]) -> Outputs:
         """Returns the teacher's outputs for a batch.
 

@@ -192,7 +192,7 @@ def test_the_help_has_every_method_setting_key_and_flag():
         {"objective.terms.NAME": base.term().to_dict()}
     )
     specs = (
-        "optimizer", "learning_rate", "prefixes", "divergence", "assistant", "logits", "tokens", "row_gate", "vocabulary",
+        "spans", "optimizer", "learning_rate", "prefixes", "divergence", "assistant", "logits", "tokens", "row_gate", "vocabulary",
         "reward", "policy.members", "data.order", "teacher.view",
     )  # fmt: skip
     for key in declared:

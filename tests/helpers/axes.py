@@ -14,8 +14,8 @@ CASES = {case["key"]: case for case in json.loads((GOLDEN / "axes.json").read_te
 @functools.cache
 def arrays():
     """Returns the arrays of all cases, by name."""
-    with np.load(GOLDEN / "axes.npz") as file:
-        return dict(file)
+    with np.load(GOLDEN / "axes.npz") as file, np.load(GOLDEN / "spans.npz") as of_spans:
+        return dict(file) | dict(of_spans)
 
 
 def closed(first, last):

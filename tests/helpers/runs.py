@@ -22,7 +22,8 @@ WHOLE = dict(steps=5, checkpoint_every=2, eval_every=5, log_every=2, keep_checkp
 # Changes with which a method does its work in few steps of the smoke setting: distillm samples from the first step, and
 # each response of sdpo is good enough to be shown.
 AT_WORK = {"distillm": dict(prefixes__threshold=0.9), "sdpo": dict(teacher__view__at_least=0.0)}
-METHODS = (*OFF_POLICY, "seqkd", *ON_POLICY)
+ACROSS_TOKENIZERS = ("alm", "uld")  # no distributions over tokens are compared, also at evaluations
+METHODS = (*OFF_POLICY, "seqkd", *ON_POLICY, *ACROSS_TOKENIZERS)
 
 
 def smoke(method, data_dir, **changes):

@@ -51,6 +51,7 @@ def test_every_declared_key_is_read(tmp_path, data_dir, monkeypatch):
     parts = [smoke("amid", data_dir, **mesh, **student), smoke("amid", data_dir, student__init="layers", **mesh)]
     parts[1].student.layers = (0, 3)
     parts.append(smoke("minillm", data_dir, **mesh))
+    parts.append(smoke("alm", data_dir, **mesh))
     own_teacher = dict(teacher__path="student", teacher__follow=0.1, tokenizer__path="package:docstrings_teacher")
     parts.append(smoke("forward_kl", data_dir, **mesh, **own_teacher))
     found, parse = set(), Settings.parse

@@ -15,6 +15,8 @@ LAYERS = [
     {"models", "data", "objectives", "metrics", "command"},
     {
         "divergences",
+        "spans",
+        "span_divergences",
         "assistants",
         "supports",
         "logit_transforms",
@@ -31,7 +33,7 @@ LAYERS = [
 ]
 MATHEMATICAL = {
     "objectives", "policy_gradient", "head_loss", "divergences", "assistants", "supports", "logit_transforms",
-    "temperatures", "token_weights", "schedules", "logspace",
+    "temperatures", "token_weights", "schedules", "logspace", "spans", "span_divergences",
 }  # fmt: skip
 HOMES = {
     "flax": {"models", "train_step"},

@@ -7,46 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from kd_jax.models import Part
 from kd_jax.objectives import Term
-from kd_jax.objectives.prepared import Metrics, PreparedTerm, States, as_real, counted_tokens, prepare, where
+from kd_jax.objectives.prepared import Metrics, PreparedTerm, States, counted_tokens, prepare, where
 from kd_jax.objectives.terms import count_apart, counted_gradient, evaluate_score
 from kd_jax.teachers import Outputs, Student, Teacher, for_terms, teacher_arrays
 from kd_jax.teachers.compare import compare_outputs, frozen_outputs
 from kd_jax.teachers.online import HiddenModel
+from kd_jax.train_step.state import TrainState
+from kd_jax.train_step.state import init_state as init_state
 
 Batch = dict[str, Array]
-
-
-@struct.dataclass
-class TrainState:
-    """The state that a run carries from step to step. A checkpoint holds this state and the position in the data.
-
-    Attributes:
-      step: the number of steps made, skipped steps included.
-      params: the student's parameters; only the trained arrays if a part of the student is trained.
-      opt_state: the optimiser's state.
-      schedules: the states of the schedules of each term.
-      key: a random key for a step function that you write; use `jax.random.fold_in(key, step)`. The step of
-        `make_train_step` returns the key unchanged.
-      skipped: the number of consecutive steps, up to the last one, whose loss or gradient was not finite.
-    """
-
-    step: Int[Array, ""]
-    params: PyTree
-    opt_state: PyTree
-    schedules: tuple[States, ...]
-    key: Array
-    skipped: Int[Array, ""]
-
-
-def init_state(params: PyTree, tx: optax.GradientTransformation, terms: Sequence[Term], key: Array) -> TrainState:
-    """Returns the state before the first step. `key` becomes `TrainState.key`."""
-    schedules = as_real(tuple(tuple(schedule.init() for schedule in term.schedules) for term in terms), params)
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), schedules, key, jnp.zeros((), jnp.int32))
 
 
 def make_train_step(
@@ -329,6 +302,8 @@ class Step:
         early: list[dict[str, Array]] = [{} for _ in self.terms]
         for column, (i, label) in enumerate(labels):
             early[i][label] = values[..., column]
+        for of_term, term in zip(early, self.terms, strict=True):
+            of_term |= term.scores_of_spans(frozen)
         return early
 
     def _parts(self, state: TrainState, batch: Batch) -> dict[str, PyTree]:
