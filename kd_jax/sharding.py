@@ -107,9 +107,9 @@ def tree_shardings(mesh: Mesh, tree: PyTree, layout: str = "student") -> PyTree:
         for pattern, spec in RULES:
             if re.search(pattern, matrix):
                 # The rank of low-rank factors is small, and is not divided.
-                factor = {"lora_a": (0,), "lora_b": (1,)}.get(name.rpartition("/")[2], range(len(spec)))
-                spec = [axis if i in factor else None for i, axis in enumerate(spec)]
-                return NamedSharding(mesh, _fit(mesh, P(*(axes.get(axis, axis) for axis in spec)), leaf.shape))
+                divided = {"lora_a": (0,), "lora_b": (1,)}.get(name.rpartition("/")[2], range(len(spec)))
+                names = [axes.get(axis, axis) if axis and i in divided else None for i, axis in enumerate(spec)]
+                return NamedSharding(mesh, _fit(mesh, P(*names), leaf.shape))
         raise ValueError(f"no sharding rule matches the parameter {name!r} of shape {leaf.shape}; add one to RULES.")
 
     return jax.tree_util.tree_map_with_path(sharding_of, tree)

@@ -11,6 +11,7 @@ References:
   Hu et al., `LoRA: low-rank adaptation of large language models <https://arxiv.org/abs/2106.09685>`_, 2021.
 """
 
+import dataclasses
 from types import EllipsisType
 from typing import Any
 
@@ -63,7 +64,7 @@ def promote(operands: PyTree, /, *, dtype: DTypeLike | None = None, inexact: boo
         return int8.promote(operands, dtype=dtype, inexact=inexact)
     factors = (kernel.lora_a, kernel.lora_b)
     x, lora_a, lora_b, bias = promote_dtype((x, *factors, bias), dtype=dtype, inexact=inexact)
-    return x, kernel.replace(lora_a=lora_a, lora_b=lora_b), bias
+    return x, dataclasses.replace(kernel, lora_a=lora_a, lora_b=lora_b), bias
 
 
 def product(x: Array, kernel: PyTree, dimension_numbers: Any, **options: Any) -> Array:
@@ -75,7 +76,7 @@ def product(x: Array, kernel: PyTree, dimension_numbers: Any, **options: Any) ->
         y = _converted_product(x, kernel.base)
     else:
         y = jax.lax.dot_general(x, kernel.base, dimension_numbers, **options)
-    if kernel.lora_a is None:
+    if kernel.lora_a is None or kernel.lora_b is None:
         return y
     low = jax.lax.dot_general(_dropped(x, kernel), kernel.lora_a, dimension_numbers, **options)
     return y + kernel.scale * jax.lax.dot_general(low, kernel.lora_b, dimension_numbers, **options)

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
 from safetensors.numpy import save_file
 
 from kd_jax import sharding
 from kd_jax.models.families import FAMILIES
+from kd_jax.models.families.fields import Tensor
 from kd_jax.models.folders import ADAPTER
 from kd_jax.models.functional import Model
 from kd_jax.models.safetensors_io import Reader, open_file
-from kd_jax.models.trained import EMBEDDING, Lora, find_targets, modules, owners
+from kd_jax.models.trained import EMBEDDING, Lora, find_targets, leaves_of, modules, owners
 from kd_jax.storage import untrusted, writing_whole
 from kd_jax.storage.checksum import digest, file_digests
 from kd_jax.storage.files import AnyPath, Json
@@ -87,7 +88,7 @@ def open_adapter(folder: Path, model: Model, base: str, key: str) -> Adapter:
     with open_file(folder, WEIGHTS) as reader:
         found = _targets(where, reader, names)
         lora = Lora(
-            rank=_number(where, fields, "r", int), alpha=_number(where, fields, "lora_alpha", float),
+            rank=int(_number(where, fields, "r", int)), alpha=_number(where, fields, "lora_alpha", float),
             dropout=float(fields.get("lora_dropout") or 0.0), root=bool(fields.get("use_rslora")),
             owners=owners(found, names),
         )  # fmt: skip
@@ -109,7 +110,7 @@ def save_adapter(path: AnyPath, lora: Lora, trained: PyTree, model: Model, base:
     Raises:
       ValueError: the folder is not empty.
     """
-    arrays = {name: sharding.fetch_whole(leaf) for name, leaf in flatten_dict(trained, sep="/").items()}
+    arrays = {name: sharding.fetch_whole(leaf) for name, leaf in leaves_of(trained).items()}
     if jax.process_index() > 0:
         return
     target = Path(path)
@@ -126,17 +127,19 @@ def save_adapter(path: AnyPath, lora: Lora, trained: PyTree, model: Model, base:
 
 def _on_disk(name: str, lora: Lora, arrays: Mapping[str, np.ndarray], model: Model) -> dict[str, np.ndarray]:
     """Returns the two tensors of a module. A part of the module that is not a target has a second factor of zeros."""
-    parts, shapes = _parts(model)[name], flatten_dict(model.abstract_params(), sep="/")
+    parts, shapes = _parts(model)[name], leaves_of(model.abstract_params())
     path = next(path for path in parts if path in lora.owners)
-    zeros = lambda path: np.zeros((lora.rank, shapes[path].shape[1]), np.float32)
-    lora_b = np.concatenate([arrays.get(f"{path}/lora_b", zeros(path)) for path in parts], axis=1)
+    lora_b = np.zeros((lora.rank, sum(shapes[path].shape[1] for path in parts)), np.float32)
+    for target in parts:
+        if target in lora.owners:
+            lora_b[:, _columns(model, target)] = arrays[f"{target}/lora_b"]
     pair = zip(_keys(name, path), (arrays[f"{lora.owners[path]}/lora_a"], lora_b), strict=True)
     return {key: np.ascontiguousarray(factor.T, dtype=np.float32) for key, factor in pair}
 
 
 def _fields(lora: Lora, model: Model, base: str) -> Json:
     """Returns the content of adapter_config.json."""
-    names, tensors = modules(model), FAMILIES[model.config.family].tensors(model.config)
+    names = modules(model)
     named = dict.fromkeys(names[path] for path in lora.owners)
     short = dict.fromkeys(name.rpartition(".")[2] for name in named)
     # PEFT adds an adapter to every module whose name ends like an entry of the list.
@@ -153,7 +156,7 @@ def _fields(lora: Lora, model: Model, base: str) -> Json:
         "use_dora": False,
         "bias": "none",
         # transformers has the matrices of some families, such as GPT-2, as [in, out].
-        "fan_in_fan_out": any(not tensors[path].transposed for path in lora.owners if path != EMBEDDING),
+        "fan_in_fan_out": any(not _tensor(model, path).transposed for path in lora.owners if path != EMBEDDING),
         "init_lora_weights": True,
         "modules_to_save": None,
         "rank_pattern": {},
@@ -261,9 +264,8 @@ def _read(folder: Path, lora: Lora, model: Model) -> PyTree:
                 continue
             lora_a, lora_b = map(whole, _keys(name, paths[0]))
             arrays[f"{paths[0]}/lora_a"] = lora_a
-            ends = np.cumsum([_shape(model, [path])[1] for path in paths])
-            for path, part in zip(paths, np.split(lora_b, ends[:-1], axis=1), strict=True):
-                arrays[f"{path}/lora_b"] = np.ascontiguousarray(part)
+            for path in paths:
+                arrays[f"{path}/lora_b"] = np.ascontiguousarray(lora_b[:, _columns(model, path)])
     return unflatten_dict(arrays, sep="/")
 
 
@@ -276,15 +278,29 @@ def _keys(name: str, path: str) -> tuple[str, str]:
 
 def _parts(model: Model) -> dict[str, list[str]]:
     """Returns the name of each module -> the paths of its parameters, in the order of the parts of its tensor."""
-    tensors, parts = FAMILIES[model.config.family].tensors(model.config), {}
-    for path, name in sorted(modules(model).items(), key=lambda item: tensors[item[0]].part):
+    parts: dict[str, list[str]] = {}
+    for path, name in sorted(modules(model).items(), key=lambda item: _tensor(model, item[0]).first):
         parts.setdefault(name, []).append(path)
     return parts
 
 
+def _tensor(model: Model, path: str) -> Tensor:
+    """Returns the tensor on disk of a parameter of `modules`."""
+    tensor = FAMILIES[model.config.family].tensors(model.config)[path]
+    assert isinstance(tensor, Tensor)  # `modules` has no stack of tensors
+    return tensor
+
+
+def _columns(model: Model, path: str) -> np.ndarray:
+    """Returns the indices of a parameter's columns among the columns of the tensor on disk."""
+    tensor, width = _tensor(model, path), leaves_of(model.abstract_params())[path].shape[1]
+    of_group = tensor.first + np.arange(width // tensor.groups)
+    return (np.arange(tensor.groups)[:, None] * tensor.columns + of_group).reshape(-1)
+
+
 def _shape(model: Model, paths: list[str]) -> tuple[int, int]:
     """Returns the shape [in, out] of a module whose parts are the parameters at `paths`."""
-    shapes = flatten_dict(model.abstract_params(), sep="/")
+    shapes = leaves_of(model.abstract_params())
     return shapes[paths[0]].shape[0], sum(shapes[path].shape[1] for path in paths)
 
 

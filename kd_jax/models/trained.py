@@ -9,7 +9,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar, Protocol
+from typing import Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Key, PyTree
 
 from kd_jax.models.families import FAMILIES
+from kd_jax.models.families.fields import Tensor
 from kd_jax.models.functional import Model, Params
 from kd_jax.models.int8 import is_matrix
 from kd_jax.models.lora import FrozenMatrix, add_product
@@ -66,7 +67,11 @@ class Chosen:
     """
 
     frozen: frozenset[str]
-    dropout: ClassVar[float] = 0.0
+
+    @property
+    def dropout(self) -> float:
+        """The probability of dropout, which this part does not have."""
+        return 0.0
 
     @classmethod
     def of(cls, pattern: str, model: Model) -> "Chosen":
@@ -79,7 +84,7 @@ class Chosen:
         Raises:
           ValueError: no parameter matches, or all do.
         """
-        names = flatten_dict(model.abstract_params(), sep="/")
+        names = leaves_of(model.abstract_params())
         found = frozenset(name for name in names if matches(name, pattern))
         if not found or len(found) == len(names):
             fault = "matches every parameter, so that nothing would be trained" if found else "matches no parameter"
@@ -93,9 +98,9 @@ class Chosen:
         return name not in self.frozen
 
     def join(self, trained: PyTree, frozen: Params, row_keys: Key[Array, " B"] | None = None) -> Params:
-        leaves = flatten_dict(frozen, sep="/")
-        matrices = {name: FrozenMatrix(leaf) for name, leaf in leaves.items() if is_matrix(name)}
-        return unflatten_dict(leaves | matrices | flatten_dict(trained, sep="/"), sep="/")
+        leaves = leaves_of(frozen)
+        matrices = {name: FrozenMatrix(leaf) for name, leaf in leaves.items() if is_product(name, leaf.shape)}
+        return unflatten_dict(leaves | matrices | leaves_of(trained), sep="/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +145,7 @@ class Lora:
         The random factor of a matrix [in, out] has entries from U(-1 / sqrt(in), 1 / sqrt(in)). The second factor of an
         embedding has entries from N(0, 1).
         """
-        shapes = flatten_dict(model.abstract_params(), sep="/")
+        shapes = leaves_of(model.abstract_params())
         factors: dict[str, Array] = {}
         for index, path in enumerate(sorted(self.owners)):
             rows, columns = shapes[path].shape
@@ -156,20 +161,33 @@ class Lora:
         return unflatten_dict(factors, sep="/")
 
     def join(self, trained: PyTree, frozen: Params, row_keys: Key[Array, " B"] | None = None) -> Params:
-        leaves, factors = flatten_dict(frozen, sep="/"), flatten_dict(trained, sep="/")
+        leaves, factors = leaves_of(frozen), leaves_of(trained)
         indices = {path: index for index, path in enumerate(sorted(self.owners))}
         for path, leaf in leaves.items():
             owner = self.owners.get(path)
-            pair = () if owner is None else (factors[f"{owner}/lora_a"], factors[f"{path}/lora_b"])
-            if is_matrix(path):
-                options = dict(scale=self.scale, dropout=self.dropout, index=indices[owner]) if owner else {}
-                keys = row_keys if owner and self.dropout else None
-                leaves[path] = FrozenMatrix(leaf, *pair, **({"row_keys": keys} if pair else {}), **options)
-            elif pair:
+            is_linear = is_product(path, leaf.shape)
+            if owner is None:
+                leaves[path] = FrozenMatrix(leaf) if is_linear else leaf
+                continue
+            lora_a, lora_b = factors[f"{owner}/lora_a"], factors[f"{path}/lora_b"]
+            if is_linear:
+                keys = row_keys if self.dropout else None
+                leaves[path] = FrozenMatrix(leaf, lora_a, lora_b, keys, self.scale, self.dropout, indices[owner])
+            else:
                 # The loss and the lookup of tokens need the embedding and the output matrix as arrays. Each product is
                 # made once in a step, and costs less than the logits by the factor rank / number of tokens.
-                leaves[path] = add_product(leaf, *pair, self.scale)
+                leaves[path] = add_product(leaf, lora_a, lora_b, self.scale)
         return unflatten_dict(leaves, sep="/")
+
+
+def leaves_of(tree: PyTree) -> dict[str, PyTree]:
+    """Returns the leaves of nested dicts by path, such as 'layers/0/mlp/up/kernel'."""
+    return cast(dict[str, PyTree], flatten_dict(tree, sep="/"))
+
+
+def is_product(name: str, shape: tuple[int, ...]) -> bool:
+    """Returns True if a parameter is the matrix of an `nnx.Linear` in a layer, and not a stack of experts' matrices."""
+    return is_matrix(name) and len(shape) == 2
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -189,18 +207,18 @@ def matches(name: str, pattern: str) -> bool:
 def modules(model: Model) -> dict[str, str]:
     """Returns the parameters to which factors can be added, with the names of their modules in transformers.
 
-    These are the matrices of the layers, and the embedding and the output matrix if the two are not tied. The parts of
-    one tensor are neighbours, in their order.
+    These are the matrices of the layers, without those of experts, and the embedding and the output matrix if the two are
+    not tied. The parts of one tensor are neighbours, in their order.
     """
     tensors, shapes = (
         FAMILIES[model.config.family].tensors(model.config),
-        flatten_dict(model.abstract_params(), sep="/"),
+        leaves_of(model.abstract_params()),
     )
     further = () if model.config.tie_embeddings else (EMBEDDING, HEAD)
     return {
-        path: tensors[path].name.removesuffix(".weight")
-        for path in tensors
-        if path in further or (is_matrix(path) and len(shapes[path].shape) == 2)
+        path: tensor.name.removesuffix(".weight")
+        for path, tensor in tensors.items()
+        if isinstance(tensor, Tensor) and (path in further or is_product(path, shapes[path].shape))
     }
 
 
@@ -242,12 +260,12 @@ def owners(targets: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
 
 def names_of(model: Model) -> list[str]:
     """Returns the names of a model's parameters."""
-    return list(flatten_dict(model.abstract_params(), sep="/"))
+    return list(leaves_of(model.abstract_params()))
 
 
 def select(params: Params, keeps: Callable[[str], bool]) -> Params:
     """Returns the parameters whose names `keeps` accepts, as a nested dict."""
-    return unflatten_dict({name: leaf for name, leaf in flatten_dict(params, sep="/").items() if keeps(name)}, sep="/")
+    return unflatten_dict({name: leaf for name, leaf in leaves_of(params).items() if keeps(name)}, sep="/")
 
 
 def number_of(params: PyTree) -> int:

@@ -47,7 +47,8 @@ class Student:
         """Returns `outputs`, and the function from the gradients of `differentiated` to those of the trained arrays."""
         params = self.complete(trained, frozen, batch)
         found, pull_back = jax.vjp(lambda trained: self.differentiated(self.outputs(trained, frozen, batch)), trained)
-        outputs = outputs_of(self.model, params, found["hidden"])._replace(**found)
+        outputs = outputs_of(self.model, params, found["hidden"])
+        outputs = outputs._replace(head=found.get("head", outputs.head))
         return outputs, lambda gradients: pull_back(gradients)[0]
 
     def differentiated(self, outputs: Outputs) -> dict[str, Array]:

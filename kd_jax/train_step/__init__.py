@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from kd_jax.models import Part
 from kd_jax.objectives import Term
-from kd_jax.objectives.prepared import Metrics, PreparedTerm, States, counted_tokens, prepare, where
+from kd_jax.objectives.prepared import Metrics, PreparedTerm, States, as_real, counted_tokens, prepare, where
 from kd_jax.objectives.terms import count_apart, counted_gradient, evaluate_score
 from kd_jax.teachers import Outputs, Student, Teacher, for_terms, teacher_arrays
 from kd_jax.teachers.compare import compare_outputs, frozen_outputs
