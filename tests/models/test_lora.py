@@ -232,3 +232,30 @@ def test_an_adapter_with_other_tensors_is_refused(tmp_path):
         peft.open_adapter(GOLDEN / "q_v", models.load_pretrained(BASES["fused"])[0], "", "student.lora.path")
     with pytest.raises(ValueError, match=f"no {peft.ADAPTER}"):
         peft.open_adapter(GOLDEN / "base", model, "", "student.lora.path")
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "phi3", "mixtral", "opt_350m", "olmo2"])
+def test_every_family_takes_factors_whose_product_is_that_of_the_tensors_on_disk(family, tmp_path):
+    """Also for parameters that alternate with others in the columns of one tensor. Experts get no factors."""
+    model, base = models.load_pretrained(ROOT / "tests" / "golden" / "hf_tiny" / family)
+    part = trained.Lora(2, 4.0, 0.0, False, trained.find_targets(["all-linear"], model))
+    keys = iter(jax.random.split(jax.random.key(0), 500))
+    arrays = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), part.init(jax.random.key(1), model))
+    tokens = np.arange(1, 13)[None]
+    params = part.join(arrays, base)
+    merged = jax.tree.map(lora.merged, params, is_leaf=lambda leaf: isinstance(leaf, lora.FrozenMatrix))
+    close(model.logits(params, tokens), np.asarray(model.logits(merged, tokens)))
+    peft.save_adapter(tmp_path / "adapter", part, arrays, model, family)
+    read = peft.open_adapter(tmp_path / "adapter", model, family, "student.lora.path")
+    assert read.lora.owners == part.owners
+    jax.tree.map(np.testing.assert_array_equal, read.read(), jax.device_get(arrays))
+    models.save_pretrained(tmp_path / "before", model, base)
+    models.save_pretrained(tmp_path / "after", model, params)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    factors = load_file(tmp_path / "adapter" / peft.WEIGHTS)
+    for key in factors:
+        if key.endswith("lora_A.weight"):
+            name = key.removeprefix(peft.PREFIX).replace(".lora_A", "")
+            product = part.scale * factors[key.replace("lora_A", "lora_B")] @ factors[key]
+            np.testing.assert_allclose(after[name], before[name] + product, atol=1e-5)
+    assert len(factors) >= 8
