@@ -164,6 +164,14 @@ def test_a_file_a_folder_and_a_pattern_of_a_dataset(server):
         remote.local_file("hf://datasets/org/rows/test.jsonl")
 
 
+def test_a_dataset_may_be_a_folder_of_shards(server, tmp_path):
+    files = {f"data/train-0000{i}-of-00002.jsonl": ROWS for i in range(2)} | {"data/test-00000-of-00001.jsonl": ROWS}
+    server.add("org/rows", files | {"README.md": b"about"}, kind="datasets")
+    for path in ("hf://datasets/org/rows", "hf://datasets/org/rows/data"):
+        texts = data.load("jsonl", split="test", path=path, data_dir=tmp_path)
+        assert {row["prompt"] for row in texts} == {f"p{i}" for i in range(20)}
+
+
 def download(url, cache, name):
     """Downloads a model in a process of its own."""
     code = f"from kd_jax.storage import hub; print(hub.model({name!r}))"
