@@ -141,6 +141,37 @@ def _dolly_of_the_papers(config: ConfigDict, epochs: int) -> None:
     config.checkpoint_every = 390
 
 
+def dolly_openllama(config: ConfigDict) -> None:
+    """Distils OpenLLaMA2 7B into OpenLLaMA2 3B with LoRA on databricks-dolly-15k, as in DistiLLM.
+
+    The hyper-parameters are those of DistiLLM's scripts. LoRA has rank 16, alpha 64 and dropout 0.1, on the query and
+    value projections (PEFT's default for Llama). The run has 10 epochs of about 12,500 rows in batches of 32 (8 on each of 4
+    devices), the learning rate 5e-4 with a cosine to 1e-7, and the weight decay 0.01. The teacher is fine-tuned on
+    Dolly first, and the student begins with an adapter that was fine-tuned on Dolly, for example with
+
+        python -m kd_jax.main --config=configs/sft.py:dolly_openllama --config.teacher.path= --workdir=runs/sft
+        python -m kd_jax.main --config=configs/distillm.py:dolly_openllama --config.student.lora.path=runs/sft/adapter
+
+    This setting was not run at full size.
+    """
+    config.steps = 3900
+    config.teacher.path = "models/open_llama_7b_v2-dolly"
+    config.student.init = "pretrained"
+    config.student.path = "models/open_llama_3b_v2"
+    config.student.lora.rank, config.student.lora.alpha, config.student.lora.dropout = 16, 64.0, 0.1
+    config.student.lora.targets = ("q_proj", "v_proj")
+    config.student.dtype = config.student.frozen_dtype = config.teacher.dtype = "bfloat16"
+    config.student.remat = "nothing_saveable"
+    config.seed = 10
+    config.data.name = "dolly"
+    config.data.template = "alpaca"
+    config.data.eval_rows = 500
+    config.sampling.max_new_tokens = 256
+    config.text.batch_size = 32
+    config.eval_every = 390
+    config.checkpoint_every = 390
+
+
 def gsm8k_qwen25(config: ConfigDict) -> None:
     """Distils Qwen2.5-3B-Instruct into Qwen2.5-0.5B-Instruct on the problems of GSM8K.
 
@@ -208,37 +239,6 @@ def _chat(config: ConfigDict, steps: int) -> None:
     config.student.remat = "nothing_saveable"
     config.data.template = "chat"
     config.data.long_prompts = "drop"
-
-
-def dolly_openllama(config: ConfigDict) -> None:
-    """Distils OpenLLaMA2 7B into OpenLLaMA2 3B with LoRA on databricks-dolly-15k, as in DistiLLM.
-
-    The hyper-parameters are those of DistiLLM's scripts. LoRA has rank 16, alpha 64 and dropout 0.1, on the query and
-    value projections (PEFT's default for Llama). The run has 10 epochs of about 12,500 rows in batches of 32 (8 on each of 4
-    devices), the learning rate 5e-4 with a cosine to 1e-7, and the weight decay 0.01. The teacher is fine-tuned on
-    Dolly first, and the student begins with an adapter that was fine-tuned on Dolly, for example with
-
-        python -m kd_jax.main --config=configs/sft.py:dolly_openllama --config.teacher.path= --workdir=runs/sft
-        python -m kd_jax.main --config=configs/distillm.py:dolly_openllama --config.student.lora.path=runs/sft/adapter
-
-    This setting was not run at full size.
-    """
-    config.steps = 3900
-    config.teacher.path = "models/open_llama_7b_v2-dolly"
-    config.student.init = "pretrained"
-    config.student.path = "models/open_llama_3b_v2"
-    config.student.lora.rank, config.student.lora.alpha, config.student.lora.dropout = 16, 64.0, 0.1
-    config.student.lora.targets = ("q_proj", "v_proj")
-    config.student.dtype = config.student.frozen_dtype = config.teacher.dtype = "bfloat16"
-    config.student.remat = "nothing_saveable"
-    config.seed = 10
-    config.data.name = "dolly"
-    config.data.template = "alpaca"
-    config.data.eval_rows = 500
-    config.sampling.max_new_tokens = 256
-    config.text.batch_size = 32
-    config.eval_every = 390
-    config.checkpoint_every = 390
 
 
 SETTINGS = (

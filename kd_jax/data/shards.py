@@ -208,11 +208,11 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """
     compressed = path.suffix == ".gz"
     try:
+        _refuse_pointer(path)
         limit = _unpacked_limit(path)
         total = number = blank = 0
         with gzip.open(path) if compressed else path.open("rb") as file:
             while line := file.readline(MAX_LINE + 1):
-                untrusted.refuse_pointer(path, line)
                 number, total = number + 1, total + len(line)
                 line = (
                     line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -230,6 +230,12 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise ValueError(f"{path}: cannot be read ({error}); the file may be incomplete.") from error
 
 
+def _refuse_pointer(path: Path) -> None:
+    """Refuses a Git LFS pointer, whose text may stand in place of a compressed file, too."""
+    with path.open("rb") as file:
+        untrusted.refuse_pointer(path, file.read(len(untrusted.LFS)))
+
+
 def _unpacked_limit(path: Path) -> float:
     return max(untrusted.MIB, MAX_RATIO * path.stat().st_size) if path.suffix == ".gz" else math.inf
 
@@ -245,6 +251,7 @@ def _unpacks(path: Path) -> ValueError:
 def _text(path: Path) -> Iterator[TextIO]:
     """Opens a file as UTF-8 text, and turns any error into a ValueError that names the file."""
     try:
+        _refuse_pointer(path)
         with (
             gzip.open(path, "rt", encoding="utf-8-sig")
             if path.suffix == ".gz"

@@ -19,7 +19,7 @@ from kd_jax.head_loss import token_sum
 from kd_jax.objectives import Term
 from kd_jax.objectives.comparison import cross_entropy
 from kd_jax.objectives.span_terms import OF_STUDENT, SpanLikelihood
-from kd_jax.teachers.online import Online
+from kd_jax.teachers.online import Online, outputs_of
 from kd_jax.teachers.protocol import NoTeacher, Outputs, Teacher
 
 PARTS = ("tokens", "targets", "mask", "of_teacher")  # the teacher's arrays [B, T]; the student's is `OF_STUDENT`
@@ -146,21 +146,22 @@ class Aligned(Online):
             )
         tokens, targets, mask, of_teacher, of_student = (batch[name] for name in names)
         hidden = self.model.hidden(params, tokens, mask)
-        head, tied = self.model.stored_head(params)
+        whole = outputs_of(self.model, params, hidden)
         extras = ()
         if self.compares_likelihoods:
-            extras = self._of_spans(hidden, head, tied, targets, mask, of_teacher, of_student.shape[1])
+            extras = self._of_spans(whole, targets, mask, of_teacher, of_student.shape[1])
         if not self.compares_distributions:
             return Outputs(None, None, extras=extras)
         at = jnp.where(spans.is_first(of_teacher), jnp.arange(of_teacher.shape[1]), 0)
         first = spans.sums(at, of_teacher, of_student.shape[1])
         positions = jnp.take_along_axis(first, jnp.maximum(of_student, 0), axis=1)
-        return Outputs(jnp.take_along_axis(hidden, positions[..., None], axis=1), head, tied, extras)
+        return whole._replace(hidden=jnp.take_along_axis(hidden, positions[..., None], axis=1), extras=extras)
 
     def _of_spans(
-        self, hidden: Array, head: Array, tied: bool, targets: Array, mask: Array, of_teacher: Array, count: int
-    ) -> tuple[Array, Array, Array]:  # fmt: skip
-        """Returns the extras of `outputs` for `count` spans."""
+        self, whole: Outputs, targets: Array, mask: Array, of_teacher: Array, count: int
+    ) -> tuple[Array, Array, Array]:
+        """Returns the extras of `outputs` for `count` spans, from the model's outputs at all positions."""
+        assert whole.hidden is not None and whole.head is not None
         is_last = spans.is_last(of_teacher)
         needed = of_teacher >= 0
         if self.reads_ends:  # also at the position after each span
@@ -176,8 +177,8 @@ class Aligned(Online):
 
         weight = jnp.repeat(needed[..., None].astype(jnp.float32), 1 + self.reads_ends, axis=-1)
         found = token_sum(
-            values, hidden, head, None, None, weight, targets, tied=(tied, False), vocab_size=self.vocab_size,
-            chunk=self.chunk, mesh=self.mesh,
+            values, whole.hidden, whole.head, None, None, weight, targets, tied=(whole.tied, False),
+            vocab_size=self.vocab_size, chunk=self.chunk, soft_caps=(whole.logit_cap, None), mesh=self.mesh,
         )[1]  # fmt: skip
         log_p = spans.sums(found[..., 0], of_teacher, count)
         if not self.reads_ends:

@@ -244,7 +244,7 @@ class Step:
         self, outputs: Outputs, frozen: dict[str, Outputs], part: PyTree
     ) -> tuple[tuple[Array, Array], dict[str, Array]]:
         """Returns `_losses` of a part of the rows, and the gradients of `Student.differentiated`."""
-        own = lambda arrays: Outputs(**({"head": outputs.head} | arrays), tied=outputs.tied)
+        own = lambda arrays: outputs._replace(hidden=arrays["hidden"], head=arrays.get("head", outputs.head))
         of_arrays = lambda arrays: self._losses(own(arrays), frozen, part)
         return jax.value_and_grad(of_arrays, has_aux=True)(self.student.differentiated(outputs))
 
@@ -297,7 +297,8 @@ class Step:
 
         labels = [(i, label) for i, label, *_ in columns] + own
         mask = jnp.stack([part["counted"][..., i] for i, _ in labels], axis=-1).astype(jnp.float32)
-        outputs = Outputs(*jax.lax.stop_gradient(outputs[:2]), outputs.tied)
+        hidden, head = jax.lax.stop_gradient((outputs.hidden, outputs.head))
+        outputs = outputs._replace(hidden=hidden, head=head)
         values = self._compare(token_scores, outputs, frozen, mask, part["targets"])[1]
         early: list[dict[str, Array]] = [{} for _ in self.terms]
         for column, (i, label) in enumerate(labels):

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import sys
 from typing import ClassVar
@@ -107,8 +108,14 @@ def test_every_method_has_every_setting(method, setting):
 
 
 @pytest.mark.parametrize("setting", [setting.__name__ for setting in settings.SETTINGS])
-def test_a_setting_passes_the_checks_that_need_no_models(setting):
-    """Checks the keys, the objective, the addresses and the options of the dataset of each setting, and its docstring."""
+def test_a_setting_passes_the_checks_that_need_no_models(setting, monkeypatch, tmp_path):
+    """Checks the keys, the objective, the addresses and the options of the dataset of each setting, and its docstring.
+
+    A local file with one conversation stands for the data on the hub.
+    """
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}))
+    monkeypatch.setattr(hub, "data", lambda address: tmp_path / "rows.jsonl")
     config = importlib.import_module("configs.distillm2").get_config(setting)
     parsed = Settings.parse(config)
     make_objective(parsed)
