@@ -314,6 +314,7 @@ def test_a_support_within_the_record_gives_the_loss_and_gradient_of_the_teacher(
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_support_within_the_record_has_the_losses_of_the_teacher(caches, data_dir):
     vocabulary = dict(support="teacher_top_k", k=4, rest="renormalised")
     changes = dict(objective__terms__distil__vocabulary=vocabulary)

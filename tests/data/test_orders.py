@@ -191,6 +191,7 @@ def run(tmp_path):
     return train.build(smoke("pocl", tmp_path, **changes)), changes
 
 
+@pytest.mark.slow
 def test_the_scores_are_those_of_each_row_alone(run, tmp_path):
     built, _ = run
     params, tokenizer, student = built.init_state().params, built.tokenizer, built.models.student

@@ -229,7 +229,7 @@ def whole_loss(run, batch, spec, params):
 @pytest.mark.parametrize(
     "spec, prefixes",
     [
-        (WITH_ENDS, "data"),
+        pytest.param(WITH_ENDS, "data", marks=pytest.mark.slow),
         pytest.param(LIKELIHOOD, "data", marks=pytest.mark.slow),
         pytest.param({"name": "sorted_distance"}, "data", marks=pytest.mark.slow),
         pytest.param(WITH_ENDS, "student", marks=pytest.mark.slow),

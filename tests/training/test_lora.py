@@ -175,6 +175,7 @@ def one(base, data_dir, tmp_path_factory):
     return make, folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_stopped_run_with_lora_goes_on_bit_for_bit(one, tmp_path):
     make, whole = one
@@ -183,6 +184,7 @@ def test_a_stopped_run_with_lora_goes_on_bit_for_bit(one, tmp_path):
     assert_same_run(whole, parts)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_checkpoint_has_the_factors_and_not_the_base(one):
     make, folder = one
@@ -196,6 +198,7 @@ def test_a_checkpoint_has_the_factors_and_not_the_base(one):
     assert max(array.size for array in arrays) < largest / 10
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_the_exported_student_is_the_base_with_the_exported_adapter(one, base):
     make, folder = one
@@ -211,6 +214,7 @@ def test_the_exported_student_is_the_base_with_the_exported_adapter(one, base):
     assert json.loads((folder / "student" / "config.json").read_text())["torch_dtype"] == "float32"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_run_continues_from_an_adapter(one, tmp_path):
     make, folder = one
@@ -226,6 +230,7 @@ def test_a_run_continues_from_an_adapter(one, tmp_path):
             train.build(make(student__lora__path=str(folder / "adapter"), **{f"student__lora__{key}": value}))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_resumed_run_refuses_another_base(one, base, tmp_path):
     make, whole = one

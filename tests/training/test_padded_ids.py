@@ -110,8 +110,17 @@ def expected():
     return metrics, gradient
 
 
-@pytest.mark.parametrize("tensor", [0, 4])
-@pytest.mark.parametrize("widths", [(WIDE, V), (V, WIDE), (WIDE, WIDE)])
+@pytest.mark.parametrize(
+    ("widths", "tensor"),
+    [
+        ((WIDE, V), 0),
+        ((WIDE, WIDE), 4),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (((V, WIDE), 0), ((WIDE, WIDE), 0), ((WIDE, V), 4), ((V, WIDE), 4))
+        ),
+    ],
+)
 def test_wider_heads_change_nothing(widths, tensor, expected):
     mesh = sharding.make_mesh(2, 1, tensor) if tensor else None
     metrics, gradient = run(widths, mesh)

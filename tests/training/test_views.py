@@ -108,11 +108,11 @@ def distances_by_hand(run, params, batch):
     "changes",
     [
         {},
-        dict(data__packing="rows", data__max_length=64),
         dict(prefixes={"name": "student"}),
         *(
             pytest.param(changes, marks=pytest.mark.slow)
             for changes in (
+                dict(data__packing="rows", data__max_length=64),
                 dict(prefixes={"name": "mixture", "fraction": 0.5}),
                 dict(microbatches=4),
                 dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2),
@@ -199,6 +199,7 @@ def test_a_batch_without_any_view_has_no_loss(data_dir):
     assert float(sums["loss"][0]) == 0 and float(sums["gradient_norm"][0]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_members_have_views_of_their_own(data_dir):
     """The published trust-region teacher: a mixture of two views of the student, before training and now."""
