@@ -54,10 +54,12 @@ class RowsConfig(tfds.core.BuilderConfig):
     Attributes:
       splits: the splits of the dataset's source.
       columns: the names of the columns in addition to `FIELDS`.
+      source: the name of the dataset and its options, for messages.
     """
 
     splits: Splits[Row] = dataclasses.field(default_factory=dict, repr=False)
     columns: tuple[str, ...] = ()
+    source: str = dataclasses.field(default="", repr=False)
 
 
 class KdJaxRows(tfds.core.GeneratorBasedBuilder):
@@ -80,7 +82,7 @@ class KdJaxRows(tfds.core.GeneratorBasedBuilder):
                 generators[split] = self._generate_examples(itertools.chain([first], remaining))
                 break
         if not generators:
-            raise ValueError(f"the dataset {self.builder_config.name} has no rows in any split: is its file empty?")
+            raise ValueError(f"the dataset {self.builder_config.source} has no rows in any split: is its file empty?")
         return generators
 
     def _create_builder_config(self, builder_config: RowsConfig, version: object) -> RowsConfig:
@@ -187,8 +189,9 @@ def load(name: str, *, split: str, data_dir: str | None = None, **options: objec
         )
     fingerprint, splits = _open(name, SOURCES, split, options)
     further = (*_further(name, options), *_of_turns(name, options))
+    source = f"{name}({', '.join(f'{option}={value!r}' for option, value in options.items())})"
     # pyrefly: ignore[unexpected-keyword]  # tfds hides that its BuilderConfig is a dataclass
-    config = RowsConfig(name=f"{name}-{fingerprint}", splits=splits, columns=further)
+    config = RowsConfig(name=f"{name}-{fingerprint}", splits=splits, columns=further, source=source)
     address = data_dir if data_dir and remote.is_remote(data_dir) else ""
     data_dir = str(remote.stand_in(address)) if address else data_dir
     builder = open_builder(data_dir, config)
