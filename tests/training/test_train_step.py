@@ -200,8 +200,8 @@ def test_mesh_errors_name_the_sizes():
 
 def test_a_path_without_a_rule_is_an_error():
     mesh = sharding.make_mesh()
-    with pytest.raises(ValueError, match="layers/0/router/kernel"):
-        sharding.tree_shardings(mesh, {"layers": {"0": {"router": {"kernel": jnp.zeros((2, 2))}}}})
+    with pytest.raises(ValueError, match="layers/0/unknown/kernel"):
+        sharding.tree_shardings(mesh, {"layers": {"0": {"unknown": {"kernel": jnp.zeros((2, 2))}}}})
 
 
 def test_an_axis_that_does_not_divide_is_left_out():
