@@ -83,7 +83,7 @@ class Transformer(nnx.Module):
             dot_general=lora.product,
             rngs=rngs,
         )
-        norm: NormOf = functools.partial(Norm, config=config, param_dtype=param_dtype)
+        norm: NormOf = functools.partial(Norm, config=config, param_dtype=param_dtype, rngs=rngs)
         # nnx.Embed would cast the complete table in every call. So the table has the parameters' type, and only the
         # rows are cast.
         embed = functools.partial(

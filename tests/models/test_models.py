@@ -39,6 +39,18 @@ def test_logits_are_those_of_transformers(family):
     np.testing.assert_allclose(model.hidden(params, tokens) @ model.head(params), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "query", "down"), [("llama", 0.0019025310, 0.0018328684), ("gpt2", -0.0083158193, 0.0037274871)]
+)
+def test_a_seed_gives_the_student_of_earlier_versions(family, query, down):
+    """The keys of the parameters depend on the order in which the modules are made, norms included."""
+    sizes = dict(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4)
+    params = models.from_config(models.ModelConfig(family=family, **sizes)).init(jax.random.key(0))
+    last = params["layers"]["1"]
+    assert last["attention"]["query"]["kernel"][0, 0] == pytest.approx(query, rel=1e-6)
+    assert last["mlp"]["down"]["kernel"][0, 0] == pytest.approx(down, rel=1e-6)
+
+
 @pytest.mark.skipif("SMOLLM2" not in os.environ, reason="needs the folder of SmolLM2-135M-Instruct in SMOLLM2")
 def test_logits_and_greedy_text_of_smollm2():
     model, params = models.load_pretrained(os.environ["SMOLLM2"])
