@@ -154,22 +154,13 @@ def dolly_openllama(config: ConfigDict) -> None:
 
     This setting was not run at full size.
     """
-    config.steps = 3900
+    _dolly_of_the_papers(config, epochs=10)
     config.teacher.path = "models/open_llama_7b_v2-dolly"
-    config.student.init = "pretrained"
     config.student.path = "models/open_llama_3b_v2"
     config.student.lora.rank, config.student.lora.alpha, config.student.lora.dropout = 16, 64.0, 0.1
     config.student.lora.targets = ("q_proj", "v_proj")
     config.student.dtype = config.student.frozen_dtype = config.teacher.dtype = "bfloat16"
     config.student.remat = "nothing_saveable"
-    config.seed = 10
-    config.data.name = "dolly"
-    config.data.template = "alpaca"
-    config.data.eval_rows = 500
-    config.sampling.max_new_tokens = 256
-    config.text.batch_size = 32
-    config.eval_every = 390
-    config.checkpoint_every = 390
 
 
 def gsm8k_qwen25(config: ConfigDict) -> None:

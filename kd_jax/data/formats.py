@@ -47,7 +47,7 @@ class MissingFieldError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How the rows of a file become rows of a dataset.
+    """The rule by which the rows of a file become rows of a dataset.
 
     Attributes:
       name: one of `FORMATS`, not auto.

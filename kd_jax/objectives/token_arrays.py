@@ -36,12 +36,16 @@ def token_coefficients(
     Returns:
       Coefficients whose sum is 1, or 0 if no token counts. With 'row_sum', the sum is the mean length of the rows. With
       'batch_token', the sum is the share of the batch's tokens that count.
+
+    Raises:
+      ValueError: `batch_count` is missing for 'batch_token'.
     """
     counted = jnp.asarray(mask, float)
     if average == "token":
         return _divided(counted, counted.sum())
     if average == "batch_token":
-        assert batch_count is not None
+        if batch_count is None:
+            raise ValueError("average='batch_token' needs batch_count, the number of the batch's tokens.")
         return _divided(counted, batch_count)
     if segments is None:
         lengths = counted.sum(axis=-1, keepdims=True)

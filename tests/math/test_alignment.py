@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_jax import span_divergences, spans
-from tests.helpers.axes import CASES, arrays, closed, numbered
+from tests.helpers.axes import CASES, arrays, closed, inputs, numbered, span_of_positions
 
 DIVERGENCES = {
     "binary_ce": "binary_cross_entropy",
@@ -18,22 +18,6 @@ DIVERGENCES = {
     "binary_kl_temp_limit": "poisson_kl",
     "abs": "absolute_difference",
 }
-
-
-def inputs(case, name):
-    return arrays()[f"inputs/{case['inputs']}/{name}"]
-
-
-def span_of_positions(case, model):
-    """Returns the span of the token that each position predicts. Token 0 has no prediction."""
-    chunks, first = inputs(case, "chunks"), 0 if model == "teacher" else 2
-    span = np.full(inputs(case, f"{model}_ids").shape, -1)
-    for row, of_row in enumerate(chunks):
-        for index, chunk in enumerate(of_row):
-            if chunk[0] >= 0:
-                span[row, chunk[first] : chunk[first + 1]] = index
-    span = np.where(inputs(case, f"{model}_mask"), span, -1)
-    return np.where(span[:, 1:] == 0, -1, span[:, 1:] - (span[:, 1:] > 0))  # the span of token 0 does not count
 
 
 def likelihoods(case, model, logits):

@@ -19,7 +19,7 @@ from kd_jax.objectives.span_terms import OF_STUDENT
 from kd_jax.prefixes import rollouts
 from kd_jax.teachers.aligned import Aligned, AlignedRow, aligned_arrays
 from kd_jax.train_step import init_state, make_train_step
-from tests.helpers.axes import CASES, arrays, closed, numbered
+from tests.helpers.axes import CASES, arrays, closed, inputs, numbered, span_of_positions
 from tests.helpers.folders import llama
 from tests.helpers.runs import WHOLE, assert_same_run, smoke, until
 from tests.helpers.steps import Logits
@@ -37,29 +37,16 @@ class Teacher(Logits):
     """A teacher whose parameters are its logits, whose tokens the batch has."""
 
 
-def inputs(case, name):
-    return arrays()[f"inputs/{case['inputs']}/{name}"]
-
-
-def spans_of(case, model):
-    chunks, first = inputs(case, "chunks"), 0 if model == "teacher" else 2
-    span = np.full(inputs(case, f"{model}_ids").shape, -1)
-    for row, of_row in enumerate(chunks):
-        for index, chunk in enumerate(of_row):
-            if chunk[0] >= 0:
-                span[row, chunk[first] : chunk[first + 1]] = index
-    span = np.where(inputs(case, f"{model}_mask"), span, -1)
-    # The span of token 0, which has no prediction, does not count.
-    return np.where(span[:, 1:] == 0, -1, span[:, 1:] - (span[:, 1:] > 0))
-
-
 def batch_of(case):
     """Returns a batch of a published case. A further position holds the logits after the last token."""
     ids = inputs(case, "student_ids")
     rows = [
         AlignedRow(np.append(of_row, 0), np.append(span, -1), np.append(of_student, -1))
         for of_row, span, of_student in zip(
-            inputs(case, "teacher_ids"), spans_of(case, "teacher"), spans_of(case, "student"), strict=True
+            inputs(case, "teacher_ids"),
+            span_of_positions(case, "teacher"),
+            span_of_positions(case, "student"),
+            strict=True,
         )
     ]
     length, teacher_length = ids.shape[1], inputs(case, "teacher_ids").shape[1]
