@@ -1,6 +1,5 @@
 """Training with a teacher of another tokenizer: terms over spans of text, and runs."""
 
-import dataclasses
 from functools import partial
 
 import jax
@@ -32,9 +31,10 @@ DIVERGENCES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher(Logits):
-    """A teacher whose parameters are its logits, whose tokens the batch has."""
+class Capped(Logits):
+    """A model whose logits have a cap, which the model's parameters lack."""
+
+    logit_cap = 2.0
 
 
 def batch_of(case):
@@ -56,10 +56,10 @@ def batch_of(case):
     return made | {"tokens": ids, "targets": targets, "mask": ones, "loss_mask": ones}
 
 
-def run_step(case, term, microbatches=1, mesh=None, batch=None):
+def run_step(case, term, microbatches=1, mesh=None, batch=None, model=None, teacher_logits=None):
     """Returns the loss and the gradient of a training step with the logits of a published case."""
     teacher = Aligned(
-        Logits(), vocab_size=inputs(case, "teacher_logits").shape[-1], begins_word=inputs(case, "teacher_space"),
+        model or Logits(), vocab_size=inputs(case, "teacher_logits").shape[-1], begins_word=inputs(case, "teacher_space"),
         student_begins_word=inputs(case, "student_space"), mesh=mesh,
     )  # fmt: skip
     terms, tx = make_terms({"spans": {"kind": "spans"} | term}), optax.sgd(1.0)
@@ -70,7 +70,8 @@ def run_step(case, term, microbatches=1, mesh=None, batch=None):
     train_step = make_train_step(
         Logits(), teacher, terms, tx, vocab_size=student.shape[-1], microbatches=microbatches, mesh=mesh
     )
-    params = {"logits": jnp.asarray(inputs(case, "teacher_logits"))}
+    logits = inputs(case, "teacher_logits") if teacher_logits is None else teacher_logits
+    params = {"logits": jnp.asarray(logits)}
     new, metrics = jax.jit(train_step)(state, params, batch_of(case) if batch is None else batch)
     return float(metrics["loss"][0]), np.asarray(student - new.params["logits"]), metrics
 
@@ -93,6 +94,20 @@ def test_published_loss_and_gradient_of_a_step(key):
     np.testing.assert_allclose(loss, arrays()[f"{key}/loss"], rtol=1e-9)
     np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
     np.testing.assert_allclose(metrics["spans/loss"][0] / metrics["spans/loss"][1], loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize("spans", [None, {"spans": {"name": "sorted_distance"}}], ids=["likelihood", "sorted_distance"])
+def test_the_cap_of_the_teachers_logits_is_applied(spans):
+    case = CASES["c0154"]
+    logits, cap = inputs(case, "teacher_logits"), Capped.logit_cap
+    term = term_of(case) if spans is None else spans
+    with jax.enable_x64(True):
+        found = run_step(case, term, model=Capped())
+        expected = run_step(case, term, teacher_logits=cap * np.tanh(logits / cap))
+        uncapped = run_step(case, term)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-9)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-9, atol=1e-12)
+    assert abs(uncapped[0] / expected[0] - 1) > 1e-3
 
 
 @pytest.fixture(scope="module")
